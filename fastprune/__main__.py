@@ -1,0 +1,6 @@
+"""`python -m fastprune` is the `fastprune` command."""
+
+from fastprune.cli import main
+
+if __name__ == "__main__":
+    main()

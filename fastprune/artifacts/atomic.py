@@ -1,0 +1,79 @@
+"""Files that a reader sees whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastprune.errors import ArtifactError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; rename it to `path` when the block succeeds.
+
+    The data is fsynced before the rename and the folder after it. When the block fails, the
+    temporary file is removed and whatever stood at `path` before is untouched.
+
+    Args:
+        path: the final name; its folder must exist.
+
+    Yields:
+        The temporary path, which the block must create.
+
+    Raises:
+        ArtifactError: the folder does not exist, the disk is full, or writing is not allowed.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _named_os_errors(final):
+            yield temporary
+            _sync(temporary)
+            temporary.replace(final)
+            _sync(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole UTF-8 text file, or nothing.
+
+    Raises:
+        ArtifactError: as `atomic_path`.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _named_os_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into an error that names the artifact and the cure."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if path.parent.is_dir():
+            raise
+        raise ArtifactError(
+            f"cannot write {path}: the folder {path.parent} does not exist. Create it first."
+        ) from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        reason = os.strerror(error.errno)
+        raise ArtifactError(
+            f"cannot write {path}: {reason}. Nothing was left behind; free some space or name "
+            "another folder and run the command again."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk, where the file system supports it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

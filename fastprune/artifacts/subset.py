@@ -1,0 +1,175 @@
+"""The subset: the rows of a beton that are kept, as a bare index file with a sidecar."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.errors import ArtifactError, InvalidValueError
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The kept rows of a beton and how they were chosen.
+
+    Attributes:
+        rows: (K,) int64, sorted and unique.
+        fingerprint: the images the subset was made for; None for a bare index file.
+        keep_ratio: the share that was asked for, in (0, 1]; None for a bare index file.
+        metric: what the rows were ranked by.
+        strategy: the rule that chose them.
+        parameters: the rule's other settings, such as quota and quantile.
+        seed: for the strategies that draw.
+        class_counts: kept rows per class, C entries.
+        class_std: (C,) float64, as in `ScoreTable.class_std`; None for a bare index file.
+        command: the command that made it.
+    """
+
+    rows: NDArray[np.int64]
+    fingerprint: Fingerprint | None = None
+    keep_ratio: float | None = None
+    metric: str | None = None
+    strategy: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    class_counts: list[int] | None = None
+    class_std: NDArray[np.float64] | None = None
+    command: str | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write `path` (the bare rows) and, beside it, the sidecar with the suffix .json.
+
+        The sidecar holds a digest of the rows, so that a pair that does not belong together is
+        noticed when it is read.
+
+        Raises:
+            InvalidValueError: the path does not end in .npy.
+            ArtifactError: a file cannot be written.
+        """
+        final = Path(path)
+        if final.suffix != ".npy":
+            raise InvalidValueError(f"a subset is a .npy file, but {final} is not named so.")
+        write_text(final.with_suffix(".json"), json.dumps(self._sidecar(), indent=2) + "\n")
+        with atomic_path(final) as temporary, temporary.open("wb") as file:
+            np.save(file, self.rows, allow_pickle=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read the rows and, where it is there, the sidecar.
+
+        Raises:
+            ArtifactError: no such file, no .npy file, or the sidecar is of other rows.
+            InvalidValueError: the rows are not a one-dimensional, sorted, unique integer array.
+        """
+        path = Path(path)
+        try:
+            rows = np.load(path, allow_pickle=False)
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"{path} does not exist. Make it with: fastprune select scores.parquet -o {path}"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is no numpy index file: {error}.") from error
+        rows = checked_rows(rows, name=str(path))
+        sidecar_path = path.with_suffix(".json")
+        if not sidecar_path.exists():
+            return cls(rows)
+        try:
+            sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
+            return cls._from_sidecar(rows, sidecar, path)
+        except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                f"{sidecar_path} is no sidecar of a subset ({error!r}). Remove it to use the bare "
+                "rows, or make the subset again with `fastprune select`."
+            ) from error
+
+    def _sidecar(self) -> dict[str, Any]:
+        """Everything but the rows, for JSON."""
+        num_rows = self.fingerprint.num_rows if self.fingerprint else None
+        return {
+            "num_rows": num_rows,
+            "kept_rows": len(self.rows),
+            "keep_ratio": self.keep_ratio,
+            "keep_ratio_reached": len(self.rows) / num_rows if num_rows else None,
+            "metric": self.metric,
+            "strategy": self.strategy,
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "command": self.command,
+            "fingerprint": self.fingerprint.to_dict() if self.fingerprint else None,
+            "rows_digest": _rows_digest(self.rows),
+            "class_counts": self.class_counts,
+            "class_std": None
+            if self.class_std is None
+            else [None if np.isnan(std) else float(std) for std in self.class_std],
+        }
+
+    @classmethod
+    def _from_sidecar(cls, rows: NDArray[np.int64], sidecar: dict[str, Any], path: Path) -> Self:
+        """The inverse of `_sidecar`."""
+        if sidecar["rows_digest"] != _rows_digest(rows):
+            raise ArtifactError(
+                f"{path.with_suffix('.json')} describes other rows than {path} holds: one of them "
+                "was replaced. Make both again with `fastprune select`."
+            )
+        fingerprint, class_std = sidecar["fingerprint"], sidecar["class_std"]
+        return cls(
+            rows=rows,
+            fingerprint=Fingerprint.from_dict(fingerprint) if fingerprint else None,
+            keep_ratio=sidecar["keep_ratio"],
+            metric=sidecar["metric"],
+            strategy=sidecar["strategy"],
+            parameters=sidecar["parameters"],
+            seed=sidecar["seed"],
+            class_counts=sidecar["class_counts"],
+            class_std=None if class_std is None else np.array(class_std, dtype=np.float64),
+            command=sidecar["command"],
+        )
+
+
+def checked_rows(rows: ArrayLike, *, name: str, num_rows: int | None = None) -> NDArray[np.int64]:
+    """Return the rows as int64 if they can index a beton, else say what is wrong with them.
+
+    Args:
+        rows: what should be a one-dimensional, sorted, unique, non-empty integer array.
+        name: the file or argument, for the message.
+        num_rows: rows in the beton, where it is known.
+
+    Returns:
+        (K,) int64.
+
+    Raises:
+        InvalidValueError: wrong dtype or shape, empty, unsorted, duplicate, or out of range.
+    """
+    array = np.asarray(rows)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidValueError(
+            f"{name} must hold a one-dimensional array of integer rows, but it holds "
+            f"{array.dtype} of shape {array.shape}. For a mask, use np.flatnonzero(mask)."
+        )
+    if len(array) == 0:
+        raise InvalidValueError(f"{name} holds no rows; a subset must keep at least one.")
+    array = array.astype(np.int64)
+    steps = np.diff(array)
+    if (steps <= 0).any():
+        where = int(np.argmax(steps <= 0)) + 1
+        raise InvalidValueError(
+            f"{name} must be sorted and unique, but entry {where} ({array[where]}) follows "
+            f"{array[where - 1]}. Use np.unique(rows)."
+        )
+    if array[0] < 0 or (num_rows is not None and array[-1] >= num_rows):
+        wrong = array[0] if array[0] < 0 else array[-1]
+        limit = "" if num_rows is None else f" in [0, {num_rows:,})"
+        raise InvalidValueError(f"{name} holds row {wrong:,}, but rows must be{limit or ' >= 0'}.")
+    return array
+
+
+def _rows_digest(rows: NDArray[np.int64]) -> str:
+    """BLAKE2b-128 over the rows as little-endian int64."""
+    return hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,1 @@
+"""Images in a beton: the format, reading, writing, checking."""

@@ -1,0 +1,56 @@
+"""The `fastprune` command: each subcommand parses, calls one public function, prints one line.
+
+One file holds the subcommands of one station. They import what they call when they are called, so
+that `fastprune --help` answers at once.
+"""
+
+import logging
+import sys
+from typing import Any
+
+import click
+
+from fastprune import __version__
+from fastprune.cli import beton
+from fastprune.errors import FastpruneError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+
+
+class _InOrder(click.Group):
+    """A group that lists its commands in the order of the data's way and prints errors plainly."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which they were added."""
+        del ctx
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a fault of the user's data becomes one message and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except FastpruneError as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_InOrder, context_settings=_CONTEXT)
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
+def main(debug: bool) -> None:
+    r"""Distil vision models on the part of a dataset that is worth training on.
+
+    \b
+    images --convert--> train.beton --score--> scores --select--> subset --train--> student
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("fastprune").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+for _command in beton.COMMANDS:
+    main.add_command(_command)

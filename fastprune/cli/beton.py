@@ -1,0 +1,5 @@
+"""Subcommands around the beton."""
+
+import click
+
+COMMANDS: tuple[click.Command, ...] = ()

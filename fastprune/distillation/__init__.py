@@ -1,0 +1,1 @@
+"""From batches and a teacher to a student."""

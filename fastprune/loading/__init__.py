@@ -1,0 +1,1 @@
+"""From a beton and a subset to batches on the device."""

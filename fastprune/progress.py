@@ -1,0 +1,62 @@
+"""Progress on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+_SECONDS_BEFORE_BAR = 1.0
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def track(
+    items: Iterable[Item], *, description: str, total: int, unit: str, step: int = 1
+) -> Iterator[Item]:
+    """Yield the items and show how far the work has come.
+
+    Args:
+        items: what is worked through.
+        description: what the bar is called.
+        total: the number of units in all of the items together.
+        unit: what is counted, such as "images".
+        step: units per item; the last item may hold fewer.
+
+    Yields:
+        The items, unchanged and in order.
+    """
+    if sys.stderr.isatty():
+        yield from _with_bar(items, description, total, unit, step)
+    else:
+        yield from _with_lines(items, description, total, unit, step)
+
+
+def _with_bar(
+    items: Iterable[Item], description: str, total: int, unit: str, step: int
+) -> Iterator[Item]:
+    """A tqdm bar, shown only when the work takes longer than a second."""
+    with tqdm(total=total, desc=description, unit=f" {unit}", delay=_SECONDS_BEFORE_BAR) as bar:
+        for item in items:
+            yield item
+            bar.update(min(step, total - bar.n))
+
+
+def _with_lines(
+    items: Iterable[Item], description: str, total: int, unit: str, step: int
+) -> Iterator[Item]:
+    """One line every ten seconds, for logs."""
+    start = last = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done = min(done + step, total)
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            rate = done / (now - start)
+            remaining_seconds = (total - done) / rate
+            line = f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f}/s"
+            print(f"{line}, {remaining_seconds:.0f} s left", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,18 @@
+"""What every test may use: small generated images, and libraries that CI must not miss."""
+
+import importlib.util
+import os
+
+import pytest
+
+_REQUIRED = tuple(filter(None, os.environ.get("FASTPRUNE_REQUIRE", "").split(",")))
+_MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
+
+
+def require_library(name: str) -> None:
+    """Skip the calling test module where a library is missing, or fail where it must be there."""
+    if importlib.util.find_spec(_MODULES[name].split(".")[0]) is not None:
+        return
+    if name in _REQUIRED:
+        pytest.fail(f"{name} is not installed, but FASTPRUNE_REQUIRE={','.join(_REQUIRED)}.")
+    pytest.skip(f"{name} is not installed", allow_module_level=True)
