@@ -34,7 +34,7 @@ def jpeg_bytes(seed: int, *, quality: int = 90, **kwargs: object) -> bytes:
 def write_image_folder(
     root: Path, *, classes: int = 3, per_class: int = 4, same_size: bool = False
 ) -> Path:
-    """An ImageFolder tree root/class_00/000.jpg ...; sizes differ from image to image unless told."""
+    """An ImageFolder tree root/class_00/000.jpg ...; sizes differ between images unless told."""
     for label in range(classes):
         folder = root / f"class_{label:02d}"
         folder.mkdir(parents=True)

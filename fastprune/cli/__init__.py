@@ -40,11 +40,11 @@ class _InOrder(click.Group):
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 def main(debug: bool) -> None:
-    r"""Distil vision models on the part of a dataset that is worth training on.
+    """Distil vision models on the part of a dataset that is worth training on.
 
     \b
     images --convert--> train.beton --score--> scores --select--> subset --train--> student
-    """
+    """  # noqa: D301 - click reads \b as "keep these lines"
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
