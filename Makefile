@@ -1,0 +1,59 @@
+# Every target installs what it needs first. `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The address of another wheel index to take torch and torchvision from: PyTorch's CPU-only one,
+# for instance, where it can be reached, saves several GB.
+TORCH_INDEX ?=
+# make demo: an ImageFolder instead of the generated pictures, and further options of the command.
+IMAGES ?=
+ARGS ?=
+
+.PHONY: setup demo test test-full check bench bench-gpu docker help
+
+setup: $(INSTALLED) ## Create .venv with fastprune, ffcv and DALI (TORCH_INDEX=URL: torch from there)
+
+$(INSTALLED): pyproject.toml constraints.txt tools/system-packages.sh
+	PYTHON=$(PYTHON) tools/system-packages.sh
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "fastprune needs Python >= 3.11, but $(PYTHON) is older. Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --constraint constraints.txt \
+	    --extra-index-url $(TORCH_INDEX) torch torchvision)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@touch $@
+
+demo: setup ## The whole way on small images (IMAGES=folder: on yours; ARGS='--epochs 8': options)
+	$(BIN)/fastprune demo $(if $(IMAGES),--images '$(IMAGES)') $(ARGS)
+
+test: setup ## Run the tests
+	FASTPRUNE_REQUIRE=ffcv,dali $(BIN)/pytest $(ARGS)
+
+test-full: setup ## Run the tests with the long fault injection and fuzzing
+	FASTPRUNE_REQUIRE=ffcv,dali $(BIN)/pytest -m '' $(ARGS)
+
+check: setup ## Format, lint, types, import floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: setup ## Run every CPU benchmark (IMAGES=folder of JPEGs, required); JSON in benchmarks/results
+	@test -n '$(IMAGES)' || { echo "name a folder of JPEG files: make bench IMAGES=folder" >&2; exit 2; }
+	for script in benchmarks/[!_]*.py; do $(BIN)/python "$$script" --images '$(IMAGES)' || exit 1; done
+
+bench-gpu: setup ## Run the tests and benchmarks that need a CUDA device
+	$(BIN)/pytest tests/gpu -m gpu
+	$(BIN)/python benchmarks/epoch.py --device cuda
+
+docker: ## Build the image fastprune:latest (BASE_IMAGE=... for another base)
+	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) -t fastprune:latest .
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
