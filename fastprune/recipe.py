@@ -1,0 +1,255 @@
+"""Recipes: TOML in, validated and frozen settings out; unknown keys are refused."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastprune.errors import RecipeError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    """Settings that cannot change and hold no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(_Section):
+    """What the student is trained and evaluated on.
+
+    Attributes:
+        train: beton to train on.
+        val: beton to evaluate on.
+        subset: index file of the rows to train on; None for all rows.
+        image_size: side of a view in pixels.
+        augment: how a training view is taken; None for the loader's default at this size.
+        batch_size: images per step.
+        num_workers: decoding threads; None for as many as the process may use.
+    """
+
+    train: Path
+    val: Path
+    subset: Path | None = None
+    image_size: Count = 224
+    augment: Literal["rrc", "pad_crop", "center", "none"] | None = None
+    batch_size: Count = 256
+    num_workers: Count | None = None
+
+
+class NetworkSettings(_Section):
+    """A network and where its weights come from.
+
+    Attributes:
+        network: a name that `fastprune.networks` knows.
+        checkpoint: weights to load; None to start from random ones.
+    """
+
+    network: str
+    checkpoint: Path | None = None
+
+
+class LossSettings(_Section):
+    """The weights of the loss terms.
+
+    Attributes:
+        cross_entropy_weight: of the cross-entropy against the labels.
+        distillation_weight: of T² times the Kullback-Leibler divergence from the teacher.
+        temperature: T, softens both distributions.
+        reshaping: what is done to the teacher's logits. "class_std" gives each row the mean
+            standard deviation of its class over the whole dataset (needs a subset that carries
+            it), "zscore" standardises teacher and student, "none" leaves them.
+        label_smoothing: share of the label's probability spread over all classes.
+    """
+
+    cross_entropy_weight: Weight = 0.1
+    distillation_weight: Weight = 0.9
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    reshaping: Literal["none", "class_std", "zscore"] = "none"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ScheduleSettings(_Section):
+    """How long and how fast the student learns.
+
+    Attributes:
+        epochs: passes over the rows that are trained on.
+        learning_rate: the first, or for "one_cycle" the highest.
+        momentum: of SGD, Nesterov's where it is above zero and `nesterov` is set.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: L2 penalty on all parameters.
+        policy: "step" multiplies by `gamma` at each of `milestones`; "cosine" falls to zero;
+            "one_cycle" rises over the first `warmup_share` of the steps and falls to zero.
+        milestones: epochs at which "step" lowers the learning rate.
+        gamma: factor of each milestone.
+        warmup_share: share of the steps in which "one_cycle" rises.
+    """
+
+    epochs: Count
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Weight = 1e-4
+    policy: Literal["step", "cosine", "one_cycle"] = "step"
+    milestones: tuple[Count, ...] = ()
+    gamma: Annotated[float, Field(gt=0)] = 0.1
+    warmup_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+
+class RunSettings(_Section):
+    """Where a run happens and where it is written.
+
+    Attributes:
+        out: folder of the run; made where it is missing.
+        name: what the run is called in reports; None for the folder's name.
+        seed: of the student's weights, the order and the views.
+        device: "auto" takes CUDA where it is there.
+        precision: "bf16" autocasts both networks on CUDA; "auto" does so where CUDA has it.
+        channels_last: memory format of networks and images.
+        log_every: steps between two lines of metrics.jsonl.
+        validate_every: epochs between two validations; the last epoch is always validated.
+    """
+
+    out: Path
+    name: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: bool = True
+    log_every: Count = 50
+    validate_every: Count = 1
+
+
+class Recipe(_Section):
+    """Everything that `distill` needs to know.
+
+    Attributes:
+        data: what is trained on.
+        student: the network that learns.
+        schedule: how long and how fast.
+        run: where, and where to.
+        teacher: the network that teaches; None trains plainly on the labels.
+        loss: the weights of the loss terms.
+    """
+
+    data: DataSettings
+    student: NetworkSettings
+    schedule: ScheduleSettings
+    run: RunSettings
+    teacher: NetworkSettings | None = None
+    loss: LossSettings = LossSettings()
+
+    @model_validator(mode="after")
+    def _check_fit(self) -> Self:
+        """Refuse settings that contradict each other."""
+        if self.teacher is not None and self.teacher.checkpoint is None:
+            raise ValueError("teacher.checkpoint is missing: an untrained teacher teaches nothing")
+        if self.teacher is None and self.loss.reshaping != "none":
+            raise ValueError("loss.reshaping needs a teacher whose logits it reshapes")
+        if self.loss.reshaping == "class_std" and self.data.subset is None:
+            raise ValueError("loss.reshaping = 'class_std' needs data.subset, which carries them")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a TOML recipe; paths in it are relative to the folder that it stands in.
+
+    Args:
+        path: the TOML file.
+        overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
+            word; paths in them are relative to the working folder.
+
+    Returns:
+        The validated recipe.
+
+    Raises:
+        RecipeError: the file cannot be read, a key is unknown, or a value is outside its domain.
+    """
+    path = Path(path)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is no TOML file: {error}.") from error
+    _anchor_paths(settings, path.parent)
+    for override in overrides:
+        _set(settings, override)
+    return make_recipe(settings, name=str(path))
+
+
+def make_recipe(settings: dict[str, Any], *, name: str = "recipe") -> Recipe:
+    """Validate settings that are already in memory.
+
+    Args:
+        settings: section -> key -> value.
+        name: where they come from, for the message.
+
+    Raises:
+        RecipeError: a key is unknown (the nearest known one is named) or a value does not fit.
+    """
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        raise RecipeError(f"{name} cannot be used:\n{faults}") from error
+
+
+def _describe(fault: Any) -> str:
+    """One line for one fault, such as: data.imagesize is unknown; did you mean image_size?"""
+    *sections, key = [str(part) for part in fault["loc"]] or ["recipe"]
+    where = ".".join([*sections, key])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(sections)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"{where} is unknown; did you mean {near[0]}? Known: {', '.join(known)}."
+    if fault["type"] == "missing":
+        return f"{where} is missing."
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{message}."
+    return f"{where} = {fault['input']!r}: {message}."
+
+
+def _known_keys(sections: list[str]) -> list[str]:
+    """The keys that a section of the recipe has."""
+    model: type[BaseModel] = Recipe
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _anchor_paths(settings: dict[str, Any], folder: Path) -> None:
+    """Make the recipe's own relative paths relative to its folder."""
+    for section, key in [
+        *(("data", key) for key in ("train", "val", "subset")),
+        *((network, "checkpoint") for network in ("teacher", "student")),
+        ("run", "out"),
+    ]:
+        table = settings.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = folder / table[key]
+
+
+def _set(settings: dict[str, Any], override: str) -> None:
+    """Apply one "section.key=value" to the settings."""
+    dotted, separator, text = override.partition("=")
+    sections = dotted.strip().split(".")
+    if not separator or len(sections) != 2 or not all(sections):
+        raise RecipeError(f"--set {override!r} is not of the form section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    section = settings.setdefault(sections[0], {})
+    if not isinstance(section, dict):
+        raise RecipeError(f"--set {override!r}: {sections[0]} is no section of the recipe.")
+    section[sections[1]] = value

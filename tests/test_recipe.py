@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+
+from fastprune.errors import RecipeError
+from fastprune.recipe import load_recipe
+
+RECIPE = """
+[data]
+train = "train.beton"
+val = "/betons/val.beton"
+[student]
+network = "resnet8"
+[schedule]
+epochs = 2
+[run]
+out = "run"
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_recipe_paths_are_relative_to_the_recipe(recipe_file):
+    recipe = load_recipe(recipe_file)
+    assert recipe.data.train == recipe_file.parent / "train.beton"
+    assert recipe.data.val == Path("/betons/val.beton")
+    assert recipe.run.out == recipe_file.parent / "run"
+
+
+def test_overrides_replace_settings_in_toml_notation_or_as_bare_words(recipe_file):
+    recipe = load_recipe(
+        recipe_file, ["schedule.epochs=7", "schedule.milestones=[3, 5]", "schedule.policy=cosine"]
+    )
+    assert (recipe.schedule.epochs, recipe.schedule.milestones) == (7, (3, 5))
+    assert recipe.schedule.policy == "cosine"
+
+
+def test_unknown_key_is_refused_with_the_nearest_known_name(recipe_file):
+    with pytest.raises(RecipeError, match=r"data\.imagesize is unknown; did you mean image_size\?"):
+        load_recipe(recipe_file, ["data.imagesize=64"])
+
+
+def test_unknown_section_is_refused_with_the_nearest_known_name(recipe_file):
+    with pytest.raises(RecipeError, match=r"shedule is unknown; did you mean schedule\?"):
+        load_recipe(recipe_file, ["shedule.epochs=3"])
+
+
+def test_unknown_key_in_an_optional_section_is_refused(recipe_file):
+    with pytest.raises(
+        RecipeError, match=r"teacher\.chekpoint is unknown; did you mean checkpoint"
+    ):
+        load_recipe(recipe_file, ["teacher.network=resnet20", "teacher.chekpoint=t.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.epochs=0", r"schedule\.epochs = 0: .*greater than or equal to 1"),
+        ("schedule.policy=warp", r"schedule\.policy = 'warp': .*'step', 'cosine' or 'one_cycle'"),
+        ("loss.temperature=0", r"loss\.temperature = 0: .*greater than 0"),
+        ("teacher.network=resnet20", r"teacher\.checkpoint is missing"),
+        ("loss.reshaping=zscore", r"loss\.reshaping needs a teacher"),
+    ],
+)
+def test_value_outside_its_domain_is_named(recipe_file, override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file, [override])
+
+
+def test_reshaping_by_class_std_needs_a_subset(recipe_file):
+    overrides = ["teacher.network=a", "teacher.checkpoint=b", "loss.reshaping=class_std"]
+    with pytest.raises(RecipeError, match=r"needs data\.subset"):
+        load_recipe(recipe_file, overrides)
+
+
+@pytest.mark.parametrize("override", ["epochs=3", "schedule.epochs", "a.b.c=3", ".x=1"])
+def test_malformed_override_is_refused(recipe_file, override):
+    with pytest.raises(RecipeError, match="not of the form section"):
+        load_recipe(recipe_file, [override])
+
+
+def test_missing_recipe_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"nowhere\.toml does not exist"):
+        load_recipe(tmp_path / "nowhere.toml")
+
+
+def test_broken_toml_is_named(tmp_path):
+    path = tmp_path / "broken.toml"
+    path.write_text("[data")
+    with pytest.raises(RecipeError, match=r"broken\.toml is no TOML file"):
+        load_recipe(path)
+
+
+def test_recipe_cannot_be_changed(recipe_file):
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.schedule.epochs = 3
