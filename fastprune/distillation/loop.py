@@ -1,0 +1,155 @@
+"""The training loop: epochs, steps, and the clocks that say where the time went."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.distillation.evaluation import Evaluation, evaluate
+from fastprune.distillation.objective import Objective
+from fastprune.distillation.runlog import RunLog
+from fastprune.distillation.schedule import make_optimizer, make_scheduler
+from fastprune.errors import TrainingError
+from fastprune.loading.loader import Loader
+from fastprune.progress import track
+from fastprune.recipe import Recipe
+
+
+class TrainingLoop:
+    """A student on its way through the epochs of a recipe.
+
+    Args:
+        recipe: schedule, precision and intervals.
+        student: trained in place.
+        objective: what is minimised.
+        train_loader: yields (images, labels).
+        val_loader: yields (images, labels), every row once.
+        device: where the student and the batches are.
+        log: receives the metrics.
+
+    Attributes:
+        train_seconds: spent in epochs so far, validation apart.
+        wait_seconds: the part of train_seconds that was spent waiting for batches.
+        validation_seconds: spent in validations so far.
+        evaluations: one per validation.
+        curve: one dict per validation: epoch, train_seconds so far, top1, val_loss.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: nn.Module,
+        objective: Objective,
+        *,
+        train_loader: Loader,
+        val_loader: Loader,
+        device: torch.device,
+        log: RunLog,
+    ) -> None:
+        self.train_seconds = 0.0
+        self.wait_seconds = 0.0
+        self.validation_seconds = 0.0
+        self.evaluations: list[Evaluation] = []
+        self.curve: list[dict[str, float]] = []
+        self._recipe = recipe
+        self._student = student
+        self._objective = objective
+        self._train_loader = train_loader
+        self._val_loader = val_loader
+        self._device = device
+        self._log = log
+        self._step = 0
+        self._optimizer = make_optimizer(student, recipe.schedule)
+        self._scheduler = make_scheduler(
+            self._optimizer, recipe.schedule, steps_per_epoch=len(train_loader)
+        )
+
+    def run(self) -> None:
+        """Train for all epochs of the recipe.
+
+        Raises:
+            TrainingError: the loss is no longer a finite number.
+        """
+        epochs = self._recipe.schedule.epochs
+        for epoch in range(epochs):
+            self._train_epoch(epoch)
+            if epoch + 1 == epochs or (epoch + 1) % self._recipe.run.validate_every == 0:
+                self._validate(epoch)
+
+    def _train_epoch(self, epoch: int) -> None:
+        """One pass over the rows; losses stay on the device between two lines of the log."""
+        self._student.train()
+        self._train_loader.set_epoch(epoch)
+        started = time.perf_counter()
+        losses: list[Tensor] = []
+        batches = track(
+            self._timed_batches(),
+            description=f"epoch {epoch + 1}/{self._recipe.schedule.epochs}",
+            total=len(self._train_loader) * self._train_loader.batch_size,
+            unit="images",
+            step=self._train_loader.batch_size,
+        )
+        for images, labels in batches:
+            losses.append(self._update(images, labels))
+            self._step += 1
+            if self._step % self._recipe.run.log_every == 0:
+                self._log_losses(epoch, losses)
+        self._log_losses(epoch, losses)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.train_seconds += time.perf_counter() - started
+
+    def _timed_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch; the time until each arrives is waiting time."""
+        asked = time.perf_counter()
+        for batch in self._train_loader:
+            self.wait_seconds += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+        self.wait_seconds += time.perf_counter() - asked
+
+    def _update(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimiser step; returns the loss, still on the device."""
+        with self._autocast():
+            loss = self._objective(images, self._student(images), labels)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        self._scheduler.step()
+        return loss.detach()
+
+    def _log_losses(self, epoch: int, losses: list[Tensor]) -> None:
+        """Write the mean of the losses since the last line, and forget them."""
+        if not losses:
+            return
+        mean = float(torch.stack(losses).mean())
+        losses.clear()
+        if not mean - mean == 0:  # neither NaN nor infinite
+            raise TrainingError(
+                f"the loss is {mean} within the last {self._recipe.run.log_every} steps before "
+                f"step {self._step} (epoch {epoch + 1}). Lower schedule.learning_rate "
+                f"({self._recipe.schedule.learning_rate})."
+            )
+        learning_rate = self._scheduler.get_last_lr()[0]
+        self._log.write(step=self._step, epoch=epoch, loss=mean, learning_rate=float(learning_rate))
+
+    def _validate(self, epoch: int) -> None:
+        """Evaluate the student and add a point to the curve."""
+        started = time.perf_counter()
+        with self._autocast():
+            evaluation = evaluate(self._student, self._val_loader)
+        self.validation_seconds += time.perf_counter() - started
+        self.evaluations.append(evaluation)
+        point = {"top1": evaluation.top1, "val_loss": evaluation.loss}
+        self.curve.append({"epoch": epoch + 1, "train_seconds": self.train_seconds, **point})
+        self._log.write(step=self._step, epoch=epoch + 1, **point)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """bf16 where the recipe asks for it and CUDA has it; else plain float32."""
+        precision = self._recipe.run.precision
+        enabled = self._device.type == "cuda" and (
+            precision == "bf16" or (precision == "auto" and torch.cuda.is_bf16_supported())
+        )
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,200 @@
+"""From a recipe to a student: opens what the recipe names, trains, writes the run's folder."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.artifacts.subset import Subset
+from fastprune.distillation.loop import TrainingLoop
+from fastprune.distillation.losses import LogitReshaper
+from fastprune.distillation.objective import Objective, plain_objective, teacher_objective
+from fastprune.distillation.result import Result
+from fastprune.distillation.runlog import RunLog
+from fastprune.errors import ArtifactMismatch, RecipeError
+from fastprune.loading.loader import Loader
+from fastprune.networks import build_network, load_weights, save_weights
+from fastprune.recipe import NetworkSettings, Recipe, load_recipe
+
+
+def distill(recipe: Recipe | str | Path) -> Result:
+    """Train a student as a recipe says, and write the run's folder.
+
+    The folder gets recipe.json (as resolved), metrics.jsonl, TensorBoard events,
+    student.safetensors and, last, result.json.
+
+    Args:
+        recipe: settings, or the TOML file that holds them.
+
+    Returns:
+        What the run cost and what it reached; the same as in result.json.
+
+    Raises:
+        RecipeError: a setting does not fit the data, or the folder holds a finished run.
+        ArtifactMismatch: subset, train and val beton do not belong together.
+        TrainingError: the loss is no longer a finite number.
+    """
+    started = time.perf_counter()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    device = _device(recipe.run.device)
+    train_loader, val_loader = _open_loaders(recipe, device)
+    _prepare_folder(recipe)
+    # The student's weights depend on the seed alone, whatever was built before.
+    torch.manual_seed(recipe.run.seed)
+    student = _build(recipe.student, train_loader.num_classes, recipe, device)
+    objective = _make_objective(recipe, train_loader.num_classes, device)
+    train_loader.warm_up()
+    val_loader.warm_up()
+    startup_seconds = time.perf_counter() - started
+    with RunLog(recipe.run.out) as log:
+        loop = TrainingLoop(
+            recipe,
+            student,
+            objective,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            device=device,
+            log=log,
+        )
+        loop.run()
+    student_path = recipe.run.out / "student.safetensors"
+    with atomic_path(student_path) as temporary:
+        save_weights(student, temporary)
+    result = Result(
+        name=recipe.run.name or recipe.run.out.resolve().name,
+        seed=recipe.run.seed,
+        rows=train_loader.num_rows,
+        epochs=recipe.schedule.epochs,
+        startup_seconds=startup_seconds,
+        train_seconds=loop.train_seconds,
+        validation_seconds=loop.validation_seconds,
+        total_seconds=time.perf_counter() - started,
+        data_wait_share=loop.wait_seconds / loop.train_seconds,
+        top1_last=loop.evaluations[-1].top1,
+        top1_best=max(evaluation.top1 for evaluation in loop.evaluations),
+        top5_last=loop.evaluations[-1].top5,
+        curve=loop.curve,
+        student=student_path,
+    )
+    result.save(recipe.run.out)
+    return result
+
+
+def _prepare_folder(recipe: Recipe) -> None:
+    """Make the run's folder and write the resolved recipe into it."""
+    folder = recipe.run.out
+    if (folder / "result.json").exists():
+        raise RecipeError(
+            f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"run.out = {str(folder)!r} cannot be made: {error.strerror}.") from error
+    write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+
+
+def _device(name: str) -> torch.device:
+    """The device that a recipe names; "auto" is CUDA where it is there."""
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"run.device = {name!r} is no device of torch.") from error
+    if device.type == "cuda" and not cuda:
+        raise RecipeError(f"run.device = {name!r}, but torch sees no CUDA device here.")
+    return device
+
+
+def _open_loaders(recipe: Recipe, device: torch.device) -> tuple[Loader, Loader]:
+    """The loaders of both betons, which must have the same classes."""
+    data = recipe.data
+    train = Loader(
+        data.train,
+        data.subset,
+        batch_size=data.batch_size,
+        train=True,
+        device=device,
+        image_size=data.image_size,
+        augment=data.augment,
+        seed=recipe.run.seed,
+        num_workers=data.num_workers,
+    )
+    val = Loader(
+        data.val,
+        batch_size=data.batch_size,
+        train=False,
+        device=device,
+        image_size=data.image_size,
+        num_workers=data.num_workers,
+    )
+    _require_same_classes(train, val)
+    if len(train) == 0:
+        raise RecipeError(
+            f"data.batch_size = {data.batch_size}, but only {train.num_rows} rows are kept: "
+            "an epoch would have no full batch. Choose a smaller batch."
+        )
+    return train, val
+
+
+def _require_same_classes(train: Loader, val: Loader) -> None:
+    """Refuse betons whose labels do not mean the same, as far as they tell."""
+    ours, theirs = train.class_names, val.class_names
+    if ours is not None and theirs is not None and ours != theirs:
+        pairs = zip(ours, theirs, strict=False)
+        differing = [i for i, (a, b) in enumerate(pairs) if a != b]
+        detail = (
+            f"class {differing[0]} is {ours[differing[0]]!r} and {theirs[differing[0]]!r}"
+            if differing
+            else f"{len(ours)} and {len(theirs)} classes"
+        )
+    elif train.num_classes != val.num_classes:
+        detail = f"{train.num_classes} and {val.num_classes} classes"
+    else:
+        return
+    raise ArtifactMismatch(
+        f"{train.path} and {val.path} have different classes: {detail}. "
+        "Convert both from folders with the same class names."
+    )
+
+
+def _build(
+    settings: NetworkSettings, num_classes: int, recipe: Recipe, device: torch.device
+) -> nn.Module:
+    """A network on the device, with its checkpoint where it has one."""
+    network = build_network(settings.network, num_classes=num_classes)
+    if settings.checkpoint is not None:
+        load_weights(network, settings.checkpoint)
+    layout = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    return network.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def _make_objective(recipe: Recipe, num_classes: int, device: torch.device) -> Objective:
+    """What the recipe minimises, with its teacher loaded and frozen."""
+    if recipe.teacher is None:
+        return plain_objective(recipe.loss)
+    teacher = _build(recipe.teacher, num_classes, recipe, device).eval().requires_grad_(False)
+    return teacher_objective(teacher, recipe.loss, _make_reshaper(recipe, num_classes, device))
+
+
+def _make_reshaper(recipe: Recipe, num_classes: int, device: torch.device) -> LogitReshaper | None:
+    """The reshaper with the class std that the subset carries, where the recipe asks for it."""
+    if recipe.loss.reshaping != "class_std":
+        return None
+    assert recipe.data.subset is not None, "the recipe is validated"
+    class_std = Subset.load(recipe.data.subset).class_std
+    if class_std is None:
+        raise RecipeError(
+            f"loss.reshaping = 'class_std', but {recipe.data.subset} carries no class std. "
+            "Make the subset with `fastprune select`, or set loss.reshaping to 'none'."
+        )
+    if len(class_std) != num_classes:
+        raise ArtifactMismatch(
+            f"{recipe.data.subset} has the class std of {len(class_std)} classes, but "
+            f"{recipe.data.train} has {num_classes}. Select again from scores of this beton."
+        )
+    return LogitReshaper(class_std).to(device)

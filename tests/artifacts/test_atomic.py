@@ -1,0 +1,68 @@
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.errors import ArtifactError
+
+
+def test_file_appears_only_when_the_block_succeeds(tmp_path):
+    path = tmp_path / "artifact"
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_block_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "artifact"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half-way"), atomic_path(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError("half-way")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_folder_is_named_with_the_cure(tmp_path):
+    with pytest.raises(ArtifactError, match=r"folder .*nowhere does not exist\. Create it"):
+        write_text(tmp_path / "nowhere" / "artifact", "text")
+
+
+def test_full_disk_is_named_and_nothing_is_left_behind(tmp_path):
+    # A file size limit stands in for a full disk; it must not outlive this process.
+    script = (
+        "import sys\n"
+        "from fastprune.artifacts.atomic import write_text\n"
+        "from fastprune.errors import ArtifactError\n"
+        "try:\n"
+        "    write_text(sys.argv[1], 'x' * 100_000)\n"
+        "except ArtifactError as error:\n"
+        "    print(error)\n"
+    )
+
+    def limit_files_to_one_kilobyte() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+    path = tmp_path / "artifact"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=limit_files_to_one_kilobyte,
+    )
+    assert f"cannot write {path}: File too large" in done.stdout
+    assert "Nothing was left behind" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_place_that_refuses_the_file_is_named(tmp_path):
+    (tmp_path / "artifact").mkdir()
+    with pytest.raises(ArtifactError, match=r"cannot write .*artifact: Is a directory"):
+        write_text(tmp_path / "artifact", "text")
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["artifact"]

@@ -1,0 +1,71 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.errors import ArtifactError, InvalidValueError
+
+
+@pytest.fixture
+def table():
+    return ScoreTable(
+        labels=np.array([0, 2, 0], dtype=np.int64),
+        metrics={
+            "centroid": np.array([0.5, np.pi, 2.0], dtype=np.float32),
+            "loss": np.array([1e-30, 7.0, 0.1], dtype=np.float32),
+        },
+        predictions=np.array([0, 2, 1], dtype=np.int64),
+        class_std=np.array([1.25, np.nan, 0.1]),
+        class_counts=np.array([2, 0, 1], dtype=np.int64),
+        fingerprint=Fingerprint(3, "a" * 32, "b" * 32),
+        teacher={"network": "resnet20"},
+        view={"image_size": 64},
+    )
+
+
+def test_table_comes_back_bit_for_bit(tmp_path, table):
+    table.save(tmp_path / "scores.parquet")
+    loaded = ScoreTable.load(tmp_path / "scores.parquet")
+    for name in ("labels", "predictions", "class_std", "class_counts"):
+        saved, found = getattr(table, name), getattr(loaded, name)
+        assert found.dtype == saved.dtype
+        np.testing.assert_array_equal(found, saved)
+    assert list(loaded.metrics) == ["centroid", "loss"]
+    for name, values in table.metrics.items():
+        assert loaded.metrics[name].dtype == np.float32
+        np.testing.assert_array_equal(loaded.metrics[name], values)
+    assert (loaded.fingerprint, loaded.teacher, loaded.view) == (
+        table.fingerprint,
+        table.teacher,
+        table.view,
+    )
+
+
+def test_ordinary_tools_read_the_columns(tmp_path, table):
+    table.save(tmp_path / "scores.parquet")
+    columns = pq.read_table(tmp_path / "scores.parquet").column_names
+    assert columns == ["row", "label", "prediction", "centroid", "loss"]
+
+
+def test_unknown_metric_is_refused_with_the_known_ones(table):
+    with pytest.raises(InvalidValueError, match=r"metric 'el2n' .* it has centroid, loss"):
+        table.metric("el2n")
+
+
+def test_missing_table_is_named_with_the_cure(tmp_path):
+    with pytest.raises(ArtifactError, match=r"nowhere\.parquet does not exist\. Make it with"):
+        ScoreTable.load(tmp_path / "nowhere.parquet")
+
+
+def test_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "scores.parquet").write_bytes(b"text")
+    with pytest.raises(ArtifactError, match=r"scores\.parquet is no score table"):
+        ScoreTable.load(tmp_path / "scores.parquet")
+
+
+def test_parquet_of_somebody_else_is_named(tmp_path):
+    pq.write_table(pa.table({"row": [0, 1]}), tmp_path / "scores.parquet")
+    with pytest.raises(ArtifactError, match=r"scores\.parquet is no score table"):
+        ScoreTable.load(tmp_path / "scores.parquet")

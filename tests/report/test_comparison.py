@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastprune.errors import ArtifactError
+from fastprune.report.comparison import KeptPicture, RunPicture, draw_comparison
+
+CURVE = [{"train_seconds": 1.0, "top1": 0.3}, {"train_seconds": 2.0, "top1": 0.6}]
+
+
+@pytest.fixture
+def picture():
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    runs = [RunPicture("full", CURVE, 0.0, 2.0, 0.5), RunPicture("medium", CURVE, 0.3, 1.0, 0.5)]
+    scores = generator.random(100, dtype=np.float32)
+    kept = KeptPicture("centroid", scores, np.arange(50), {"easy": [(pixels, 0.1)] * 3})
+    return runs, kept
+
+
+def test_comparison_is_a_png_with_the_colours_of_both_runs(tmp_path, picture):
+    draw_comparison(tmp_path / "report.png", *picture)
+    with Image.open(tmp_path / "report.png") as image:
+        assert image.format == "PNG"
+        colors = {tuple(color) for color in np.asarray(image.convert("RGB")).reshape(-1, 3)}
+    assert {(0x4C, 0x72, 0xB0), (0xDD, 0x84, 0x52)} <= colors
+
+
+def test_comparison_names_a_folder_that_does_not_exist(tmp_path, picture):
+    with pytest.raises(ArtifactError, match=r"the folder .*nowhere does not exist"):
+        draw_comparison(tmp_path / "nowhere" / "report.png", *picture)
