@@ -1,0 +1,173 @@
+"""Every network that fastprune builds by name."""
+
+import difflib
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from fastprune.errors import InvalidValueError, MissingDependencyError
+from fastprune.networks import resnet_large, resnet_small, vgg_small
+from fastprune.networks.mobilenet import MobileNetV1, SmallMobileNetV2
+from fastprune.networks.resnet_large import LargeResNet
+from fastprune.networks.resnet_small import SmallResNet
+from fastprune.networks.resnet_wide import WideResNet
+from fastprune.networks.shufflenet import SmallShuffleNetV1, SmallShuffleNetV2
+from fastprune.networks.vgg_small import SmallVGG
+
+_WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
+
+SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    **{
+        f"resnet{depth}": partial(SmallResNet, depth, resnet_small.NARROW)
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
+    **{f"resnet{depth}x4": partial(SmallResNet, depth, resnet_small.WIDE) for depth in (8, 32)},
+    "ResNet18": partial(LargeResNet, resnet_large.BasicBlock, (2, 2, 2, 2)),
+    "ResNet34": partial(LargeResNet, resnet_large.BasicBlock, (3, 4, 6, 3)),
+    "ResNet50": partial(LargeResNet, resnet_large.Bottleneck, (3, 4, 6, 3)),
+    **{f"vgg{depth}": partial(SmallVGG, depth) for depth in vgg_small.CONVOLUTIONS},
+    "MobileNetV1": MobileNetV1,
+    "MobileNetV2": partial(SmallMobileNetV2, 0.5),
+    "mobile_half": partial(SmallMobileNetV2, 0.5),
+    "mobile_full": partial(SmallMobileNetV2, 1.0),
+    "ShuffleV1": SmallShuffleNetV1,
+    "ShuffleV2": SmallShuffleNetV2,
+}
+
+
+def build_network(name: str, *, num_classes: int, weights: str | None = None) -> nn.Module:
+    """Build a network by name, with random or published weights.
+
+    Args:
+        name: a small network of the distillation literature (`resnet8x4`, `wrn_40_2`, `vgg13`,
+            `MobileNetV2`, `ShuffleV1`, ...), a torchvision classifier (`resnet50`, or
+            `torchvision:vgg13` where a small network has the same name), `timm:NAME`, or a
+            factory of yours, `package.module:function`, called with `num_classes=`.
+        num_classes: C, the logits per image.
+        weights: published weights: a member of the weights enum of a torchvision network, such
+            as `IMAGENET1K_V2` or `DEFAULT`; `pretrained` for timm. None starts at random.
+
+    Returns:
+        A module from (B, 3, H, W) images to (B, C) logits, in training mode, on the CPU.
+
+    Raises:
+        InvalidValueError: no such network, fewer than one class, or no such weights.
+        MissingDependencyError: timm is asked for and not installed.
+    """
+    if num_classes < 1:
+        raise InvalidValueError(f"num_classes ({num_classes}) must be at least 1.")
+    source, _, rest = name.partition(":")
+    if source == "timm":
+        return _timm_network(rest, num_classes, weights)
+    if source == "torchvision":
+        return _torchvision_network(rest, num_classes, weights)
+    if rest:
+        return _factory_network(name, num_classes, weights)
+    small = _small_network(name)
+    if small is None:
+        return _torchvision_network(name, num_classes, weights)
+    _refuse_weights(name, weights)
+    return small(num_classes)
+
+
+def _small_network(name: str) -> Callable[[int], nn.Module] | None:
+    """The builder of a small network, or None where no small network is named so."""
+    wide = _WIDE_RESNET.fullmatch(name)
+    if wide is None:
+        return SMALL_NETWORKS.get(name)
+    depth, widen_factor = int(wide[1]), int(wide[2])
+    if depth < 10 or (depth - 4) % 6 or widen_factor < 1:
+        raise InvalidValueError(
+            f"network {name!r}: the depth must be 10, 16, 22, ... (6n + 4) and the width at "
+            "least 1, as in wrn_16_2 or wrn_40_2."
+        )
+    return partial(WideResNet, depth, widen_factor)
+
+
+def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
+    """A classifier of torchvision."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise InvalidValueError(f"network {name!r} is not known.{_nearest(name, known)}")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary classifiers would make forward() return more than the logits.
+        options |= {"aux_logits": weights is not None, "init_weights": weights is None}
+    if weights is None:
+        network: nn.Module = models.get_model(name, weights=None, **options)
+        return network
+    members = models.get_model_weights(name)
+    if weights not in members.__members__:
+        raise InvalidValueError(
+            f"weights {weights!r} are not among those of {name}: {', '.join(members.__members__)}."
+        )
+    published = members[weights]
+    published_classes = len(published.meta["categories"])
+    if published_classes != num_classes:
+        raise InvalidValueError(
+            f"{name} with weights {weights} has {published_classes:,} classes, but {num_classes:,} "
+            "are wanted. Take a checkpoint that was trained on these classes."
+        )
+    return models.get_model(name, weights=published)  # type: ignore[no-any-return]
+
+
+def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
+    """A classifier of timm."""
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"network timm:{name} needs timm, which is not installed. Install fastprune[timm]."
+        ) from error
+    if weights not in (None, "pretrained"):
+        raise InvalidValueError(f"weights {weights!r}: for timm networks say 'pretrained'.")
+    if name.partition(".")[0] not in timm.list_models():
+        hint = _nearest(name, timm.list_models(), prefix="timm:")
+        raise InvalidValueError(f"network 'timm:{name}' is not known.{hint}")
+    network: nn.Module = timm.create_model(
+        name, pretrained=weights is not None, num_classes=num_classes
+    )
+    return network
+
+
+def _factory_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
+    """What the user's own function returns."""
+    _refuse_weights(name, weights)
+    module_name, _, function_name = name.partition(":")
+    try:
+        factory = getattr(import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise InvalidValueError(
+            f"network factory {name!r} cannot be imported ({error}). Name it as "
+            "package.module:function, importable from the current Python path."
+        ) from error
+    network = factory(num_classes=num_classes)
+    if not isinstance(network, nn.Module):
+        raise InvalidValueError(
+            f"network factory {name!r} returned a {type(network).__name__}; it must return a "
+            "torch.nn.Module."
+        )
+    return network
+
+
+def _refuse_weights(name: str, weights: str | None) -> None:
+    """Only torchvision and timm publish weights by name."""
+    if weights is not None:
+        raise InvalidValueError(
+            f"weights {weights!r}: {name} has no published weights. Give a checkpoint file."
+        )
+
+
+def _nearest(name: str, others: list[str], *, prefix: str = "") -> str:
+    """A hint at the known name that looks most like the one asked for."""
+    known = [prefix + other for other in others]
+    if not prefix:
+        known += [*SMALL_NETWORKS, "wrn_40_2", "wrn_16_2", "wrn_40_1"]
+    close = difflib.get_close_matches(prefix + name, known, n=1, cutoff=0.0)
+    return f" Did you mean {close[0]!r}?"

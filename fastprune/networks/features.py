@@ -1,0 +1,127 @@
+"""The penultimate features of any classifier, taken by a hook."""
+
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from fastprune.errors import InvalidValueError
+
+
+def classifier_name(network: nn.Module, *, num_classes: int) -> str:
+    """Find the layer that makes the logits: the last linear one with C outputs.
+
+    That is the classifier of every network that `build_network` makes; a 1x1 convolution counts
+    as linear (SqueezeNet). Its input is what is called the penultimate features.
+
+    Args:
+        network: any classifier.
+        num_classes: C.
+
+    Returns:
+        The dotted name of the layer, as in `network.named_modules()`.
+
+    Raises:
+        InvalidValueError: the network has no such layer.
+    """
+    outputs = {
+        name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+        or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    }
+    names: list[str] = [name for name, count in outputs.items() if count == num_classes]
+    if not names:
+        last = next(reversed(outputs.items()), None)
+        found = f"its last linear layer, {last[0]!r}, has {last[1]:,}" if last else "it has none"
+        raise InvalidValueError(
+            f"{type(network).__name__} has no linear layer with {num_classes:,} outputs ({found}). "
+            "Take a teacher of these classes, or name the layer whose output are the features "
+            "(--feature-layer)."
+        )
+    return names[-1]
+
+
+class FeatureNetwork(nn.Module):
+    """A classifier that gives its features beside its logits.
+
+    Calling it with (B, 3, H, W) images returns (features (B, D), logits (B, C)). Feature maps
+    (B, D, H, W) are averaged over their positions. Use it as a context manager, or call `close`:
+    the hook stays on the wrapped network until then.
+
+    Attributes:
+        layer: the dotted name of the layer that was hooked.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, num_classes: int, feature_layer: str | None = None
+    ) -> None:
+        """Hook the network.
+
+        Args:
+            network: any classifier; it is used as it is, not copied.
+            num_classes: C.
+            feature_layer: the layer whose output are the features; by default the input of the
+                classifier is taken, found by `classifier_name`.
+
+        Raises:
+            InvalidValueError: the classifier is not found, or no layer is called so.
+        """
+        super().__init__()
+        self.network = network
+        self._features: Tensor | None = None
+        modules = dict(network.named_modules())
+        if feature_layer is None:
+            self.layer = classifier_name(network, num_classes=num_classes)
+            self._hook = modules[self.layer].register_forward_pre_hook(self._take_input)
+        elif feature_layer in modules:
+            self.layer = feature_layer
+            self._hook = modules[feature_layer].register_forward_hook(self._take_output)
+        else:
+            raise InvalidValueError(
+                f"feature layer {feature_layer!r} is not in {type(network).__name__}; its outer "
+                f"layers are {', '.join(name for name, _ in network.named_children())}."
+            )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> features (B, D), logits (B, C)."""
+        logits = self.network(images)
+        features, self._features = self._features, None
+        if features is None:
+            raise InvalidValueError(
+                f"layer {self.layer!r} was not used in the forward pass, so there are no features. "
+                "Name a layer that is (--feature-layer)."
+            )
+        return _as_rows(features, self.layer), logits
+
+    def close(self) -> None:
+        """Take the hook off the network."""
+        self._hook.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _take_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the classifier."""
+        del module
+        self._features = inputs[0]
+
+    def _take_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of a named layer."""
+        del module, inputs
+        self._features = output
+
+
+def _as_rows(features: Any, layer: str) -> Tensor:
+    """One vector per image, averaged over the positions of a feature map."""
+    if isinstance(features, Tensor) and features.ndim == 4:
+        return features.mean(dim=(2, 3))
+    if isinstance(features, Tensor) and features.ndim == 2:
+        return features
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    raise InvalidValueError(
+        f"the features of layer {layer!r} are {shape}; they must be (B, D) or (B, D, H, W). "
+        "Name another layer (--feature-layer)."
+    )

@@ -1,0 +1,148 @@
+"""Weights of networks in files: safetensors, and PyTorch checkpoints without running pickles."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastprune.errors import ArtifactError
+
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
+_WRAPPERS = ("module.", "_orig_mod.")
+_NAMES_SHOWN = 3
+
+
+def save_weights(
+    network: nn.Module, path: str | Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write the weights as safetensors.
+
+    The file is written in place; give a temporary path (`atomic_path`) where readers may look.
+
+    Args:
+        network: any module.
+        path: where to; by custom it ends in .safetensors.
+        metadata: texts kept in the file's header, such as the network's name.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network).items()}
+    save_file(state, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load weights into a network, every one of them or none.
+
+    Args:
+        network: the network that the weights are of.
+        path: a .safetensors file, or a PyTorch checkpoint: a state dict, or a dict that holds one
+            under `state_dict`, `model`, `model_state_dict`, `net` or `network` (RepDistiller,
+            timm, torchvision's references). The prefixes of DistributedDataParallel and
+            torch.compile are taken off. Pickled code is never run (`weights_only=True`).
+
+    Raises:
+        ArtifactError: the file is missing or unreadable, or its names or shapes are not the
+            network's.
+    """
+    state = _unwrapped(_read(Path(path)))
+    own = _state(network)
+    faults = [
+        _names("missing", own.keys() - state.keys()),
+        _names("unexpected", state.keys() - own.keys()),
+        _shapes(own, state),
+    ]
+    if any(faults):
+        raise ArtifactError(
+            f"{path} does not fit {type(network).__name__}: {'; '.join(filter(None, faults))}. "
+            "Name the network that the checkpoint was made from, with its number of classes."
+        )
+    network.load_state_dict(state)
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Identify the weights of a network.
+
+    Returns:
+        32 hex digits of BLAKE2b-128 over the name, dtype, shape and bytes of every tensor of the
+        state dict, sorted by name.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(_state(network).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the prefixes of wrappers."""
+    return _unwrapped(network.state_dict())
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
+    except pickle.UnpicklingError as error:
+        raise ArtifactError(
+            f"{path} holds more than tensors and plain values, which could run code when it is "
+            "read. Save its state dict alone: "
+            "torch.save(torch.load(path, weights_only=False)['model'], 'clean.pt')."
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error
+    return _find_state(content, path)
+
+
+def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The dict of tensors in what a checkpoint holds."""
+    candidates = [content]
+    if isinstance(content, dict):
+        candidates += [content[name] for name in _CONTAINERS if name in content]
+    for candidate in candidates:
+        if (
+            isinstance(candidate, dict)
+            and candidate
+            and all(isinstance(value, Tensor) for value in candidate.values())
+        ):
+            return candidate
+    keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    raise ArtifactError(
+        f"{path} holds no state dict (found: {keys[:200]}). Save the network with "
+        "torch.save(network.state_dict(), path)."
+    )
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes that DistributedDataParallel and torch.compile add."""
+    for prefix in _WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            return _unwrapped({name.removeprefix(prefix): state[name] for name in state})
+    return state
+
+
+def _names(kind: str, names: set[str]) -> str:
+    """`2 missing (fc.bias, fc.weight)`; a few names, then a count."""
+    if not names:
+        return ""
+    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{len(names)} {kind} ({shown}{more})"
+
+
+def _shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """`fc.weight is (100, 64), not (10, 64)`; a few tensors, then a count."""
+    wrong = [n for n in own if n in state and own[n].shape != state[n].shape]
+    shown = ", ".join(
+        f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        for name in wrong[:_NAMES_SHOWN]
+    )
+    more = f" and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
+    return shown + more

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+
+from fastprune.errors import ArtifactError
+from fastprune.networks import build_network, load_weights, save_weights, weights_digest
+
+
+def network(seed=0, name="resnet8", num_classes=10):
+    torch.manual_seed(seed)
+    return build_network(name, num_classes=num_classes)
+
+
+def same_weights(first, second):
+    return weights_digest(first) == weights_digest(second)
+
+
+def test_safetensors_round_trip_keeps_every_weight(tmp_path):
+    saved, loaded = network(1), network(2)
+    save_weights(saved, tmp_path / "net.safetensors", metadata={"network": "resnet8"})
+    load_weights(loaded, tmp_path / "net.safetensors")
+    assert same_weights(saved, loaded)
+
+
+def test_channels_last_weights_are_saved_too(tmp_path):
+    saved, loaded = network(1).to(memory_format=torch.channels_last), network(2)
+    save_weights(saved, tmp_path / "net.safetensors")
+    load_weights(loaded, tmp_path / "net.safetensors")
+    assert same_weights(saved, loaded)
+
+
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "model_state_dict", "net"])
+def test_checkpoint_is_read_whatever_holds_its_weights(tmp_path, key):
+    saved, loaded = network(1), network(2)
+    state = saved.state_dict()
+    content = state if key is None else {"epoch": 240, "accuracy": torch.tensor(0.7), key: state}
+    torch.save(content, tmp_path / "net.pth")
+    load_weights(loaded, tmp_path / "net.pth")
+    assert same_weights(saved, loaded)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
+    saved, loaded = network(1), network(2)
+    torch.save({prefix + k: v for k, v in saved.state_dict().items()}, tmp_path / "net.pth")
+    load_weights(loaded, tmp_path / "net.pth")
+    assert same_weights(saved, loaded)
+
+
+def test_digest_is_that_of_the_wrapped_network():
+    plain = network(1)
+    assert weights_digest(plain) == weights_digest(nn.DataParallel(plain))
+    assert weights_digest(plain) != weights_digest(network(2))
+
+
+def test_missing_and_unexpected_keys_are_named_and_counted(tmp_path):
+    torch.save(network(name="resnet14").state_dict(), tmp_path / "net.pth")
+    with pytest.raises(
+        ArtifactError,
+        match=r"36 unexpected \(layer1\.1\.bn1\.bias, .* and 33 more\)\. Name the network",
+    ):
+        load_weights(network(name="resnet8"), tmp_path / "net.pth")
+    torch.save({"fc.weight": torch.zeros(10, 64), "fc.other": torch.zeros(1)}, tmp_path / "few.pth")
+    with pytest.raises(ArtifactError, match=r"55 missing \(.*\); 1 unexpected \(fc\.other\)"):
+        load_weights(network(), tmp_path / "few.pth")
+
+
+def test_checkpoint_of_another_class_count_is_refused_and_nothing_is_loaded(tmp_path):
+    target = network(2)
+    before = weights_digest(target)
+    torch.save(network(1, num_classes=100).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(
+        ArtifactError, match=r"fc\.weight is \(100, 64\), not \(10, 64\).*number of classes"
+    ):
+        load_weights(target, tmp_path / "net.pth")
+    assert weights_digest(target) == before
+
+
+def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    torch.save({"model": network()}, tmp_path / "net.pth")
+    with pytest.raises(ArtifactError, match=r"more than tensors.*Save its state dict alone"):
+        load_weights(network(), tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [({"epoch": 3}, "found: epoch"), ([1], "found: list")]
+)
+def test_checkpoint_without_weights_is_refused(tmp_path, content, found):
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(ArtifactError, match=f"no state dict \\({found}\\).*torch.save"):
+        load_weights(network(), tmp_path / "net.pth")
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"none\.pth does not exist"):
+        load_weights(network(), tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_checkpoint_is_named(tmp_path, suffix):
+    (tmp_path / f"net{suffix}").write_bytes(b"PK\x03\x04 no checkpoint at all")
+    with pytest.raises(ArtifactError, match=r"net\..* is no readable checkpoint"):
+        load_weights(network(), tmp_path / f"net{suffix}")
