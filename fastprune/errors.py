@@ -21,6 +21,10 @@ class ConversionError(FastpruneError):
     """An image or an image folder cannot be converted."""
 
 
+class JpegError(FastpruneError):
+    """The bytes of an image are no whole JPEG."""
+
+
 class ArtifactMismatch(FastpruneError):  # noqa: N818 - the name is part of the public contract
     """Two artifacts were made from different images."""
 

@@ -1,0 +1,280 @@
+"""A beton in the making: where every image goes, and what frames the pages in the end."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fastprune.artifacts.fingerprint import Fingerprint, content_digest, structure_digest
+from fastprune.beton import layout
+from fastprune.beton.journal import Journal
+from fastprune.beton.manifest import SCHEMA
+from fastprune.beton.pages import PageCursor
+from fastprune.beton.sources import Listing
+from fastprune.beton.transcode import ACTIONS, SKIPPED
+from fastprune.beton.workers import CHUNKS_PER_WORKER, RECORD, Prepared, WorkerError, WorkerPool
+from fastprune.errors import ConversionError
+
+FIELDS = (layout.Field("image", "image"), layout.Field("label", "int"))
+
+# One chunk of work. Neither number changes a byte of the result.
+_CHUNK_IMAGES = 64
+_CHUNK_BYTES = 4 << 20
+
+_MOST_CLASSES = 1_000_000
+_MANIFEST_LINES = 1 << 16
+
+
+@dataclass
+class Assembly:
+    """The images in the order of their rows, and how far each has come.
+
+    Attributes:
+        listing: the images of the source.
+        first_page: offset of the first page, in bytes.
+        order: (N,) the image of the source that comes at each position.
+        cursor: where the next image goes.
+        records: (N,) of dtype `RECORD`, by position.
+        offsets: (N,) int64 file offsets, by position; -1 for a skipped image.
+        reasons: why an image was transcoded or skipped, by position.
+        num_placed: positions that have their place.
+    """
+
+    listing: Listing
+    first_page: int
+    order: NDArray[np.int64]
+    cursor: PageCursor
+    records: NDArray[np.void]
+    offsets: NDArray[np.int64]
+    reasons: dict[int, str] = field(default_factory=dict)
+    num_placed: int = 0
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """(rows,) the position of every row."""
+        return np.flatnonzero(self.records["action"] != SKIPPED)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes by name, or one more than the largest label."""
+        names = self.listing.class_names
+        return len(names) if names else int(self.records["label"][self.kept].max()) + 1
+
+
+def start_assembly(listing: Listing, shuffle_seed: int | None, page_bytes: int) -> Assembly:
+    """An assembly without an image yet; its first page starts behind room for the metadata."""
+    count = len(listing)
+    order = np.arange(count, dtype=np.int64)
+    if shuffle_seed is not None:
+        order = np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(order)
+    metadata_bytes = count * layout.metadata_dtype(FIELDS).itemsize
+    first_page = layout.align_up(layout.metadata_start(len(FIELDS)) + metadata_bytes, page_bytes)
+    return Assembly(
+        listing=listing,
+        first_page=first_page,
+        order=order,
+        cursor=PageCursor(first_page, page_bytes),
+        records=np.zeros(count, RECORD),
+        offsets=np.full(count, -1, np.int64),
+    )
+
+
+def place(assembly: Assembly, records: NDArray[np.void], reasons: dict[int, str]) -> list[int]:
+    """Give the next images their places; return the file offsets, -1 for skipped images.
+
+    Raises:
+        WorkerError: a label is no class, or an image is too large for a page.
+    """
+    first = assembly.num_placed
+    positions = slice(first, first + len(records))
+    assembly.records[positions] = records
+    for position, record in enumerate(records, first):
+        if record["action"] != SKIPPED:
+            _require_class(assembly, position, int(record["label"]))
+            try:
+                assembly.offsets[position] = assembly.cursor.place(int(record["size"]))
+            except ConversionError as error:
+                raise WorkerError(str(error), position) from error
+    assembly.reasons.update({first + index: reason for index, reason in reasons.items()})
+    assembly.num_placed += len(records)
+    offsets: list[int] = assembly.offsets[positions].tolist()
+    return offsets
+
+
+def fill(assembly: Assembly, pool: WorkerPool, journal: Journal) -> Iterator[int]:
+    """Have the workers prepare and write all images that have no place yet.
+
+    An image's place depends on the sizes before it, so a worker reports sizes, keeps the data, and
+    writes when its turn has come; meanwhile it prepares the next chunk.
+
+    Yields:
+        The number of further images that are in the file, as it grows without gaps.
+    """
+    chunks = enumerate(_chunks(assembly))
+    sent: dict[int, range] = {}
+    prepared: dict[int, Prepared] = {}
+    written: set[int] = set()
+    load = [0] * len(pool)
+    next_placed = next_written = 0
+    reasons: dict[int, dict[int, str]] = {}
+    while True:
+        while min(load) < CHUNKS_PER_WORKER and (todo := next(chunks, None)):
+            number, sent[todo[0]] = todo
+            worker = load.index(min(load))
+            pool.prepare(worker, number, [_item(assembly, at) for at in sent[number]])
+            load[worker] += 1
+        if not any(load):
+            return
+        for report in pool.reports():
+            if isinstance(report, Prepared):
+                prepared[report.chunk] = report
+            else:
+                written.add(report.chunk)
+                load[report.worker] -= 1
+        while ready := prepared.pop(next_placed, None):
+            offsets = place(assembly, ready.records, ready.reasons)
+            pool.write(ready.worker, ready.chunk, offsets)
+            reasons[next_placed] = ready.reasons
+            next_placed += 1
+        while next_written in written:
+            positions = sent.pop(next_written)
+            records = assembly.records[positions.start : positions.stop]
+            journal.add(records, reasons.pop(next_written))
+            written.remove(next_written)
+            next_written += 1
+            yield len(positions)
+
+
+def frame(assembly: Assembly, path: Path) -> Fingerprint:
+    """Write what stands around the pages: metadata, label blocks, table, and the header last.
+
+    Returns:
+        The fingerprint of the finished beton, which is on the disk then.
+    """
+    kept = assembly.kept
+    records, offsets = assembly.records[kept], assembly.offsets[kept]
+    metadata = np.zeros(len(kept), layout.metadata_dtype(FIELDS))
+    metadata["f0"]["mode"] = layout.JPG
+    metadata["f0"]["width"], metadata["f0"]["height"] = records["width"], records["height"]
+    metadata["f0"]["data_ptr"] = offsets
+    metadata["f1"] = records["label"]
+    table = np.zeros(len(kept), layout.ALLOCATION)
+    table["sample_id"], table["ptr"] = np.arange(len(kept)), offsets
+    table["size"] = records["size"]
+    write_frame(path, FIELDS, metadata, table, assembly.cursor, assembly.num_classes)
+    structure = structure_digest(records["label"], records["width"], records["height"])
+    return Fingerprint(len(kept), structure, content_digest(records["source_crc32c"]))
+
+
+def write_frame(
+    path: Path,
+    fields: tuple[layout.Field, ...],
+    metadata: NDArray[np.void],
+    table: NDArray[np.void],
+    cursor: PageCursor,
+    num_classes: int,
+) -> None:
+    """Complete a file whose pages are written, and flush it to the disk."""
+    blocks_offset = layout.align_up(cursor.offset, layout.ALIGNMENT)
+    blocks = np.zeros((num_classes, layout.ALIGNMENT // 8), "<i8")
+    blocks[:, 0] = np.arange(num_classes)
+    table_offset = layout.align_up(blocks_offset + blocks.nbytes, cursor.page_bytes)
+    header = layout.pack_header(len(fields), cursor.page_bytes, len(metadata), table_offset)
+    with path.open("r+b") as file:
+        file.seek(layout.HEADER.itemsize)
+        file.write(layout.pack_descriptors(fields))
+        file.write(metadata.tobytes())
+        file.seek(blocks_offset)
+        file.write(blocks.tobytes())
+        file.seek(table_offset)
+        file.write(table.tobytes())
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        file.write(header)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def manifest_lines(assembly: Assembly) -> Iterator[pa.RecordBatch]:
+    """One line per row in row order, then one per skipped image."""
+    kept = assembly.kept
+    skipped = np.flatnonzero(assembly.records["action"] == SKIPPED)
+    positions = np.concatenate([kept, skipped])
+    for start in range(0, len(positions), _MANIFEST_LINES):
+        yield _lines(assembly, positions[start : start + _MANIFEST_LINES], start, len(kept))
+
+
+def _lines(
+    assembly: Assembly, positions: NDArray[np.int64], first_row: int, num_rows: int
+) -> pa.RecordBatch:
+    """The lines of some positions; those from `num_rows` on are skipped images."""
+    records, listing = assembly.records[positions], assembly.listing
+    sources, names = assembly.order[positions], listing.class_names
+    labels = records["label"].tolist()
+    rows = np.arange(first_row, first_row + len(positions))
+    no_row = rows >= num_rows
+
+    def known(values: NDArray[np.generic]) -> pa.Array:
+        return pa.array(values, mask=no_row)
+
+    columns = {
+        "row": known(rows),
+        "source_index": sources,
+        "source": [_utf8(listing.names[index]) for index in sources],
+        "label": labels,
+        "class_name": [None if names is None else _utf8(names[label]) for label in labels],
+        "bytes": known(records["size"]),
+        "width": known(records["width"].astype(np.int32)),
+        "height": known(records["height"].astype(np.int32)),
+        "action": [ACTIONS[action] for action in records["action"]],
+        "reason": [assembly.reasons.get(position) for position in positions.tolist()],
+        "source_crc32c": known(records["source_crc32c"]),
+        "stored_crc32c": known(records["stored_crc32c"]),
+    }
+    return pa.RecordBatch.from_arrays(
+        [pa.array(columns[entry.name], entry.type) for entry in SCHEMA], schema=SCHEMA
+    )
+
+
+def _utf8(name: str) -> str:
+    """A file name as text; bytes that are no UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _chunks(assembly: Assembly) -> Iterator[range]:
+    """Positions without a place, cut so that a chunk has not too many images nor bytes."""
+    start, total = assembly.num_placed, 0
+    sizes = assembly.listing.source_bytes
+    for position in range(start, len(assembly.order)):
+        total += int(sizes[assembly.order[position]])
+        if position + 1 - start == _CHUNK_IMAGES or total >= _CHUNK_BYTES:
+            yield range(start, position + 1)
+            start, total = position + 1, 0
+    if start < len(assembly.order):
+        yield range(start, len(assembly.order))
+
+
+def _item(assembly: Assembly, position: int) -> tuple[int, object, int]:
+    """What a worker is sent for one image."""
+    index = int(assembly.order[position])
+    labels = assembly.listing.labels
+    label = -1 if labels is None else int(labels[index])
+    return position, assembly.listing.locate(index), label
+
+
+def _require_class(assembly: Assembly, position: int, label: int) -> None:
+    """Refuse a label that names no class."""
+    names = assembly.listing.class_names
+    limit = _MOST_CLASSES if names is None else len(names)
+    if not 0 <= label < limit:
+        raise WorkerError(
+            f"its label is {label:,}, but labels must lie in [0, {limit:,}). Number the classes "
+            "from 0",
+            position,
+        )

@@ -1,0 +1,141 @@
+"""The journal of an unfinished conversion: what is in the partial file so far."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from fastprune.beton.transcode import SKIPPED
+from fastprune.beton.workers import RECORD
+from fastprune.errors import ConversionError
+
+_SECONDS_TO_LOCK = 5.0
+
+
+class Journal:
+    """The lock on a conversion and the record of its progress, one JSON line per chunk.
+
+    The first line has the settings and the identity of the source; each further line
+    [records, reasons] of the next images. The file is locked as long as the conversion or one of
+    its workers lives, so that no two write the same file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = self._open()
+        # Whoever held the lock may have removed the file meanwhile: lock the one that is there.
+        while not self._lock_is_on_the_path():
+            self._file.close()
+            self._file = self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path.exists() and self.path.stat().st_size == 0:
+            self.remove()
+        # Buffered lines that a full disk refused must not raise again here.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def read(self) -> tuple[dict[str, Any] | None, NDArray[np.void], dict[int, str]]:
+        """What an earlier run left: its settings, the records of its images, and the reasons.
+
+        A last line that was cut is left out. The settings are None where there are none.
+        """
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")[:-1]
+        records, reasons, count = [], {}, 0
+        try:
+            settings = json.loads(lines[0])
+            for line in lines[1:]:
+                values, texts = json.loads(line)
+                reasons.update({count + int(position): text for position, text in texts.items()})
+                records.append(np.array([tuple(value) for value in values], RECORD))
+                count += len(values)
+        except (IndexError, ValueError, TypeError):
+            if not lines:
+                return None, np.zeros(0, RECORD), {}
+            raise ConversionError(
+                f"{self.path} is no journal of a conversion. Remove it and start without --resume."
+            ) from None
+        return settings, np.concatenate([np.zeros(0, RECORD), *records]), reasons
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Empty the journal and write its first line."""
+        self._file.truncate(0)
+        self._append(settings)
+
+    def add(self, records: NDArray[np.void], reasons: dict[int, str]) -> None:
+        """Note that the data of the next images is in the file."""
+        self._append([records.tolist(), reasons])
+
+    def remove(self) -> None:
+        """Delete the file; the lock is kept until the journal is closed."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, line: object) -> None:
+        """Write a line through to the operating system, where it survives this process."""
+        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+
+    def _open(self) -> BinaryIO:
+        """Open the journal, or make an empty one."""
+        try:
+            return self.path.open("a+b")
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConversionError(
+                f"cannot write {self.path}: {reason}. Name a folder that exists and that you may "
+                "write to."
+            ) from error
+
+    def _lock_is_on_the_path(self) -> bool:
+        """Take the lock; then tell whether the locked file still has its name."""
+        self._lock()
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        return False
+
+    def _lock(self) -> None:
+        """Take the lock; the workers of a killed run may hold it for a moment longer."""
+        deadline = time.monotonic() + _SECONDS_TO_LOCK
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    return  # a file system without locks
+                if time.monotonic() > deadline:
+                    raise ConversionError(
+                        f"another conversion is writing {self.path.with_suffix('')}. Wait for it, "
+                        "or name another beton."
+                    ) from None
+                time.sleep(0.05)
+            else:
+                return
+
+
+def intact_rows(partial: Path, records: NDArray[np.void], offsets: list[int]) -> int:
+    """How many of the journal's images are whole in the partial file, from the first on.
+
+    A killed process leaves what it wrote, a crashed machine perhaps not: so nothing is believed
+    that the stored bytes' CRC-32C does not confirm.
+    """
+    with partial.open("rb") as file:
+        for item, (record, offset) in enumerate(zip(records, offsets, strict=True)):
+            if record["action"] == SKIPPED:
+                continue
+            file.seek(offset)
+            stored = file.read(int(record["size"]))
+            if google_crc32c.value(stored) != record["stored_crc32c"]:
+                return item
+    return len(records)

@@ -1,0 +1,206 @@
+"""One image on its way into a beton: copied as it is where possible, else made a JPEG."""
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fastprune.errors import ConversionError, JpegError
+from fastprune.jpeg.headers import MAX_SIDE, JpegHeader, is_jpeg, read_header
+
+COPIED, TRANSCODED, SKIPPED, FOUND = range(4)
+ACTIONS = ("copied", "transcoded", "skipped", "found")
+
+# EPS and the like are left out on purpose: reading them runs other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_GRAY_MODES = ("1", "L", "LA", "La")
+
+Content = bytes | Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettings:
+    """What is done to images; the same settings give the same bytes.
+
+    Attributes:
+        jpeg: "original" copies the bytes of a JPEG that every decoder here reads.
+        quality: JPEG quality of transcoded images, [1, 100].
+        max_side: images with a longer side, in pixels, are shrunk by area; None for no limit.
+        exif: "ignore" leaves the EXIF orientation in the bytes, as FFCV and torchvision expect;
+            "apply" turns the pixels and transcodes.
+        verify: whether every copied image is decoded once.
+    """
+
+    jpeg: str = "original"
+    quality: int = 95
+    max_side: int | None = None
+    exif: str = "ignore"
+    verify: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image as it will be stored.
+
+    Attributes:
+        data: a whole JPEG file.
+        width: in pixels.
+        height: in pixels.
+        action: `COPIED` or `TRANSCODED`.
+        reason: why it was transcoded; empty for a copy.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    action: int
+    reason: str
+
+
+def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
+    """Copy an image's bytes where every reader of a beton understands them, else transcode.
+
+    Args:
+        content: the bytes of an image file, a PIL image, or (H, W, 3) or (H, W) uint8 pixels.
+        settings: what is asked for.
+
+    Returns:
+        What to store.
+
+    Raises:
+        ConversionError: the image is damaged, of an unknown format, or too large; the text says
+            why but not where, which the caller knows.
+    """
+    if not isinstance(content, bytes):
+        return _transcode(_as_picture(content), settings, "pixels", subsampled=False)
+    if not content:
+        raise ConversionError("it is empty (0 bytes)")
+    if not is_jpeg(content):
+        picture = _open(content)
+        return _transcode(picture, settings, _describe(picture), subsampled=False)
+    try:
+        header = read_header(content)
+    except JpegError as error:
+        raise ConversionError(str(error)) from error
+    reason = _why_not_copied(header, settings)
+    if reason:
+        return _transcode(_open(content), settings, reason, subsampled=header.subsampled)
+    if settings.verify:
+        _load(_open(content))
+    return Prepared(content, header.width, header.height, COPIED, "")
+
+
+def source_bytes(content: Content) -> bytes:
+    """What the content fingerprint is made of: the file's bytes, or the pixels'."""
+    return content if isinstance(content, bytes) else np.asarray(content).tobytes()
+
+
+def _why_not_copied(header: JpegHeader, settings: ImageSettings) -> str:
+    """Why the bytes of a JPEG cannot stay as they are; empty if they can."""
+    if header.process not in ("baseline", "progressive") or header.precision != 8:
+        return f"{header.process} {header.precision}-bit JPEG"
+    if header.color not in ("gray", "ycbcr"):
+        return f"{header.color.upper()} JPEG"
+    if settings.exif == "apply" and header.orientation != 1:
+        return f"EXIF orientation {header.orientation}"
+    if settings.max_side and max(header.width, header.height) > settings.max_side:
+        return f"{header.width} x {header.height} pixels"
+    return ""
+
+
+def _describe(picture: Image.Image) -> str:
+    """The format and pixel kind of an image that is no JPEG."""
+    frames = getattr(picture, "n_frames", 1)
+    first = f", first of {frames} frames" if frames > 1 else ""
+    return f"{picture.format} of mode {picture.mode}{first}"
+
+
+def _as_picture(content: Image.Image | NDArray[Any]) -> Image.Image:
+    """Pixels from a dataset as a PIL image."""
+    if isinstance(content, Image.Image):
+        return content
+    if not isinstance(content, np.ndarray):
+        raise ConversionError(
+            f"it is a {type(content).__name__}, but must be a PIL image, uint8 pixels "
+            "(height, width, 3), or the bytes of an image file"
+        )
+    rgb_or_gray = content.ndim == 2 or (content.ndim == 3 and content.shape[2] == 3)
+    if content.dtype != np.uint8 or not rgb_or_gray or content.size == 0:
+        raise ConversionError(
+            f"its pixels are {content.dtype} of shape {content.shape}, but must be uint8 of shape "
+            "(height, width, 3) or (height, width)"
+        )
+    return Image.fromarray(content)
+
+
+def _open(content: bytes) -> Image.Image:
+    """Read an image's header with PIL; its pixels are not decoded yet."""
+    with warnings.catch_warnings():
+        # PIL warns of large images here; it refuses those that are twice as large.
+        warnings.simplefilter("ignore")
+        try:
+            return Image.open(io.BytesIO(content), formats=_FORMATS)
+        except UnidentifiedImageError as error:
+            raise ConversionError(
+                f"it is no image: it starts with {content[:12]!r}. Remove it, or leave it out "
+                "with --on-error skip"
+            ) from error
+        except Exception as error:  # PIL's plugins raise anything on damaged headers
+            raise ConversionError(f"its header cannot be read: {error}") from error
+
+
+def _load(picture: Image.Image) -> None:
+    """Decode the pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture.load()
+        except Exception as error:  # PIL's plugins raise anything on damaged data
+            raise ConversionError(
+                f"it cannot be decoded: {error}. Get it again, or leave it out with --on-error skip"
+            ) from error
+
+
+def _transcode(
+    picture: Image.Image, settings: ImageSettings, reason: str, *, subsampled: bool
+) -> Prepared:
+    """Decode, turn and shrink as asked, and encode as a JPEG."""
+    limit = settings.max_side or MAX_SIDE
+    if max(picture.size) > MAX_SIDE and not settings.max_side:
+        raise ConversionError(
+            f"it is {picture.width:,} x {picture.height:,} pixels, but a JPEG's sides end at "
+            f"{MAX_SIDE:,}. Shrink it with --max-side"
+        )
+    _load(picture)
+    if settings.exif == "apply":
+        picture = ImageOps.exif_transpose(picture)
+    picture = _rgb_or_gray(picture)
+    longest = max(picture.size)
+    if longest > limit:
+        width, height = (max(1, side * limit // longest) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    # Chroma keeps the resolution that it had: 4:2:0 (2) only where the source was subsampled.
+    picture.save(buffer, "JPEG", quality=settings.quality, subsampling=2 if subsampled else 0)
+    return Prepared(buffer.getvalue(), picture.width, picture.height, TRANSCODED, reason)
+
+
+def _rgb_or_gray(picture: Image.Image) -> Image.Image:
+    """The image in mode RGB or L; transparency is dropped, as torchvision's ImageFolder does."""
+    if picture.mode.startswith("I;16"):
+        # PIL would clip at 255 instead of scaling.
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ConversionError(
+            f"its pixels are 32-bit (mode {picture.mode}), whose range is not known. Save it with "
+            "8 or 16 bits"
+        )
+    if picture.mode in _GRAY_MODES:
+        return picture.convert("L")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")

@@ -1,0 +1,307 @@
+"""Supervised processes that prepare images and write them: none hangs, none fails unheard."""
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from fastprune.beton import layout
+from fastprune.beton.sources import Source
+from fastprune.beton.transcode import SKIPPED, ImageSettings, prepare_image, source_bytes
+from fastprune.errors import ConversionError
+
+# Chunks that a worker may hold: one in work, others waiting for their place in the file.
+CHUNKS_PER_WORKER = 3
+
+_SECONDS_TO_STOP = 5.0
+_MOST_BUFFERS = 512  # pwritev takes at most 1,024 (IOV_MAX)
+
+RECORD = np.dtype(
+    [
+        ("size", "<i8"),
+        ("source_bytes", "<i8"),
+        ("label", "<i8"),
+        ("source_crc32c", "<u4"),
+        ("stored_crc32c", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("action", "u1"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to know of the whole job.
+
+    Attributes:
+        source: reads the images.
+        settings: what is done to them.
+        skip_errors: whether an unreadable image is left out instead of ending the job.
+        path: the file to write into.
+    """
+
+    source: Source
+    settings: ImageSettings
+    skip_errors: bool
+    path: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A worker's report on one chunk.
+
+    Attributes:
+        worker: who holds the data.
+        chunk: the chunk's number.
+        records: (n,) of dtype `RECORD`.
+        reasons: why an image was transcoded or skipped, by its position in the chunk.
+    """
+
+    worker: int
+    chunk: int
+    records: NDArray[np.void]
+    reasons: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A worker's word that a chunk's data is in the file."""
+
+    worker: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """Why a worker gave up, and at which image; None where the image is not to blame."""
+
+    item: int | None
+    message: str
+
+
+class WorkerPool:
+    """Worker processes for the time of one conversion.
+
+    They are forked, so that a dataset that cannot be pickled can be converted, and before the
+    images are listed, so that they do not share the list's memory.
+    """
+
+    def __init__(self, num_workers: int, task: Task) -> None:
+        context = multiprocessing.get_context("fork")
+        pipes = [context.Pipe() for _ in range(num_workers)]
+        self._at_work_on = mmap.mmap(-1, 8 * num_workers)
+        self.connections = [ours for ours, _ in pipes]
+        self._processes: list[BaseProcess] = []
+        for worker, (_, theirs) in enumerate(pipes):
+            others = [end for pair in pipes for end in pair if end is not theirs]
+            arguments = (theirs, others, task, self._at_work_on, worker)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            self._processes.append(process)
+        for _, theirs in pipes:
+            theirs.close()
+
+    def __len__(self) -> int:
+        return len(self.connections)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self.connections:
+            connection.close()
+        for process in self._processes:
+            process.join(_SECONDS_TO_STOP if process.exitcode is None else None)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        self._at_work_on.close()
+
+    def prepare(self, worker: int, chunk: int, items: list[tuple[int, Any, int]]) -> None:
+        """Have a worker read and prepare images: (item, location, label) each."""
+        self._send(worker, (chunk, items, None))
+
+    def write(self, worker: int, chunk: int, offsets: list[int]) -> None:
+        """Have a worker write a chunk that it holds, image by image, to these file offsets."""
+        self._send(worker, (chunk, None, offsets))
+
+    def reports(self) -> Iterator[Prepared | Written]:
+        """Wait for at least one worker and yield what it says.
+
+        Raises:
+            ConversionError: an image could not be read, the file could not be written, or a worker
+                died. The image is named by its number, in `item`.
+        """
+        for connection in wait(self.connections):
+            worker = self.connections.index(connection)  # type: ignore[arg-type]
+            try:
+                report = self.connections[worker].recv()
+            except (EOFError, OSError):
+                raise self._death(worker) from None
+            if isinstance(report, _Failed):
+                raise WorkerError(report.message, report.item)
+            yield report
+
+    def _send(self, worker: int, message: object) -> None:
+        """Send to a worker that may have died."""
+        try:
+            self.connections[worker].send(message)
+        except OSError:
+            raise self._death(worker) from None
+
+    def _death(self, worker: int) -> "WorkerError":
+        """What to say of a worker that is gone without a word."""
+        process = self._processes[worker]
+        process.join(_SECONDS_TO_STOP)
+        code = process.exitcode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"killed by {signal.Signals(-code).name}"
+        item = int.from_bytes(self._at_work_on[8 * worker : 8 * worker + 8], "little")
+        return WorkerError(
+            f"a worker process died ({how}) while it was at this image. If memory ran out, use "
+            "fewer workers with --workers, or leave the image out",
+            item,
+        )
+
+
+class WorkerError(ConversionError):
+    """What ended a worker; `item` is the number of the image, None where none is to blame."""
+
+    def __init__(self, message: str, item: int | None) -> None:
+        super().__init__(message)
+        self.item = item
+
+
+def _work(
+    connection: Connection,
+    others: list[Connection],
+    task: Task,
+    at_work_on: mmap.mmap,
+    worker: int,
+) -> None:
+    """The life of a worker: prepare and write what it is told to, until the pipe closes."""
+    # The terminal's Ctrl-C goes to every process; the parent decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for other in others:  # else this process would keep the siblings' pipes open
+        other.close()
+    held: dict[int, list[bytes]] = {}
+    descriptor = None
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            while True:
+                chunk, items, offsets = connection.recv()
+                if items is not None:
+                    held[chunk], records, reasons = _prepare(items, task, at_work_on, worker)
+                    connection.send(Prepared(worker, chunk, records, reasons))
+                else:
+                    if descriptor is None:
+                        descriptor = os.open(task.path, os.O_WRONLY)
+                    _write(descriptor, held.pop(chunk), offsets, task.path)
+                    connection.send(Written(worker, chunk))
+        except WorkerError as error:
+            connection.send(_Failed(error.item, str(error)))
+
+
+def _prepare(
+    items: list[tuple[int, Any, int]], task: Task, at_work_on: mmap.mmap, worker: int
+) -> tuple[list[bytes], NDArray[np.void], dict[int, str]]:
+    """Read and prepare the images of one chunk."""
+    records = np.zeros(len(items), RECORD)
+    data: list[bytes] = []
+    reasons: dict[int, str] = {}
+    for position, (item, location, label) in enumerate(items):
+        at_work_on[8 * worker : 8 * worker + 8] = item.to_bytes(8, "little")
+        try:
+            stored, record, reason = _prepare_one(location, label, task)
+        except ConversionError as error:
+            if not task.skip_errors:
+                raise WorkerError(str(error), item) from error
+            stored, reason = b"", str(error)
+            record = (0, 0, label, 0, 0, 0, 0, SKIPPED)
+        records[position] = record
+        data.append(stored)
+        if reason:
+            reasons[position] = reason
+    return data, records, reasons
+
+
+def _prepare_one(location: Any, label: int, task: Task) -> tuple[bytes, tuple[int, ...], str]:
+    """Read and prepare one image: the bytes to store, its record, why it was transcoded."""
+    try:
+        content, own_label = task.source.read(location)
+    except ConversionError:
+        raise
+    except OSError as error:
+        raise ConversionError(
+            f"it cannot be read: {error.strerror or error}. Did it change during the conversion?"
+        ) from error
+    except Exception as error:  # a user's dataset may raise anything
+        raise ConversionError(f"reading it failed with {error!r}") from error
+    prepared = prepare_image(content, task.settings)
+    source = source_bytes(content)
+    source_crc = google_crc32c.value(source)
+    same = prepared.data is source
+    record = (
+        len(prepared.data),
+        len(source),
+        label if own_label is None else own_label,
+        source_crc,
+        source_crc if same else google_crc32c.value(prepared.data),
+        prepared.width,
+        prepared.height,
+        prepared.action,
+    )
+    return prepared.data, record, prepared.reason
+
+
+def _write(descriptor: int, data: list[bytes], offsets: list[int], path: Path) -> None:
+    """Write images to their places; what lies together goes out in one call."""
+    buffers: list[bytes] = []
+    start = end = 0
+    try:
+        for image, offset in zip(data, offsets, strict=True):
+            if not image:
+                continue
+            gap = offset - end
+            if buffers and not (0 <= gap < layout.ALIGNMENT and len(buffers) < _MOST_BUFFERS):
+                _write_all(descriptor, buffers, start)
+                buffers = []
+            if not buffers:
+                start = offset
+            elif gap:
+                buffers.append(bytes(gap))
+            buffers.append(image)
+            end = offset + len(image)
+        if buffers:
+            _write_all(descriptor, buffers, start)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise WorkerError(
+            f"cannot write {path}: {reason}. Free some space, or name another folder, and run the "
+            "command again",
+            None,
+        ) from error
+
+
+def _write_all(descriptor: int, buffers: list[bytes], offset: int) -> None:
+    """`pwritev`, repeated until everything is written: a disk that fills up writes a part first."""
+    total = sum(map(len, buffers))
+    written = os.pwritev(descriptor, buffers, offset)
+    if written < total:
+        rest = memoryview(b"".join(buffers))[written:]
+        while rest:
+            written = os.pwrite(descriptor, rest, offset + total - len(rest))
+            rest = rest[written:]

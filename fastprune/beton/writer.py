@@ -1,0 +1,253 @@
+"""Images -> beton: the original JPEG bytes, copied by supervised workers into aligned places."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from fastprune import __version__
+from fastprune.beton import layout
+from fastprune.beton.assembly import Assembly, fill, frame, manifest_lines, place, start_assembly
+from fastprune.beton.journal import Journal, intact_rows
+from fastprune.beton.manifest import Manifest, manifest_path, write_manifest
+from fastprune.beton.sources import Listing
+from fastprune.beton.sources.choose import source_for
+from fastprune.beton.transcode import ACTIONS, COPIED, SKIPPED, TRANSCODED, ImageSettings
+from fastprune.beton.workers import Task, WorkerError, WorkerPool
+from fastprune.errors import ConversionError, InvalidValueError
+from fastprune.jpeg.headers import MAX_SIDE
+from fastprune.progress import track
+
+_MOST_WORKERS = 16
+
+
+def convert(
+    images: str | Path,
+    beton_path: str | Path,
+    *,
+    workers: int | None = None,
+    jpeg: str = "original",
+    on_error: str = "stop",
+    quality: int = 95,
+    max_side: int | None = None,
+    exif: str = "ignore",
+    verify: bool = False,
+    shuffle_seed: int | None = None,
+    resume: bool = False,
+    keep_partial: bool = False,
+) -> Manifest:
+    """Write a beton and its manifest; JPEG bytes are copied wherever every reader takes them.
+
+    The same images and settings give the same bytes, whatever the number of workers and however
+    often the conversion was interrupted and resumed. While it is being written the beton is called
+    `<beton_path>.partial`; it gets its name, and the manifest its own, when both are on the disk.
+
+    Args:
+        images: the root of an ImageFolder tree.
+        beton_path: the file to write; an older one is replaced at the very end.
+        workers: processes; by default one per core that this process may use, at most 16.
+        jpeg: "original" copies the bytes of 8-bit baseline and progressive JPEGs, gray or YCbCr.
+        on_error: "stop" at the first unreadable image, or "skip" it and list it in the manifest.
+        quality: JPEG quality of images that must be transcoded, [1, 100].
+        max_side: shrink images with a longer side, in pixels, by area; None keeps all sizes.
+        exif: "ignore" the orientation, as FFCV and torchvision do, or "apply" it by transcoding.
+        verify: decode every copied image once, to find damage inside its data too.
+        shuffle_seed: put the rows in a random order; the manifest has the map.
+        resume: go on with the partial file of an interrupted run, if there is one.
+        keep_partial: leave the partial file for a later `resume` when the conversion fails.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InvalidValueError: a setting is outside its domain.
+        ConversionError: an image or the folder cannot be read, the beton cannot be written, or a
+            worker died. Nothing is left behind, unless a partial file was asked for.
+    """
+    settings = _checked_settings(jpeg, quality, max_side, exif, verify)
+    num_workers = _checked_workers(workers)
+    if on_error not in ("stop", "skip"):
+        raise InvalidValueError(f"on_error must be 'stop' or 'skip', but is {on_error!r}.")
+    path = Path(beton_path)
+    partial = path.with_name(path.name + ".partial")
+    source = source_for(images)
+    task = Task(source, settings, on_error == "skip", partial)
+    with (
+        Journal(partial.with_name(partial.name + ".journal")) as journal,
+        WorkerPool(num_workers, task) as pool,
+    ):
+        listing = source.list_images()
+        assembly = start_assembly(listing, shuffle_seed, layout.DEFAULT_PAGE_BYTES)
+        identity = _identity(listing, settings, on_error, shuffle_seed)
+        with _cleared_up(partial, journal, keep=keep_partial or resume):
+            _take_up(assembly, partial, journal, identity, resume=resume)
+            _fill(assembly, pool, journal, partial)
+            manifest = _finish(assembly, partial, path, identity["settings"])
+        journal.remove()
+    return manifest
+
+
+def _checked_settings(
+    jpeg: str, quality: int, max_side: int | None, exif: str, verify: bool
+) -> ImageSettings:
+    """The image settings, each in its domain."""
+    if jpeg != "original":
+        raise InvalidValueError(f"jpeg must be 'original', but is {jpeg!r}.")
+    if exif not in ("ignore", "apply"):
+        raise InvalidValueError(f"exif must be 'ignore' or 'apply', but is {exif!r}.")
+    if not 1 <= quality <= 100:
+        raise InvalidValueError(f"quality must lie in [1, 100], but is {quality}.")
+    if max_side is not None and not 1 <= max_side <= MAX_SIDE:
+        raise InvalidValueError(f"max_side must lie in [1, {MAX_SIDE:,}], but is {max_side:,}.")
+    return ImageSettings(jpeg, quality, max_side, exif, verify)
+
+
+def _checked_workers(workers: int | None) -> int:
+    """The number of worker processes."""
+    if workers is None:
+        return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    if workers < 1:
+        raise InvalidValueError(f"workers must be >= 1, but is {workers}.")
+    return workers
+
+
+def _identity(
+    listing: Listing, settings: ImageSettings, on_error: str, shuffle_seed: int | None
+) -> dict[str, Any]:
+    """What must be the same for a later run to go on with the partial file of this one."""
+    return {
+        "images": listing.identity,
+        "settings": {**asdict(settings), "on_error": on_error, "shuffle_seed": shuffle_seed},
+        "fastprune": __version__,
+        "pillow": PIL.__version__,
+    }
+
+
+@contextmanager
+def _cleared_up(partial: Path, journal: Journal, *, keep: bool) -> Iterator[None]:
+    """Remove what a failed conversion wrote, unless it is to be kept for `resume`."""
+    try:
+        yield
+    except BaseException:
+        if not keep:
+            partial.unlink(missing_ok=True)
+            journal.remove()
+        raise
+
+
+def _take_up(
+    assembly: Assembly, partial: Path, journal: Journal, identity: dict[str, Any], *, resume: bool
+) -> None:
+    """Start an empty partial file, or go on with the intact part of an earlier one.
+
+    Raises:
+        ConversionError: the earlier run had other images or settings.
+    """
+    if resume:
+        earlier, records, reasons = journal.read()
+        if earlier is not None and partial.exists():
+            _require_same_job(earlier, identity, partial)
+            _replay(assembly, partial, records, reasons)
+    count = assembly.num_placed
+    with _named_write_errors(partial):
+        journal.start(identity)
+        journal.add(assembly.records[:count], {at: assembly.reasons[at] for at in assembly.reasons})
+        partial.touch()
+        with partial.open("r+b") as file:
+            # Zeros where the frame will be written, and nothing behind the last intact image.
+            file.truncate(assembly.cursor.offset if count else 0)
+            file.write(bytes(assembly.first_page))
+
+
+def _require_same_job(earlier: dict[str, Any], identity: dict[str, Any], partial: Path) -> None:
+    """Refuse to go on with a partial file that would have become another beton."""
+    for key, value in identity.items():
+        if earlier.get(key) != value:
+            raise ConversionError(
+                f"{partial} cannot be taken up: its {key} were {earlier.get(key)}, and now are "
+                f"{value}. Repeat the command as it was, or start anew without --resume."
+            )
+
+
+def _replay(
+    assembly: Assembly, partial: Path, records: NDArray[np.void], reasons: dict[int, str]
+) -> None:
+    """Place the images of an earlier run that are whole in the partial file."""
+    cursor = replace(assembly.cursor)
+    offsets = [
+        -1 if record["action"] == SKIPPED else cursor.place(int(record["size"]))
+        for record in records
+    ]
+    count = intact_rows(partial, records, offsets)
+    place(assembly, records[:count], {at: text for at, text in reasons.items() if at < count})
+
+
+def _fill(assembly: Assembly, pool: WorkerPool, journal: Journal, partial: Path) -> None:
+    """Run the workers; name the image at which one failed."""
+    total = len(assembly.listing)
+    done = assembly.num_placed
+    try:
+        with _named_write_errors(partial):
+            rows = (row for count in fill(assembly, pool, journal) for row in range(count))
+            for _ in track(rows, description="convert", total=total - done, unit="images"):
+                pass
+    except WorkerError as error:
+        if error.item is None:
+            raise ConversionError(f"{error}.") from error
+        where = assembly.listing.where(int(assembly.order[error.item]))
+        raise ConversionError(f"{where}: {error}.") from error
+
+
+def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, Any]) -> Manifest:
+    """Frame the pages, write the manifest, and give both files their names, the beton last."""
+    if not len(assembly.kept):
+        where = assembly.listing.where(int(assembly.order[0]))
+        raise ConversionError(
+            f"none of the {len(assembly.listing):,} images could be read; the first is {where}: "
+            f"{assembly.reasons[0]}."
+        )
+    with _named_write_errors(partial):
+        fingerprint = frame(assembly, partial)
+    actions = np.bincount(assembly.records["action"], minlength=SKIPPED + 1)
+    manifest = Manifest(
+        path=manifest_path(path),
+        fingerprint=fingerprint,
+        class_names=assembly.listing.class_names,
+        counts={ACTIONS[action]: int(actions[action]) for action in (COPIED, TRANSCODED, SKIPPED)},
+        settings=settings,
+    )
+    # A beton of an earlier conversion must not stand beside the new manifest for a moment.
+    path.unlink(missing_ok=True)
+    write_manifest(manifest, manifest_lines(assembly))
+    partial.replace(path)
+    _sync_folder(path.parent)
+    return manifest
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the renames to the disk, where the file system supports it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named_write_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into an error that names the file and the cure."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConversionError(
+            f"cannot write {path}: {reason}. Free some space, or name another folder, and run the "
+            "command again."
+        ) from error

@@ -1,0 +1,195 @@
+"""What a JPEG says of itself: a walk over its markers from start to end, without decoding."""
+
+import re
+import struct
+from dataclasses import dataclass
+
+from fastprune.errors import JpegError
+
+# libjpeg refuses sides above this (JPEG_MAX_DIMENSION).
+MAX_SIDE = 65_500
+
+_PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
+_OTHER_PROCESSES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
+_DAMAGED = "the file is damaged: get it again, or leave it out with --on-error skip"
+
+# In entropy-coded data 0xFF is followed by 0x00 (stuffing), by a restart marker or by another
+# 0xFF (fill); anything else is the next marker.
+_NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """What the markers of a JPEG tell.
+
+    Attributes:
+        width: in pixels, [1, 65500].
+        height: in pixels, [1, 65500].
+        precision: bits per sample, 8 or 12.
+        process: "baseline", "extended", "progressive", or "other" for lossless, hierarchical and
+            arithmetic coding.
+        color: "gray", "ycbcr", "rgb", "cmyk" or "ycck", told as libjpeg tells it.
+        subsampled: whether a component has a lower resolution than another.
+        orientation: the EXIF orientation, [1, 8]; 1 where none is given.
+        end: offset behind the end-of-image marker, in bytes; data after it is no part of the image.
+    """
+
+    width: int
+    height: int
+    precision: int
+    process: str
+    color: str
+    subsampled: bool
+    orientation: int
+    end: int
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the walk has met so far."""
+
+    frame: bytes = b""
+    process: str = ""
+    jfif: bool = False
+    adobe_transform: int | None = None
+    orientation: int = 1
+    scans: int = 0
+
+
+def is_jpeg(content: bytes) -> bool:
+    """Whether the bytes start like a JPEG."""
+    return content[:3] == b"\xff\xd8\xff"
+
+
+def read_header(content: bytes) -> JpegHeader:
+    """Walk a JPEG's markers to its end and return what they tell.
+
+    Finds truncation (no end-of-image marker), segments that are cut, a frame or scan that is
+    missing, and a size that the amount of data cannot hold. Damage inside the entropy-coded data
+    is not found: that takes decoding.
+
+    Args:
+        content: the whole file.
+
+    Returns:
+        The header.
+
+    Raises:
+        JpegError: the bytes are no whole JPEG.
+
+    Source: ITU-T T.81, annex B.
+    """
+    if not is_jpeg(content):
+        raise JpegError("it does not start with a JPEG's marker (FF D8 FF)")
+    seen = _Seen()
+    end = _walk(content, seen)
+    if not seen.frame or not seen.scans:
+        missing = "frame header" if not seen.frame else "scan"
+        raise JpegError(f"it has no {missing} before its end marker; {_DAMAGED}")
+    return _header(seen, end, len(content))
+
+
+def _walk(content: bytes, seen: _Seen) -> int:
+    """Go from marker to marker; return the offset behind the end-of-image marker."""
+    position = 2
+    while True:
+        found = _NEXT_MARKER.search(content, position)
+        if found is None:
+            raise JpegError(
+                f"it is truncated: {len(content):,} bytes and no end-of-image marker; {_DAMAGED}"
+            )
+        position, marker = found.end(), content[found.end() - 1]
+        if marker == 0xD9:
+            return position
+        if marker in _ALONE:
+            continue
+        length = int.from_bytes(content[position : position + 2])
+        if length < 2 or position + length > len(content):
+            raise JpegError(
+                f"segment {marker:02X} at byte {position - 2:,} is cut or has length {length}; "
+                f"{_DAMAGED}"
+            )
+        _note_segment(seen, marker, content[position + 2 : position + length])
+        position += length
+
+
+def _note_segment(seen: _Seen, marker: int, segment: bytes) -> None:
+    """Take from one segment what the header needs."""
+    if marker == 0xDA:
+        seen.scans += 1
+    elif marker in _PROCESSES or marker in _OTHER_PROCESSES:
+        seen.frame = seen.frame or segment
+        seen.process = seen.process or _PROCESSES.get(marker, "other")
+    elif marker == 0xE0 and segment.startswith(b"JFIF\0"):
+        seen.jfif = True
+    elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
+        seen.adobe_transform = segment[11]
+    elif marker == 0xE1 and segment.startswith(b"Exif\0\0"):
+        seen.orientation = _exif_orientation(segment[6:])
+
+
+def _header(seen: _Seen, end: int, num_bytes: int) -> JpegHeader:
+    """Read the frame segment and judge whether the file can hold such an image."""
+    if len(seen.frame) < 6 or len(seen.frame) < 6 + 3 * seen.frame[5]:
+        raise JpegError(f"its frame header is cut; {_DAMAGED}")
+    precision, height, width, num_components = struct.unpack(">BHHB", seen.frame[:6])
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise JpegError(
+            f"its header claims {width} x {height} pixels, but a JPEG's sides lie in "
+            f"[1, {MAX_SIDE:,}]; {_DAMAGED}"
+        )
+    components = [seen.frame[6 + 3 * i : 9 + 3 * i] for i in range(num_components)]
+    samplings = [(c[1] >> 4, c[1] & 15) for c in components]
+    if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in samplings):
+        raise JpegError(f"its frame header has sampling factors {samplings}; {_DAMAGED}")
+    # Every block of the first component takes at least one bit, however it is coded.
+    if seen.process != "other" and num_bytes * 8 < (width // 8) * (height // 8):
+        raise JpegError(
+            f"its header claims {width} x {height} pixels, which {num_bytes:,} bytes cannot hold; "
+            f"{_DAMAGED}"
+        )
+    return JpegHeader(
+        width=width,
+        height=height,
+        precision=precision,
+        process=seen.process,
+        color=_color(components, seen),
+        subsampled=len(set(samplings)) > 1,
+        orientation=seen.orientation,
+        end=end,
+    )
+
+
+def _color(components: list[bytes], seen: _Seen) -> str:
+    """The color space, guessed by libjpeg's rules (jdapimin.c, default_decompress_parms)."""
+    if len(components) == 1:
+        return "gray"
+    if len(components) == 4:
+        return "ycck" if seen.adobe_transform == 2 else "cmyk"
+    if len(components) != 3:
+        raise JpegError(f"it has {len(components)} components; {_DAMAGED}")
+    if seen.jfif:
+        return "ycbcr"
+    if seen.adobe_transform is not None:
+        return "rgb" if seen.adobe_transform == 0 else "ycbcr"
+    return "rgb" if bytes(c[0] for c in components) == b"RGB" else "ycbcr"
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """Tag 0x0112 of the first directory; 1 where it is missing or makes no sense."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 8:
+        return 1
+    directory = struct.unpack_from(order + "I", tiff, 4)[0]
+    if directory + 2 > len(tiff):
+        return 1
+    num_entries = struct.unpack_from(order + "H", tiff, directory)[0]
+    for entry in range(directory + 2, directory + 2 + 12 * num_entries, 12):
+        if entry + 12 > len(tiff):
+            return 1
+        tag, kind, count = struct.unpack_from(order + "HHI", tiff, entry)
+        if (tag, kind, count) == (0x0112, 3, 1):
+            value: int = struct.unpack_from(order + "H", tiff, entry + 8)[0]
+            return value if 1 <= value <= 8 else 1
+    return 1
