@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from fastprune import __version__
-from fastprune.cli import beton
+from fastprune.cli import beton, training
 from fastprune.errors import FastpruneError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -37,7 +37,7 @@ class _InOrder(click.Group):
 
 
 @click.group(cls=_InOrder, context_settings=_CONTEXT)
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="fastprune")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 def main(debug: bool) -> None:
     """Distil vision models on the part of a dataset that is worth training on.
@@ -52,5 +52,5 @@ def main(debug: bool) -> None:
     logging.getLogger("fastprune").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
-for _command in beton.COMMANDS:
+for _command in (*beton.COMMANDS, *training.COMMANDS):
     main.add_command(_command)

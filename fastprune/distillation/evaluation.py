@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.errors import InvalidValueError
+from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.loading.device import choose_device
+from fastprune.loading.loader import Loader
+from fastprune.networks import build_network, load_weights
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,46 @@ class Evaluation:
     rows: int
 
 
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    beton: str | Path,
+    *,
+    network: str | None = None,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    device: str = "auto",
+) -> Evaluation:
+    """Measure a network in a file on every row of a beton, centre-cropped.
+
+    Args:
+        checkpoint: weights; a student.safetensors of `distill` tells its network and image size.
+        beton: the images.
+        network: name of the network; None for what the checkpoint tells.
+        image_size: side of the crop in pixels; None for what the checkpoint tells.
+        batch_size: images per step.
+        device: where to; "auto" takes CUDA where it is there.
+
+    Raises:
+        InvalidValueError: network or image size are neither given nor told.
+        ArtifactError: the checkpoint cannot be read or does not fit the network.
+        BetonError: the beton cannot be read.
+    """
+    told = _checkpoint_metadata(Path(checkpoint))
+    network = network or told.get("network")
+    size = image_size or int(told.get("image_size", 0))
+    for name, value in (("--network", network), ("--image-size", size)):
+        if not value:
+            raise InvalidValueError(f"{checkpoint} does not tell its {name[2:]}; give {name}.")
+    assert network is not None
+    place = choose_device(device)
+    loader = Loader(beton, train=False, batch_size=batch_size, image_size=size, device=place)
+    model = build_network(network, num_classes=loader.num_classes)
+    load_weights(model, checkpoint)
+    return evaluate(model.to(place), loader)
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> Evaluation:
     """Run a network over batches, in eval mode and without gradients.
 
     Args:
@@ -63,3 +106,16 @@ def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     rows = torch.tensor(len(labels), device=labels.device)
     return torch.stack([rows, hits[:, 0].sum(), hits.sum(), loss]).double()
+
+
+def _checkpoint_metadata(path: Path) -> dict[str, str]:
+    """The texts in a safetensors header; none for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error

@@ -1,5 +1,6 @@
 """The training loop: epochs, steps, and the clocks that say where the time went."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -101,7 +102,7 @@ class TrainingLoop:
             torch.cuda.synchronize(self._device)
         self.train_seconds += time.perf_counter() - started
 
-    def _timed_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _timed_batches(self) -> Iterator[tuple[Tensor, ...]]:
         """The batches of an epoch; the time until each arrives is waiting time."""
         asked = time.perf_counter()
         for batch in self._train_loader:
@@ -126,11 +127,11 @@ class TrainingLoop:
             return
         mean = float(torch.stack(losses).mean())
         losses.clear()
-        if not mean - mean == 0:  # neither NaN nor infinite
+        if not math.isfinite(mean):
+            rate = self._recipe.schedule.learning_rate
             raise TrainingError(
-                f"the loss is {mean} within the last {self._recipe.run.log_every} steps before "
-                f"step {self._step} (epoch {epoch + 1}). Lower schedule.learning_rate "
-                f"({self._recipe.schedule.learning_rate})."
+                f"the loss became {mean} by step {self._step} (epoch {epoch + 1}). Lower "
+                f"schedule.learning_rate ({rate}), and look whether the images are as expected."
             )
         learning_rate = self._scheduler.get_last_lr()[0]
         self._log.write(step=self._step, epoch=epoch, loss=mean, learning_rate=float(learning_rate))

@@ -14,6 +14,7 @@ from fastprune.distillation.objective import Objective, plain_objective, teacher
 from fastprune.distillation.result import Result
 from fastprune.distillation.runlog import RunLog
 from fastprune.errors import ArtifactMismatch, RecipeError
+from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network, load_weights, save_weights
 from fastprune.recipe import NetworkSettings, Recipe, load_recipe
@@ -38,7 +39,7 @@ def distill(recipe: Recipe | str | Path) -> Result:
     """
     started = time.perf_counter()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    device = _device(recipe.run.device)
+    device = choose_device(recipe.run.device)
     train_loader, val_loader = _open_loaders(recipe, device)
     _prepare_folder(recipe)
     # The student's weights depend on the seed alone, whatever was built before.
@@ -61,11 +62,12 @@ def distill(recipe: Recipe | str | Path) -> Result:
         loop.run()
     student_path = recipe.run.out / "student.safetensors"
     with atomic_path(student_path) as temporary:
-        save_weights(student, temporary)
+        described = _describe_student(recipe, train_loader.num_classes)
+        save_weights(student, temporary, metadata=described)
     result = Result(
         name=recipe.run.name or recipe.run.out.resolve().name,
         seed=recipe.run.seed,
-        rows=train_loader.num_rows,
+        rows=len(train_loader.rows),
         epochs=recipe.schedule.epochs,
         startup_seconds=startup_seconds,
         train_seconds=loop.train_seconds,
@@ -96,20 +98,6 @@ def _prepare_folder(recipe: Recipe) -> None:
     write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
 
 
-def _device(name: str) -> torch.device:
-    """The device that a recipe names; "auto" is CUDA where it is there."""
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"run.device = {name!r} is no device of torch.") from error
-    if device.type == "cuda" and not cuda:
-        raise RecipeError(f"run.device = {name!r}, but torch sees no CUDA device here.")
-    return device
-
-
 def _open_loaders(recipe: Recipe, device: torch.device) -> tuple[Loader, Loader]:
     """The loaders of both betons, which must have the same classes."""
     data = recipe.data
@@ -133,11 +121,6 @@ def _open_loaders(recipe: Recipe, device: torch.device) -> tuple[Loader, Loader]
         num_workers=data.num_workers,
     )
     _require_same_classes(train, val)
-    if len(train) == 0:
-        raise RecipeError(
-            f"data.batch_size = {data.batch_size}, but only {train.num_rows} rows are kept: "
-            "an epoch would have no full batch. Choose a smaller batch."
-        )
     return train, val
 
 
@@ -157,7 +140,7 @@ def _require_same_classes(train: Loader, val: Loader) -> None:
     else:
         return
     raise ArtifactMismatch(
-        f"{train.path} and {val.path} have different classes: {detail}. "
+        f"{train.beton.path} and {val.beton.path} have different classes: {detail}. "
         "Convert both from folders with the same class names."
     )
 
@@ -170,7 +153,16 @@ def _build(
     if settings.checkpoint is not None:
         load_weights(network, settings.checkpoint)
     layout = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    return network.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+    return network.to(device).to(memory_format=layout)
+
+
+def _describe_student(recipe: Recipe, num_classes: int) -> dict[str, str]:
+    """What the checkpoint tells about itself."""
+    return {
+        "network": recipe.student.network,
+        "num_classes": str(num_classes),
+        "image_size": str(recipe.data.image_size),
+    }
 
 
 def _make_objective(recipe: Recipe, num_classes: int, device: torch.device) -> Objective:

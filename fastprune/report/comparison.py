@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
 from fastprune.artifacts.atomic import atomic_path
@@ -66,7 +66,9 @@ def draw_comparison(path: str | Path, runs: Sequence[RunPicture], kept: KeptPict
     """
     figure = Figure(figsize=(12, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    charts, sheet = figure.subfigures(2, 1, height_ratios=(1, 1))
+    grid = figure.add_gridspec(2, 1)
+    charts: SubFigure = figure.add_subfigure(grid[0])
+    sheet: SubFigure = figure.add_subfigure(grid[1])
     accuracy, seconds, histogram = charts.subplots(1, 3)
     colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(_names(runs))}
     _draw_accuracy(accuracy, runs, colors)
@@ -124,7 +126,7 @@ def _draw_seconds(axes: Axes, runs: Sequence[RunPicture], colors: Mapping[str, s
 
 def _draw_histogram(axes: Axes, kept: KeptPicture) -> None:
     """The distribution of the metric, with the kept rows in it."""
-    bins = np.histogram_bin_edges(kept.scores, bins=50)
+    bins = np.histogram_bin_edges(kept.scores, bins=50).tolist()
     axes.hist(kept.scores, bins=bins, color=_GREY, label="all rows")
     axes.hist(kept.scores[kept.kept], bins=bins, color=_COLORS[1], label="kept")
     axes.set_xlabel(f"{kept.metric}, larger is harder")
@@ -133,7 +135,7 @@ def _draw_histogram(axes: Axes, kept: KeptPicture) -> None:
     axes.legend()
 
 
-def _draw_samples(sheet: Any, kept: KeptPicture) -> None:
+def _draw_samples(sheet: SubFigure, kept: KeptPicture) -> None:
     """One row of pictures per caption, each with its score."""
     columns = max(len(pictures) for pictures in kept.samples.values())
     grid = sheet.subplots(len(kept.samples), columns, squeeze=False)

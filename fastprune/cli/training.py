@@ -1,0 +1,67 @@
+"""Subcommands around the student."""
+
+import time
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Replace a setting of the recipe; may be given several times.",
+)
+def train(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Train a student as RECIPE, a TOML file, says."""
+    from fastprune.distillation.trainer import distill
+    from fastprune.recipe import load_recipe
+
+    result = distill(load_recipe(recipe, overrides))
+    click.echo(
+        f"trained on {result.rows:,} rows for {result.epochs} epochs in "
+        f"{result.train_seconds:.1f} s ({result.total_seconds:.1f} s in all): "
+        f"top-1 {result.top1_last:.2%} after the last epoch, {result.top1_best:.2%} at best "
+        f"-> {result.student}"
+    )
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("beton", type=click.Path(path_type=Path))
+@click.option("--network", help="Name of the network, where the checkpoint does not tell.")
+@click.option(
+    "--image-size", type=int, help="Side of the centre crop, where the checkpoint does not tell."
+)
+@click.option("--batch-size", default=256, help="Images per step.")
+@click.option("--device", default="auto", help="Device of torch; auto takes CUDA if it is there.")
+def evaluate(
+    checkpoint: Path,
+    beton: Path,
+    network: str | None,
+    image_size: int | None,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Measure the accuracy of CHECKPOINT on BETON."""
+    from fastprune.distillation.evaluation import evaluate_checkpoint
+
+    started = time.perf_counter()
+    evaluation = evaluate_checkpoint(
+        checkpoint,
+        beton,
+        network=network,
+        image_size=image_size,
+        batch_size=batch_size,
+        device=device,
+    )
+    click.echo(
+        f"top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f} "
+        f"on {evaluation.rows:,} rows in {time.perf_counter() - started:.1f} s"
+    )
+
+
+COMMANDS = (train, evaluate)

@@ -1,0 +1,123 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fastprune.artifacts.fingerprint import ContentNotComparedWarning
+from fastprune.artifacts.subset import Subset
+from fastprune.beton.writer import convert
+from fastprune.distillation.evaluation import evaluate_checkpoint
+from fastprune.distillation.trainer import distill
+from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError, TrainingError
+from tests.images import write_image_folder
+
+
+@pytest.fixture
+def teacher_section(teacher):
+    return {"network": "resnet8", "checkpoint": teacher}
+
+
+def test_run_folder_holds_what_the_architecture_promises(recipe, tmp_path, teacher_section, half):
+    result = distill(
+        recipe(
+            data={"subset": half},
+            teacher=teacher_section,
+            loss={"reshaping": "class_std"},
+            schedule={"epochs": 2},
+        )
+    )
+    folder = tmp_path / "run"
+    written = json.loads((folder / "result.json").read_text())
+    assert written["rows"] == result.rows == 40
+    assert written["top1_last"] == result.top1_last
+    assert 0 < written["train_seconds"] < written["total_seconds"]
+    assert 0 <= written["data_wait_share"] <= 1
+    assert written["versions"]["torch"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines if "top1" in line] == [1, 2]
+    assert json.loads((folder / "recipe.json").read_text())["loss"]["reshaping"] == "class_std"
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_saved_student_is_the_one_that_was_evaluated(recipe, betons):
+    result = distill(recipe())
+    evaluation = evaluate_checkpoint(
+        result.student, betons / "val.beton", batch_size=20, device="cpu"
+    )
+    assert evaluation.rows == 30
+    assert evaluation.top1 == pytest.approx(result.top1_last)
+
+
+def test_loss_falls_when_the_student_sees_the_rows_often(recipe, tmp_path):
+    distill(recipe(schedule={"epochs": 10, "learning_rate": 0.1}, run={"validate_every": 10}))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
+
+
+def test_same_seed_gives_the_same_student(recipe, tmp_path, teacher_section):
+    first, second, other = (
+        distill(recipe(run={"out": tmp_path / name, "seed": seed}, teacher=teacher_section))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    weights = [load_file(result.student) for result in (first, second, other)]
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not np.array_equal(weights[0]["conv1.weight"], weights[2]["conv1.weight"])
+
+
+def test_finished_run_is_not_overwritten(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(RecipeError, match="run holds a finished run"):
+        distill(recipe())
+    assert (tmp_path / "run" / "result.json").read_text() == "{}"
+
+
+def test_diverged_loss_stops_the_run_with_its_step(recipe, tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) by step \d+ \(epoch 1\)"):
+        distill(recipe(schedule={"learning_rate": 1e30, "epochs": 2}))
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_reshaping_with_a_bare_subset_names_the_cure(recipe, tmp_path, teacher_section):
+    np.save(tmp_path / "bare.npy", np.arange(40))
+    settings = recipe(
+        data={"subset": tmp_path / "bare.npy"},
+        teacher=teacher_section,
+        loss={"reshaping": "class_std"},
+    )
+    with (
+        pytest.warns(ContentNotComparedWarning),
+        pytest.raises(RecipeError, match=r"bare\.npy carries no class std"),
+    ):
+        distill(settings)
+
+
+def test_reshaping_with_the_class_std_of_other_classes_is_refused(
+    recipe, tmp_path, teacher_section, half
+):
+    whole = Subset.load(half)
+    wrong = Subset(whole.rows, whole.fingerprint, class_std=np.ones(7))
+    wrong.save(tmp_path / "wrong.npy")
+    settings = recipe(
+        data={"subset": tmp_path / "wrong.npy"},
+        teacher=teacher_section,
+        loss={"reshaping": "class_std"},
+    )
+    with pytest.raises(ArtifactMismatch, match=r"class std of 7 classes, but .* has 10"):
+        distill(settings)
+
+
+def test_betons_with_different_classes_are_refused(recipe, tmp_path):
+    write_image_folder(tmp_path / "images", classes=10, per_class=1)
+    convert(tmp_path / "images", tmp_path / "other.beton", workers=1)
+    with pytest.raises(ArtifactMismatch, match="class 0 is 'circle' and 'class_00'"):
+        distill(recipe(data={"val": tmp_path / "other.beton"}))
+
+
+def test_batch_larger_than_the_subset_is_refused(recipe, half):
+    with pytest.raises(InvalidValueError, match=r"40 kept rows of .* fill no batch of 50"):
+        distill(recipe(data={"subset": half, "batch_size": 50}))
