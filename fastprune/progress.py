@@ -38,7 +38,8 @@ def _with_bar(
     items: Iterable[Item], description: str, total: int, unit: str, step: int
 ) -> Iterator[Item]:
     """A tqdm bar, shown only when the work takes longer than a second."""
-    with tqdm(total=total, desc=description, unit=f" {unit}", delay=_SECONDS_BEFORE_BAR) as bar:
+    options = {"delay": _SECONDS_BEFORE_BAR, "leave": False, "unit_scale": True}
+    with tqdm(total=total, desc=description, unit=f" {unit}", **options) as bar:
         for item in items:
             yield item
             bar.update(min(step, total - bar.n))

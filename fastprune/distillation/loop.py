@@ -1,5 +1,6 @@
 """The training loop: epochs, steps, and the clocks that say where the time went."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from fastprune.errors import TrainingError
 from fastprune.loading.loader import Loader
 from fastprune.progress import track
 from fastprune.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingLoop:
@@ -146,6 +149,13 @@ class TrainingLoop:
         point = {"top1": evaluation.top1, "val_loss": evaluation.loss}
         self.curve.append({"epoch": epoch + 1, "train_seconds": self.train_seconds, **point})
         self._log.write(step=self._step, epoch=epoch + 1, **point)
+        logger.info(
+            "epoch %d/%d: top-1 %.1f%%, %.0f s of training",
+            epoch + 1,
+            self._recipe.schedule.epochs,
+            100 * evaluation.top1,
+            self.train_seconds,
+        )
 
     def _autocast(self) -> AbstractContextManager[None]:
         """bf16 where the recipe asks for it and CUDA has it; else plain float32."""
