@@ -1,0 +1,163 @@
+"""Views: which part of an image a batch shows, a pure function of (seed, epoch, row, k).
+
+Random numbers come from a counter-based hash without state, so that a view does not depend on
+batch size, worker count, rank, backend, or where a run was resumed. Both engines get their boxes
+from here and only carry them out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+AUGMENTS = ("rrc", "pad_crop", "center", "none")
+
+#: Columns of a view: the box in the image, then what is done with the resized box.
+TOP, LEFT, HEIGHT, WIDTH, SHIFT_DOWN, SHIFT_RIGHT, FLIP = range(7)
+
+_MAX_SMALL_SIZE = 64
+_TRIES = 10
+_ULP = 2.0**-53
+_RRC, _PAD_CROP, _CENTER = range(3)
+_KINDS = {"rrc": _RRC, "pad_crop": _PAD_CROP, "center": _CENTER}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How views are drawn.
+
+    Attributes:
+        kind: "rrc" (a random box, resized, flipped half the time), "pad_crop" (the whole image,
+            resized, shifted by up to `padding` over a black border, flipped half the time),
+            "center" (the central square) or "none" (the whole image).
+        scale: bounds of the random box's share of the image's area.
+        ratio: bounds of the random box's width / height.
+        padding: largest shift in pixels of the output.
+        center_ratio: side of the central square / the image's shorter side.
+    """
+
+    kind: str
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    padding: int = 4
+    center_ratio: float = 1.0
+
+    @classmethod
+    def make(cls, kind: str | None, *, image_size: int, train: bool) -> "Recipe":
+        """The usual recipe for an output size: what torchvision's and CIFAR's references do."""
+        small = image_size <= _MAX_SMALL_SIZE
+        if kind is None:
+            kind = ("pad_crop" if small else "rrc") if train else "center"
+        return cls(kind, padding=max(1, image_size // 8), center_ratio=1.0 if small else 224 / 256)
+
+    def views(
+        self,
+        rows: NDArray[np.int64],
+        widths: NDArray[np.int64],
+        heights: NDArray[np.int64],
+        *,
+        seed: int,
+        epoch: int,
+        k: int = 0,
+    ) -> NDArray[np.int32]:
+        """Draw one view of each row.
+
+        Args:
+            rows: (B,) int64.
+            widths: (B,) int64 in pixels.
+            heights: (B,) int64 in pixels.
+            seed: of the views, in [0, 2**63).
+            epoch: in [0, 2**63).
+            k: which view of the row within the epoch.
+
+        Returns:
+            (B, 7) int32: top, left, height, width of the box in the image's pixels; how far the
+            resized box is shifted down and right in the output's pixels; 1 for a flip.
+        """
+        views = np.zeros((len(rows), 7), np.int32)
+        views[:, HEIGHT], views[:, WIDTH] = heights, widths
+        if self.kind != "none":
+            key = np.uint64(_key(np.uint64(seed), np.uint64(epoch), np.uint64(k)))
+            settings = (*self.scale, *self.ratio, float(self.padding), self.center_ratio)
+            _draw(views, rows, key, _KINDS[self.kind], settings)
+        return views
+
+
+@njit(cache=True, nogil=True)
+def _absorb(key, value):  # type: ignore[no-untyped-def]
+    """Extend a key by a value: the output function of splitmix64 over their mixture."""
+    z = (key ^ (value * np.uint64(0xBF58476D1CE4E5B9))) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def _key(seed, epoch, k):  # type: ignore[no-untyped-def]
+    """What all rows of an epoch's k-th views share."""
+    return _absorb(_absorb(_absorb(np.uint64(0), seed), epoch), k)
+
+
+@njit(cache=True, nogil=True)
+def _uniform(key, counter, low, high):  # type: ignore[no-untyped-def]
+    """The draw number `counter` under a key: float64 in [low, high), 53 random bits."""
+    unit = np.float64(_absorb(key, np.uint64(counter)) >> np.uint64(11)) * _ULP
+    return low + unit * (high - low)
+
+
+@njit(cache=True, nogil=True)
+def _draw(views, rows, key, kind, settings):  # type: ignore[no-untyped-def]
+    """Fill the (B, 7) views, which hold the whole image as box on entry."""
+    scale_low, scale_high, ratio_low, ratio_high, padding, center_ratio = settings
+    for i in range(len(rows)):
+        row_key = _absorb(key, np.uint64(rows[i]))
+        view = views[i]
+        if kind == _CENTER:
+            _center_box(view, center_ratio)
+            continue
+        if kind == _RRC:
+            _random_box(view, row_key, scale_low, scale_high, ratio_low, ratio_high)
+        else:
+            view[SHIFT_DOWN] = int(_uniform(row_key, 1, 0.0, 2 * padding + 1)) - int(padding)
+            view[SHIFT_RIGHT] = int(_uniform(row_key, 2, 0.0, 2 * padding + 1)) - int(padding)
+        view[FLIP] = int(_uniform(row_key, 0, 0.0, 2.0))
+
+
+@njit(cache=True, nogil=True)
+def _random_box(view, key, scale_low, scale_high, ratio_low, ratio_high):  # type: ignore[no-untyped-def]
+    """As torchvision's RandomResizedCrop.get_params: ten tries, then the largest central box."""
+    height, width = view[HEIGHT], view[WIDTH]
+    for attempt in range(_TRIES):
+        first = 1 + 4 * attempt
+        area = height * width * _uniform(key, first, scale_low, scale_high)
+        aspect = math.exp(_uniform(key, first + 1, math.log(ratio_low), math.log(ratio_high)))
+        box_width = round(math.sqrt(area * aspect))
+        box_height = round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            view[TOP] = int(_uniform(key, first + 2, 0.0, height - box_height + 1))
+            view[LEFT] = int(_uniform(key, first + 3, 0.0, width - box_width + 1))
+            view[HEIGHT], view[WIDTH] = box_height, box_width
+            return
+    box_height, box_width = height, width
+    if width < height * ratio_low:
+        box_height = round(width / ratio_low)
+    elif width > height * ratio_high:
+        box_width = round(height * ratio_high)
+    _set_central(view, box_height, box_width)
+
+
+@njit(cache=True, nogil=True)
+def _center_box(view, center_ratio):  # type: ignore[no-untyped-def]
+    """The central square."""
+    side = max(1, int(center_ratio * min(view[HEIGHT], view[WIDTH])))
+    _set_central(view, side, side)
+
+
+@njit(cache=True, nogil=True)
+def _set_central(view, box_height, box_width):  # type: ignore[no-untyped-def]
+    """Put a box of this size into the middle."""
+    view[TOP] = (view[HEIGHT] - box_height) // 2
+    view[LEFT] = (view[WIDTH] - box_width) // 2
+    view[HEIGHT], view[WIDTH] = box_height, box_width

@@ -1,0 +1,45 @@
+"""From decoded pixels to what a network reads."""
+
+from dataclasses import dataclass
+
+import torch
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Brings pixels to the device and normalises them there.
+
+    Attributes:
+        device: where batches are delivered.
+        mean: per channel, of pixel values in [0, 1].
+        std: per channel, of pixel values in [0, 1].
+        dtype: torch.float32, torch.float16 or torch.bfloat16; None leaves uint8.
+    """
+
+    device: torch.device
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    dtype: torch.dtype | None
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalise a batch.
+
+        Args:
+            pixels: (B, S, S, 3) uint8.
+
+        Returns:
+            (B, 3, S, S) on the device, channels_last: (pixel / 255 - mean) / std, or uint8.
+        """
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.dtype is None:
+            return pixels.permute(0, 3, 1, 2)
+        batch, size = pixels.shape[:2]
+        # Whole lines of S x 3 values, because a last axis of three does not vectorise.
+        lines = pixels.reshape(batch * size, size * 3).to(torch.float32)
+        scale = 1 / (255 * torch.tensor(self.std, device=self.device))
+        shift = -torch.tensor(self.mean, device=self.device) * 255 * scale
+        lines.mul_(scale.repeat(size)).add_(shift.repeat(size))
+        return lines.to(self.dtype).view(batch, size, size, 3).permute(0, 3, 1, 2)

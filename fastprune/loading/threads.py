@@ -1,0 +1,75 @@
+"""Threads that work off tasks for one iterator, and whose death is noticed."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any
+
+_SECONDS_BETWEEN_CHECKS = 1.0
+
+
+class ThreadDiedError(Exception):
+    """A thread was killed from outside, and what it was doing will never be done."""
+
+
+class WorkerThreads:
+    """A few threads and a queue of tasks, done first come, first served.
+
+    `concurrent.futures.ThreadPoolExecutor` waits for ever for a task whose thread was killed, and
+    again when it is shut down after that; this one does not.
+    """
+
+    def __init__(self, num_threads: int, *, name: str):
+        self._tasks: SimpleQueue[Any] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> "Future[None]":
+        """Queue a call."""
+        future: Future[None] = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def wait(self, future: "Future[None]") -> None:
+        """Wait until a call is done; raise what it raised.
+
+        Raises:
+            ThreadDiedError: it may never be done, because a thread was killed.
+        """
+        while True:
+            try:
+                return future.result(timeout=_SECONDS_BETWEEN_CHECKS)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if not all(thread.is_alive() for thread in self._threads):
+                    raise ThreadDiedError from None
+
+    def close(self) -> None:
+        """Forget the queued calls, let the running ones end, and end the threads."""
+        try:
+            while True:
+                self._tasks.get_nowait()
+        except Empty:
+            pass
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def _work(tasks: "SimpleQueue[Any]") -> None:
+    """Do what is queued until told to end; an error goes to whoever waits for the call."""
+    while (task := tasks.get()) is not None:
+        future, function, arguments = task
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        # An idle thread must not keep the last batch alive.
+        del task, future, function, arguments

@@ -1,0 +1,59 @@
+"""A small beton written by FFCV itself, and copies of it that a test may damage."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import require_library
+from tests.images import picture
+
+NUM_ROWS = 30
+NUM_CLASSES = 3
+
+
+class _Pictures:
+    """Pictures of different sizes, one per row."""
+
+    def __len__(self):
+        return NUM_ROWS
+
+    def __getitem__(self, row):
+        image = picture(row, width=96 + 5 * (row % 7), height=80 + 7 * (row % 5))
+        return np.array(image), row % NUM_CLASSES
+
+
+@pytest.fixture(scope="session")
+def stock_beton(tmp_path_factory) -> Path:
+    """30 JPEG rows of three classes, the fields in another order and under other names."""
+    require_library("ffcv")
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    path = tmp_path_factory.mktemp("beton") / "stock.beton"
+    fields = {"photo": RGBImageField(write_mode="jpg"), "class": IntField()}
+    writer = DatasetWriter(str(path), fields, num_workers=1)
+    writer.from_indexed_dataset(_Pictures(), chunksize=NUM_ROWS)
+    return path
+
+
+@pytest.fixture
+def beton_copy(stock_beton, tmp_path) -> Path:
+    """A copy of the stock beton for the test alone."""
+    return Path(shutil.copy(stock_beton, tmp_path / "copy.beton"))
+
+
+@pytest.fixture
+def damage_row():
+    """A function that overwrites a row's stored bytes from a byte on."""
+
+    def damage(path: Path, row: int, data: bytes, start: int = 0) -> None:
+        from fastprune.beton.reader import open_beton
+
+        offset = int(open_beton(path).offsets[row]) + start
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    return damage

@@ -1,0 +1,232 @@
+"""The loader's contract, on the FFCV engine."""
+
+import gc
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastprune.artifacts.fingerprint import ContentNotComparedWarning, Fingerprint
+from fastprune.artifacts.subset import Subset
+from fastprune.beton.reader import open_beton
+from fastprune.errors import (
+    ArtifactMismatch,
+    InvalidValueError,
+    LoadingError,
+    MissingDependencyError,
+)
+from fastprune.loading.loader import Loader
+from tests.conftest import require_library
+
+require_library("ffcv")
+
+
+def _loader(path, subset=None, **settings):
+    defaults = {"batch_size": 8, "image_size": 32, "augment": "rrc", "layout": "xyi"}
+    return Loader(path, subset, **{**defaults, **settings})
+
+
+def _rows(loader):
+    return np.concatenate([rows.numpy() for _, _, rows in loader])
+
+
+def test_batches_are_normalized_channels_last_and_carry_global_rows(stock_beton):
+    images, labels, rows = next(iter(_loader(stock_beton, np.arange(1, 30, 2))))
+    assert images.shape == (8, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == rows.dtype == torch.int64
+    assert (rows % 2 == 1).all()
+    assert (labels == rows % 3).all()
+
+
+def test_two_column_batches_leave_the_rows_out(stock_beton):
+    assert len(next(iter(_loader(stock_beton, layout="xy")))) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_normalization_is_by_mean_and_std_of_values_up_to_one(stock_beton, dtype):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    settings = {"order": "sequential"}
+    images, _, _ = next(iter(_loader(stock_beton, mean=mean, std=std, dtype=dtype, **settings)))
+    pixels, _, _ = next(iter(_loader(stock_beton, raw=True, **settings)))
+    assert pixels.dtype == torch.uint8
+    expected = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert images.dtype == dtype
+    tolerance = torch.finfo(dtype).eps * 8
+    torch.testing.assert_close(images.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_training_epoch_visits_rows_once_and_the_next_one_differs(stock_beton):
+    loader = _loader(stock_beton)
+    first, second = _rows(loader), _rows(loader)
+    assert len(first) == len(np.unique(first)) == 24 == 8 * len(loader)
+    assert first.tolist() != second.tolist()
+
+
+def test_evaluation_visits_every_row_once_in_order(stock_beton):
+    loader = _loader(stock_beton, train=False, augment=None)
+    assert _rows(loader).tolist() == list(range(30))
+    assert len(loader) == 4
+
+
+def test_a_padded_epoch_says_how_many_rows_it_repeats(stock_beton):
+    loader = _loader(stock_beton, tail="pad")
+    assert len(_rows(loader)) == 32
+    assert loader.num_repeated == 2
+
+
+def test_an_epoch_that_was_named_is_repeated_to_the_bit(stock_beton):
+    loader = _loader(stock_beton)
+    loader.set_epoch(3)
+    first = next(iter(loader))
+    loader.set_epoch(3)
+    for one, other in zip(first, next(iter(loader)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_views_depend_on_neither_batch_size_nor_workers_nor_subset(stock_beton):
+    def images_by_row(subset=None, **settings):
+        batches = _loader(stock_beton, subset, tail="exact", raw=True, seed=4, **settings)
+        return {int(rows[i]): images[i] for images, _, rows in batches for i in range(len(rows))}
+
+    plain = images_by_row(num_workers=2)
+    other = images_by_row(np.arange(0, 30, 3), batch_size=3, num_workers=1)
+    assert sorted(other) == list(range(0, 30, 3))
+    assert all(torch.equal(plain[row], image) for row, image in other.items())
+
+
+def test_held_batches_are_not_overwritten(stock_beton):
+    loader = _loader(stock_beton, batch_size=2)
+    held = list(loader)
+    loader.set_epoch(0)
+    for kept, fresh in zip(held, loader, strict=True):
+        assert torch.equal(kept[0], fresh[0])
+
+
+def test_two_live_iterators_have_their_own_epochs(stock_beton):
+    loader = _loader(stock_beton)
+    rows = [(first[2], second[2]) for first, second in zip(loader, loader, strict=True)]
+    first, second = (torch.cat(column).tolist() for column in zip(*rows, strict=True))
+    loader.set_epoch(0)
+    assert [first, second] == [_rows(loader).tolist(), _rows(loader).tolist()]
+
+
+def test_leaving_early_fifty_times_leaves_nothing_behind(stock_beton):
+    loader = _loader(stock_beton, batch_size=2)
+
+    def leave():
+        for _ in loader:
+            break
+
+    def held():
+        gc.collect()
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    leave()
+    before = held()
+    for _ in range(50):
+        leave()
+    assert held() == before
+
+
+def test_warming_up_takes_no_batch_and_no_epoch_away(stock_beton):
+    loader = _loader(stock_beton)
+    loader.warm_up()
+    fresh = _loader(stock_beton)
+    assert _rows(loader).tolist() == _rows(fresh).tolist()
+
+
+def test_a_single_row_is_a_batch_of_an_exact_tail(stock_beton):
+    assert _rows(_loader(stock_beton, [7], tail="exact")).tolist() == [7]
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_too_few_rows_for_a_batch_are_refused_rather_than_dropped(stock_beton, world):
+    with pytest.raises(InvalidValueError, match=r'7 kept rows .* no batch of 8.*tail="pad"'):
+        _loader(stock_beton, np.arange(7), distributed=(0, world))
+
+
+def test_two_ranks_share_an_exact_epoch(stock_beton):
+    ranks = [_rows(_loader(stock_beton, tail="exact", distributed=(rank, 2))) for rank in (0, 1)]
+    assert sorted(np.concatenate(ranks)) == list(range(30))
+
+
+def test_the_dataset_tells_labels_and_classes_of_the_kept_rows(stock_beton):
+    loader = _loader(stock_beton, np.arange(0, 30, 2))
+    assert len(loader.dataset) == len(loader.rows) == 15
+    assert (loader.dataset.targets == loader.rows % 3).all()
+    assert loader.dataset.classes == ("0", "1", "2")
+    assert loader.num_classes == 3
+
+
+def test_a_subset_file_of_other_images_is_refused(stock_beton, tmp_path):
+    Subset(np.arange(20), Fingerprint(30, "0" * 32)).save(tmp_path / "half.npy")
+    with pytest.raises(ArtifactMismatch, match=r"half\.npy was made from .*\n.*fastprune score"):
+        _loader(stock_beton, tmp_path / "half.npy")
+
+
+def test_a_subset_file_of_these_images_is_used(stock_beton, tmp_path):
+    subset = Subset(np.arange(20), open_beton(stock_beton).fingerprint)
+    subset.save(tmp_path / "half.npy")
+    with pytest.warns(ContentNotComparedWarning, match="agree in rows"):
+        assert len(_loader(stock_beton, tmp_path / "half.npy").rows) == 20
+    with pytest.warns(ContentNotComparedWarning, match="agree in rows"):
+        assert len(_loader(stock_beton, subset).rows) == 20
+
+
+def test_a_bare_index_file_works_with_a_warning(stock_beton, tmp_path):
+    np.save(tmp_path / "bare.npy", np.arange(20))
+    with pytest.warns(
+        ContentNotComparedWarning, match=r"bare\.npy does not say .* Keep the \.json"
+    ):
+        assert len(_loader(stock_beton, tmp_path / "bare.npy").rows) == 20
+
+
+@pytest.mark.parametrize(
+    "rows", [np.arange(20.0), np.ones(30, bool), [3, 2], [1, 1], [29, 30], [-1, 0], []]
+)
+def test_rows_that_cannot_index_the_beton_are_refused(stock_beton, rows):
+    with pytest.raises(InvalidValueError, match="subset"):
+        _loader(stock_beton, rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "magic"}, "backend must be one of auto, ffcv"),
+        ({"augment": "cutmix"}, "augment must be one of None, 'rrc'"),
+        ({"order": "chaos"}, "order must be one of None, 'random'"),
+        ({"tail": "wag"}, "tail must be one of None, 'drop'"),
+        ({"layout": "yx"}, "layout must be one of 'xy'"),
+        ({"dtype": torch.int8}, "dtype must be one of torch.float32"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, not 0"),
+        ({"image_size": 1.5}, "image_size must be an integer >= 1, not 1.5"),
+        ({"num_workers": 0}, "num_workers must be an integer >= 1, not 0"),
+        ({"seed": -1}, "seed must be an integer >= 0, not -1"),
+        ({"distributed": (2, 2)}, r"distributed must be .* not \(2, 2\)"),
+        ({"distributed": "ddp"}, "distributed must be .* not 'ddp'"),
+    ],
+)
+def test_an_argument_outside_its_domain_is_refused(stock_beton, settings, message):
+    with pytest.raises(InvalidValueError, match=message):
+        _loader(stock_beton, **settings)
+
+
+def test_a_negative_epoch_is_refused(stock_beton):
+    with pytest.raises(InvalidValueError, match="epoch must be an integer >= 0, not -1"):
+        _loader(stock_beton).set_epoch(-1)
+
+
+def test_a_missing_engine_is_named_with_its_cure(stock_beton, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install fastprune\[ffcv\]"):
+        _loader(stock_beton, backend="ffcv")
+
+
+def test_a_damaged_row_reaches_the_caller(beton_copy, damage_row):
+    damage_row(beton_copy, 13, b"\0\0\0\0")
+    with pytest.raises(LoadingError, match="row 13 of"):
+        list(_loader(beton_copy, tail="exact"))

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastprune.loading.order import Plan, epoch_order
+
+plans = st.fixed_dictionaries(
+    {
+        "num_rows": st.integers(1, 60),
+        "batch_size": st.integers(1, 20),
+        "world": st.integers(1, 5),
+        "order": st.sampled_from(["random", "sequential"]),
+        "seed": st.integers(0, 2**63 - 1),
+        "epoch": st.integers(0, 1000),
+    }
+)
+
+
+def _ranks(case, tail):
+    """The plans of all ranks over rows 3, 5, 7, ..."""
+    rows = 3 + 2 * np.arange(case["num_rows"])
+    return [
+        Plan(rows, case["batch_size"], case["order"], case["seed"], tail, rank, case["world"])
+        for rank in range(case["world"])
+    ]
+
+
+def _entries(plans, epoch):
+    """Every entry of every batch of every rank."""
+    batches = [batch for plan in plans for batch in plan.batches(epoch)]
+    return np.concatenate(batches) if batches else np.empty(0, np.int64)
+
+
+@given(plans)
+def test_an_exact_tail_gives_every_row_once(case):
+    ranks = _ranks(case, "exact")
+    assert (np.sort(_entries(ranks, case["epoch"])) == ranks[0].rows).all()
+
+
+@given(plans)
+def test_a_dropped_tail_gives_full_batches_of_unrepeated_rows_to_every_rank(case):
+    ranks = _ranks(case, "drop")
+    entries = _entries(ranks, case["epoch"])
+    assert len(np.unique(entries)) == len(entries)
+    assert len(ranks[0].rows) - len(entries) < case["batch_size"] * case["world"]
+    assert {plan.num_batches() for plan in ranks} == {
+        len(entries) // case["batch_size"] // len(ranks)
+    }
+
+
+@given(plans)
+def test_a_padded_tail_gives_full_batches_and_counts_the_repeated_rows(case):
+    ranks = _ranks(case, "pad")
+    entries = _entries(ranks, case["epoch"])
+    assert (np.unique(entries) == ranks[0].rows).all()
+    assert len(entries) - len(ranks[0].rows) == ranks[0].num_repeated()
+    assert {len(batch) for plan in ranks for batch in plan.batches(case["epoch"])} == {
+        case["batch_size"]
+    }
+    assert len({plan.num_batches() for plan in ranks}) == 1
+
+
+@given(plans, st.sampled_from(["drop", "pad", "exact"]))
+def test_the_number_of_batches_is_what_is_announced(case, tail):
+    for plan in _ranks(case, tail):
+        assert len(plan.batches(case["epoch"])) == plan.num_batches()
+
+
+@given(plans)
+def test_ranks_together_see_in_a_batch_what_one_rank_with_large_batches_sees(case):
+    ranks = _ranks(case, "drop")
+    world, rows = case["world"], ranks[0].rows
+    large = Plan(rows, case["batch_size"] * world, case["order"], case["seed"], "drop")
+    together = zip(*(plan.batches(case["epoch"]) for plan in ranks), strict=True)
+    for parts, whole in zip(together, large.batches(case["epoch"]), strict=True):
+        assert (np.stack(parts, axis=1).ravel() == whole).all()
+
+
+def test_seed_and_epoch_are_not_interchangeable():
+    rows = np.arange(100)
+    orders = [
+        epoch_order(rows, order="random", seed=seed, epoch=epoch).tolist()
+        for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_the_random_order_is_fixed_for_all_time():
+    order = epoch_order(np.arange(8), order="random", seed=7, epoch=3)
+    assert order.tolist() == [2, 5, 7, 3, 0, 6, 4, 1]
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_the_sequential_order_is_the_subset_itself(epoch):
+    rows = np.array([2, 4, 9])
+    assert (epoch_order(rows, order="sequential", seed=1, epoch=epoch) == rows).all()
