@@ -1,0 +1,30 @@
+import numpy as np
+
+from fastprune.selection.chance import row_keys
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def splitmix64(state, count):
+    """The published generator, one number at a time."""
+    for _ in range(count):
+        state = (state + _GOLDEN) & _MASK
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        yield z ^ (z >> 31)
+
+
+def test_plain_generator_gives_the_published_numbers():
+    assert next(splitmix64(0, 1)) == 0xE220A8397B1DCDAF
+
+
+def test_keys_are_splitmix64_from_the_mixed_seed():
+    for seed in (0, 1, 2**64 - 1):
+        expected = list(splitmix64(next(splitmix64(seed, 1)), 20))
+        assert row_keys(seed, 20).tolist() == expected
+
+
+def test_keys_do_not_depend_on_the_number_of_rows():
+    assert np.array_equal(row_keys(3, 10), row_keys(3, 1000)[:10])
