@@ -13,6 +13,7 @@ from fastprune.artifacts.fingerprint import Fingerprint, content_digest, structu
 from fastprune.beton import layout
 from fastprune.beton.journal import Journal
 from fastprune.beton.manifest import SCHEMA
+from fastprune.beton.output import write_frame
 from fastprune.beton.pages import PageCursor
 from fastprune.beton.sources import Listing
 from fastprune.beton.transcode import ACTIONS, SKIPPED
@@ -168,37 +169,6 @@ def frame(assembly: Assembly, path: Path) -> Fingerprint:
     write_frame(path, FIELDS, metadata, table, assembly.cursor, assembly.num_classes)
     structure = structure_digest(records["label"], records["width"], records["height"])
     return Fingerprint(len(kept), structure, content_digest(records["source_crc32c"]))
-
-
-def write_frame(
-    path: Path,
-    fields: tuple[layout.Field, ...],
-    metadata: NDArray[np.void],
-    table: NDArray[np.void],
-    cursor: PageCursor,
-    num_classes: int,
-) -> None:
-    """Complete a file whose pages are written, and flush it to the disk."""
-    blocks_offset = layout.align_up(cursor.offset, layout.ALIGNMENT)
-    blocks = np.zeros((num_classes, layout.ALIGNMENT // 8), "<i8")
-    blocks[:, 0] = np.arange(num_classes)
-    table_offset = layout.align_up(blocks_offset + blocks.nbytes, cursor.page_bytes)
-    header = layout.pack_header(len(fields), cursor.page_bytes, len(metadata), table_offset)
-    with path.open("r+b") as file:
-        file.seek(layout.HEADER.itemsize)
-        file.write(layout.pack_descriptors(fields))
-        file.write(metadata.tobytes())
-        file.seek(blocks_offset)
-        file.write(blocks.tobytes())
-        file.seek(table_offset)
-        file.write(table.tobytes())
-        file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        file.write(header)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def manifest_lines(assembly: Assembly) -> Iterator[pa.RecordBatch]:

@@ -90,8 +90,19 @@ def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
     if reason:
         return _transcode(_open(content), settings, reason, subsampled=header.subsampled)
     if settings.verify:
-        _load(_open(content))
+        decode(content)
     return Prepared(content, header.width, header.height, COPIED, "")
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decode an image file whole.
+
+    Raises:
+        ConversionError: it is damaged, or no image.
+    """
+    picture = _open(content)
+    _load(picture)
+    return picture
 
 
 def source_bytes(content: Content) -> bytes:

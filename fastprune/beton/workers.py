@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.beton import layout
+from fastprune.beton.output import write_images
 from fastprune.beton.sources import Source
 from fastprune.beton.transcode import SKIPPED, ImageSettings, prepare_image, source_bytes
 from fastprune.errors import ConversionError
@@ -25,7 +25,6 @@ from fastprune.errors import ConversionError
 CHUNKS_PER_WORKER = 3
 
 _SECONDS_TO_STOP = 5.0
-_MOST_BUFFERS = 512  # pwritev takes at most 1,024 (IOV_MAX)
 
 RECORD = np.dtype(
     [
@@ -268,25 +267,9 @@ def _prepare_one(location: Any, label: int, task: Task) -> tuple[bytes, tuple[in
 
 
 def _write(descriptor: int, data: list[bytes], offsets: list[int], path: Path) -> None:
-    """Write images to their places; what lies together goes out in one call."""
-    buffers: list[bytes] = []
-    start = end = 0
+    """Write images to their places, and say what to do when the system refuses."""
     try:
-        for image, offset in zip(data, offsets, strict=True):
-            if not image:
-                continue
-            gap = offset - end
-            if buffers and not (0 <= gap < layout.ALIGNMENT and len(buffers) < _MOST_BUFFERS):
-                _write_all(descriptor, buffers, start)
-                buffers = []
-            if not buffers:
-                start = offset
-            elif gap:
-                buffers.append(bytes(gap))
-            buffers.append(image)
-            end = offset + len(image)
-        if buffers:
-            _write_all(descriptor, buffers, start)
+        write_images(descriptor, data, offsets)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise WorkerError(
@@ -294,14 +277,3 @@ def _write(descriptor: int, data: list[bytes], offsets: list[int], path: Path) -
             "command again",
             None,
         ) from error
-
-
-def _write_all(descriptor: int, buffers: list[bytes], offset: int) -> None:
-    """`pwritev`, repeated until everything is written: a disk that fills up writes a part first."""
-    total = sum(map(len, buffers))
-    written = os.pwritev(descriptor, buffers, offset)
-    if written < total:
-        rest = memoryview(b"".join(buffers))[written:]
-        while rest:
-            written = os.pwrite(descriptor, rest, offset + total - len(rest))
-            rest = rest[written:]

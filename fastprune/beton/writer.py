@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from fastprune.beton import layout
 from fastprune.beton.assembly import Assembly, fill, frame, manifest_lines, place, start_assembly
 from fastprune.beton.journal import Journal, intact_rows
 from fastprune.beton.manifest import Manifest, manifest_path, write_manifest
+from fastprune.beton.output import sync_folder
 from fastprune.beton.sources import Listing
 from fastprune.beton.sources.choose import source_for
+from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.beton.transcode import ACTIONS, COPIED, SKIPPED, TRANSCODED, ImageSettings
 from fastprune.beton.workers import Task, WorkerError, WorkerPool
 from fastprune.errors import ConversionError, InvalidValueError
@@ -28,9 +30,10 @@ _MOST_WORKERS = 16
 
 
 def convert(
-    images: str | Path,
+    images: Any,
     beton_path: str | Path,
     *,
+    labels: str | Path | None = None,
     workers: int | None = None,
     jpeg: str = "original",
     on_error: str = "stop",
@@ -49,8 +52,13 @@ def convert(
     `<beton_path>.partial`; it gets its name, and the manifest its own, when both are on the disk.
 
     Args:
-        images: the root of an ImageFolder tree.
+        images: the root of an ImageFolder tree; a folder of WebDataset tars (jpg and cls) or of
+            Hugging Face style Parquet files, a single such file or a pattern of them; with
+            `labels`, a flat folder of images; or an indexable dataset whose samples are
+            (image, label) or {"image": ..., "label": ...}, an image being a PIL image, uint8
+            pixels (height, width, 3) or (height, width), or the bytes of an image file.
         beton_path: the file to write; an older one is replaced at the very end.
+        labels: for a flat folder, a text file with a line "name class" per image.
         workers: processes; by default one per core that this process may use, at most 16.
         jpeg: "original" copies the bytes of 8-bit baseline and progressive JPEGs, gray or YCbCr.
         on_error: "stop" at the first unreadable image, or "skip" it and list it in the manifest.
@@ -76,13 +84,18 @@ def convert(
         raise InvalidValueError(f"on_error must be 'stop' or 'skip', but is {on_error!r}.")
     path = Path(beton_path)
     partial = path.with_name(path.name + ".partial")
-    source = source_for(images)
+    source = source_for(images, labels)
     task = Task(source, settings, on_error == "skip", partial)
     with (
         Journal(partial.with_name(partial.name + ".journal")) as journal,
         WorkerPool(num_workers, task) as pool,
     ):
         listing = source.list_images()
+        if shuffle_seed is not None and isinstance(source, ParquetSource):
+            raise InvalidValueError(
+                "shuffle_seed cannot be used with Parquet files, which are read row group by row "
+                "group. Convert in order; the loader shuffles."
+            )
         assembly = start_assembly(listing, shuffle_seed, layout.DEFAULT_PAGE_BYTES)
         identity = _identity(listing, settings, on_error, shuffle_seed)
         with _cleared_up(partial, journal, keep=keep_partial or resume):
@@ -226,18 +239,8 @@ def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, A
     path.unlink(missing_ok=True)
     write_manifest(manifest, manifest_lines(assembly))
     partial.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return manifest
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the renames to the disk, where the file system supports it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

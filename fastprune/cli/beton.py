@@ -1,7 +1,9 @@
 """Subcommands around the beton."""
 
 import json
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -12,6 +14,7 @@ _FILE = click.Path(path_type=Path)
 @click.command()
 @click.argument("images", type=_FILE)
 @click.argument("beton", type=_FILE)
+@click.option("--labels", type=_FILE, help='A file of "name class" lines for a flat folder.')
 @click.option("--workers", type=int, help="Processes.  [default: one per core, at most 16]")
 @click.option(
     "--jpeg",
@@ -40,6 +43,7 @@ _FILE = click.Path(path_type=Path)
 def convert(
     images: Path,
     beton: Path,
+    labels: Path | None,
     workers: int | None,
     jpeg: str,
     on_error: str,
@@ -51,13 +55,18 @@ def convert(
     resume: bool,
     keep_partial: bool,
 ) -> None:
-    """Write the images of an ImageFolder tree into a beton."""
+    """Write images into a beton, byte for byte where they are JPEGs.
+
+    IMAGES is a folder with one subfolder per class; a folder of WebDataset tars or of Parquet
+    files, or a pattern of them; or, with --labels, a folder of images.
+    """
     from fastprune.beton.writer import convert as convert_images
 
     start = time.monotonic()
     manifest = convert_images(
         images,
         beton,
+        labels=labels,
         workers=workers,
         jpeg=jpeg,
         on_error=on_error,
@@ -74,6 +83,67 @@ def convert(
     click.echo(
         f"wrote {manifest.fingerprint.num_rows:,} rows ({counts}) in {seconds:.1f} s -> {beton}"
     )
+
+
+@click.command()
+@click.argument("beton", type=_FILE)
+@click.option("--deep", is_flag=True, help="Decode every image and compare every CRC-32C.")
+@click.option("--subset", type=_FILE, help="Check this subset against the beton too.")
+@click.option("--write-manifest", is_flag=True, help="Make a manifest for a beton without one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(
+    beton: Path, deep: bool, subset: Path | None, write_manifest: bool, as_json: bool
+) -> None:
+    """Check a beton: is every byte where it should be."""
+    from fastprune.beton.adopt import adopt
+    from fastprune.beton.check import check_beton
+
+    if write_manifest and not deep:
+        raise click.UsageError("--write-manifest vouches for every image: add --deep.")
+    start = time.monotonic()
+    faults = check_beton(beton, deep=deep, subset=subset)
+    adoptable = write_manifest and all(fault.kind == "manifest" for fault in faults)
+    if adoptable:
+        manifest = adopt(beton)
+        click.echo(f"wrote {manifest.path}", err=True)
+        faults = []
+    if as_json:
+        shown = {"path": str(beton), "deep": deep, "faults": [asdict(fault) for fault in faults]}
+        click.echo(json.dumps(shown, indent=2))
+    else:
+        for fault in faults:
+            click.echo(str(fault))
+        found = f"{len(faults):,} faults" if faults else "no faults"
+        click.echo(f"{found} in {time.monotonic() - start:.1f} s: {beton}")
+    sys.exit(1 if faults else 0)
+
+
+@click.command()
+@click.argument("beton", type=_FILE)
+@click.option("-o", "--out", type=_FILE, required=True, help="The beton to write.")
+@click.option("--subset", type=_FILE, help="The rows to keep.  [default: all]")
+@click.option("--row-field", is_flag=True, help='Store the original rows as a field "row".')
+def compact(beton: Path, out: Path, subset: Path | None, row_field: bool) -> None:
+    """Copy a subset's rows into a beton of their own, without decoding."""
+    from fastprune.beton.compact import compact as compact_beton
+
+    start = time.monotonic()
+    manifest = compact_beton(beton, out, subset=subset, row_field=row_field)
+    seconds = time.monotonic() - start
+    click.echo(f"copied {manifest.fingerprint.num_rows:,} rows in {seconds:.1f} s -> {out}")
+
+
+@click.command("dali-index")
+@click.argument("beton", type=_FILE)
+@click.option("-o", "--out", type=_FILE, required=True, help="The index to write.")
+@click.option("--subset", type=_FILE, help="The rows to read.  [default: all]")
+def dali_index(beton: Path, out: Path, subset: Path | None) -> None:
+    """Write the index that lets DALI's own reader read a subset of a beton."""
+    from fastprune.beton.dali_index import write_dali_index
+
+    start = time.monotonic()
+    num_rows = write_dali_index(beton, out, subset=subset)
+    click.echo(f"indexed {num_rows:,} rows in {time.monotonic() - start:.1f} s -> {out}")
 
 
 @click.command()
@@ -99,4 +169,4 @@ def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-COMMANDS: tuple[click.Command, ...] = (convert, info)
+COMMANDS: tuple[click.Command, ...] = (convert, check, compact, dali_index, info)

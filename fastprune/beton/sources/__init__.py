@@ -1,6 +1,6 @@
 """Where images come from: a listing made once, and a way for every worker to read one image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.beton.transcode import Content
+
+
+class Names(Protocol):
+    """A name per image: a list, or something that makes the names up when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Listing:
     """
 
     root: str
-    names: Sequence[str]
+    names: Names
     labels: NDArray[np.int64] | None
     source_bytes: NDArray[np.int64]
     locate: Callable[[int], Any]

@@ -1,0 +1,81 @@
+"""A manifest for a beton of another writer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fastprune.artifacts.fingerprint import Fingerprint, content_digest, structure_digest
+from fastprune.beton.check import own_manifest
+from fastprune.beton.manifest import SCHEMA, Manifest, manifest_path, write_manifest
+from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.transcode import ACTIONS, FOUND
+from fastprune.errors import ArtifactError
+from fastprune.progress import track
+
+_LINES_PER_BATCH = 1 << 16
+
+
+def adopt(path: str | Path) -> Manifest:
+    """Write a manifest for a beton of another writer, so that its contents have a fingerprint.
+
+    The CRC-32C of the stored bytes stands for the source's, which nobody knows any more.
+
+    Args:
+        path: a whole beton without a manifest, or with one that is not its own.
+
+    Returns:
+        The manifest, written beside the beton.
+
+    Raises:
+        BetonError: the beton is damaged.
+        ArtifactError: it has its manifest already, or the manifest cannot be written.
+    """
+    beton = open_beton(path)
+    structure = structure_digest(beton.labels, beton.widths, beton.heights)
+    if isinstance(own_manifest(beton.path, structure), Manifest):
+        raise ArtifactError(
+            f"{manifest_path(path)} belongs to {path} already, and knows more than a new one "
+            "could. Remove it first if you want it made again."
+        )
+    crcs = stored_crc32c(beton)
+    manifest = Manifest(
+        path=manifest_path(path),
+        fingerprint=Fingerprint(beton.num_rows, structure, content_digest(crcs)),
+        class_names=None,
+        counts={ACTIONS[FOUND]: beton.num_rows},
+    )
+    write_manifest(manifest, found_lines(beton, crcs))
+    return manifest
+
+
+def stored_crc32c(beton: Beton) -> NDArray[np.uint32]:
+    """CRC-32C of every row's stored bytes, (N,)."""
+    rows = track(range(beton.num_rows), description="crc", total=beton.num_rows, unit="rows")
+    return np.array(
+        [google_crc32c.value(beton.image_bytes(row).tobytes()) for row in rows], np.uint32
+    )
+
+
+def found_lines(beton: Beton, crcs: NDArray[np.uint32]) -> Iterator[pa.RecordBatch]:
+    """The manifest's lines of a beton whose origin is not known."""
+    for start in range(0, beton.num_rows, _LINES_PER_BATCH):
+        rows = np.arange(start, min(start + _LINES_PER_BATCH, beton.num_rows))
+        columns = {
+            "row": rows,
+            "label": beton.labels[rows],
+            "bytes": beton.sizes[rows],
+            "width": beton.widths[rows].astype(np.int32),
+            "height": beton.heights[rows].astype(np.int32),
+            "action": [ACTIONS[FOUND]] * len(rows),
+            "source_crc32c": crcs[rows],
+            "stored_crc32c": crcs[rows],
+        }
+        unknown = [None] * len(rows)
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(columns.get(entry.name, unknown), entry.type) for entry in SCHEMA],
+            schema=SCHEMA,
+        )

@@ -1,0 +1,100 @@
+"""The index file with which DALI's native webdataset reader reads rows of a beton."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastprune.artifacts.atomic import write_text
+from fastprune.beton import layout
+from fastprune.beton.output import label_blocks_offset
+from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.rows import RowsLike, rows_of
+from fastprune.beton.structure import read_tables
+from fastprune.errors import BetonError
+
+# DALI's index version; its lines name every component's file, which we use for the row.
+_VERSION = "v1.2"
+
+
+def write_dali_index(
+    beton_path: str | Path,
+    index_path: str | Path,
+    *,
+    subset: RowsLike = None,
+) -> int:
+    """Write an index that makes DALI read exactly a subset's rows from a beton.
+
+    With it, `nvidia.dali.fn.readers.webdataset(paths=[beton_path], index_paths=[index_path],
+    ext=["jpg", "cls"], dtypes=[types.UINT8, types.INT64])` gives every row's JPEG and label, and
+    `fn.get_property(jpegs, key="source_info")` the row.
+
+    Args:
+        beton_path: a beton that `convert` or `compact` wrote.
+        index_path: the file to write.
+        subset: the rows, as a file, a `Subset` or an array; None for all of them.
+
+    Returns:
+        The number of rows in the index.
+
+    Raises:
+        InvalidValueError: the rows do not index the beton.
+        ArtifactMismatch: the subset was made from other images.
+        BetonError: the beton is damaged, or has no aligned JPEGs and label blocks.
+        ArtifactError: the index cannot be written.
+    """
+    beton = open_beton(beton_path)
+    rows = rows_of(beton, subset)
+    blocks = _label_blocks(beton, rows)
+    offsets, sizes = beton.offsets[rows].tolist(), beton.sizes[rows].tolist()
+    samples = zip(rows.tolist(), offsets, sizes, blocks.tolist(), strict=True)
+    lines = [
+        f"jpg {offset} {size} {row} cls {block} 8 {row}\n" for row, offset, size, block in samples
+    ]
+    write_text(index_path, f"{_VERSION} {len(lines)}\n{''.join(lines)}")
+    return len(lines)
+
+
+def _label_blocks(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The file offset of every row's label block, (K,) int64."""
+    unfit = (beton.modes[rows] != layout.JPG) | (beton.offsets[rows] % layout.ALIGNMENT != 0)
+    if unfit.any():
+        row = int(rows[np.argmax(unfit)])
+        what = (
+            "is stored raw"
+            if beton.modes[row] != layout.JPG
+            else (
+                f"starts at byte {beton.offsets[row]:,}, which is no multiple of {layout.ALIGNMENT}"
+            )
+        )
+        raise BetonError(
+            f"DALI cannot read {beton.path} natively: the image of row {row:,} {what}. "
+            + _cure(beton, raw=beton.modes[row] != layout.JPG)
+        )
+    tables = read_tables(beton.path)
+    end = int((tables.allocations["ptr"] + tables.allocations["size"]).max())
+    labels = np.unique(beton.labels[rows])
+    first = label_blocks_offset(end)
+    behind = tables.table_offset - 8
+    if labels[0] < 0 or labels[-1] > (behind - first) // layout.ALIGNMENT:
+        raise BetonError(_no_blocks(beton, int(labels[-1])))
+    for label in labels.tolist():
+        block = first + layout.ALIGNMENT * label
+        if int.from_bytes(beton.content[block : block + 8].tobytes(), "little") != label:
+            raise BetonError(_no_blocks(beton, label))
+    return first + layout.ALIGNMENT * beton.labels[rows]
+
+
+def _no_blocks(beton: Beton, label: int) -> str:
+    """What to say of a beton that another writer made."""
+    return (
+        f"DALI cannot read {beton.path} natively: it has no label block for class {label:,}. "
+        + _cure(beton, raw=False)
+    )
+
+
+def _cure(beton: Beton, *, raw: bool) -> str:
+    """How to get a beton that DALI reads."""
+    if raw:
+        return "Convert the images again: fastprune convert IMAGES train.beton"
+    return f"Rewrite it aligned, without decoding: fastprune compact {beton.path} -o aligned.beton"

@@ -1,0 +1,65 @@
+"""Any indexable dataset of (image, label), such as torchvision's and Hugging Face's."""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastprune.beton.sources import Listing
+from fastprune.beton.transcode import Content
+from fastprune.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """The samples of an object with `__len__` and `__getitem__`, read in the workers."""
+
+    dataset: Any
+
+    def list_images(self) -> Listing:
+        """Number the samples; only reading one tells its label.
+
+        Raises:
+            ConversionError: the dataset is empty.
+        """
+        count = len(self.dataset)
+        name = type(self.dataset).__name__
+        if count == 0:
+            raise ConversionError(f"the dataset {name} is empty. Give one that has samples.")
+        class_names = getattr(self.dataset, "classes", None)
+        return Listing(
+            root=name,
+            names=_Numbers(count),
+            labels=None,
+            source_bytes=np.zeros(count, np.int64),
+            locate=int,
+            class_names=None if class_names is None else tuple(map(str, class_names)),
+            identity=f"{name} of {count:,} samples",
+        )
+
+    def read(self, location: int) -> tuple[Content, int]:
+        """Take one sample: a pair, a longer tuple, or a dict with "image" and "label"."""
+        sample = self.dataset[location]
+        if isinstance(sample, Mapping):
+            content, label = sample["image"], sample["label"]
+        else:
+            content, label = sample[0], sample[1]
+        try:
+            return content, operator.index(label)
+        except TypeError:
+            raise ConversionError(f"its label is {label!r}, but must be an integer") from None
+
+
+class _Numbers:
+    """The names of samples that have none: their numbers."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> str:
+        return str(index)

@@ -1,0 +1,141 @@
+"""Parquet files as Hugging Face writes image sets: a struct with the bytes, and a label."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastprune.beton.sources import Listing
+from fastprune.beton.sources.files import files_identity
+from fastprune.errors import ConversionError
+
+_IMAGE_NAMES = ("image", "img", "jpg", "png")
+_LABEL_NAMES = ("label", "fine_label", "labels", "cls")
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """The rows of Parquet files, in file order."""
+
+    files: list[Path]
+
+    def list_images(self) -> Listing:
+        """Read every row's label; the images stay on disk.
+
+        Raises:
+            ConversionError: a file is no Parquet, or has no image or label column.
+        """
+        schema = _opened(self.files[0]).schema_arrow
+        column = _label_column(schema, self.files[0])
+        names: list[str] = []
+        labels: list[Any] = []
+        places: list[tuple[int, int, int]] = []
+        for number, path in enumerate(self.files):
+            file = _opened(path)
+            _image_column(file.schema_arrow, path)
+            _label_column(file.schema_arrow, path)
+            labels.append(_labels(file, column, path))
+            for group in range(file.num_row_groups):
+                num_rows = file.metadata.row_group(group).num_rows
+                places += [(number, group, row) for row in range(num_rows)]
+            names += [f"{path.name}#{row}" for row in range(file.metadata.num_rows)]
+        if not names:
+            raise ConversionError(f"{self.files[0]} and its like hold no rows.")
+        table = np.array(places, np.int32)
+        return Listing(
+            root=str(self.files[0].parent),
+            names=names,
+            labels=np.concatenate(labels),
+            source_bytes=np.zeros(len(names), np.int64),
+            locate=lambda index: tuple(table[index].tolist()),
+            class_names=_class_names(schema, column),
+            identity=files_identity(self.files),
+        )
+
+    def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
+        """Take one image out of its row group, which stays in memory for the next ones."""
+        number, group, row = location
+        value = _images(self.files[number], group)[row].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None:
+            raise ConversionError(
+                "it has no bytes in the Parquet file. If the images stand beside it as files, "
+                "convert their folder"
+            )
+        return content, None
+
+
+@lru_cache(maxsize=1)
+def _images(path: Path, group: int) -> pa.Array:
+    """The image column of one row group."""
+    file = _opened(path)
+    column = _image_column(file.schema_arrow, path)
+    table = file.read_row_group(group, columns=[column], use_threads=False)
+    return table[column].combine_chunks()
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    """A Parquet file with its metadata read."""
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ConversionError(
+            f"{path} cannot be read as Parquet: {error}. Get it again."
+        ) from error
+
+
+def _labels(file: pq.ParquetFile, column: str, path: Path) -> Any:
+    """One file's labels, (n,) int64."""
+    values = file.read(columns=[column], use_threads=False)[column]
+    if values.null_count:
+        raise ConversionError(f"{path} has {values.null_count:,} rows without a {column}.")
+    return values.to_numpy().astype(np.int64)
+
+
+def _image_column(schema: pa.Schema, path: Path) -> str:
+    """The column with the images: a struct with bytes, or the bytes themselves."""
+
+    def fits(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind):
+            index = kind.get_field_index("bytes")
+            return index >= 0 and _is_binary(kind.field(index).type)
+        return _is_binary(kind)
+
+    return _pick(schema, _IMAGE_NAMES, fits, f"{path} has no image column (struct with bytes)")
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _label_column(schema: pa.Schema, path: Path) -> str:
+    """The column with the class numbers."""
+    return _pick(
+        schema, _LABEL_NAMES, pa.types.is_integer, f"{path} has no label column (integers)"
+    )
+
+
+def _pick(schema: pa.Schema, names: tuple[str, ...], fits: Any, missing: str) -> str:
+    """The column of a fitting type with the first of the usual names, or the only one."""
+    fitting = [field.name for field in schema if fits(field.type)]
+    usual = [name for name in names if name in fitting]
+    if usual:
+        return usual[0]
+    if len(fitting) == 1:
+        return str(fitting[0])
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise ConversionError(f"{missing} named {' or '.join(names)}; its columns are {columns}.")
+
+
+def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    """The names in Hugging Face's description of the label column."""
+    try:
+        described = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(described["info"]["features"][column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None

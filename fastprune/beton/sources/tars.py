@@ -1,0 +1,135 @@
+"""Tar files in the WebDataset convention: consecutive files of one key are a sample."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from fastprune.beton.sources import Listing
+from fastprune.beton.sources.files import files_identity
+from fastprune.errors import ConversionError
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
+_LABEL = "cls"
+_MOST_LABEL_BYTES = 64
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file inside a tar."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """The samples of tar shards, in file order. Names inside are data and never become paths."""
+
+    shards: list[Path]
+
+    def list_images(self) -> Listing:
+        """List every sample: its image's place in the tar, and the number in its .cls file.
+
+        Raises:
+            ConversionError: a shard is compressed, damaged or cut, or a sample has no image or no
+                label.
+        """
+        names: list[str] = []
+        places: list[tuple[int, int, int]] = []
+        labels: list[int] = []
+        for number, shard in enumerate(self.shards):
+            for key, image, label in _samples(shard):
+                names.append(f"{shard.name}/{key}.{image.extension}")
+                places.append((number, image.offset, image.size))
+                labels.append(label)
+        if not names:
+            raise ConversionError(f"{self.shards[0]} and its like hold no samples (jpg and cls).")
+        table = np.array(places, np.int64)
+        return Listing(
+            root=str(self.shards[0].parent),
+            names=names,
+            labels=np.array(labels, np.int64),
+            source_bytes=table[:, 2],
+            locate=lambda index: tuple(table[index].tolist()),
+            class_names=None,
+            identity=files_identity(self.shards),
+        )
+
+    def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
+        """Read one image out of its shard."""
+        shard, offset, size = location
+        with self.shards[shard].open("rb", buffering=0) as file:
+            content = os.pread(file.fileno(), size, offset)
+        if len(content) < size:
+            raise ConversionError(f"{self.shards[shard]} was cut while it was being read")
+        return content, None
+
+
+def _samples(shard: Path) -> Iterator[tuple[str, _Member, int]]:
+    """Key, image and label of every sample of a shard."""
+    with shard.open("rb") as file:
+        sample: dict[str, _Member] = {}
+        key = None
+        for member in _members(shard, file):
+            if member.key != key and sample:
+                yield _sample(shard, file, sample)
+                sample = {}
+            key = member.key
+            sample[member.extension] = member
+        if sample:
+            yield _sample(shard, file, sample)
+
+
+def _sample(shard: Path, file: BinaryIO, sample: dict[str, _Member]) -> tuple[str, _Member, int]:
+    """Find the image and the label among the files of one key."""
+    key = next(iter(sample.values())).key
+    where = f"sample {key!r} of {shard}"
+    image = next((sample[extension] for extension in _IMAGES if extension in sample), None)
+    if image is None or _LABEL not in sample:
+        missing = "image" if image is None else f".{_LABEL} file"
+        raise ConversionError(
+            f"{where} has no {missing}; it has {', '.join(sample)}. Each sample needs an image "
+            f"(.jpg) and its class number (.{_LABEL})."
+        )
+    label = sample[_LABEL]
+    text = os.pread(file.fileno(), min(label.size, _MOST_LABEL_BYTES), label.offset)
+    try:
+        return key, image, int(text)
+    except ValueError:
+        raise ConversionError(
+            f"{where} has the class {text!r}, but a .{_LABEL} file holds the number of a class."
+        ) from None
+
+
+def _members(shard: Path, file: BinaryIO) -> Iterator[_Member]:
+    """The regular files in a tar, each wholly inside it."""
+    shard_bytes = os.fstat(file.fileno()).st_size
+    try:
+        # "r:" takes no compressed tar: there is no random access into one.
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                if not info.isreg() or info.issparse():
+                    continue
+                if info.offset_data + info.size > shard_bytes:
+                    raise ConversionError(
+                        f"{shard} is cut: {info.name!r} should end at byte "
+                        f"{info.offset_data + info.size:,}, but the file has {shard_bytes:,} "
+                        "bytes. Get it again."
+                    )
+                folder, _, name = info.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                yield _Member(key, extension.lower(), info.offset_data, info.size)
+                archive.members = []  # type: ignore[attr-defined] # else it keeps every header
+    except tarfile.TarError as error:
+        raise ConversionError(
+            f"{shard} cannot be read as an uncompressed tar file: {error}. Get it again, or "
+            "decompress it first."
+        ) from error
