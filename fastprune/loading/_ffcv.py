@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fastprune.beton.reader import Beton, image_and_label
 from fastprune.errors import LoadingError, MissingDependencyError
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
-from fastprune.loading.faults import FileWatch, undecodable
+from fastprune.loading.faults import FileWatch, RowFaults
 from fastprune.loading.threads import ThreadDiedError, WorkerThreads
 
 _BATCHES_AHEAD = 3
@@ -67,6 +67,9 @@ _libffcv.tjInitDecompress.restype = ctypes.c_void_p
 _libffcv.tjGetErrorStr2.restype = ctypes.c_char_p
 _FATAL = 1  # TJERR_FATAL
 
+# Codes of our own, beside the library's 0 and -1.
+_OTHER_SIZE, _ALTERED = 1, 2
+
 # Numba does not cache code that holds an address, FFCV's way of calling C. A name is resolved when
 # the cached code is loaded.
 for _name in ("imdecode", "resize"):
@@ -95,6 +98,10 @@ def _decode_rows(rows, memory, metadata, storage_state):
         start, size = offsets[i], sizes[i]
         stored = file_bytes[start : start + size]
         if record["mode"] == 0:
+            if not _is_size(stored, height, width):
+                # The library would leave the rest of the frame as the last image left it.
+                codes[i] = _OTHER_SIZE
+                continue
             codes[i] = _imdecode(
                 stored.ctypes, size, height, width, scratch.ctypes,
                 height, width, 0, 0, 1, 1, False, False,
@@ -114,6 +121,22 @@ def _decode_rows(rows, memory, metadata, storage_state):
             _shift(resized, images[i], view[SHIFT_DOWN], view[SHIFT_RIGHT])
         if view[FLIP]:
             _flip(images[i])
+
+
+@njit(cache=True, nogil=True)
+def _is_size(jpeg, height, width):
+    """Whether the frame header of a JPEG has this size; True where there is no such header."""
+    at = 2
+    while at + 9 < len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame_height, frame_width = (
+                jpeg[at + 5] << 8 | jpeg[at + 6],
+                jpeg[at + 7] << 8 | jpeg[at + 8],
+            )
+            return frame_height == height and frame_width == width
+        at += 1 if marker == 0xFF else 2 + (jpeg[at + 2] << 8 | jpeg[at + 3])
+    return True
 
 
 @njit(cache=True, nogil=True)
@@ -193,12 +216,7 @@ class _Batch:
 
 
 class FfcvEngine:
-    """Decodes given rows of one beton with given views on CPU threads.
-
-    Attributes:
-        num_warnings: images that the decoder complained of and decoded all the same.
-        num_skipped: rows left out because they could not be decoded.
-    """
+    """Decodes given rows of one beton with given views on CPU threads; see `engine.Engine`."""
 
     def __init__(
         self,
@@ -207,15 +225,13 @@ class FfcvEngine:
         image_size: int,
         num_workers: int,
         pin_memory: bool,
-        skip_errors: bool = False,
+        faults: RowFaults,
     ):
-        self.num_warnings = 0
-        self.num_skipped = 0
         self._beton = beton
         self._image_size = image_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._skip_errors = skip_errors
+        self._faults = faults
         self._file = FileWatch(beton)
         self._loader = _compiled_loader(beton, num_workers)
         stages, (self._node,) = self._loader.code
@@ -288,6 +304,7 @@ class FfcvEngine:
             storage_state=self._storage.state,
             **{f"memory_{self._node}": memory, f"shared_memory_{self._node}": None},
         )
+        batch.codes[part][self._faults.altered(rows)] = _ALTERED
 
     def _scratch(self, kept, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
         """Room for the chunk's largest image, and for one output; kept by the thread if small."""
@@ -312,22 +329,30 @@ class FfcvEngine:
                 f"{self._beton.path} was killed. Start the epoch again, or resume it from a "
                 "state_dict."
             ) from error
-        failed = [i for i in np.flatnonzero(batch.codes) if self._is_unusable(int(batch.rows[i]))]
+        failed = [
+            i
+            for i in np.flatnonzero(batch.codes)
+            if self._is_unusable(int(batch.rows[i]), int(batch.codes[i]))
+        ]
         if not failed:
             return batch.pixels, batch.rows
-        self.num_skipped += len(failed)
         kept = np.delete(np.arange(len(batch.rows)), failed)
         return batch.pixels[torch.from_numpy(kept)], batch.rows[kept]
 
-    def _is_unusable(self, row: int) -> bool:
-        """Ask the library again about a row it complained of; raise where rows must not fail."""
-        fatal, message = _diagnosis(
-            self._beton.image_bytes(row), self._beton.widths[row], self._beton.heights[row]
-        )
-        if not fatal:
-            self.num_warnings += 1
-        elif not self._skip_errors:
-            raise undecodable(self._beton, row, message)
+    def _is_unusable(self, row: int, code: int) -> bool:
+        """Find out what is wrong with a row, and report it; False for a mere warning."""
+        beton = self._beton
+        if code == _OTHER_SIZE:
+            self._faults.report(row, "its JPEG is not of the size that the beton says")
+            return True
+        if code == _ALTERED:
+            self._faults.report(row, "its bytes are not those that were written (CRC-32C)")
+            return True
+        fatal, message = _diagnosis(beton.image_bytes(row), beton.widths[row], beton.heights[row])
+        if fatal:
+            self._faults.report(row, message)
+        else:
+            self._faults.num_warnings += 1
         return fatal
 
 

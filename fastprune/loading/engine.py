@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError, MissingDependencyError
+from fastprune.loading.faults import RowFaults
 
 BACKENDS = ("auto", "ffcv")
 
@@ -19,15 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Decodes given rows of one beton with given views.
-
-    Attributes:
-        num_warnings: images that the decoder complained of and decoded all the same.
-        num_skipped: rows left out because they could not be decoded.
-    """
-
-    num_warnings: int
-    num_skipped: int
+    """Decodes given rows of one beton with given views."""
 
     def decode(
         self,
@@ -50,7 +43,13 @@ class Engine(Protocol):
 
 
 def make_engine(
-    backend: str, beton: Beton, *, image_size: int, num_workers: int, device: torch.device
+    backend: str,
+    beton: Beton,
+    *,
+    image_size: int,
+    num_workers: int,
+    device: torch.device,
+    faults: RowFaults,
 ) -> Engine:
     """Start the engine of that name.
 
@@ -72,6 +71,7 @@ def make_engine(
         image_size=image_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        faults=faults,
     )
     _LOG.info("%s: decoding with FFCV on %d CPU threads", beton.path, num_workers)
     return engine

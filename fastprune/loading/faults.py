@@ -1,9 +1,15 @@
 """What can go wrong with a file while it is read, found out and named."""
 
+from functools import cached_property
+from typing import Any
+
+import google_crc32c
+import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton
-from fastprune.errors import LoadingError
+from fastprune.errors import InvalidValueError, LoadingError
 
 
 class FileWatch:
@@ -42,19 +48,78 @@ class FileWatch:
             )
 
 
-def undecodable(beton: Beton, row: int, reason: str) -> LoadingError:
-    """The error for a row whose image cannot be decoded."""
-    return LoadingError(
-        f"row {row:,} of {beton.path}{_source(beton, row)} cannot be decoded: {reason}. Leave such "
-        f'rows out with on_error="skip", or find all of them with `fastprune check {beton.path} '
-        "--deep` and convert the images again."
-    )
+class RowFaults:
+    """What becomes of rows that cannot be used: an error that names them, or a count.
+
+    Attributes:
+        num_skipped: rows left out so far.
+        num_warnings: rows so far of which the decoder complained and that it decoded all the same.
+    """
+
+    def __init__(self, beton: Beton, *, skip: bool, verify_crc: bool):
+        """Prepare to judge rows.
+
+        Args:
+            beton: the open beton.
+            skip: count unusable rows instead of raising.
+            verify_crc: compare every row's bytes with the manifest's CRC-32C.
+
+        Raises:
+            InvalidValueError: there is no manifest to compare with.
+        """
+        self.num_skipped = 0
+        self.num_warnings = 0
+        self._beton = beton
+        self._skip = skip
+        self._crcs = _stored_crcs(beton) if verify_crc else None
+
+    def altered(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the rows (n,) hold other bytes than were written; none without `verify_crc`."""
+        if self._crcs is None:
+            return np.zeros(len(rows), np.bool_)
+        found = [google_crc32c.value(self._beton.image_bytes(row).tobytes()) for row in rows]
+        return np.not_equal(np.array(found, np.uint32), self._crcs[rows])
+
+    def report(self, row: int, reason: str) -> None:
+        """Count a row that cannot be used, or raise.
+
+        Raises:
+            LoadingError: rows are not to be skipped.
+        """
+        if not self._skip:
+            raise LoadingError(
+                f"row {row:,} of {self._beton.path}{self._source(row)} cannot be used: {reason}. "
+                'Leave such rows out with on_error="skip", or find all of them with `fastprune '
+                f"check {self._beton.path} --deep` and convert the images again."
+            )
+        self.num_skipped += 1
+
+    def _source(self, row: int) -> str:
+        """The file that a row was made from, where the manifest knows it."""
+        sources = self._sources
+        return "" if sources is None else f" (from {sources[row]})"
+
+    @cached_property
+    def _sources(self) -> list[str] | None:
+        """The file of every row, read only when a fault is to be named."""
+        if self._beton.manifest is None:
+            return None
+        return _column(self._beton, "source")
 
 
-def _source(beton: Beton, row: int) -> str:
-    """The file that a row was made from, where the manifest knows it."""
+def _stored_crcs(beton: Beton) -> NDArray[np.uint32]:
+    """The manifest's CRC-32C of every row's stored bytes, (N,)."""
     if beton.manifest is None:
-        return ""
-    lines = beton.manifest.table(["row", "source"])
-    line = lines.filter(pc.equal(lines["row"], row))
-    return f" (from {line['source'][0]})"
+        raise InvalidValueError(
+            f"verify_crc=True needs the checksums of a manifest, but {beton.path} has none. Make "
+            f"one with: fastprune check {beton.path} --deep --write-manifest"
+        )
+    return np.array(_column(beton, "stored_crc32c"), np.uint32)
+
+
+def _column(beton: Beton, name: str) -> list[Any]:
+    """A column of the manifest, one entry per row in row order."""
+    assert beton.manifest is not None
+    lines = beton.manifest.table(["row", name])
+    values: list[Any] = lines.filter(pc.is_valid(lines["row"])).sort_by("row")[name].to_pylist()
+    return values

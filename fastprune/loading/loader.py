@@ -1,5 +1,6 @@
 """The loader: batches of a beton's kept rows, ready to train on."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from fastprune.beton.reader import open_beton
 from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
+from fastprune.loading.checks import require_at_least, require_one_of
 from fastprune.loading.device import choose_device
 from fastprune.loading.engine import make_engine
+from fastprune.loading.faults import RowFaults
 from fastprune.loading.kept import SubsetLike, kept_rows
-from fastprune.loading.order import ORDERS, TAILS, Plan
+from fastprune.loading.order import ORDERS, TAILS, Plan, this_rank
 from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD, Normalizer
 
 LAYOUTS = ("xy", "xyi")
@@ -74,6 +77,9 @@ class Loader:
         tail: str | None = None,
         layout: str = "xy",
         raw: bool = False,
+        on_error: str = "raise",
+        verify_crc: bool = False,
+        open_pages: int = 64,
         num_workers: int | None = None,
         distributed: str | tuple[int, int] | None = "auto",
     ):
@@ -94,13 +100,18 @@ class Loader:
             mean: per channel, of pixel values in [0, 1].
             std: per channel, of pixel values in [0, 1].
             dtype: of the images: torch.float32, torch.float16 or torch.bfloat16.
-            order: "random" (default for training) or "sequential".
+            order: "random" (default for training), "sequential", or "pages": random within a
+                sliding set of `open_pages` pages of the file, for storage that is read by page.
             seed: of order and views.
             tail: what becomes of rows that fill no batch: "drop" (default for training), "pad"
                 (repeats rows, see `num_repeated`) or "exact" (uneven last batches; the default for
                 evaluation).
             layout: "xy" for (images, labels), "xyi" for (images, labels, rows).
             raw: deliver uint8 pixels, not normalised.
+            on_error: "raise" a LoadingError for a row that cannot be decoded, or "skip" it: its
+                batch is smaller then (or missing), and `num_skipped` counts it.
+            verify_crc: compare the bytes of each row with the manifest's CRC-32C as they are read.
+            open_pages: pages that the order "pages" draws from at a time.
             num_workers: decoding threads; None for one per usable CPU.
             distributed: "auto" shares the epoch among torch.distributed's ranks when the process
                 group is there; (rank, world) names them; None gives this process all rows.
@@ -111,16 +122,18 @@ class Loader:
             InvalidValueError: an argument is outside its domain, or there is no full batch.
             MissingDependencyError: the engine's package is not installed.
         """
-        _require_one_of("augment", augment, (None, *AUGMENTS))
-        _require_one_of("order", order, (None, *ORDERS))
-        _require_one_of("tail", tail, (None, *TAILS))
-        _require_one_of("layout", layout, LAYOUTS)
-        _require_one_of("dtype", dtype, _DTYPES)
-        _require_at_least("batch_size", batch_size, 1)
-        _require_at_least("image_size", image_size, 1)
-        _require_at_least("seed", seed, 0)
+        require_one_of("augment", augment, (None, *AUGMENTS))
+        require_one_of("order", order, (None, *ORDERS))
+        require_one_of("tail", tail, (None, *TAILS))
+        require_one_of("layout", layout, LAYOUTS)
+        require_one_of("on_error", on_error, ("raise", "skip"))
+        require_one_of("dtype", dtype, _DTYPES)
+        require_at_least("batch_size", batch_size, 1)
+        require_at_least("image_size", image_size, 1)
+        require_at_least("seed", seed, 0)
+        require_at_least("open_pages", open_pages, 1)
         if num_workers is not None:
-            _require_at_least("num_workers", num_workers, 1)
+            require_at_least("num_workers", num_workers, 1)
         self.batch_size = batch_size
         self.beton = open_beton(beton)
         self._order = order or ("random" if train else "sequential")
@@ -131,14 +144,18 @@ class Loader:
         self._recipe = Recipe.make(augment, image_size=image_size, train=train)
         self.device = choose_device(device)
         self._normalize = Normalizer(self.device, mean, std, None if raw else dtype)
-        self._next_epoch = 0
+        self._open_pages = open_pages
+        self._next = self._position = (0, 0)
+        self._rows_changed = False
         self._use(kept_rows(subset, self.beton))
+        self._faults = RowFaults(self.beton, skip=on_error == "skip", verify_crc=verify_crc)
         self._engine = make_engine(
             backend,
             self.beton,
             image_size=image_size,
             num_workers=num_workers or len(os.sched_getaffinity(0)),
             device=self.device,
+            faults=self._faults,
         )
 
     @property
@@ -164,7 +181,12 @@ class Loader:
     @property
     def num_warnings(self) -> int:
         """Images so far that the decoder complained of and decoded all the same."""
-        return self._engine.num_warnings
+        return self._faults.num_warnings
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows left out so far because they could not be decoded; 0 but for on_error="skip"."""
+        return self._faults.num_skipped
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -180,17 +202,79 @@ class Loader:
         Raises:
             LoadingError: a row cannot be decoded, a decoding thread died, or the file changed.
         """
-        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        return self._epoch(epoch, self._plan().batches(epoch))
+        epoch, consumed = self._position = self._next
+        self._next = (epoch + 1, 0)
+        return self._epoch(epoch, consumed, self._plan().batches(epoch)[consumed:])
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next `iter()` runs.
 
+        An epoch that `load_state_dict` left half done goes on where it was, if it is named.
+
         Raises:
             InvalidValueError: the epoch is negative.
         """
-        _require_at_least("epoch", epoch, 0)
-        self._next_epoch = epoch
+        require_at_least("epoch", epoch, 0)
+        if epoch != self._next[0]:
+            self._next = (epoch, 0)
+        self._position = self._next
+
+    def set_rows(self, rows: SubsetLike) -> None:
+        """Change the kept rows from the next `iter()` on; iterators that run keep theirs.
+
+        Args:
+            rows: as `subset`.
+
+        Raises:
+            InvalidValueError: the rows cannot index the beton, or fill no batch.
+            ArtifactMismatch: the subset was made from other images.
+        """
+        self._use(kept_rows(rows, self.beton))
+        self._rows_changed = True
+        self._position = self._next
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is: what `load_state_dict` needs to go on with the very next batch.
+
+        Returns:
+            Plain numbers and strings, and the kept rows (K,) int64 if `set_rows` changed them. The
+            position is that of the iterator that gave a batch last.
+        """
+        epoch, consumed = self._position
+        return {
+            "epoch": epoch,
+            "batches": consumed,
+            "rows": torch.from_numpy(self._rows) if self._rows_changed else None,
+            **self._terms(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was: the batches that follow are equal to the bit.
+
+        The next `iter()` gives the rest of the epoch, which is empty if all of its batches were
+        consumed.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            InvalidValueError: this loader would give other batches than the one of the state.
+        """
+        rows = self._rows if state["rows"] is None else state["rows"].numpy()
+        theirs, ours = {name: state[name] for name in self._terms()}, self._terms(rows)
+        if theirs != ours:
+            differing = ", ".join(
+                f"{name} ({theirs[name]!r} there, {ours[name]!r} here)"
+                for name in ours
+                if theirs[name] != ours[name]
+            )
+            raise InvalidValueError(
+                f"the state is of a loader with other batches: {differing}. Make this loader with "
+                "the same arguments, or start a new run."
+            )
+        if state["rows"] is not None:
+            self.set_rows(rows)
+        self._next = self._position = (state["epoch"], state["batches"])
 
     def warm_up(self) -> None:
         """Compile and decode one batch that nobody sees, so that no clock counts it later."""
@@ -200,32 +284,63 @@ class Loader:
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows."""
+        self._plan(rows)
         self._rows = rows
         names = self.beton.class_names
         self.dataset = KeptImages(
             targets=self.beton.labels[rows],
             classes=names or tuple(str(label) for label in range(self.beton.num_classes)),
         )
-        self._plan()
 
-    def _plan(self) -> Plan:
+    def _plan(self, rows: NDArray[np.int64] | None = None) -> Plan:
         """The epochs of this rank, as many ranks as there are now."""
-        rank, world = _rank_and_world(self._distributed)
-        plan = Plan(self._rows, self.batch_size, self._order, self._seed, self._tail, rank, world)
+        rows = self._rows if rows is None else rows
+        rank, world = this_rank(self._distributed)
+        plan = Plan(
+            rows=rows,
+            batch_size=self.batch_size,
+            order=self._order,
+            seed=self._seed,
+            tail=self._tail,
+            rank=rank,
+            world=world,
+            pages=self.beton.offsets[rows] // self.beton.page_bytes,
+            open_pages=self._open_pages,
+        )
         if self._tail == "drop" and plan.num_batches() == 0:
             ranks = f" on each of {world} ranks" if world > 1 else ""
             raise InvalidValueError(
-                f"{len(self._rows):,} kept rows of {self.beton.path} fill no batch of "
+                f"{len(rows):,} kept rows of {self.beton.path} fill no batch of "
                 f'{self.batch_size:,}{ranks}. Use a smaller batch_size, or tail="pad" or "exact".'
             )
         return plan
 
+    def _terms(self, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
+        """What besides the position decides which batches come."""
+        rows = self._rows if rows is None else rows
+        return {
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+            "world": this_rank(self._distributed)[1],
+            "order": self._order,
+            "open_pages": self._open_pages,
+            "tail": self._tail,
+            "recipe": str(self._recipe),
+            "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
+        }
+
     def _epoch(
-        self, epoch: int, batches: list[NDArray[np.int64]]
+        self, epoch: int, consumed: int, batches: list[NDArray[np.int64]]
     ) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Decode and deliver these batches."""
-        for pixels, rows in self._engine.decode(batches, partial(self._views, epoch=epoch)):
-            yield self._deliver(pixels, rows)
+        """Decode and deliver these batches, which follow those consumed."""
+        decoded = self._engine.decode(batches, partial(self._views, epoch=epoch))
+        for count, (pixels, rows) in enumerate(decoded, consumed + 1):
+            if len(rows) == 0:
+                continue  # every row of it was left out
+            batch = self._deliver(pixels, rows)
+            self._position = (epoch, count)
+            yield batch
+        self._position = (epoch + 1, 0)
 
     def _views(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
         """One view of each row."""
@@ -244,33 +359,3 @@ class Loader:
         )
         numbers = (torch.from_numpy(column) for column in columns)
         return self._normalize(pixels), *(column.to(self.device) for column in numbers)
-
-
-def _rank_and_world(distributed: str | tuple[int, int] | None) -> tuple[int, int]:
-    """This process among those that share an epoch."""
-    if distributed is None:
-        return 0, 1
-    if distributed == "auto":
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-    match distributed:
-        case (int(rank), int(world)) if 0 <= rank < world:
-            return rank, world
-    raise InvalidValueError(
-        f'distributed must be "auto", None or (rank, world) with 0 <= rank < world, not '
-        f"{distributed!r}."
-    )
-
-
-def _require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuse a value that is none of those allowed."""
-    if value not in allowed:
-        choices = ", ".join(repr(choice) for choice in allowed)
-        raise InvalidValueError(f"{name} must be one of {choices}, not {value!r}.")
-
-
-def _require_at_least(name: str, value: int, least: int) -> None:
-    """Refuse a number below its domain."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InvalidValueError(f"{name} must be an integer >= {least}, not {value!r}.")

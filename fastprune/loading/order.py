@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-ORDERS = ("random", "sequential")
+from fastprune.errors import InvalidValueError
+
+ORDERS = ("random", "sequential", "pages")
 TAILS = ("drop", "pad", "exact")
 
 
@@ -16,7 +19,7 @@ class Plan:
     Attributes:
         rows: (K,) int64, the subset, sorted and unique.
         batch_size: rows per batch and rank.
-        order: "random" or "sequential".
+        order: one of `ORDERS`.
         seed: of the order, in [0, 2**63).
         tail: what becomes of the rows that fill no batch: "drop" leaves them out (other ones in
             each epoch of a random order), "pad" repeats rows from the epoch's start until every
@@ -24,6 +27,8 @@ class Plan:
             ranks are uneven.
         rank: this process among `world`.
         world: the number of processes that share an epoch.
+        pages: (K,) int64, the page of the file on which each row lies, for the order "pages".
+        open_pages: how many pages the order "pages" draws from at a time.
     """
 
     rows: NDArray[np.int64]
@@ -33,6 +38,8 @@ class Plan:
     tail: str
     rank: int = 0
     world: int = 1
+    pages: NDArray[np.int64] | None = None
+    open_pages: int = 1
 
     def num_batches(self) -> int:
         """Batches of this rank in an epoch; equal on all ranks unless the tail is "exact"."""
@@ -61,33 +68,74 @@ class Plan:
         Returns:
             `num_batches()` arrays of up to `batch_size` int64 rows.
         """
-        entries = epoch_order(self.rows, order=self.order, seed=self.seed, epoch=epoch)
+        entries = self.rows[self._permutation(epoch)]
         if self.tail != "exact":
             entries = np.resize(entries, self.num_batches() * self.world * self.batch_size)
         mine = entries[self.rank :: self.world]
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
+    def _permutation(self, epoch: int) -> NDArray[np.intp]:
+        """The positions in `rows` in the order in which the epoch visits them."""
+        if self.order == "sequential":
+            return np.arange(len(self.rows))
+        if self.order == "random":
+            return _shuffled(len(self.rows), self.seed, epoch)
+        assert self.pages is not None
+        return _page_by_page(self.pages, self.open_pages, self.seed, epoch)
 
-def epoch_order(rows: NDArray[np.int64], *, order: str, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Put the rows in the order in which an epoch visits them.
+
+def this_rank(distributed: str | tuple[int, int] | None) -> tuple[int, int]:
+    """This process among those that share an epoch.
 
     Args:
-        rows: (K,) int64.
-        order: one of `ORDERS`.
-        seed: in [0, 2**63).
-        epoch: in [0, 2**63).
+        distributed: "auto" asks torch.distributed, as it is now; (rank, world) is returned; None
+            means this process alone.
 
     Returns:
-        (K,) int64, a permutation of `rows`; the same for the same arguments everywhere.
+        Rank and number of ranks.
+
+    Raises:
+        InvalidValueError: it is none of these, or the rank is not below the number of ranks.
     """
-    if order == "sequential":
-        return rows
-    return rows[_shuffled(len(rows), seed, epoch)]
+    if distributed is None:
+        return 0, 1
+    if distributed == "auto":
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+    match distributed:
+        case (int(rank), int(world)) if 0 <= rank < world:
+            return rank, world
+    raise InvalidValueError(
+        f'distributed must be "auto", None or (rank, world) with 0 <= rank < world, not '
+        f"{distributed!r}."
+    )
+
+
+def _page_by_page(
+    pages: NDArray[np.int64], open_pages: int, seed: int, epoch: int
+) -> NDArray[np.intp]:
+    """A permutation that draws from a set of open pages, which slides over the shuffled pages.
+
+    A page that is the n-th of the shuffled pages gives each of its rows a random time in
+    [n, n + open_pages); the rows are visited by time.
+    """
+    _, page_of_entry = np.unique(pages, return_inverse=True)
+    num_pages = int(page_of_entry.max()) + 1
+    turn = np.empty(num_pages, np.int64)
+    turn[_shuffled(num_pages, seed, epoch)] = np.arange(num_pages)
+    # Draws behind those of the page order, so that the two are independent.
+    delay = _raw(num_pages + len(pages), seed, epoch)[num_pages:] * 2.0**-64
+    return np.argsort(turn[page_of_entry] + open_pages * delay, kind="stable")
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.intp]:
     """A permutation of range(count) that no other (seed, epoch) shares."""
+    return np.argsort(_raw(count, seed, epoch), kind="stable")
+
+
+def _raw(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
+    """Random uint64 numbers of a stream that no other (seed, epoch) shares."""
     # The raw stream of Philox and a stable sort are fixed for all time; numpy reserves the right
     # to change what `permutation` makes of a stream.
-    keys = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
-    return np.argsort(keys, kind="stable")
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)

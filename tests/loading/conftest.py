@@ -5,9 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from tests.conftest import require_library
 from tests.images import picture
+
+# The first call of a compiled function may compile it; nothing here is about speed.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 NUM_ROWS = 30
 NUM_CLASSES = 3

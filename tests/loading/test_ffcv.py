@@ -20,6 +20,7 @@ from fastprune.loading.augment import (
     WIDTH,
     Recipe,
 )
+from fastprune.loading.faults import RowFaults
 from tests.conftest import require_library
 from tests.images import jpeg_bytes
 
@@ -29,7 +30,11 @@ require_library("ffcv")
 def _engine(path, **settings):
     from fastprune.loading._ffcv import FfcvEngine
 
-    return FfcvEngine(open_beton(path), image_size=32, num_workers=2, pin_memory=False, **settings)
+    beton = open_beton(path)
+    faults = RowFaults(beton, **{"skip": False, "verify_crc": False, **settings})
+    engine = FfcvEngine(beton, image_size=32, num_workers=2, pin_memory=False, faults=faults)
+    engine.faults = faults
+    return engine
 
 
 def _views(beton, kind):
@@ -100,11 +105,11 @@ def test_an_undecodable_row_is_named(beton_copy, damage_row, data, start, reason
 
 def test_an_undecodable_row_is_left_out_and_counted(beton_copy, damage_row):
     damage_row(beton_copy, 13, b"\0\0\0\0")
-    engine = _engine(beton_copy, skip_errors=True)
+    engine = _engine(beton_copy, skip=True)
     ((pixels, rows),) = engine.decode([np.arange(10, 15)], _views(open_beton(beton_copy), "rrc"))
     assert rows.tolist() == [10, 11, 12, 14]
     assert len(pixels) == 4
-    assert engine.num_skipped == 1
+    assert engine.faults.num_skipped == 1
 
 
 def test_a_warning_of_the_decoder_is_counted_and_the_row_kept(beton_copy, damage_row):
@@ -115,7 +120,7 @@ def test_a_warning_of_the_decoder_is_counted_and_the_row_kept(beton_copy, damage
     engine = _engine(beton_copy)
     ((_, rows),) = engine.decode([np.arange(10, 15)], _views(beton, "rrc"))
     assert rows.tolist() == [10, 11, 12, 13, 14]
-    assert engine.num_warnings == 1
+    assert engine.faults.num_warnings == 1
 
 
 def test_a_file_cut_while_it_is_read_is_noticed(beton_copy):

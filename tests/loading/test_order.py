@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.loading.order import Plan, epoch_order
+from fastprune.loading.order import Plan
 
 plans = st.fixed_dictionaries(
     {
@@ -77,21 +77,49 @@ def test_ranks_together_see_in_a_batch_what_one_rank_with_large_batches_sees(cas
         assert (np.stack(parts, axis=1).ravel() == whole).all()
 
 
-def test_seed_and_epoch_are_not_interchangeable():
+def _order(rows, seed, epoch, **settings):
+    """A whole epoch of one rank."""
+    return Plan(
+        rows, len(rows), settings.pop("order", "random"), seed, "exact", **settings
+    ).batches(epoch)[0]
+
+
+@pytest.mark.parametrize("order", ["random", "pages"])
+def test_seed_and_epoch_are_not_interchangeable(order):
     rows = np.arange(100)
-    orders = [
-        epoch_order(rows, order="random", seed=seed, epoch=epoch).tolist()
-        for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]
-    ]
-    assert len({tuple(order) for order in orders}) == 4
+    settings = {"order": order, "pages": rows // 10, "open_pages": 2}
+    cases = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    orders = {tuple(_order(rows, seed, epoch, **settings)) for seed, epoch in cases}
+    assert len(orders) == 4
 
 
 def test_the_random_order_is_fixed_for_all_time():
-    order = epoch_order(np.arange(8), order="random", seed=7, epoch=3)
-    assert order.tolist() == [2, 5, 7, 3, 0, 6, 4, 1]
+    assert _order(np.arange(8), 7, 3).tolist() == [2, 5, 7, 3, 0, 6, 4, 1]
 
 
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_the_sequential_order_is_the_subset_itself(epoch):
     rows = np.array([2, 4, 9])
-    assert (epoch_order(rows, order="sequential", seed=1, epoch=epoch) == rows).all()
+    assert (_order(rows, 1, epoch, order="sequential") == rows).all()
+
+
+@given(st.integers(1, 400), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**63 - 1))
+def test_the_page_order_visits_every_row_once_and_keeps_few_pages_open(
+    num_rows, rows_per_page, open_pages, seed
+):
+    rows = 2 * np.arange(num_rows)
+    pages = rows // rows_per_page
+    entries = _order(rows, seed, 1, order="pages", pages=pages, open_pages=open_pages)
+    assert (np.sort(entries) == rows).all()
+    visited = entries // rows_per_page
+    first = {page: i for i, page in reversed(list(enumerate(visited)))}
+    last = {page: i for i, page in enumerate(visited)}
+    open_now = [sum(first[p] <= i <= last[p] for p in first) for i in range(0, num_rows, 7)]
+    assert max(open_now) <= open_pages + 1
+
+
+def test_the_page_order_mixes_the_open_pages():
+    rows = np.arange(1000)
+    entries = _order(rows, 0, 0, order="pages", pages=rows // 100, open_pages=4)
+    assert len(np.unique(entries[450:550] // 100)) >= 4
+    assert (np.diff(entries) != 1).mean() > 0.9

@@ -1,0 +1,111 @@
+"""Going on where a run stopped, and changing the kept rows between epochs."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from fastprune.errors import InvalidValueError
+from fastprune.loading.loader import Loader
+from tests.conftest import require_library
+
+require_library("ffcv")
+
+
+def _loader(path, subset=None, **settings):
+    defaults = {"batch_size": 2, "image_size": 32, "augment": "rrc", "layout": "xyi"}
+    return Loader(path, subset, **{**defaults, **settings})
+
+
+def _stored(state):
+    """The state as a checkpoint file gives it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def _equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("order", ["random", "pages"])
+def test_batches_after_a_resume_are_those_of_the_uninterrupted_run_to_the_bit(stock_beton, order):
+    uninterrupted = _loader(stock_beton, order=order)
+    uninterrupted.set_epoch(2)
+    batches = iter(uninterrupted)
+    for _ in range(7):
+        next(batches)
+    state = _stored(uninterrupted.state_dict())
+    resumed = _loader(stock_beton, order=order)
+    resumed.load_state_dict(state)
+    rest = list(batches)
+    assert len(rest) == 8
+    assert all(map(_equal, rest, resumed))
+    assert _equal(next(iter(uninterrupted)), next(iter(resumed)))
+
+
+def test_naming_the_resumed_epoch_does_not_start_it_again(stock_beton):
+    loader = _loader(stock_beton)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    loader.set_epoch(0)
+    assert len(list(loader)) == 14
+    loader.set_epoch(0)
+    assert len(list(loader)) == 15
+
+
+def test_the_state_between_epochs_is_the_next_epoch(stock_beton):
+    loader = _loader(stock_beton)
+    list(loader)
+    resumed = _loader(stock_beton)
+    resumed.load_state_dict(loader.state_dict())
+    assert _equal(next(iter(loader)), next(iter(resumed)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"batch_size": 3}, r"batch_size \(2 there, 3 here\)"),
+        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"distributed": (0, 2)}, r"world \(1 there, 2 here\)"),
+        ({"subset": np.arange(20)}, "rows_digest"),
+    ],
+)
+def test_the_state_of_a_loader_with_other_batches_is_refused(stock_beton, settings, difference):
+    state = _loader(stock_beton).state_dict()
+    with pytest.raises(InvalidValueError, match=rf"{difference}.*Make this loader with the same"):
+        _loader(stock_beton, **settings).load_state_dict(state)
+
+
+def test_changed_rows_come_from_the_next_epoch_on_and_stay(stock_beton):
+    loader = _loader(stock_beton, tail="exact")
+    running = iter(loader)
+    loader.set_rows(np.arange(5, 15))
+    assert len(list(running)) == 15
+    for _ in range(2):
+        assert sorted(torch.cat([rows for _, _, rows in loader]).tolist()) == list(range(5, 15))
+    assert len(loader) == 5
+    assert len(loader.dataset) == 10
+
+
+def test_changed_rows_are_part_of_the_state(stock_beton):
+    loader = _loader(stock_beton)
+    list(loader)
+    loader.set_rows(np.arange(5, 15))
+    batches = iter(loader)
+    next(batches)
+    resumed = _loader(stock_beton)
+    resumed.load_state_dict(_stored(loader.state_dict()))
+    assert resumed.rows.tolist() == list(range(5, 15))
+    assert all(map(_equal, list(batches), resumed))
+
+
+def test_rows_that_fill_no_batch_are_refused_and_change_nothing(stock_beton):
+    loader = _loader(stock_beton)
+    with pytest.raises(InvalidValueError, match="1 kept rows"):
+        loader.set_rows([3])
+    assert len(loader.rows) == 30
