@@ -51,7 +51,7 @@ bench: setup ## Run every CPU benchmark (IMAGES=folder of JPEGs, required); JSON
 bench-gpu: setup ## Run the tests and benchmarks that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	    { echo "bench-gpu needs a CUDA device, and torch sees none here." >&2; exit 1; }
-	$(BIN)/pytest tests/gpu
+	$(BIN)/pytest tests/gpu -m gpu
 	$(BIN)/python benchmarks/epoch.py --device cuda
 
 docker: ## Build the image fastprune:latest (BASE_IMAGE=... for another base)
