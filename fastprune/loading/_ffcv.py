@@ -64,33 +64,38 @@ except ImportError as error:
 
 _libffcv = ffcv.libffcv.lib
 _libffcv.tjInitDecompress.restype = ctypes.c_void_p
+_libffcv.tjDestroy.argtypes = [ctypes.c_void_p]
+_libffcv.tjGetErrorCode.argtypes = [ctypes.c_void_p]
+_libffcv.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
 _libffcv.tjGetErrorStr2.restype = ctypes.c_char_p
+
+# Numba does not cache code that holds an address, FFCV's way of calling C. A name is resolved when
+# the cached code is loaded.
+for _name in ("tjDecompress2", "resize"):
+    _address = ctypes.cast(getattr(_libffcv, _name), ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(f"fastprune_ffcv_{_name}", _address)
+
+# FFCV's own `imdecode` keeps no error message, decodes with the inaccurate DCT, and leaks a
+# decompressor for each thread that ends; so the library beneath it is called.
+_decompress: Any = types.ExternalFunction(
+    "fastprune_ffcv_tjDecompress2",
+    types.int32(
+        *(types.uintp, types.voidptr, types.uint64, types.voidptr),
+        *(types.int32, types.int32, types.int32, types.int32, types.int32),
+    ),
+)
+_resize: Any = types.ExternalFunction("fastprune_ffcv_resize", types.void(*[types.int64] * 11))
+
 _FATAL = 1  # TJERR_FATAL
 
 # Codes of our own, beside the library's 0 and -1.
 _OTHER_SIZE, _ALTERED = 1, 2
 
-# Numba does not cache code that holds an address, FFCV's way of calling C. A name is resolved when
-# the cached code is loaded.
-for _name in ("imdecode", "resize"):
-    _address = ctypes.cast(getattr(_libffcv, _name), ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(f"fastprune_ffcv_{_name}", _address)
-
-_imdecode: Any = types.ExternalFunction(
-    "fastprune_ffcv_imdecode",
-    types.int32(
-        *(types.voidptr, types.uint64, types.uint32, types.uint32, types.voidptr),
-        *[types.uint32] * 6,
-        *[types.boolean] * 2,
-    ),
-)
-_resize: Any = types.ExternalFunction("fastprune_ffcv_resize", types.void(*[types.int64] * 11))
-
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _decode_rows(rows, memory, metadata, storage_state):
     """Fill `images` (n, S, S, 3) with the views of n rows and `codes` (n,) with return codes."""
-    images, codes, views, offsets, sizes, scratch, resized = memory
+    images, codes, views, offsets, sizes, decompressor, scratch, resized = memory
     file_bytes = storage_state[0]
     for i in range(len(rows)):
         record = metadata[rows[i]]
@@ -102,10 +107,9 @@ def _decode_rows(rows, memory, metadata, storage_state):
                 # The library would leave the rest of the frame as the last image left it.
                 codes[i] = _OTHER_SIZE
                 continue
-            codes[i] = _imdecode(
-                stored.ctypes, size, height, width, scratch.ctypes,
-                height, width, 0, 0, 1, 1, False, False,
-            )  # fmt: skip
+            codes[i] = _decompress(
+                decompressor, stored.ctypes, size, scratch.ctypes, width, 0, height, 0, 0
+            )
             pixels = scratch.ctypes.data
         else:
             pixels = stored.ctypes.data
@@ -298,25 +302,30 @@ class FfcvEngine:
             self._beton.sizes[rows],
             *self._scratch(scratch, rows),
         )
+        self._run_stage(rows, memory)
+        batch.codes[part][self._faults.altered(rows)] = _ALTERED
+
+    def _run_stage(self, rows: NDArray[np.int64], memory) -> None:
+        """Call the code that FFCV generated."""
         self._stage(
             batch_indices=rows,
             metadata=self._loader.reader.metadata,
             storage_state=self._storage.state,
             **{f"memory_{self._node}": memory, f"shared_memory_{self._node}": None},
         )
-        batch.codes[part][self._faults.altered(rows)] = _ALTERED
 
-    def _scratch(self, kept, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
-        """Room for the chunk's largest image, and for one output; kept by the thread if small."""
+    def _scratch(self, kept, rows: NDArray[np.int64]):
+        """The thread's decompressor, room for the chunk's largest image, and for one output."""
         beton = self._beton
         needed = int((beton.widths[rows].astype(np.int64) * beton.heights[rows]).max()) * 3
         if not hasattr(kept, "frame"):
+            kept.decompressor = _Decompressor()
             kept.frame = np.empty(0, np.uint8)
             kept.view = np.empty((self._image_size, self._image_size, 3), np.uint8)
         frame = kept.frame if len(kept.frame) >= needed else np.empty(needed, np.uint8)
         if len(frame) <= _LARGEST_KEPT_SCRATCH_BYTES:
             kept.frame = frame
-        return frame, kept.view
+        return kept.decompressor.handle, frame, kept.view
 
     def _finished(self, batch: _Batch, threads: WorkerThreads):
         """Wait for a batch, and look at what the decoder said of each row."""
@@ -341,35 +350,45 @@ class FfcvEngine:
 
     def _is_unusable(self, row: int, code: int) -> bool:
         """Find out what is wrong with a row, and report it; False for a mere warning."""
-        beton = self._beton
         if code == _OTHER_SIZE:
             self._faults.report(row, "its JPEG is not of the size that the beton says")
             return True
         if code == _ALTERED:
             self._faults.report(row, "its bytes are not those that were written (CRC-32C)")
             return True
-        fatal, message = _diagnosis(beton.image_bytes(row), beton.widths[row], beton.heights[row])
+        fatal, message = self._diagnosis(row)
         if fatal:
             self._faults.report(row, message)
         else:
             self._faults.num_warnings += 1
         return fatal
 
+    def _diagnosis(self, row: int) -> tuple[bool, str]:
+        """Decode a row once more to learn what is wrong with it; True where it is lost."""
+        beton, decompressor, codes = self._beton, _Decompressor(), np.zeros(1, np.int32)
+        height, width = int(beton.heights[row]), int(beton.widths[row])
+        rows = np.array([row])
+        whole = np.array([[0, 0, height, width, 0, 0, 0]], np.int32)
+        pixels = np.empty((1, 1, 1, 3), np.uint8)
+        frame = np.empty(height * width * 3, np.uint8)
+        memory = (pixels, codes, whole, beton.offsets[rows], beton.sizes[rows])
+        self._run_stage(rows, (*memory, decompressor.handle, frame, pixels[0]))
+        assert codes[0] == -1
+        return decompressor.complaint()
 
-def _diagnosis(jpeg: NDArray[np.uint8], width: int, height: int) -> tuple[bool, str]:
-    """Decode once more to learn whether the image is lost, and why; FFCV keeps no message."""
-    handle = ctypes.c_void_p(_libffcv.tjInitDecompress())
-    try:
-        pixels = np.empty(int(width) * int(height) * 3, np.uint8)
-        code = _libffcv.tjDecompress2(
-            handle, ctypes.c_void_p(jpeg.ctypes.data), ctypes.c_ulong(len(jpeg)),
-            ctypes.c_void_p(pixels.ctypes.data), int(width), 0, int(height), 0, 0,
-        )  # fmt: skip
-        if code == 0:
-            return False, "none"
-        message = _libffcv.tjGetErrorStr2(handle).decode()
+
+class _Decompressor:
+    """A decompressor of the library, for one thread."""
+
+    def __init__(self):
+        self.handle = _libffcv.tjInitDecompress()
+
+    def __del__(self):
+        _libffcv.tjDestroy(self.handle)
+
+    def complaint(self) -> tuple[bool, str]:
+        """Whether the image it failed on is lost, and why."""
+        message = _libffcv.tjGetErrorStr2(self.handle).decode()
         # A picture that ends early is a mere warning to the library, but its rest is grey.
-        fatal = _libffcv.tjGetErrorCode(handle) == _FATAL or "premature end" in message.lower()
-        return fatal, message
-    finally:
-        _libffcv.tjDestroy(handle)
+        early = "premature end" in message.lower()
+        return early or _libffcv.tjGetErrorCode(self.handle) == _FATAL, message

@@ -1,6 +1,5 @@
 """What an engine is, and which one decodes."""
 
-import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError, MissingDependencyError
 from fastprune.loading.faults import RowFaults
 
-BACKENDS = ("auto", "ffcv")
+BACKENDS = ("auto", "ffcv", "dali")
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,19 +58,41 @@ def make_engine(
     """
     if backend not in BACKENDS:
         raise InvalidValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
-    if importlib.util.find_spec("ffcv") is None:
-        raise MissingDependencyError(
-            f'backend="{backend}" needs the package ffcv, which is not installed. Install it with: '
-            "pip install fastprune[ffcv]"
+    chosen = _choose(device) if backend == "auto" else backend
+    if chosen == "dali":
+        from fastprune.loading._dali import DaliEngine
+
+        decoder = "the GPU" if device.type == "cuda" else f"{num_workers} CPU threads"
+        _LOG.info("%s: decoding with DALI on %s", beton.path, decoder)
+        return DaliEngine(
+            beton, image_size=image_size, num_workers=num_workers, device=device, faults=faults
         )
     from fastprune.loading._ffcv import FfcvEngine
 
-    engine = FfcvEngine(
+    _LOG.info("%s: decoding with FFCV on %d CPU threads", beton.path, num_workers)
+    return FfcvEngine(
         beton,
         image_size=image_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         faults=faults,
     )
-    _LOG.info("%s: decoding with FFCV on %d CPU threads", beton.path, num_workers)
-    return engine
+
+
+def _choose(device: torch.device) -> str:
+    """DALI where it can decode on a GPU, else FFCV; what is there where only one is."""
+    has_dali, has_ffcv = _is_installed("nvidia.dali"), _is_installed("ffcv")
+    if not has_dali and not has_ffcv:
+        raise MissingDependencyError(
+            "no engine is installed. Install one with: pip install fastprune[ffcv] or "
+            "fastprune[dali-cuda13]"
+        )
+    return "dali" if has_dali and (device.type == "cuda" or not has_ffcv) else "ffcv"
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False

@@ -2,20 +2,18 @@
 
 import warnings
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from fastprune.artifacts.fingerprint import ContentNotComparedWarning, require_same_images
-from fastprune.artifacts.subset import Subset, checked_rows
+from fastprune.artifacts.fingerprint import ContentNotComparedWarning
+from fastprune.artifacts.subset import Subset
 from fastprune.beton.reader import Beton
+from fastprune.beton.rows import RowsLike, rows_of
 
-SubsetLike: TypeAlias = "str | Path | Subset | ArrayLike | None"
 
-
-def kept_rows(subset: SubsetLike, beton: Beton) -> NDArray[np.int64]:
-    """The rows that a subset keeps of a beton.
+def kept_rows(subset: RowsLike, beton: Beton) -> NDArray[np.int64]:
+    """The rows that a subset keeps of a beton; as `rows_of`, but an unbound file is warned of.
 
     Args:
         subset: a subset file, a `Subset`, an array of rows, or None for all rows.
@@ -32,28 +30,20 @@ def kept_rows(subset: SubsetLike, beton: Beton) -> NDArray[np.int64]:
     Warns:
         ContentNotComparedWarning: nothing, or the structure alone, ties the subset to the beton.
     """
-    if subset is None:
-        return np.arange(beton.num_rows, dtype=np.int64)
-    name = "subset"
-    if isinstance(subset, str | Path):
-        name = str(subset)
-        subset = Subset.load(subset)
-    if not isinstance(subset, Subset):
-        return checked_rows(subset, name=name, num_rows=beton.num_rows)
-    if subset.fingerprint is None:
+    rows = rows_of(beton, subset)
+    if _is_unbound(subset):
+        name = subset if isinstance(subset, str | Path) else "subset"
         warnings.warn(
             f"{name} does not say which images it was made from, so nothing was compared with "
             f"{beton.path}. Keep the .json that `fastprune select` writes beside the .npy.",
             ContentNotComparedWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    else:
-        require_same_images(
-            subset.fingerprint,
-            name,
-            beton.fingerprint,
-            str(beton.path),
-            cure=f"Make a subset for this beton: fastprune score {beton.path} ... "
-            "&& fastprune select ...",
-        )
-    return checked_rows(subset.rows, name=name, num_rows=beton.num_rows)
+    return rows
+
+
+def _is_unbound(subset: RowsLike) -> bool:
+    """Whether this is a file or a `Subset` that carries no fingerprint; an array never does."""
+    if isinstance(subset, str | Path):
+        return not Path(subset).with_suffix(".json").exists()
+    return isinstance(subset, Subset) and subset.fingerprint is None

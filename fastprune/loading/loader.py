@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.beton.reader import open_beton
+from fastprune.beton.rows import RowsLike
 from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
 from fastprune.loading.checks import require_at_least, require_one_of
 from fastprune.loading.device import choose_device
 from fastprune.loading.engine import make_engine
 from fastprune.loading.faults import RowFaults
-from fastprune.loading.kept import SubsetLike, kept_rows
+from fastprune.loading.kept import kept_rows
 from fastprune.loading.order import ORDERS, TAILS, Plan, this_rank
 from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD, Normalizer
 
@@ -61,7 +62,7 @@ class Loader:
     def __init__(
         self,
         beton: str | Path,
-        subset: SubsetLike = None,
+        subset: RowsLike = None,
         *,
         batch_size: int = 256,
         train: bool = True,
@@ -90,7 +91,9 @@ class Loader:
             subset: the kept rows: a file, a `Subset`, an array of rows, or None for all rows.
             batch_size: rows per batch and rank.
             train: chooses the defaults of `augment`, `order` and `tail`.
-            backend: "ffcv" decodes on the CPU; "auto" takes what is installed.
+            backend: "ffcv" decodes on the CPU; "dali" on the GPU if that is the device, else on the
+                CPU; "auto" is DALI where CUDA and DALI are there, else FFCV. Both give the
+                same rows and boxes; their pixels differ by the decoders' and filters' arithmetic.
             device: where batches are delivered; "auto" is CUDA where it is there, else the CPU.
             image_size: S, side of the square images in a batch, in pixels.
             augment: "rrc" (RandomResizedCrop and flip; default for training above 64 pixels),
@@ -219,7 +222,7 @@ class Loader:
             self._next = (epoch, 0)
         self._position = self._next
 
-    def set_rows(self, rows: SubsetLike) -> None:
+    def set_rows(self, rows: RowsLike) -> None:
         """Change the kept rows from the next `iter()` on; iterators that run keep theirs.
 
         Args:

@@ -1,6 +1,7 @@
 """The loader's contract, on the FFCV engine."""
 
 import gc
+import sys
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastprune.errors import (
     LoadingError,
     MissingDependencyError,
 )
+from fastprune.loading import engine
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -196,7 +198,7 @@ def test_rows_that_cannot_index_the_beton_are_refused(stock_beton, rows):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "magic"}, "backend must be one of auto, ffcv"),
+        ({"backend": "magic"}, "backend must be one of auto, ffcv, dali"),
         ({"augment": "cutmix"}, "augment must be one of None, 'rrc'"),
         ({"order": "chaos"}, "order must be one of None, 'random'"),
         ({"tail": "wag"}, "tail must be one of None, 'drop'"),
@@ -220,10 +222,38 @@ def test_a_negative_epoch_is_refused(stock_beton):
         _loader(stock_beton).set_epoch(-1)
 
 
-def test_a_missing_engine_is_named_with_its_cure(stock_beton, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install fastprune\[ffcv\]"):
-        _loader(stock_beton, backend="ffcv")
+@pytest.mark.parametrize(
+    ("backend", "module", "cure"),
+    [
+        ("ffcv", "ffcv", r"pip install fastprune\[ffcv\]"),
+        ("dali", "nvidia.dali.fn", r"pip install fastprune\[dali-cuda13\]"),
+    ],
+)
+def test_a_missing_engine_is_named_with_its_cure(stock_beton, monkeypatch, backend, module, cure):
+    monkeypatch.delitem(sys.modules, f"fastprune.loading._{backend}", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=cure):
+        _loader(stock_beton, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "chosen"),
+    [
+        (("ffcv", "nvidia.dali"), "cpu", "ffcv"),
+        (("ffcv", "nvidia.dali"), "cuda", "dali"),
+        (("ffcv",), "cuda", "ffcv"),
+        (("nvidia.dali",), "cpu", "dali"),
+    ],
+)
+def test_auto_is_dali_on_a_gpu_and_else_what_is_there(monkeypatch, installed, device, chosen):
+    monkeypatch.setattr(engine, "_is_installed", lambda package: package in installed)
+    assert engine._choose(torch.device(device)) == chosen
+
+
+def test_no_engine_at_all_is_named_with_its_cure(stock_beton, monkeypatch):
+    monkeypatch.setattr(engine, "_is_installed", lambda package: False)
+    with pytest.raises(MissingDependencyError, match=r"no engine.*pip install fastprune\[ffcv\]"):
+        _loader(stock_beton)
 
 
 def test_a_damaged_row_reaches_the_caller(beton_copy, damage_row):

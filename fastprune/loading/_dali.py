@@ -1,0 +1,247 @@
+"""The DALI engine: decode batches on the GPU (nvJPEG) or, without one, on the CPU.
+
+The order and the boxes are ours: `external_source` hands over slices of the mapped file with a crop
+window each, and `decoders.image_slice` decodes what lies in the window.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastprune.beton.layout import JPG
+from fastprune.beton.reader import Beton
+from fastprune.errors import BetonError, LoadingError, MissingDependencyError
+from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
+from fastprune.loading.faults import FileWatch, RowFaults
+
+try:
+    import nvidia.dali.fn
+    import nvidia.dali.types
+    from nvidia.dali.pipeline import pipeline_def
+except ImportError as error:
+    raise MissingDependencyError(
+        f'backend="dali" needs NVIDIA DALI ({error}). Install it with: '
+        "pip install fastprune[dali-cuda13]"
+    ) from error
+
+# Their stubs know neither dictionaries of arguments nor the constants.
+fn: Any = nvidia.dali.fn
+types: Any = nvidia.dali.types
+
+_LOG = logging.getLogger(__name__)
+_BATCHES_AHEAD = 2
+
+
+class DaliEngine:
+    """Decodes given rows of one beton with given views by DALI; see `engine.Engine`."""
+
+    def __init__(
+        self,
+        beton: Beton,
+        *,
+        image_size: int,
+        num_workers: int,
+        device: torch.device,
+        faults: RowFaults,
+    ):
+        self._beton = beton
+        self._image_size = image_size
+        self._num_workers = num_workers
+        self._device = device
+        self._faults = faults
+        self._file = FileWatch(beton)
+        self._decoder_is_known = device.type != "cuda"
+        _require_jpegs(beton)
+
+    def decode(
+        self,
+        batches: Sequence[NDArray[np.int64]],
+        draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
+    ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
+        """See `engine.Engine.decode`."""
+        waiting = deque(batches)
+        unusable: set[int] = set()
+        while waiting:
+            try:
+                for pixels, rows in self._run(list(waiting), draw_views, unusable):
+                    waiting.popleft()
+                    yield pixels, rows
+            except RuntimeError as error:
+                # DALI says neither which row failed nor goes on after it.
+                found = self._find_unusable(list(waiting)[: _BATCHES_AHEAD + 1], unusable)
+                if not found:
+                    raise LoadingError(
+                        f"DALI failed on {self._beton.path}: {_reason(error)}. Start the epoch "
+                        "again, or resume it from a state_dict."
+                    ) from error
+                for row, reason in found.items():
+                    self._faults.report(row, reason)
+                unusable.update(found)
+
+    def _run(
+        self,
+        batches: list[NDArray[np.int64]],
+        draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
+        unusable: set[int],
+    ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
+        """One pipeline over these batches without the unusable rows."""
+        fed: deque[NDArray[np.int64]] = deque()
+        samples = self._samples(batches, draw_views, unusable, fed)
+        pipeline = self._pipeline(samples, max(map(len, batches)))
+        while True:
+            pixels = self._next_pixels(pipeline)
+            while fed and len(fed[0]) == 0:
+                size = self._image_size
+                yield torch.empty((0, size, size, 3), dtype=torch.uint8), fed.popleft()
+            if pixels is None:
+                return
+            yield pixels, fed.popleft()
+
+    def _samples(
+        self,
+        batches: list[NDArray[np.int64]],
+        draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
+        unusable: set[int],
+        fed: deque[NDArray[np.int64]],
+    ) -> Iterator[tuple[Any, ...]]:
+        """What the pipeline is fed, batch by batch; the rows are noted in `fed`."""
+        for rows in batches:
+            self._file.check()
+            altered = self._faults.altered(rows)
+            for row in rows[altered]:
+                self._faults.report(int(row), "its bytes are not those that were written (CRC-32C)")
+            rows = rows[~altered & ~np.isin(rows, list(unusable))]
+            fed.append(rows)
+            if len(rows):
+                yield self._sample(rows, draw_views(rows))
+
+    def _sample(self, rows: NDArray[np.int64], views: NDArray[np.int32]) -> tuple[Any, ...]:
+        """Stored bytes, anchors, shapes, shifts and flips of these rows."""
+        return (
+            [self._beton.image_bytes(row) for row in rows],
+            np.ascontiguousarray(views[:, [TOP, LEFT]]),
+            np.ascontiguousarray(views[:, [HEIGHT, WIDTH]]),
+            np.ascontiguousarray(-views[:, [SHIFT_DOWN, SHIFT_RIGHT]]),
+            np.ascontiguousarray(views[:, FLIP]),
+        )
+
+    def _pipeline(self, samples: Iterator[tuple[Any, ...]], batch_size: int) -> Any:
+        """A pipeline from samples to pixels."""
+        pipeline = _decode(
+            samples=lambda: next(samples),
+            image_size=self._image_size,
+            mixed=self._device.type == "cuda",
+            size_hint=(int(self._beton.widths.max()), int(self._beton.heights.max())),
+            batch_size=batch_size,
+            num_threads=self._num_workers,
+            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
+            prefetch_queue_depth=_BATCHES_AHEAD,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _next_pixels(self, pipeline: Any) -> torch.Tensor | None:
+        """The next batch in memory of its own; None at the end."""
+        try:
+            (outputs,) = pipeline.run()
+        except StopIteration:
+            return None
+        # DALI uses the memory of its outputs again.
+        pixels = torch.utils.dlpack.from_dlpack(outputs.as_tensor()).clone()
+        if not self._decoder_is_known:
+            _require_nvjpeg()
+            self._decoder_is_known = True
+        return pixels
+
+    def _find_unusable(self, batches: list[NDArray[np.int64]], known: set[int]) -> dict[int, str]:
+        """The rows that DALI cannot decode, each tried alone, and what it says of them."""
+        found = {}
+        for row in dict.fromkeys(np.concatenate(batches).tolist()):
+            if row in known:
+                continue
+            box = np.array([[0, 0, self._beton.heights[row], self._beton.widths[row], 0, 0, 0]])
+            sample = self._sample(np.array([row]), box.astype(np.int32))
+            try:
+                self._next_pixels(self._pipeline(iter([sample]), 1))
+            except RuntimeError as error:
+                found[row] = _reason(error)
+        return found
+
+
+@pipeline_def
+def _decode(samples: Any, image_size: int, mixed: bool, size_hint: tuple[int, int]) -> Any:
+    """Stored bytes -> the box, resized, shifted over black, flipped: (S, S, 3) uint8 each."""
+    jpegs, anchors, shapes, shifts, flips = fn.external_source(
+        source=samples, num_outputs=5, batch=True, no_copy=False
+    )
+    hints = {"preallocate_width_hint": size_hint[0], "preallocate_height_hint": size_hint[1]}
+    images = fn.decoders.image_slice(
+        jpegs,
+        anchors,
+        shapes,
+        axes=[0, 1],
+        device="mixed" if mixed else "cpu",
+        output_type=types.RGB,
+        # As PIL, torchvision and FFCV do, which know no orientation and smooth the chroma.
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        **(hints if mixed else {}),
+    )
+    images = fn.resize(
+        images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True
+    )
+    images = fn.slice(
+        images,
+        start=shifts,
+        shape=[image_size, image_size],
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+    return fn.flip(images, horizontal=flips)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI says, without its traceback of the pipeline definition."""
+    text = str(error).split("encountered:")[-1]
+    lines = [line.strip(" :") for line in text.splitlines()]
+    return "; ".join(
+        line for line in lines if line and not line.startswith(("C++ context", "Current pipeline"))
+    )
+
+
+def _require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
+    """Refuse "mixed" decoding that silently fell back to the CPU.
+
+    Raises:
+        MissingDependencyError: DALI has not loaded nvJPEG.
+    """
+    mapped = maps.read_text(encoding="utf-8").splitlines()
+    libraries = {line.split()[-1] for line in mapped if "libnvjpeg" in line}
+    ours = [path for path in libraries if "torchvision" not in path]
+    if not ours:
+        raise MissingDependencyError(
+            "DALI decodes on the CPU although a GPU was asked for, because it found no nvJPEG. "
+            'Install it with: pip install nvidia-nvjpeg, or decode with backend="ffcv".'
+        )
+    _LOG.info("decoding on the GPU with %s", ours[0])
+
+
+def _require_jpegs(beton: Beton) -> None:
+    """Refuse a beton with raw rows, which no decoder of DALI reads.
+
+    Raises:
+        BetonError: a row is stored raw.
+    """
+    raw = np.flatnonzero(beton.modes != JPG)
+    if len(raw):
+        raise BetonError(
+            f"DALI reads JPEGs, but row {raw[0]:,} of {beton.path} (and {len(raw) - 1:,} others) "
+            'hold raw pixels. Use backend="ffcv", or convert the images again.'
+        )

@@ -1,0 +1,160 @@
+"""The DALI engine on the CPU: the same promise as FFCV's, kept by another decoder."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastprune.beton.reader import open_beton
+from fastprune.errors import BetonError, LoadingError, MissingDependencyError
+from fastprune.loading.loader import Loader
+from tests.conftest import require_library
+
+require_library("dali")
+require_library("ffcv")
+
+
+def _loader(path, subset=None, **settings):
+    defaults = {"batch_size": 4, "image_size": 32, "augment": "rrc", "layout": "xyi"}
+    return Loader(path, subset, **{"backend": "dali", **defaults, **settings})
+
+
+def _images_by_row(path, subset=None, **settings):
+    batches = _loader(path, subset, tail="exact", raw=True, **settings)
+    return {
+        int(rows[i]): images[i].permute(1, 2, 0).numpy()
+        for images, _, rows in batches
+        for i in range(len(rows))
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"subset": np.arange(0, 30, 3)},
+        {"order": "pages"},
+        {"distributed": (1, 2)},
+        {"tail": "pad"},
+        {"train": False},
+    ],
+)
+def test_both_engines_give_the_same_rows_and_labels_in_the_same_order(stock_beton, settings):
+    def epoch(backend):
+        loader = _loader(stock_beton, backend=backend, **settings)
+        loader.set_epoch(1)
+        return [(labels.tolist(), rows.tolist()) for _, labels, rows in loader]
+
+    assert epoch("dali") == epoch("ffcv")
+
+
+@pytest.mark.parametrize("augment", ["rrc", "pad_crop", "center", "none"])
+def test_both_engines_show_the_same_part_of_every_image(stock_beton, augment):
+    ours = _images_by_row(stock_beton, augment=augment)
+    theirs = _images_by_row(stock_beton, augment=augment, backend="ffcv")
+    differences = [np.abs(ours[row].astype(int) - theirs[row]).mean() for row in range(30)]
+    # FFCV resizes by area or, upwards, bilinearly; DALI by a triangle. Noise shows it most.
+    assert max(differences) < 6
+    mirrored = [np.abs(ours[row][:, ::-1].astype(int) - theirs[row]).mean() for row in range(30)]
+    assert np.median(mirrored) > 2 * np.median(differences)
+
+
+def test_pixels_are_those_of_cropping_and_resizing_with_pil(stock_beton):
+    beton = open_beton(stock_beton)
+    loader = _loader(stock_beton, raw=True, tail="exact")
+    for images, _, rows in loader:
+        views = loader._views(rows.numpy(), epoch=0)
+        for image, row, (top, left, height, width, _, _, flip) in zip(
+            images, rows, views, strict=True
+        ):
+            whole = Image.open(io.BytesIO(beton.image_bytes(int(row))))
+            box = whole.crop((left, top, left + width, top + height))
+            expected = np.asarray(box.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+            expected = expected[:, ::-1] if flip else expected
+            assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 1
+
+
+def test_batches_after_a_resume_are_those_of_the_uninterrupted_run_to_the_bit(stock_beton):
+    uninterrupted = _loader(stock_beton, batch_size=2)
+    batches = iter(uninterrupted)
+    for _ in range(7):
+        next(batches)
+    resumed = _loader(stock_beton, batch_size=2)
+    resumed.load_state_dict(uninterrupted.state_dict())
+    rest = list(batches)
+    assert len(rest) == 8
+    for one, other in zip(rest, resumed, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_held_batches_are_not_overwritten(stock_beton):
+    loader = _loader(stock_beton, batch_size=2)
+    held = list(loader)
+    loader.set_epoch(0)
+    for kept, fresh in zip(held, loader, strict=True):
+        assert torch.equal(kept[0], fresh[0])
+
+
+def test_two_live_iterators_have_their_own_epochs(stock_beton):
+    loader = _loader(stock_beton)
+    pairs = [
+        (first[2].tolist(), second[2].tolist())
+        for first, second in zip(loader, loader, strict=True)
+    ]
+    loader.set_epoch(0)
+    for position in (0, 1):
+        assert [pair[position] for pair in pairs] == [rows.tolist() for _, _, rows in loader]
+
+
+def test_an_undecodable_row_is_named(beton_copy, damage_row):
+    damage_row(beton_copy, 13, b"\0\0\0\0")
+    batches = iter(_loader(beton_copy, tail="exact", order="sequential"))
+    next(batches)
+    with pytest.raises(LoadingError, match=r"row 13 of .*copy\.beton .*on_error"):
+        list(batches)
+
+
+def test_undecodable_rows_are_left_out_and_counted_where_asked(beton_copy, damage_row):
+    for row in (4, 5, 6, 7, 13):
+        damage_row(beton_copy, row, b"\0\0\0\0")
+    loader = _loader(beton_copy, order="sequential", tail="exact", on_error="skip")
+    assert [rows.tolist() for _, _, rows in loader][:3] == [
+        [0, 1, 2, 3],
+        [8, 9, 10, 11],
+        [12, 14, 15],
+    ]
+    assert loader.num_skipped == 5
+
+
+def test_a_file_cut_while_it_is_read_is_noticed(beton_copy):
+    batches = iter(_loader(beton_copy, batch_size=2))
+    next(batches)
+    with beton_copy.open("r+b") as file:
+        file.truncate(beton_copy.stat().st_size - 8)
+    with pytest.raises(LoadingError, match=r"copy\.beton was cut from .* Get a whole copy"):
+        list(batches)
+
+
+def test_raw_rows_are_refused(tmp_path):
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    path = tmp_path / "raw.beton"
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+    writer = DatasetWriter(str(path), fields, num_workers=1)
+    writer.from_indexed_dataset([(np.zeros((8, 8, 3), np.uint8), 0)])
+    with pytest.raises(BetonError, match=r'row 0 of .*raw\.beton .*Use backend="ffcv"'):
+        _loader(path, batch_size=1)
+
+
+def test_decoding_on_a_gpu_needs_nvjpeg_in_the_process(tmp_path):
+    from fastprune.loading._dali import _require_nvjpeg
+
+    maps = tmp_path / "maps"
+    maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/torchvision.libs/libnvjpeg.so\n")
+    with pytest.raises(MissingDependencyError, match="pip install nvidia-nvjpeg"):
+        _require_nvjpeg(maps)
+    maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/nvidia/libnvjpeg.so.13\n")
+    _require_nvjpeg(maps)
