@@ -115,6 +115,7 @@ class Journal:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     return  # a file system without locks
                 if time.monotonic() > deadline:
+                    self._file.close()
                     raise ConversionError(
                         f"another conversion is writing {self.path.with_suffix('')}. Wait for it, "
                         "or name another beton."

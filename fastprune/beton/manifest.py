@@ -91,6 +91,12 @@ def write_manifest(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> Non
     Raises:
         ArtifactError: the file cannot be written.
     """
+    with atomic_path(manifest.path) as temporary:
+        write_parquet(temporary, manifest, batches)
+
+
+def write_parquet(path: Path, manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write a manifest's file under any name, for a caller who renames it."""
     metadata = {
         "fingerprint": manifest.fingerprint.to_dict(),
         "class_names": manifest.class_names,
@@ -98,17 +104,16 @@ def write_manifest(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> Non
         "settings": manifest.settings,
         "version": manifest.version,
     }
-    with atomic_path(manifest.path) as temporary:
-        writer = None
-        try:
-            for batch in batches:
-                if writer is None:
-                    schema = batch.schema.with_metadata({_METADATA_KEY: json.dumps(metadata)})
-                    writer = pq.ParquetWriter(temporary, schema, compression="zstd")
-                writer.write_batch(batch)
-        finally:
-            if writer is not None:
-                writer.close()
+    writer = None
+    try:
+        for batch in batches:
+            if writer is None:
+                schema = batch.schema.with_metadata({_METADATA_KEY: json.dumps(metadata)})
+                writer = pq.ParquetWriter(path, schema, compression="zstd")
+            writer.write_batch(batch)
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -90,13 +90,15 @@ def label_blocks_offset(end_of_data: int) -> int:
     return layout.align_up(end_of_data, layout.ALIGNMENT)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush renames to the disk, where the file system supports it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or the renames in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # not every file system can
-        return
+    except OSError:
+        # Not every file system can flush a folder.
+        if not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

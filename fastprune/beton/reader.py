@@ -19,7 +19,7 @@ class ForeignManifestWarning(UserWarning):
     """The manifest beside a beton is damaged or belongs to another beton, and is not used."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Beton:
     """An open beton whose structure was found sound.
 
@@ -50,6 +50,9 @@ class Beton:
     fields: tuple[layout.Field, ...]
     page_bytes: int
     content: NDArray[np.uint8]
+
+    def __repr__(self) -> str:
+        return f"<Beton {self.path}, {self.num_rows:,} rows>"
 
     @property
     def num_rows(self) -> int:

@@ -25,6 +25,7 @@ from fastprune.errors import ConversionError
 CHUNKS_PER_WORKER = 3
 
 _SECONDS_TO_STOP = 5.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 RECORD = np.dtype(
     [
@@ -143,7 +144,12 @@ class WorkerPool:
             ConversionError: an image could not be read, the file could not be written, or a worker
                 died. The image is named by its number, in `item`.
         """
-        for connection in wait(self.connections):
+        while not (ready := wait(self.connections, _SECONDS_BETWEEN_LOOKS)):
+            # A dead worker's pipe stays open while a process that it started lives.
+            for worker, process in enumerate(self._processes):
+                if process.exitcode is not None and not self.connections[worker].poll():
+                    raise self._death(worker)
+        for connection in ready:
             worker = self.connections.index(connection)  # type: ignore[arg-type]
             try:
                 report = self.connections[worker].recv()

@@ -15,8 +15,8 @@ from fastprune import __version__
 from fastprune.beton import layout
 from fastprune.beton.assembly import Assembly, fill, frame, manifest_lines, place, start_assembly
 from fastprune.beton.journal import Journal, intact_rows
-from fastprune.beton.manifest import Manifest, manifest_path, write_manifest
-from fastprune.beton.output import sync_folder
+from fastprune.beton.manifest import Manifest, manifest_path, write_parquet
+from fastprune.beton.output import sync
 from fastprune.beton.sources import Listing
 from fastprune.beton.sources.choose import source_for
 from fastprune.beton.sources.parquet import ParquetSource
@@ -148,6 +148,7 @@ def _cleared_up(partial: Path, journal: Journal, *, keep: bool) -> Iterator[None
     try:
         yield
     except BaseException:
+        manifest_path(partial).unlink(missing_ok=True)
         if not keep:
             partial.unlink(missing_ok=True)
             journal.remove()
@@ -235,11 +236,15 @@ def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, A
         counts={ACTIONS[action]: int(actions[action]) for action in (COPIED, TRANSCODED, SKIPPED)},
         settings=settings,
     )
+    unnamed = manifest_path(partial)
+    with _named_write_errors(unnamed):
+        write_parquet(unnamed, manifest, manifest_lines(assembly))
+        sync(unnamed)
     # A beton of an earlier conversion must not stand beside the new manifest for a moment.
     path.unlink(missing_ok=True)
-    write_manifest(manifest, manifest_lines(assembly))
+    unnamed.replace(manifest.path)
     partial.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
     return manifest
 
 

@@ -119,6 +119,12 @@ def test_a_dangling_link_is_named(tmp_path):
     refused("gone.jpg: No such file.*repair what it links to", root, tmp_path)
 
 
+def test_a_pipe_named_like_an_image_is_refused_instead_of_waited_for(tmp_path):
+    root = write_image_folder(tmp_path / "images")
+    os.mkfifo(root / "class_01" / "pipe.jpg")
+    refused(r"class_01/pipe.jpg is no file. Remove", root, tmp_path)
+
+
 @pytest.mark.full
 def test_a_hundred_thousand_files_in_one_folder(tmp_path):
     folder = tmp_path / "images" / "only"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastprune.beton.sources import Listing
-from fastprune.beton.sources.folder import EXTENSIONS, read_file
+from fastprune.beton.sources.folder import EXTENSIONS, file_status, read_file
 from fastprune.errors import ConversionError
 
 
@@ -64,7 +64,7 @@ class FlatSource:
         try:
             with os.scandir(self.root) as entries:
                 files = [
-                    (entry.name, entry.stat())
+                    (entry.name, file_status(entry.path))
                     for entry in entries
                     if entry.name.lower().endswith(EXTENSIONS)
                 ]

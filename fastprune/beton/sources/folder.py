@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,24 @@ class FolderSource:
         return read_file(f"{self.root}/{location}"), None
 
 
+def file_status(path: str) -> os.stat_result:
+    """The status of what must be a file.
+
+    Raises:
+        ConversionError: it is a link to nowhere, or no file but a pipe, say, that would never end.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a million times
+    except OSError as error:
+        raise ConversionError(
+            f"cannot read {path}: {os.strerror(error.errno or 0)}. Remove the entry, or repair "
+            "what it links to."
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ConversionError(f"{path} is no file. Remove the entry.")
+    return status
+
+
 def read_file(path: str) -> bytes:
     """Read a whole file."""
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a million times
@@ -101,13 +120,7 @@ def _images_below(root: Path, class_name: str) -> Iterator[tuple[str, os.stat_re
                 ignored += 1
                 continue
             path = f"{folder}/{name}"
-            try:
-                yield path, os.stat(f"{root}/{path}")  # noqa: PTH116 - a million times
-            except OSError as error:
-                raise ConversionError(
-                    f"cannot read {root}/{path}: {os.strerror(error.errno or 0)}. Remove the "
-                    "entry, or repair what it links to."
-                ) from error
+            yield path, file_status(f"{root}/{path}")
     if ignored:
         _log.info("%s: left out %d files that are no images", root / class_name, ignored)
 
