@@ -1,14 +1,23 @@
 """Teachers and students: networks by name, their features, their weights."""
 
-from fastprune.networks.catalog import build_network
+from fastprune.networks.catalog import (
+    PublishedView,
+    build_network,
+    published_view,
+    published_weights,
+)
 from fastprune.networks.features import FeatureNetwork, classifier_name
-from fastprune.networks.weights import load_weights, save_weights, weights_digest
+from fastprune.networks.weights import load_weights, save_weights, weights_digest, weights_metadata
 
 __all__ = [
     "FeatureNetwork",
+    "PublishedView",
     "build_network",
     "classifier_name",
     "load_weights",
+    "published_view",
+    "published_weights",
     "save_weights",
     "weights_digest",
+    "weights_metadata",
 ]

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -72,6 +73,65 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
         return _torchvision_network(name, num_classes, weights)
     _refuse_weights(name, weights)
     return small(num_classes)
+
+
+@dataclass(frozen=True)
+class PublishedView:
+    """The images that published weights were evaluated on.
+
+    Attributes:
+        image_size: side of the centre crop, in pixels.
+        mean: per channel, of pixel values in [0, 1].
+        std: per channel, of pixel values in [0, 1].
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def published_weights(name: str) -> str | None:
+    """The best published weights of a network, for `build_network`.
+
+    Returns:
+        `DEFAULT` for torchvision, `pretrained` for timm, None for a factory, which is trusted to
+        load its own.
+
+    Raises:
+        InvalidValueError: the network is a small one, of which no weights are published.
+    """
+    source, _, rest = name.partition(":")
+    if source == "timm":
+        return "pretrained"
+    if rest and source != "torchvision":
+        return None
+    if not rest and _small_network(name) is not None:
+        raise InvalidValueError(
+            f"{name} has no published weights, and random ones know nothing. Give a checkpoint "
+            "(--teacher-checkpoint)."
+        )
+    return "DEFAULT"
+
+
+def published_view(name: str, weights: str) -> PublishedView:
+    """What the images of published weights look like.
+
+    Args:
+        name: a torchvision or timm network.
+        weights: as `build_network` takes them.
+    """
+    source, _, rest = name.rpartition(":")
+    if source == "timm":
+        import timm
+
+        config: Any = timm.get_pretrained_cfg(rest)
+        return PublishedView(config.input_size[-1], tuple(config.mean), tuple(config.std))
+    from torchvision import models
+
+    transforms = models.get_model_weights(rest)[weights].transforms()
+    return PublishedView(
+        int(transforms.crop_size[0]), tuple(transforms.mean), tuple(transforms.std)
+    )
 
 
 def _small_network(name: str) -> Callable[[int], nn.Module] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,6 +60,23 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             "Name the network that the checkpoint was made from, with its number of classes."
         )
     network.load_state_dict(state)
+
+
+def weights_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; none for other files.
+
+    Raises:
+        ArtifactError: the file is missing or unreadable.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error
 
 
 def weights_digest(network: nn.Module) -> str:

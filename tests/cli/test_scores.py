@@ -1,16 +1,54 @@
 import json
+import re
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
 from fastprune.cli import main
+from fastprune.networks import save_weights
+from tests.difficulty.betons import small_beton, small_teacher
 from tests.selection.tables import score_table
 
 
 def fastprune(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_score_writes_a_table_and_one_line(tmp_path):
+    beton, out = small_beton(tmp_path), tmp_path / "scores.parquet"
+    save_weights(small_teacher(), tmp_path / "teacher.safetensors", metadata={"network": "resnet8"})
+    result = fastprune(
+        *("score", beton, "-o", out, "--teacher-checkpoint", tmp_path / "teacher.safetensors"),
+        *("--image-size", 32, "--batch-size", 8, "--workers", 1, "--views", 2, "--seed", 3),
+        *("--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2", "--precision", "float32"),
+        *("--feature-layer", "layer3", "--device", "cpu", "--backend", "ffcv", "--restart"),
+        *("--teacher-classes", 3, "--keep-features"),
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"scored 24 rows in \d+\.\d s, teacher's top-1 .*% -> .*", result.stdout)
+    table = ScoreTable.load(out)
+    assert table.view == {
+        "image_size": 32,
+        "augment": "train",
+        "views": 2,
+        "seed": 3,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
+    }
+    assert (tmp_path / "scores.features.npy").exists()
+
+
+def test_score_refuses_two_teachers_and_channels_that_are_not_three(tmp_path):
+    two = ("--teacher", "resnet18", "--teacher-factory", "a:b")
+    result = fastprune("score", "t.beton", "-o", "s.parquet", *two)
+    assert result.exit_code == 2
+    assert "--teacher or --teacher-factory, not both" in result.output
+    result = fastprune("score", "t.beton", "-o", "s.parquet", "--mean", "0.5,0.5")
+    assert result.exit_code == 2
+    assert "'0.5,0.5' is not red,green,blue" in result.output
 
 
 @pytest.fixture

@@ -1,0 +1,130 @@
+"""A batch through the teacher: features, and what its logits say of each row."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.difficulty.metrics import LOGIT_METRICS, logit_metrics
+from fastprune.errors import InvalidValueError
+from fastprune.networks import FeatureNetwork
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+# What is known of a row from its logits, as columns of one tensor.
+COLUMNS = (*LOGIT_METRICS, "prediction", "row")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The teacher, ready to run.
+
+    Attributes:
+        network: maps images to (features (B, D), logits (B, C)).
+        device: where it is.
+        dtype: of its arithmetic: float32, or bfloat16 under autocast.
+        width: D.
+    """
+
+    network: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+
+    def examine(self, views: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        """Run one batch, in each of its views, and average.
+
+        Args:
+            views: per view the images (B, 3, S, S), labels (B,) and rows (B,), on the device.
+
+        Returns:
+            features (B, D) float32 and COLUMNS (B, len(COLUMNS)) float64, on the CPU.
+
+        Raises:
+            InvalidValueError: a feature or a logit is not finite; the first such row is named.
+        """
+        _, labels, rows = views[0]
+        seen = [self._look(images) for images, _, _ in views]
+        for features, logits in seen:
+            _refuse_bad_rows(features, logits, rows)
+        features = torch.stack([features for features, _ in seen]).mean(dim=0)
+        metrics = [logit_metrics(logits, labels, features) for features, logits in seen]
+        columns = [torch.stack([m[name] for m in metrics]).mean(dim=0) for name in LOGIT_METRICS]
+        probabilities = torch.stack([logits.softmax(dim=1) for _, logits in seen]).mean(dim=0)
+        columns += [probabilities.argmax(dim=1).double(), rows.double()]
+        return features.cpu(), torch.stack(columns, dim=1).cpu()
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of one view, float32."""
+        features, logits = run_network(self.network, images, self.dtype)
+        return features.float(), logits.float()
+
+
+@contextmanager
+def ready_forward(
+    network: nn.Module,
+    *,
+    num_classes: int,
+    feature_layer: str | None,
+    image_size: int,
+    device: torch.device,
+    precision: str,
+    compile_network: bool,
+) -> Iterator[Forward]:
+    """Put a network on the device in eval mode, hook its features, and try it on one image.
+
+    The hook is taken off at the end, and every module is in the mode it was in.
+
+    Raises:
+        InvalidValueError: the network gives another number of logits than C, its features are not
+            found, or there is no such precision.
+    """
+    dtype = _chosen_dtype(precision, device)
+    modes = [(module, module.training) for module in network.modules()]
+    network.to(device).to(memory_format=torch.channels_last).eval()
+    try:
+        with FeatureNetwork(network, num_classes=num_classes, feature_layer=feature_layer) as tap:
+            image = torch.zeros(1, 3, image_size, image_size, device=device)
+            features, logits = run_network(tap, image, dtype)
+            if logits.ndim != 2 or logits.shape[1] != num_classes:
+                raise InvalidValueError(
+                    f"the teacher {type(network).__name__} returned logits of shape "
+                    f"{tuple(logits.shape)} for one image, but {num_classes:,} classes are wanted. "
+                    "Take a teacher of these classes, or say how many it has (--teacher-classes)."
+                )
+            compiled: Any = torch.compile(tap) if compile_network else tap
+            yield Forward(compiled, device, dtype, width=features.shape[1])
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+@torch.inference_mode()
+def run_network(network: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features and logits, under autocast where the dtype is not float32."""
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        features, logits = network(images)
+    return features, logits
+
+
+def _chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the teacher computes in."""
+    if precision not in PRECISIONS:
+        raise InvalidValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}.")
+    if precision == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def _refuse_bad_rows(features: Tensor, logits: Tensor, rows: Tensor) -> None:
+    """Name the first row of the batch with a feature or a logit that is not finite."""
+    is_bad = ~(features.isfinite().all(dim=1) & logits.isfinite().all(dim=1))
+    if is_bad.any():
+        row = int(rows[is_bad].min())
+        raise InvalidValueError(
+            f"the teacher returned NaN or infinity for row {row:,}. Score in float32 "
+            "(--precision float32), and check the teacher's weights."
+        )

@@ -1,0 +1,154 @@
+"""The difficulty of each row, from the teacher's logits and features: one formula a function.
+
+All of them compute in float64: a sure teacher leaves errors that float32 would round to zero, and
+rows that share a score cannot be told apart.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastprune.errors import InvalidValueError
+
+FEATURE_METRICS = ("centroid", "centroid_median")
+LOGIT_METRICS = (
+    "loss",
+    "el2n",
+    "grand_last",
+    "margin",
+    "entropy",
+    "confidence",
+    "logit_std",
+)
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, -log p_y: what the MDSLR reference code ranks by.
+
+    Args:
+        logits: (B, C) raw teacher outputs, any float dtype.
+        labels: (B,) int64, each in [0, C).
+
+    Returns:
+        (B,) float64, >= 0; larger is harder.
+    """
+    return functional.cross_entropy(logits.double(), labels, reduction="none")
+
+
+def el2n(logits: Tensor, labels: Tensor) -> Tensor:
+    """The L2 norm of the teacher's error vector, |p - e_y|.
+
+    Args:
+        logits: (B, C) raw teacher outputs, any float dtype.
+        labels: (B,) int64, each in [0, C).
+
+    Returns:
+        (B,) float64 in [0, sqrt(2)]; larger is harder.
+
+    Source: Paul et al. 2021, "Deep Learning on a Data Diet", eq. 3.
+    """
+    log_p = functional.log_softmax(logits.double(), dim=1)
+    chosen = labels[:, None]
+    # p_y - 1 as expm1(log p_y): exact where p_y is so near 1 that the difference would vanish.
+    error = log_p.exp().scatter(1, chosen, torch.expm1(log_p.gather(1, chosen)))
+    norm: Tensor = torch.linalg.vector_norm(error, dim=1)
+    return norm
+
+
+def grand_last(logits: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+    """The norm of the loss's gradient in the last layer, |p - e_y| * sqrt(1 + |h|^2).
+
+    Args:
+        logits: (B, C) raw teacher outputs, any float dtype.
+        labels: (B,) int64, each in [0, C).
+        features: (B, D), the last layer's input.
+
+    Returns:
+        (B,) float64, >= 0; larger is harder.
+
+    Source: Paul et al. 2021 (GraNd), for the last layer alone as in DeepCore.
+    """
+    return el2n(logits, labels) * (1 + features.double().square().sum(dim=1)).sqrt()
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the best wrong class is above the right one, max_{k != y} p_k - p_y.
+
+    Args:
+        logits: (B, C) raw teacher outputs, any float dtype, C >= 2.
+        labels: (B,) int64, each in [0, C).
+
+    Returns:
+        (B,) float64 in [-1, 1]; larger is harder, positive where the teacher is wrong.
+
+    Source: one snapshot of AUM, as in Zheng et al. 2023 (CCS).
+    """
+    p = logits.double().softmax(dim=1)
+    chosen = labels[:, None]
+    others = p.scatter(1, chosen, -torch.inf)
+    return others.amax(dim=1) - p.gather(1, chosen)[:, 0]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """How spread the teacher's prediction is, -sum p log p.
+
+    Args:
+        logits: (B, C) raw teacher outputs, any float dtype.
+
+    Returns:
+        (B,) float64 in [0, log C]; larger is harder.
+
+    Source: uncertainty scores of DeepCore, Guo et al. 2022.
+    """
+    log_p = functional.log_softmax(logits.double(), dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1)
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """How unsure the teacher is of its best class, 1 - max p.
+
+    Args:
+        logits: (B, C) raw teacher outputs, any float dtype.
+
+    Returns:
+        (B,) float64 in [0, 1 - 1/C]; larger is harder.
+
+    Source: least confidence of DeepCore, Guo et al. 2022.
+    """
+    log_p = functional.log_softmax(logits.double(), dim=1)
+    return -torch.expm1(log_p.amax(dim=1))
+
+
+def logit_std(logits: Tensor) -> Tensor:
+    """The unbiased standard deviation of the logits: kept for reshaping, no difficulty.
+
+    Args:
+        logits: (B, C) raw teacher outputs, any float dtype, C >= 2.
+
+    Returns:
+        (B,) float64, >= 0.
+
+    Source: Chen et al. 2025 (MDSLR).
+    """
+    return logits.double().std(dim=1, correction=1)
+
+
+def logit_metrics(logits: Tensor, labels: Tensor, features: Tensor) -> dict[str, Tensor]:
+    """Every metric that needs one row alone, by name: `LOGIT_METRICS`, each (B,) float64.
+
+    Raises:
+        InvalidValueError: the teacher has fewer than two classes.
+    """
+    if logits.shape[1] < 2:
+        raise InvalidValueError(
+            f"the teacher gives {logits.shape[1]} logit per image; scores need at least 2 classes."
+        )
+    return {
+        "loss": loss(logits, labels),
+        "el2n": el2n(logits, labels),
+        "grand_last": grand_last(logits, labels, features),
+        "margin": margin(logits, labels),
+        "entropy": entropy(logits),
+        "confidence": confidence(logits),
+        "logit_std": logit_std(logits),
+    }

@@ -1,0 +1,67 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.difficulty.ranks import Ranks, device_of_rank
+from tests.difficulty.betons import small_beton, small_teacher
+from tests.difficulty.test_teacher import assert_same, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def score_on_two_ranks(beton, out, num_classes):
+    """The command under torchrun, on two gloo ranks."""
+    arguments = ["score", beton, "-o", out, "--image-size", 32, "--batch-size", 4, "--workers", 1]
+    arguments += ["--teacher-factory", "tests.difficulty.betons:teacher_factory"]
+    arguments += ["--teacher-classes", num_classes, "--device", "cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launcher, "-m", "fastprune", *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("scored") == 1
+    return ScoreTable.load(out)
+
+
+def test_two_ranks_score_as_one_to_the_bit_where_their_batches_have_one_shape(tmp_path):
+    beton = small_beton(tmp_path, classes=3, per_class=8)
+    expected = run(beton, small_teacher(), tmp_path / "one.parquet")
+    assert_same(score_on_two_ranks(beton, tmp_path / "two.parquet", 3), expected)
+
+
+def test_two_ranks_score_as_one_where_the_last_rows_leave_a_rank_without_any(tmp_path):
+    beton = small_beton(tmp_path, classes=1, per_class=17)
+    teacher = small_teacher(num_classes=2)
+    expected = run(beton, teacher, tmp_path / "one.parquet", num_classes=2)
+    table = score_on_two_ranks(beton, tmp_path / "two.parquet", 2)
+    for name, values in expected.metrics.items():
+        np.testing.assert_allclose(table.metric(name), values, rtol=1e-6, atol=1e-6, err_msg=name)
+    assert np.array_equal(table.predictions, expected.predictions)
+
+
+def test_process_alone_keeps_what_it_has():
+    tensor = torch.arange(3)
+    assert Ranks().gather(tensor, 5) == [tensor]
+    assert Ranks().from_first("table") == "table"
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", "cpu"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")]
+)
+def test_each_rank_of_a_node_has_its_own_device(monkeypatch, device, expected):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_of_rank(torch.device(device)) == torch.device(expected)
