@@ -204,16 +204,30 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Scores, Rows]:
         )
     if values.dtype != np.float32:
         values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        row = int(np.argmin(np.isfinite(values)))
-        raise InvalidValueError(
-            f"the score of row {row:,} is {values[row]}; scores must be finite. Score again, or "
-            "leave such rows out (--exclude)."
-        )
+    require_finite(values, np.arange(len(values)))
     if (classes < 0).any():
         row = int(np.argmax(classes < 0))
         raise InvalidValueError(f"the label of row {row:,} is {classes[row]}; it must be >= 0.")
     return values, classes.astype(np.int64)
+
+
+def require_finite(scores: Scores, rows: Rows) -> None:
+    """Refuse scores that are NaN or infinite.
+
+    Args:
+        scores: (K,) scores.
+        rows: (K,) the row of each, to name the first that is refused.
+
+    Raises:
+        InvalidValueError: a score is not finite.
+    """
+    is_bad = ~np.isfinite(scores)
+    if is_bad.any():
+        first = int(np.argmax(is_bad))
+        raise InvalidValueError(
+            f"the score of row {rows[first]:,} is {scores[first]}; scores must be finite. Score "
+            "again, or leave such rows out (--exclude)."
+        )
 
 
 def _check_settings(

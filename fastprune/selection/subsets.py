@@ -9,7 +9,7 @@ from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.errors import InvalidValueError
 from fastprune.selection.blend import difficulty
-from fastprune.selection.strategies import select_rows
+from fastprune.selection.strategies import require_finite, select_rows
 
 DEFAULT_METRIC = "centroid"
 _COMPAT_METRIC = "loss"
@@ -38,7 +38,7 @@ def make_subset(
         table: the scores.
         keep_ratio: share of the rows to keep, in (0, 1]; of those that are not excluded.
         metric: what rows are ranked by, one metric or a blend (see `difficulty`); by default
-            `centroid`, and `loss` with compat `mdslr`, as in the reference.
+            `centroid`, `loss` with compat `mdslr` as in the reference, or the table's only metric.
         strategy: see `select_rows`; so are quota, per_class, quantile, drop_hardest, seed, compat.
         quota: as there.
         per_class: as there.
@@ -56,10 +56,12 @@ def make_subset(
     Raises:
         InvalidValueError: an argument is outside its domain, or a class would be left empty.
     """
-    metric = metric or (_COMPAT_METRIC if compat == "mdslr" else DEFAULT_METRIC)
+    metric = metric or _default_metric(table, compat)
     candidates, excluded = _candidates(table, exclude)
+    scores = difficulty(table, metric)[candidates]
+    require_finite(scores, candidates)
     chosen = select_rows(
-        difficulty(table, metric)[candidates],
+        scores,
         table.labels[candidates],
         keep_ratio=keep_ratio,
         strategy=strategy,
@@ -91,9 +93,16 @@ def make_subset(
         parameters=parameters,
         seed=seed,
         class_counts=class_counts.tolist(),
-        class_std=table.class_std,
+        class_std=None if np.isnan(table.class_std).all() else table.class_std,
         command=command,
     )
+
+
+def _default_metric(table: ScoreTable, compat: str | None) -> str:
+    """The only metric of an imported table; else the reference's, or this project's."""
+    if len(table.metrics) == 1:
+        return next(iter(table.metrics))
+    return _COMPAT_METRIC if compat == "mdslr" else DEFAULT_METRIC
 
 
 def _candidates(table: ScoreTable, exclude: ArrayLike | None) -> tuple[NDArray[np.int64], int]:

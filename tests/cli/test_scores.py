@@ -103,3 +103,66 @@ def test_select_needs_no_torch(scores, tmp_path):
         "sys.exit(any(name in sys.modules for name in ('torch', 'numba')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sweep_writes_a_subset_for_every_ratio(scores, tmp_path):
+    result = fastprune("select", scores, "-o", tmp_path / "s.npy", "--sweep", "0.3,0.4,0.5,0.125")
+    assert result.exit_code == 0, result.output
+    names = ("s-30", "s-40", "s-50", "s-12.5")
+    sizes = [len(Subset.load(tmp_path / f"{name}.npy").rows) for name in names]
+    assert sizes == [60, 80, 100, 25]
+    assert len(result.output.splitlines()) == 4
+    assert not (tmp_path / "s.npy").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--keep", "0.5", "--sweep", "0.5")])
+def test_select_needs_keep_or_sweep(scores, tmp_path, options):
+    result = fastprune("select", scores, "-o", tmp_path / "s.npy", *options)
+    assert result.exit_code == 2
+    assert "--keep or --sweep" in result.output
+
+
+def test_sweep_that_is_no_list_of_numbers_is_refused(scores, tmp_path):
+    result = fastprune("select", scores, "-o", tmp_path / "s.npy", "--sweep", "half")
+    assert result.exit_code == 2
+    assert "'half' is not a list such as 0.3,0.4,0.5,0.7" in result.output
+
+
+def test_scores_of_another_tool_are_selected_from_exported_and_imported(tmp_path):
+    beton = small_beton(tmp_path)
+    np.save(tmp_path / "forgetting.npy", np.arange(24))
+    selected = fastprune(
+        *("select", tmp_path / "forgetting.npy", "--beton", beton, "--keep", 0.5),
+        *("-o", tmp_path / "subset.npy", "--strategy", "easy"),
+    )
+    assert selected.exit_code == 0, selected.output
+    exported = fastprune(
+        *("export", tmp_path / "subset.npy", "-o", tmp_path / "names.txt"),
+        *("--format", "names", "--beton", beton),
+    )
+    assert exported.output == f"exported 12 rows -> {tmp_path / 'names.txt'}\n"
+    imported = fastprune(
+        *("import", tmp_path / "names.txt", "--beton", beton, "-o", tmp_path / "again.npy"),
+        "--drop",
+    )
+    assert imported.output == f"kept 12 of 24 rows (50.00%) -> {tmp_path / 'again.npy'}\n"
+    kept, dropped = (Subset.load(tmp_path / name).rows for name in ("subset.npy", "again.npy"))
+    assert np.array_equal(np.sort(np.concatenate([kept, dropped])), np.arange(24))
+
+
+def test_class_std_and_scores_come_along_through_the_command_line(scores, tmp_path):
+    beton = small_beton(tmp_path)
+    assert fastprune("select", scores, "-o", tmp_path / "s.npy", "--keep", 0.5).exit_code == 0
+    exported = fastprune(
+        *("export", tmp_path / "s.npy", "-o", tmp_path / "s.json"),
+        *("--format", "deepcore", "--scores", scores),
+    )
+    assert exported.exit_code == 0, exported.output
+    np.save(tmp_path / "std.npy", [1.0, 2.0, 3.0])
+    (tmp_path / "rows.txt").write_text("1\n2\n")
+    imported = fastprune(
+        *("import", tmp_path / "rows.txt", "--beton", beton, "-o", tmp_path / "again.npy"),
+        *("--class-std", tmp_path / "std.npy"),
+    )
+    assert imported.exit_code == 0, imported.output
+    assert Subset.load(tmp_path / "again.npy").class_std.tolist() == [1, 2, 3]

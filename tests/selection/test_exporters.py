@@ -1,0 +1,66 @@
+import json
+
+import numpy as np
+import pytest
+
+from fastprune import convert, open_beton
+from fastprune.artifacts.subset import Subset
+from fastprune.errors import InvalidValueError
+from fastprune.selection.exporters import export_subset
+from fastprune.selection.importers import import_subset
+from fastprune.selection.subsets import make_subset
+from tests.images import write_image_folder
+from tests.selection.tables import score_table
+
+
+def test_mdslr_folder_loads_as_the_reference_loads_it(tmp_path):
+    table = score_table()
+    subset = make_subset(table, keep_ratio=0.5, compat="mdslr")
+    written = export_subset(subset, tmp_path / "mdslr", "mdslr")
+    assert [path.name for path in written] == ["ratio_50.npy", "std.npy"]
+    index, std = (np.load(path) for path in written)
+    assert (index.dtype, std.dtype, std.shape) == (np.int64, np.float64, (4,))
+    assert np.array_equal(index, subset.rows)
+    assert np.array_equal(std, table.class_std)
+
+
+def test_deepcore_lists_rows_with_the_scores_they_were_chosen_by(tmp_path):
+    table = score_table()
+    subset = make_subset(table, keep_ratio=0.1, metric="el2n")
+    export_subset(subset, tmp_path / "subset.json", "deepcore", scores=table)
+    content = json.loads((tmp_path / "subset.json").read_text())
+    assert content["indices"] == subset.rows.tolist()
+    np.testing.assert_allclose(content["scores"], table.metric("el2n")[subset.rows])
+
+
+def test_rows_and_dropped_rows_are_all_rows(tmp_path):
+    subset = make_subset(score_table(), keep_ratio=0.3)
+    export_subset(subset, tmp_path / "kept.txt", "rows")
+    export_subset(subset, tmp_path / "dropped.txt", "dropped")
+    kept, dropped = (np.loadtxt(tmp_path / f"{n}.txt", dtype=int) for n in ("kept", "dropped"))
+    assert np.array_equal(kept, subset.rows)
+    assert np.array_equal(np.sort(np.concatenate([kept, dropped])), np.arange(200))
+
+
+def test_exported_names_are_imported_as_the_same_rows(tmp_path):
+    write_image_folder(tmp_path / "images", classes=2, per_class=3)
+    convert(tmp_path / "images", tmp_path / "train.beton")
+    beton = open_beton(tmp_path / "train.beton")
+    export_subset(Subset(np.array([1, 5])), tmp_path / "names.txt", "names", beton=beton)
+    assert (tmp_path / "names.txt").read_text() == "class_00/001.jpg\nclass_01/002.jpg\n"
+    assert import_subset(tmp_path / "names.txt", beton).rows.tolist() == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("file_format", "message"),
+    [
+        ("mdsl", "'mdsl' is not known. Did you mean 'mdslr'"),
+        ("mdslr", "needs the keep ratio and the class std"),
+        ("deepcore", r"needs the score table with the metric None.*--scores"),
+        ("dropped", "needs the number of rows"),
+        ("names", r"needs a beton with a manifest.*--beton"),
+    ],
+)
+def test_format_that_needs_more_than_the_subset_knows_is_refused(tmp_path, file_format, message):
+    with pytest.raises(InvalidValueError, match=message):
+        export_subset(Subset(np.array([1, 5])), tmp_path / "out", file_format)
