@@ -114,7 +114,7 @@ class DaliEngine:
         for rows in batches:
             self._file.check()
             altered = self._faults.altered(rows)
-            for row in rows[altered]:
+            for row in np.unique(rows[altered]):
                 self._faults.report(int(row), "its bytes are not those that were written (CRC-32C)")
             rows = rows[~altered & ~np.isin(rows, list(unusable))]
             fed.append(rows)

@@ -27,6 +27,7 @@ from fastprune.beton.reader import Beton, image_and_label
 from fastprune.errors import LoadingError, MissingDependencyError
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.loading.faults import FileWatch, RowFaults
+from fastprune.loading.memory import BatchMemory
 from fastprune.loading.threads import ThreadDiedError, WorkerThreads
 
 _BATCHES_AHEAD = 3
@@ -235,6 +236,7 @@ class FfcvEngine:
         self._image_size = image_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+        self._memory = BatchMemory()
         self._faults = faults
         self._file = FileWatch(beton)
         self._loader = _compiled_loader(beton, num_workers)
@@ -279,11 +281,11 @@ class FfcvEngine:
     ) -> _Batch:
         """Hand a batch's chunks to the threads."""
         # Memory of its own, so that a held batch is never overwritten.
-        pixels = torch.empty(
-            (len(rows), self._image_size, self._image_size, 3),
-            dtype=torch.uint8,
-            pin_memory=self._pin_memory,
-        )
+        shape = (len(rows), self._image_size, self._image_size, 3)
+        if self._pin_memory:
+            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        else:
+            pixels = self._memory.take(shape, torch.uint8)
         batch = _Batch(rows, views, pixels, np.zeros(len(rows), np.int32), [])
         chunk_rows = max(_MIN_CHUNK_ROWS, -(-len(rows) // (_CHUNKS_PER_WORKER * self._num_workers)))
         for start in range(0, len(rows), chunk_rows):
@@ -338,14 +340,11 @@ class FfcvEngine:
                 f"{self._beton.path} was killed. Start the epoch again, or resume it from a "
                 "state_dict."
             ) from error
-        failed = [
-            i
-            for i in np.flatnonzero(batch.codes)
-            if self._is_unusable(int(batch.rows[i]), int(batch.codes[i]))
-        ]
+        codes = dict(zip(batch.rows.tolist(), batch.codes.tolist(), strict=True))
+        failed = [row for row, code in codes.items() if code and self._is_unusable(row, code)]
         if not failed:
             return batch.pixels, batch.rows
-        kept = np.delete(np.arange(len(batch.rows)), failed)
+        kept = np.flatnonzero(~np.isin(batch.rows, failed))
         return batch.pixels[torch.from_numpy(kept)], batch.rows[kept]
 
     def _is_unusable(self, row: int, code: int) -> bool:

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError, MissingDependencyError
+from fastprune.loading.augment import Recipe
 from fastprune.loading.faults import RowFaults
+
+if TYPE_CHECKING:
+    from fastprune.loading._dali_native import NativeReader
 
 BACKENDS = ("auto", "ffcv", "dali")
 
@@ -76,6 +80,26 @@ def make_engine(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         faults=faults,
+    )
+
+
+def make_native_reader(
+    beton: Beton, *, recipe: Recipe, image_size: int, num_workers: int, device: torch.device
+) -> "NativeReader":
+    """Prepare DALI's own reader.
+
+    Raises:
+        MissingDependencyError: DALI is not installed.
+    """
+    if not _is_installed("nvidia.dali"):
+        raise MissingDependencyError(
+            'order="buffered" needs NVIDIA DALI. Install it with: '
+            "pip install fastprune[dali-cuda13]"
+        )
+    from fastprune.loading._dali_native import NativeReader
+
+    return NativeReader(
+        beton, recipe=recipe, image_size=image_size, num_workers=num_workers, device=device
     )
 
 

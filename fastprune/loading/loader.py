@@ -1,9 +1,10 @@
 """The loader: batches of a beton's kept rows, ready to train on."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,15 @@ from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
 from fastprune.loading.checks import require_at_least, require_one_of
 from fastprune.loading.device import choose_device
-from fastprune.loading.engine import make_engine
+from fastprune.loading.dropin import EpochSampler, KeptImages
+from fastprune.loading.engine import make_engine, make_native_reader
 from fastprune.loading.faults import RowFaults
 from fastprune.loading.kept import kept_rows
+from fastprune.loading.layouts import LAYOUTS, ContrastRows, Transform, arranged, transformed
 from fastprune.loading.order import ORDERS, TAILS, Plan, this_rank
 from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD, Normalizer
 
-LAYOUTS = ("xy", "xyi")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, eq=False)
-class KeptImages:
-    """What other codebases ask of `loader.dataset`.
-
-    Attributes:
-        targets: (K,) int64, the label of every kept row.
-        classes: name of every class; the label itself where the beton knows no names.
-    """
-
-    targets: NDArray[np.int64]
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
 
 class Loader:
@@ -57,7 +43,13 @@ class Loader:
         dataset: labels and class names of the kept rows, for code that asks for `loader.dataset`.
         batch_size: rows per batch and rank.
         device: where batches are delivered.
+        num_workers: decoding threads.
+        collate_fn: None; batches come whole.
+        mixup_enabled: False; timm sets it where it mixes images itself.
     """
+
+    collate_fn = None
+    mixup_enabled = False
 
     def __init__(
         self,
@@ -78,6 +70,8 @@ class Loader:
         tail: str | None = None,
         layout: str = "xy",
         raw: bool = False,
+        transform: Transform | None = None,
+        num_negatives: int = 16_384,
         on_error: str = "raise",
         verify_crc: bool = False,
         open_pages: int = 64,
@@ -103,14 +97,23 @@ class Loader:
             mean: per channel, of pixel values in [0, 1].
             std: per channel, of pixel values in [0, 1].
             dtype: of the images: torch.float32, torch.float16 or torch.bfloat16.
-            order: "random" (default for training), "sequential", or "pages": random within a
-                sliding set of `open_pages` pages of the file, for storage that is read by page.
+            order: "random" (default for training), "sequential", "pages" (random within a sliding
+                set of `open_pages` pages of the file, for storage that is read by page), or
+                "buffered" (DALI's own reader, shuffle buffer and boxes: each row once, but neither
+                order nor views are those of the other engine, and no epoch resumes half-way).
             seed: of order and views.
             tail: what becomes of rows that fill no batch: "drop" (default for training), "pad"
                 (repeats rows, see `num_repeated`) or "exact" (uneven last batches; the default for
                 evaluation).
-            layout: "xy" for (images, labels), "xyi" for (images, labels, rows).
+            layout: "xy" for (images, labels); "xyi" for (images, labels, rows); "xy_supp" for
+                (images, labels, {"rows": rows}); "xyi_contrast" for (images, labels, rows, contrast
+                rows), the last (B, 1 + num_negatives); "two_view" for ((images, images), labels,
+                rows), two views of each row. Rows are those of the beton.
             raw: deliver uint8 pixels, not normalised.
+            transform: further augmentation of each (3, S, S) uint8 image on the device, such as
+                torchvision's v2.RandAugment(), seeded by (seed, epoch, row); with "two_view" of the
+                second view alone.
+            num_negatives: contrast rows of other classes for each row.
             on_error: "raise" a LoadingError for a row that cannot be decoded, or "skip" it: its
                 batch is smaller then (or missing), and `num_skipped` counts it.
             verify_crc: compare the bytes of each row with the manifest's CRC-32C as they are read.
@@ -135,31 +138,39 @@ class Loader:
         require_at_least("image_size", image_size, 1)
         require_at_least("seed", seed, 0)
         require_at_least("open_pages", open_pages, 1)
+        require_at_least("num_negatives", num_negatives, 1)
         if num_workers is not None:
             require_at_least("num_workers", num_workers, 1)
+        if order == "buffered":
+            _require_plain_reading(backend, layout, on_error, verify_crc)
         self.batch_size = batch_size
         self.beton = open_beton(beton)
+        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self.device = choose_device(device)
         self._order = order or ("random" if train else "sequential")
         self._tail = tail or ("drop" if train else "exact")
         self._layout = layout
+        self._transform = transform
+        self._num_negatives = num_negatives
         self._seed = seed
         self._distributed = distributed
         self._recipe = Recipe.make(augment, image_size=image_size, train=train)
-        self.device = choose_device(device)
         self._normalize = Normalizer(self.device, mean, std, None if raw else dtype)
         self._open_pages = open_pages
         self._next = self._position = (0, 0)
         self._rows_changed = False
-        self._use(kept_rows(subset, self.beton))
         self._faults = RowFaults(self.beton, skip=on_error == "skip", verify_crc=verify_crc)
-        self._engine = make_engine(
-            backend,
-            self.beton,
-            image_size=image_size,
-            num_workers=num_workers or len(os.sched_getaffinity(0)),
-            device=self.device,
-            faults=self._faults,
-        )
+        decoding: dict[str, Any] = {
+            "image_size": image_size,
+            "num_workers": self.num_workers,
+            "device": self.device,
+        }
+        self._native = self._engine = None
+        if order == "buffered":
+            self._native = make_native_reader(self.beton, recipe=self._recipe, **decoding)
+        else:
+            self._engine = make_engine(backend, self.beton, faults=self._faults, **decoding)
+        self._use(kept_rows(subset, self.beton))
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -175,6 +186,27 @@ class Loader:
     def class_names(self) -> tuple[str, ...] | None:
         """Name of every class; None where the beton has no manifest with names."""
         return self.beton.class_names
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """For code that calls `loader.sampler.set_epoch`."""
+        return self.batch_sampler.sampler
+
+    @property
+    def batch_sampler(self) -> EpochSampler:
+        """For code that calls `loader.batch_sampler.sampler.set_epoch`."""
+        return EpochSampler(
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            batches=lambda: self._plan().batches(self._next[0]),
+            set_epoch=self.set_epoch,
+            as_batches=True,
+        )
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether rows that fill no batch are left out."""
+        return self._tail == "drop"
 
     @property
     def num_repeated(self) -> int:
@@ -195,19 +227,19 @@ class Loader:
         """Batches of this rank in an epoch."""
         return self._plan().num_batches()
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Start the next epoch, or the one told by `set_epoch`.
 
         Yields:
-            images (B, 3, S, S) on the device, channels_last; labels (B,) int64 on the device; for
-            "xyi" also the rows of the beton, (B,) int64 on the device.
+            What `layout` says: images (B, 3, S, S), channels_last; labels (B,) int64; rows (B,)
+            int64; all on the device.
 
         Raises:
             LoadingError: a row cannot be decoded, a decoding thread died, or the file changed.
         """
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
-        return self._epoch(epoch, consumed, self._plan().batches(epoch)[consumed:])
+        return self._epoch(epoch, consumed, self._decoded(self._plan(), epoch, consumed))
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next `iter()` runs.
@@ -263,6 +295,11 @@ class Loader:
         Raises:
             InvalidValueError: this loader would give other batches than the one of the state.
         """
+        if self._native is not None and state["batches"] > 0:
+            raise InvalidValueError(
+                f'an epoch of order="buffered" cannot be resumed after {state["batches"]} batches. '
+                'Resume from a state between epochs, or use order="random".'
+            )
         rows = self._rows if state["rows"] is None else state["rows"].numpy()
         theirs, ours = {name: state[name] for name in self._terms()}, self._terms(rows)
         if theirs != ours:
@@ -281,17 +318,28 @@ class Loader:
 
     def warm_up(self) -> None:
         """Compile and decode one batch that nobody sees, so that no clock counts it later."""
-        rows = self._rows[: self.batch_size]
-        for pixels, decoded in self._engine.decode([rows], partial(self._views, epoch=0)):
-            self._deliver(pixels, decoded)
+        plan = replace(self._plan(), tail="pad", rank=0, world=1)
+        if self._native is None:
+            plan = replace(plan, rows=self._rows[: self.batch_size], order="sequential")
+        decoded = self._decoded(plan, 0, 0)
+        for pixels, rows in itertools.islice(decoded, 1):
+            self._deliver(pixels, rows, 0)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows."""
         self._plan(rows)
+        labels = self.beton.labels[rows]
+        self._contrast = None
+        if self._layout == "xyi_contrast":
+            self._contrast = ContrastRows(
+                rows, labels, num_negatives=self._num_negatives, seed=self._seed
+            )
+        if self._native is not None:
+            self._native.use(rows)
         self._rows = rows
         names = self.beton.class_names
         self.dataset = KeptImages(
-            targets=self.beton.labels[rows],
+            targets=labels,
             classes=names or tuple(str(label) for label in range(self.beton.num_classes)),
         )
 
@@ -332,33 +380,86 @@ class Loader:
             "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
         }
 
+    def _decoded(
+        self, plan: Plan, epoch: int, consumed: int
+    ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
+        """Pixels and rows of an epoch's batches that follow those consumed."""
+        if self._native is not None:
+            return self._native.epoch(plan, epoch)
+        assert self._engine is not None
+        batches = plan.batches(epoch)[consumed:]
+        if self._layout == "two_view":
+            batches = [np.concatenate([rows, rows]) for rows in batches]
+        return self._engine.decode(batches, partial(self._views, epoch=epoch))
+
     def _epoch(
-        self, epoch: int, consumed: int, batches: list[NDArray[np.int64]]
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Decode and deliver these batches, which follow those consumed."""
-        decoded = self._engine.decode(batches, partial(self._views, epoch=epoch))
+        self, epoch: int, consumed: int, decoded: Iterator[tuple[torch.Tensor, NDArray[np.int64]]]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Deliver what is decoded, and keep count."""
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:
                 continue  # every row of it was left out
-            batch = self._deliver(pixels, rows)
+            batch = self._deliver(pixels, rows, epoch)
             self._position = (epoch, count)
             yield batch
         self._position = (epoch + 1, 0)
 
     def _views(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
-        """One view of each row."""
-        return self._recipe.views(
-            rows,
-            self.beton.widths[rows].astype(np.int64),
-            self.beton.heights[rows].astype(np.int64),
-            seed=self._seed,
-            epoch=epoch,
+        """One view of each row, or, where all rows come twice, the first and the second."""
+        num_views = 2 if self._layout == "two_view" else 1
+        return np.concatenate(
+            [
+                self._recipe.views(
+                    part,
+                    self.beton.widths[part].astype(np.int64),
+                    self.beton.heights[part].astype(np.int64),
+                    seed=self._seed,
+                    epoch=epoch,
+                    k=k,
+                )
+                for k, part in enumerate(np.split(rows, num_views))
+            ]
         )
 
-    def _deliver(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+    def _deliver(
+        self, pixels: torch.Tensor, rows: NDArray[np.int64], epoch: int
+    ) -> tuple[Any, ...]:
         """Put a decoded batch together as the layout says."""
-        columns = (
-            [self.beton.labels[rows], rows] if self._layout == "xyi" else [self.beton.labels[rows]]
-        )
-        numbers = (torch.from_numpy(column) for column in columns)
-        return self._normalize(pixels), *(column.to(self.device) for column in numbers)
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self._layout == "two_view":
+            rows, _ = np.split(rows, 2)
+            first, second = pixels.chunk(2)
+            images: Any = self._normalize(first), self._finished(second, rows, epoch)
+        else:
+            images = self._finished(pixels, rows, epoch)
+        labels = self.beton.labels[rows]
+        contrast = None
+        if self._contrast is not None:
+            contrast = self._tensor(self._contrast.draw(rows, labels, epoch=epoch))
+        return arranged(self._layout, images, self._tensor(labels), self._tensor(rows), contrast)
+
+    def _finished(self, pixels: torch.Tensor, rows: NDArray[np.int64], epoch: int) -> torch.Tensor:
+        """Transform where asked, and normalise."""
+        if self._transform is not None:
+            pixels = transformed(pixels, self._transform, rows, seed=self._seed, epoch=epoch)
+        return self._normalize(pixels)
+
+    def _tensor(self, numbers: NDArray[np.int64]) -> torch.Tensor:
+        """Numbers on the device."""
+        return torch.from_numpy(numbers).to(self.device)
+
+
+def _require_plain_reading(backend: str, layout: str, on_error: str, verify_crc: bool) -> None:
+    """Refuse what DALI's own reader cannot do."""
+    asked = {
+        f"backend={backend!r}": backend == "ffcv",
+        f"layout={layout!r}": layout == "two_view",
+        f"on_error={on_error!r}": on_error == "skip",
+        f"verify_crc={verify_crc!r}": verify_crc,
+    }
+    for argument, refused in asked.items():
+        if refused:
+            raise InvalidValueError(
+                f'order="buffered" is DALI\'s own reader, which cannot do {argument}. Use '
+                'order="random" or "pages".'
+            )

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fastprune.errors import InvalidValueError
 
-ORDERS = ("random", "sequential", "pages")
+ORDERS = ("random", "sequential", "pages", "buffered")
 TAILS = ("drop", "pad", "exact")
 
 
@@ -48,7 +48,14 @@ class Plan:
             return num_rows // stride
         if self.tail == "pad":
             return -(-num_rows // stride)
-        return -(-len(range(self.rank, num_rows, self.world)) // self.batch_size)
+        return -(-self.num_mine() // self.batch_size)
+
+    def num_mine(self) -> int:
+        """Rows of this rank in an epoch with an exact tail."""
+        num_rows = len(self.rows)
+        if self.order == "buffered":  # DALI's shards
+            return (self.rank + 1) * num_rows // self.world - self.rank * num_rows // self.world
+        return len(range(self.rank, num_rows, self.world))
 
     def num_repeated(self) -> int:
         """Entries of an epoch, over all ranks, that are repetitions: 0 unless the tail is "pad"."""
@@ -80,7 +87,7 @@ class Plan:
             return np.arange(len(self.rows))
         if self.order == "random":
             return _shuffled(len(self.rows), self.seed, epoch)
-        assert self.pages is not None
+        assert self.order == "pages" and self.pages is not None, "DALI orders buffered epochs"
         return _page_by_page(self.pages, self.open_pages, self.seed, epoch)
 
 

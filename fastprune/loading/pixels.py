@@ -1,8 +1,10 @@
 """From decoded pixels to what a network reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from fastprune.loading.memory import BatchMemory
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,6 +25,7 @@ class Normalizer:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     dtype: torch.dtype | None
+    _memory: BatchMemory = field(default_factory=BatchMemory)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalise a batch.
@@ -38,8 +41,14 @@ class Normalizer:
             return pixels.permute(0, 3, 1, 2)
         batch, size = pixels.shape[:2]
         # Whole lines of S x 3 values, because a last axis of three does not vectorise.
-        lines = pixels.reshape(batch * size, size * 3).to(torch.float32)
+        lines = self._float_copy(pixels.reshape(batch * size, size * 3))
         scale = 1 / (255 * torch.tensor(self.std, device=self.device))
         shift = -torch.tensor(self.mean, device=self.device) * 255 * scale
         lines.mul_(scale.repeat(size)).add_(shift.repeat(size))
         return lines.to(self.dtype).view(batch, size, size, 3).permute(0, 3, 1, 2)
+
+    def _float_copy(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same numbers as float32, in memory of their own."""
+        if pixels.is_cuda:
+            return pixels.to(torch.float32)
+        return self._memory.take(tuple(pixels.shape), torch.float32).copy_(pixels)

@@ -1,0 +1,51 @@
+"""Memory for batches, used again once nobody holds the batch."""
+
+import math
+import weakref
+
+import numpy as np
+import torch
+
+
+class BatchMemory:
+    """Gives tensors on the CPU whose memory comes back when the last reference to it goes.
+
+    The system hands out large blocks page by page on first touch, which takes longer than filling
+    them. A batch that the caller still holds, or a view of it, is never given out again.
+    """
+
+    def __init__(self, *, most_free: int = 4):
+        self._free: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
+        self._most_free = most_free
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor.
+
+        Args:
+            shape: of the tensor.
+            dtype: of the tensor.
+
+        Returns:
+            A contiguous tensor on the CPU.
+        """
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        block = self._fitting(num_bytes)
+        # The tensor holds this array, which dies with the tensor's storage.
+        lent = block[:num_bytes]
+        weakref.finalize(lent, self._give_back, block).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(shape)
+
+    def _fitting(self, num_bytes: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+        """A free block that is large enough, or a new one."""
+        while self._free:
+            block = self._free.pop()
+            if len(block) >= num_bytes:
+                return block
+        return np.empty(num_bytes, np.uint8)
+
+    def _give_back(self, block: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> None:
+        """Keep a block for the next batch, unless there are plenty."""
+        if len(self._free) < self._most_free:
+            self._free.append(block)

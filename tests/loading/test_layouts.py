@@ -1,0 +1,102 @@
+"""The tuples of each layout."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from fastprune.errors import InvalidValueError
+from fastprune.loading.layouts import ContrastRows
+from fastprune.loading.loader import Loader
+from tests.conftest import require_library
+
+require_library("ffcv")
+
+
+def _loader(path, subset=None, **settings):
+    defaults = {"batch_size": 6, "image_size": 32, "augment": "rrc", "raw": True}
+    return Loader(path, subset, **{**defaults, **settings})
+
+
+def test_the_supplement_holds_the_rows(stock_beton):
+    _, labels, supplement = next(iter(_loader(stock_beton, layout="xy_supp")))
+    assert torch.equal(supplement["rows"] % 3, labels)
+
+
+def test_contrast_rows_are_the_row_itself_and_kept_rows_of_other_classes(stock_beton):
+    kept = np.arange(0, 30, 2)
+    loader = _loader(stock_beton, kept, layout="xyi_contrast", num_negatives=50)
+    for _, labels, rows, contrast in loader:
+        assert contrast.shape == (6, 51)
+        assert torch.equal(contrast[:, 0], rows)
+        assert np.isin(contrast, kept).all()
+        assert (contrast[:, 1:] % 3 != labels[:, None]).all()
+
+
+def test_every_row_of_other_classes_is_drawn_about_as_often():
+    rows, labels = np.arange(100) * 2, np.repeat([0, 3, 5], [20, 50, 30])
+    contrast = ContrastRows(rows, labels, num_negatives=8000, seed=0)
+    drawn = contrast.draw(rows[[30]], labels[[30]], epoch=0)[0, 1:]
+    values, counts = np.unique(drawn, return_counts=True)
+    assert (values == rows[labels != 3]).all()
+    assert counts.min() > 100
+
+
+def test_contrast_rows_depend_on_seed_epoch_and_row_alone():
+    rows, labels = np.arange(40), np.arange(40) % 4
+    draw = ContrastRows(rows, labels, num_negatives=9, seed=1).draw
+    whole = draw(rows, labels, epoch=2)
+    assert (draw(rows[7:9], labels[7:9], epoch=2) == whole[7:9]).all()
+    assert (draw(rows, labels, epoch=3) != whole).any()
+    assert (
+        ContrastRows(rows, labels, num_negatives=9, seed=2).draw(rows, labels, epoch=2) != whole
+    ).any()
+
+
+def test_contrast_rows_of_a_single_class_are_refused(stock_beton):
+    with pytest.raises(InvalidValueError, match=r"two classes, but all are of class 1. Keep more"):
+        _loader(stock_beton, np.arange(1, 30, 3), layout="xyi_contrast")
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_two_views_of_a_row_differ_and_the_first_is_that_of_the_other_layouts(stock_beton, backend):
+    both = next(iter(_loader(stock_beton, layout="two_view", backend=backend)))
+    single = next(iter(_loader(stock_beton, layout="xyi", backend=backend)))
+    (first, second), labels, rows = both
+    assert torch.equal(first, single[0])
+    assert torch.equal(labels, single[1])
+    assert torch.equal(rows, single[2])
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
+
+
+def test_a_row_left_out_of_two_views_counts_once(beton_copy, damage_row):
+    damage_row(beton_copy, 2, b"\0\0\0\0")
+    loader = _loader(beton_copy, layout="two_view", order="sequential", on_error="skip")
+    (first, second), _, rows = next(iter(loader))
+    assert rows.tolist() == [0, 1, 3, 4, 5]
+    assert len(first) == len(second) == 5
+    assert loader.num_skipped == 1
+
+
+def test_a_transform_is_seeded_by_the_row_and_leaves_torchs_generator_alone(stock_beton):
+    def images(**settings):
+        loader = _loader(stock_beton, layout="xyi", transform=v2.RandAugment(), **settings)
+        return {int(rows[i]): x[i] for x, _, rows in loader for i in range(len(rows))}
+
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    one = images(tail="exact")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(4)
+    other = images(tail="exact", batch_size=5)
+    assert all(torch.equal(one[row], other[row]) for row in range(30))
+    plain = next(iter(_loader(stock_beton, layout="xyi")))
+    assert any(not torch.equal(one[int(row)], x) for x, row in zip(plain[0], plain[2], strict=True))
+
+
+def test_with_two_views_only_the_second_is_transformed(stock_beton):
+    loader = _loader(stock_beton, layout="two_view", transform=torch.zeros_like)
+    (first, second), _, _ = next(iter(loader))
+    assert first.any()
+    assert not second.any()
