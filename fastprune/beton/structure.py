@@ -102,9 +102,8 @@ def read_tables(path: Path) -> Tables:
         UnreadableBetonError: a part lies outside the file or makes no sense.
     """
     content = map_file(path)
-    faults = _Locator(content)
     try:
-        return faults.tables()
+        return _Locator(content).tables()
     except _BrokenError as error:
         raise UnreadableBetonError(path, error.fault) from None
 
@@ -112,9 +111,9 @@ def read_tables(path: Path) -> Tables:
 class _BrokenError(Exception):
     """Carries a fault out of the locator."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, row: int | None = None) -> None:
         super().__init__(message)
-        self.fault = Fault(kind, message)
+        self.fault = Fault(kind, message, row)
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class _Locator:
             fields=fields,
             page_bytes=int(header["page_size"]),
             metadata=np.frombuffer(self.content, record, num_rows, start),
-            allocations=self._allocations(table_offset),
+            allocations=self._allocations(table_offset, fields, num_rows),
             table_offset=table_offset,
             content=self.content,
         )
@@ -172,11 +171,13 @@ class _Locator:
                 "fields", f"{num_fields:,} fields, but the file has {len(self.content):,} bytes"
             )
         records = np.frombuffer(self.content, layout.DESCRIPTOR, num_fields, layout.HEADER.itemsize)
-        fields = tuple(_field(record, index) for index, record in enumerate(records))
-        names = [field.name for field in fields]
-        if len(set(names)) < len(names):
-            raise _BrokenError("fields", f"two fields have the same name: {names}")
-        return fields
+        fields: dict[str, layout.Field] = {}
+        for index, record in enumerate(records):
+            field = _field(record, index)
+            if field.name in fields:
+                raise _BrokenError("fields", f"two fields have the name {field.name!r}")
+            fields[field.name] = field
+        return tuple(fields.values())
 
     def _table_offset(self, offset: int) -> int:
         """The allocation table's place, behind the descriptors and inside the file."""
@@ -192,8 +193,10 @@ class _Locator:
             )
         return offset
 
-    def _allocations(self, offset: int) -> NDArray[np.void]:
-        """The allocation table: whole entries up to the end of the file."""
+    def _allocations(
+        self, offset: int, fields: tuple[layout.Field, ...], num_rows: int
+    ) -> NDArray[np.void]:
+        """The allocation table: whole entries up to the end of the file, as many as needed."""
         table_bytes = len(self.content) - offset
         if table_bytes % layout.ALLOCATION.itemsize:
             raise _BrokenError(
@@ -201,7 +204,24 @@ class _Locator:
                 f"the allocation table has {table_bytes:,} bytes, which is no multiple of "
                 f"{layout.ALLOCATION.itemsize}: the file was cut, or something was appended",
             )
-        return np.frombuffer(self.content, layout.ALLOCATION, -1, offset)
+        table = np.frombuffer(self.content, layout.ALLOCATION, -1, offset)
+        needed = num_rows * sum(field.has_data for field in fields)
+        if len(table) != needed:
+            raise _BrokenError(
+                "table",
+                f"the allocation table has {len(table):,} entries, but {num_rows:,} rows need "
+                f"{needed:,}: "
+                + ("something was appended" if len(table) > needed else "the file was cut"),
+                _first_row_without_data(table, num_rows) if len(table) < needed else None,
+            )
+        return table
+
+
+def _first_row_without_data(table: NDArray[np.void], num_rows: int) -> int:
+    """The first row that an allocation table does not mention."""
+    rows = np.unique(table["sample_id"])
+    gaps = np.flatnonzero(rows != np.arange(len(rows)))
+    return int(gaps[0]) if len(gaps) else min(len(rows), num_rows - 1)
 
 
 def _field(record: Any, index: int) -> layout.Field:
@@ -278,11 +298,8 @@ class Allocations:
             index = np.arange(len(offsets))
             found = np.ones(len(offsets), bool)
         else:
-            index = np.searchsorted(self.ptr, offsets, side="right") - 1
-            found = (index >= 0) & (len(self.ptr) > 0)
-            index = np.maximum(index, 0)
-            if len(self.ptr):
-                found &= self.ptr[index] == offsets
+            index = np.maximum(np.searchsorted(self.ptr, offsets, side="right") - 1, 0)
+            found = self.ptr[index] == offsets
         missing = np.flatnonzero(~found)
         faults += _per_row(
             "pointer",

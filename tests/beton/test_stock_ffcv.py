@@ -1,5 +1,6 @@
 """A stock ffcv.Loader reads our betons, and we read the betons of a stock DatasetWriter."""
 
+import gc
 import io
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from fastprune import convert, open_beton
+from fastprune import compact, convert, open_beton
+from fastprune.beton.dali_index import write_dali_index
+from fastprune.errors import BetonError
 from tests.conftest import require_library
 from tests.images import write_image_folder
 
@@ -20,6 +23,16 @@ import ffcv.libffcv  # noqa: E402
 from ffcv.loader import Loader, OrderOption  # noqa: E402
 from ffcv.transforms import ToTensor  # noqa: E402
 from ffcv.writer import DatasetWriter  # noqa: E402
+
+# When Python collects FFCV's compiled functions, Numba's finalizers may fail to find a signature.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_here():
+    """Let these finalizers run inside the tests that ignore them."""
+    yield
+    gc.collect()
 
 
 def decode_as_ffcv(jpeg, height, width):
@@ -144,3 +157,34 @@ def test_reads_stock_betons_with_more_fields_in_another_order(tmp_path):
         *("float", "bytes", "int", "int", "ndarray", "json", "image")
     ]
     assert Image.open(io.BytesIO(beton.image_bytes(6))).size == (36, 26)
+
+
+def test_compaction_aligns_a_stock_beton_for_dali_and_stock_ffcv_reads_it(tmp_path):
+    images = [picture[:20, :30] for picture in pictures(10)]
+    fields = {"image": ffcv.fields.RGBImageField(write_mode="jpg"), "label": ffcv.fields.IntField()}
+    write_stock(tmp_path / "a.beton", (images, list(range(10))), fields)
+    with pytest.raises(BetonError, match=r"no multiple of 512.*fastprune compact .*a\.beton"):
+        write_dali_index(tmp_path / "a.beton", tmp_path / "a.idx")
+    compact(tmp_path / "a.beton", tmp_path / "b.beton", subset=np.array([2, 3, 9]))
+    assert write_dali_index(tmp_path / "b.beton", tmp_path / "b.idx") == 3
+    loaded, labels = batches(tmp_path / "b.beton", decoders.SimpleRGBImageDecoder())
+    assert labels.tolist() == [2, 3, 9]
+    beton = open_beton(tmp_path / "a.beton")
+    for pixels, row in zip(loaded, labels, strict=True):
+        assert np.array_equal(pixels, decode_as_ffcv(beton.image_bytes(row).tobytes(), 20, 30))
+
+
+def test_stock_loader_reads_pages_that_grew_without_the_system_cache(tmp_path):
+    root = write_image_folder(tmp_path / "images", classes=1, same_size=True)
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(root / "class_00" / "002b.jpg", quality=95, subsampling=0)
+    convert(root, tmp_path / "a.beton", workers=1)
+    decoder = decoders.CenterCropRGBImageDecoder((48, 48), ratio=1)
+    images, _ = batches(
+        tmp_path / "a.beton", decoder, os_cache=False, indices=np.array([0, 1, 2, 4])
+    )
+    beton = open_beton(tmp_path / "a.beton")
+    assert beton.page_bytes > 1 << 23
+    for row, pixels in zip((0, 1, 2, 4), images, strict=True):
+        whole = decode_as_ffcv(beton.image_bytes(row).tobytes(), 48, 64)
+        assert np.array_equal(pixels, whole[:, 8:56])

@@ -1,0 +1,204 @@
+"""The commands around the beton: what they print, what they return."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fastprune import open_beton
+from fastprune.beton.manifest import manifest_path
+from fastprune.cli import main
+from tests.beton.damage import patch, write_plain_beton
+from tests.images import jpeg_bytes, write_image_folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_image_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def beton(images, tmp_path):
+    assert run("convert", images, tmp_path / "a.beton").exit_code == 0
+    return tmp_path / "a.beton"
+
+
+def test_convert_prints_one_line_of_what_it_did(images, tmp_path):
+    result = run("convert", images, tmp_path / "a.beton", "--workers", 1)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("wrote 12 rows (12 copied, 0 transcoded, 0 skipped) in ")
+    assert result.stdout.endswith(f"-> {tmp_path / 'a.beton'}\n")
+
+
+def test_every_option_of_convert_reaches_the_writer(images, tmp_path):
+    (images / "class_00" / "zz.jpg").write_bytes(b"bad")
+    options = (
+        "--on-error",
+        "skip",
+        "--quality",
+        70,
+        "--max-side",
+        32,
+        "--exif",
+        "apply",
+        "--verify",
+        "--shuffle-rows",
+        3,
+        "--jpeg",
+        "original",
+        "--resume",
+    )
+    assert run("convert", images, tmp_path / "a.beton", *options).exit_code == 0
+    settings = open_beton(tmp_path / "a.beton").manifest.settings
+    assert settings == {
+        "jpeg": "original",
+        "quality": 70,
+        "max_side": 32,
+        "exif": "apply",
+        "verify": True,
+        "on_error": "skip",
+        "shuffle_seed": 3,
+    }
+
+
+def test_a_flat_folder_is_converted_with_its_label_file(images, tmp_path):
+    (tmp_path / "labels.txt").write_text("".join(f"{n:03d} cat\n" for n in range(4)))
+    result = run(
+        "convert", images / "class_00", tmp_path / "a.beton", "--labels", tmp_path / "labels.txt"
+    )
+    assert result.exit_code == 0
+    assert open_beton(tmp_path / "a.beton").class_names == ("cat",)
+
+
+def test_a_bad_image_ends_convert_with_one_message_and_no_file(images, tmp_path):
+    (images / "class_01" / "bad.jpg").write_bytes(b"")
+    result = run("convert", images, tmp_path / "a.beton")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"ConversionError: {images}/class_01/bad.jpg: it is empty (0 bytes).\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_keep_partial_leaves_what_resume_takes_up(images, tmp_path):
+    bad = images / "class_02" / "bad.jpg"
+    bad.write_bytes(b"")
+    assert run("convert", images, tmp_path / "a.beton", "--keep-partial").exit_code == 1
+    assert (tmp_path / "a.beton.partial").exists()
+    bad.unlink()
+    assert run("convert", images, tmp_path / "a.beton", "--resume").exit_code == 1
+    assert run("convert", images, tmp_path / "a.beton").exit_code == 0
+    assert not (tmp_path / "a.beton.partial").exists()
+
+
+def test_check_of_a_whole_beton_says_so(beton):
+    result = run("check", beton, "--deep")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("no faults in ")
+
+
+def test_check_lists_faults_and_returns_one(beton):
+    patch(beton, int(open_beton(beton).offsets[5]), b"garbage")
+    result = run("check", beton, "--deep")
+    assert result.exit_code == 1
+    fault, summary = result.stdout.splitlines()
+    assert fault.startswith("crc: row 5: ")
+    assert fault.endswith("(from class_01/001.jpg)")
+    assert summary.startswith("1 faults in ")
+
+
+def test_check_gives_json_to_machines(beton):
+    patch(beton, 16, bytes(8))
+    result = run("check", beton, "--json")
+    assert result.exit_code == 1
+    [fault] = json.loads(result.stdout)["faults"]
+    assert (fault["kind"], fault["row"]) == ("unfinished", None)
+
+
+def test_check_takes_a_subset(beton, tmp_path):
+    np.save(tmp_path / "s.npy", np.array([99]))
+    result = run("check", beton, "--subset", tmp_path / "s.npy")
+    assert result.exit_code == 1
+    assert "holds row 99" in result.stdout
+
+
+def test_check_of_a_missing_file_is_an_error(tmp_path):
+    result = run("check", tmp_path / "nowhere.beton")
+    assert result.exit_code == 1
+    assert "BetonError: " in result.stderr
+
+
+def test_check_writes_a_manifest_for_a_beton_of_another_writer(tmp_path):
+    plain = write_plain_beton(tmp_path / "plain.beton")
+    result = run("check", plain, "--deep", "--write-manifest")
+    assert result.exit_code == 0
+    assert manifest_path(plain).exists()
+    assert open_beton(plain).fingerprint.content is not None
+
+
+def test_check_writes_no_manifest_for_a_damaged_beton(tmp_path):
+    plain = write_plain_beton(tmp_path / "plain.beton")
+    patch(plain, int(open_beton(plain).offsets[0]), b"garbage")
+    assert run("check", plain, "--deep", "--write-manifest").exit_code == 1
+    assert not manifest_path(plain).exists()
+
+
+def test_check_replaces_a_manifest_of_another_beton(beton, tmp_path):
+    plain = write_plain_beton(tmp_path / "plain.beton")
+    manifest_path(beton).rename(manifest_path(plain))
+    assert run("check", plain).exit_code == 1
+    assert run("check", plain, "--deep", "--write-manifest").exit_code == 0
+    assert run("check", plain, "--deep").exit_code == 0
+
+
+def test_write_manifest_without_deep_is_wrong_usage(beton):
+    result = run("check", beton, "--write-manifest")
+    assert result.exit_code == 2
+    assert "add --deep" in result.stderr
+
+
+def test_compact_and_index_print_one_line_each(beton, tmp_path):
+    np.save(tmp_path / "s.npy", np.array([0, 7]))
+    result = run(
+        "compact", beton, "--subset", tmp_path / "s.npy", "-o", tmp_path / "b.beton", "--row-field"
+    )
+    assert result.stdout.startswith("copied 2 rows in ")
+    assert [field.name for field in open_beton(tmp_path / "b.beton").fields][-1] == "row"
+    result = run("dali-index", beton, "--subset", tmp_path / "s.npy", "-o", tmp_path / "a.idx")
+    assert result.stdout.startswith("indexed 2 rows in ")
+    assert (tmp_path / "a.idx").read_text().startswith("v1.2 2\n")
+
+
+def test_info_shows_a_beton(beton):
+    shown = run("info", beton).stdout
+    assert "rows                  12" in shown
+    assert "smallest 4, median 4.0, largest 4, sum 12" in shown
+    facts = json.loads(run("info", beton, "--json").stdout)
+    assert facts["fields"] == {"image": "image", "label": "int"}
+    assert facts["modes"] == {"jpg": 12, "raw": 0}
+    assert facts["images"] == {"copied": 12, "transcoded": 0, "skipped": 0}
+    assert facts["fingerprint"] == open_beton(beton).fingerprint.to_dict()
+    assert facts["pages"] == 1
+
+
+def test_info_shows_a_beton_of_another_writer(tmp_path):
+    facts = json.loads(run("info", write_plain_beton(tmp_path / "a.beton"), "--json").stdout)
+    assert facts["modes"] == {"jpg": 4, "raw": 2}
+    assert facts["images"] is None
+
+
+def test_the_command_stops_within_seconds_when_standard_output_is_a_pipe(tmp_path):
+    root = write_image_folder(tmp_path / "images")
+    (root / "class_00" / "x.jpg").write_bytes(jpeg_bytes(0)[:100])
+    command = [sys.executable, "-m", "fastprune", "convert", str(root), str(tmp_path / "a.beton")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "class_00/x.jpg: " in done.stderr
+    assert "Traceback" not in done.stderr
