@@ -1,0 +1,271 @@
+"""The stations in order: convert, teacher, score, select, and three kinds of students."""
+
+import io
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.writer import convert
+from fastprune.demo.images import prepare_images
+from fastprune.demo.summary import DemoResult, StudentRun, sample_rows
+from fastprune.difficulty.teacher import score
+from fastprune.distillation.trainer import distill
+from fastprune.errors import InvalidValueError
+from fastprune.networks import build_network
+from fastprune.recipe import Recipe, make_recipe
+from fastprune.selection.subsets import make_subset
+
+logger = logging.getLogger(__name__)
+
+_METRIC = "centroid"
+_BATCH_SIZE = 32
+
+# A folder is only cleared where this file says that a demo wrote it, and only of these names.
+_MARK = ".fastprune-demo"
+_WRITTEN = (
+    "images",
+    "train.beton",
+    "train.beton.manifest.parquet",
+    "val.beton",
+    "val.beton.manifest.parquet",
+    "teacher",
+    "scores.parquet",
+    "medium.npy",
+    "medium.json",
+    "random.npy",
+    "random.json",
+    "runs",
+    "report.png",
+    "result.json",
+)
+_LARGEST_VIEW = 48
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo is run with.
+
+    Attributes:
+        images: ImageFolder to use; None draws pictures.
+        out: folder to write; an earlier demo in it is replaced.
+        keep: share of the rows that the pruned runs keep, in (0, 1].
+        epochs: passes of every student over its rows.
+        seeds: students per kind of run.
+        teacher: network of the teacher.
+        teacher_checkpoint: its weights; None trains it first.
+        teacher_epochs: passes of the teacher over all rows.
+        student: network of the students.
+        per_class: training images per class at most; None for all.
+        image_size: side of a view in pixels; None for the images' own, at most 48.
+    """
+
+    images: Path | None = None
+    out: Path = Path("demo")
+    keep: float = 0.5
+    epochs: int = 12
+    seeds: int = 1
+    teacher: str = "resnet20"
+    teacher_checkpoint: Path | None = None
+    teacher_epochs: int = 12
+    student: str = "resnet8"
+    per_class: int | None = None
+    image_size: int | None = None
+
+
+def run_demo(settings: DemoSettings) -> DemoResult:
+    """Walk the whole way and write it all into a folder.
+
+    Args:
+        settings: what to run it with.
+
+    Returns:
+        What every student cost and reached; the same as in result.json.
+
+    Raises:
+        FastpruneError: the images, the settings or the disk do not allow it; the text says why.
+    """
+    _check(settings)
+    out = _fresh_folder(settings.out)
+    steps: dict[str, float] = {}
+    with _timed("convert", steps):
+        folders = prepare_images(settings.images, out / "images", per_class=settings.per_class)
+        train, val = out / "train.beton", out / "val.beton"
+        convert(folders[0], train)
+        convert(folders[1], val)
+    image_size = settings.image_size or _view_side(train)
+    with _timed("teacher", steps):
+        checkpoint = settings.teacher_checkpoint or _train_teacher(settings, image_size)
+    with _timed("score", steps):
+        table = score(
+            train,
+            settings.teacher,
+            out / "scores.parquet",
+            checkpoint=checkpoint,
+            image_size=image_size,
+        )
+    with _timed("select", steps):
+        subsets = {
+            name: make_subset(table, keep_ratio=settings.keep, strategy=name, metric=_METRIC)
+            for name in ("medium", "random")
+        }
+        for name, subset in subsets.items():
+            subset.save(out / f"{name}.npy")
+    scoring_seconds = steps["score"] + steps["select"]
+    runs = []
+    for seed in range(settings.seeds):
+        for name in ("full", *subsets):
+            with _timed(f"distil {name}, seed {seed}", steps):
+                recipe = _student_recipe(settings, image_size, checkpoint, name, seed)
+                paid = 0.0 if name == "full" else scoring_seconds
+                runs.append(StudentRun(name, distill(recipe), score_seconds=paid))
+    result = DemoResult(
+        runs=runs,
+        table=table,
+        kept=subsets["medium"],
+        samples=_samples(train, table.metric(_METRIC), subsets["medium"].rows),
+        step_seconds=steps,
+    )
+    result.save(out)
+    return result
+
+
+def _check(settings: DemoSettings) -> None:
+    """Refuse settings that would only fail after minutes of work."""
+    if not 0 < settings.keep <= 1:
+        raise InvalidValueError(f"keep ({settings.keep}) must be in (0, 1].")
+    for name in ("epochs", "seeds", "teacher_epochs", "per_class", "image_size"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InvalidValueError(f"{name} ({value}) must be at least 1.")
+    checkpoint = settings.teacher_checkpoint
+    if checkpoint is not None and not checkpoint.is_file():
+        raise InvalidValueError(f"teacher checkpoint {checkpoint} does not exist.")
+    if checkpoint is not None and settings.out.resolve() in checkpoint.resolve().parents:
+        raise InvalidValueError(
+            f"teacher checkpoint {checkpoint} lies in the folder that the demo replaces. "
+            "Name another --out, or copy the checkpoint away first."
+        )
+    for name in (settings.teacher, settings.student):
+        build_network(name, num_classes=2)
+
+
+def _fresh_folder(out: Path) -> Path:
+    """The demo's folder, without what an earlier demo left; anything else in it is not touched."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidValueError(f"--out {out} cannot be made: {error.strerror}.") from error
+    if any(out.iterdir()) and not (out / _MARK).exists():
+        raise InvalidValueError(f"{out} holds files that no demo wrote. Name another --out.")
+    (out / _MARK).touch()
+    for name in _WRITTEN:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    return out
+
+
+@contextmanager
+def _timed(name: str, steps: dict[str, float]) -> Iterator[None]:
+    """Say which step begins, and keep how long it took."""
+    logger.info("%s ...", name)
+    started = time.perf_counter()
+    yield
+    steps[name] = time.perf_counter() - started
+
+
+def _view_side(train: Path) -> int:
+    """The median side of the images, at most 64."""
+    beton = open_beton(train)
+    sides = np.minimum(beton.widths, beton.heights)
+    return int(min(np.median(sides), _LARGEST_VIEW))
+
+
+def _train_teacher(settings: DemoSettings, image_size: int) -> Path:
+    """Train the teacher on all rows and labels; give its weights."""
+    recipe = _recipe(
+        settings,
+        image_size,
+        network=settings.teacher,
+        epochs=settings.teacher_epochs,
+        run={"out": settings.out / "teacher", "seed": 0},
+        loss={"label_smoothing": 0.05},
+    )
+    return distill(recipe).student
+
+
+def _student_recipe(
+    settings: DemoSettings, image_size: int, checkpoint: Path, name: str, seed: int
+) -> Recipe:
+    """Plain distillation on all rows, or distillation with reshaping on a subset."""
+    pruned = name != "full"
+    return _recipe(
+        settings,
+        image_size,
+        network=settings.student,
+        epochs=settings.epochs,
+        run={"out": settings.out / "runs" / f"{name}-{seed}", "seed": seed},
+        teacher={"network": settings.teacher, "checkpoint": checkpoint},
+        loss={"reshaping": "class_std" if pruned else "none"},
+        subset=settings.out / f"{name}.npy" if pruned else None,
+    )
+
+
+def _recipe(
+    settings: DemoSettings,
+    image_size: int,
+    *,
+    network: str,
+    epochs: int,
+    subset: Path | None = None,
+    **sections: dict[str, object],
+) -> Recipe:
+    """What teacher and students have in common."""
+    return make_recipe(
+        {
+            "data": {
+                "train": settings.out / "train.beton",
+                "val": settings.out / "val.beton",
+                "subset": subset,
+                "image_size": image_size,
+                "batch_size": _BATCH_SIZE,
+            },
+            "student": {"network": network},
+            "schedule": {
+                "epochs": epochs,
+                "learning_rate": 0.1,
+                "weight_decay": 5e-4,
+                "nesterov": True,
+                "policy": "one_cycle",
+            },
+            **sections,
+        }
+    )
+
+
+def _samples(
+    train: Path, scores: NDArray[np.float32], kept: NDArray[np.int64]
+) -> dict[str, list[tuple[NDArray[np.uint8], float]]]:
+    """Pictures of the easiest, some kept and the hardest rows, with their scores."""
+    beton = open_beton(train)
+    return {
+        caption: [(_thumbnail(beton, row), float(scores[row])) for row in rows]
+        for caption, rows in sample_rows(scores, kept).items()
+    }
+
+
+def _thumbnail(beton: Beton, row: int) -> NDArray[np.uint8]:
+    """A row's image, at most 64 pixels high and wide."""
+    image = Image.open(io.BytesIO(bytes(beton.image_bytes(row)))).convert("RGB")
+    image.thumbnail((_LARGEST_VIEW, _LARGEST_VIEW))
+    return np.asarray(image)
