@@ -158,12 +158,12 @@ class Recipe(_Section):
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a TOML recipe; paths in it are relative to the folder that it stands in.
+    """Read a TOML recipe; relative paths in it are relative to the working folder.
 
     Args:
         path: the TOML file.
         overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
-            word; paths in them are relative to the working folder.
+            word.
 
     Returns:
         The validated recipe.
@@ -178,7 +178,6 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path} does not exist.") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} is no TOML file: {error}.") from error
-    _anchor_paths(settings, path.parent)
     for override in overrides:
         _set(settings, override)
     return make_recipe(settings, name=str(path))
@@ -225,18 +224,6 @@ def _known_keys(sections: list[str]) -> list[str]:
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)
-
-
-def _anchor_paths(settings: dict[str, Any], folder: Path) -> None:
-    """Make the recipe's own relative paths relative to its folder."""
-    for section, key in [
-        *(("data", key) for key in ("train", "val", "subset")),
-        *((network, "checkpoint") for network in ("teacher", "student")),
-        ("run", "out"),
-    ]:
-        table = settings.get(section)
-        if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = folder / table[key]
 
 
 def _set(settings: dict[str, Any], override: str) -> None:

@@ -5,6 +5,7 @@ import pytest
 from fastprune.errors import RecipeError
 from fastprune.recipe import load_recipe
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 RECIPE = """
 [data]
 train = "train.beton"
@@ -25,11 +26,15 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_recipe_paths_are_relative_to_the_recipe(recipe_file):
+def test_recipe_paths_are_relative_to_the_working_folder(recipe_file):
     recipe = load_recipe(recipe_file)
-    assert recipe.data.train == recipe_file.parent / "train.beton"
+    assert recipe.data.train == Path("train.beton")
     assert recipe.data.val == Path("/betons/val.beton")
-    assert recipe.run.out == recipe_file.parent / "run"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(path):
+    assert load_recipe(path).schedule.epochs > 0
 
 
 def test_overrides_replace_settings_in_toml_notation_or_as_bare_words(recipe_file):

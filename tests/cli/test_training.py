@@ -21,7 +21,7 @@ network = "resnet8"
 [schedule]
 epochs = 1
 [run]
-out = "run"
+out = "{tmp_path}/run"
 device = "cpu"
 """
     )
