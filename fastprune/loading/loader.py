@@ -33,7 +33,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Loader:
     """Batches of the kept rows of a beton.
 
-    Each `iter()` is one epoch: the next one, or the one told by `set_epoch`. What an epoch holds,
+    Each iterator is one epoch: the next one, or the one told by `set_epoch`. What an epoch holds,
     and how each image is cropped, depends on (seed, epoch, subset) alone: not on the number of
     workers or ranks, and not on where a run was resumed. Batches belong to the caller, and
     iterators may be left at any time.
@@ -228,7 +228,7 @@ class Loader:
         return self._plan().num_batches()
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Start the next epoch, or the one told by `set_epoch`.
+        """Run the next epoch, or the one told by `set_epoch`; it begins with the first batch.
 
         Yields:
             What `layout` says: images (B, 3, S, S), channels_last; labels (B,) int64; rows (B,)
@@ -237,12 +237,20 @@ class Loader:
         Raises:
             LoadingError: a row cannot be decoded, a decoding thread died, or the file changed.
         """
+        # An iterator that is never advanced takes no epoch: Lightning makes one before the first.
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
-        return self._epoch(epoch, consumed, self._decoded(self._plan(), epoch, consumed))
+        decoded = self._decoded(self._plan(), epoch, consumed)
+        for count, (pixels, rows) in enumerate(decoded, consumed + 1):
+            if len(rows) == 0:
+                continue  # every row of it was left out
+            batch = self._deliver(pixels, rows, epoch)
+            self._position = (epoch, count)
+            yield batch
+        self._position = (epoch + 1, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Name the epoch that the next `iter()` runs.
+        """Name the epoch that the next iterator runs.
 
         An epoch that `load_state_dict` left half done goes on where it was, if it is named.
 
@@ -255,7 +263,7 @@ class Loader:
         self._position = self._next
 
     def set_rows(self, rows: RowsLike) -> None:
-        """Change the kept rows from the next `iter()` on; iterators that run keep theirs.
+        """Change the kept rows from the next epoch on; iterators that run keep theirs.
 
         Args:
             rows: as `subset`.
@@ -286,7 +294,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader was: the batches that follow are equal to the bit.
 
-        The next `iter()` gives the rest of the epoch, which is empty if all of its batches were
+        The next iterator gives the rest of the epoch, which is empty if all of its batches were
         consumed.
 
         Args:
@@ -391,18 +399,6 @@ class Loader:
         if self._layout == "two_view":
             batches = [np.concatenate([rows, rows]) for rows in batches]
         return self._engine.decode(batches, partial(self._views, epoch=epoch))
-
-    def _epoch(
-        self, epoch: int, consumed: int, decoded: Iterator[tuple[torch.Tensor, NDArray[np.int64]]]
-    ) -> Iterator[tuple[Any, ...]]:
-        """Deliver what is decoded, and keep count."""
-        for count, (pixels, rows) in enumerate(decoded, consumed + 1):
-            if len(rows) == 0:
-                continue  # every row of it was left out
-            batch = self._deliver(pixels, rows, epoch)
-            self._position = (epoch, count)
-            yield batch
-        self._position = (epoch + 1, 0)
 
     def _views(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
         """One view of each row, or, where all rows come twice, the first and the second."""

@@ -116,6 +116,12 @@ def test_two_live_iterators_have_their_own_epochs(stock_beton):
     assert [first, second] == [_rows(loader).tolist(), _rows(loader).tolist()]
 
 
+def test_an_iterator_that_is_never_advanced_takes_no_epoch(stock_beton):
+    loader = _loader(stock_beton)
+    iter(loader)
+    assert _rows(loader).tolist() == _rows(_loader(stock_beton)).tolist()
+
+
 def test_leaving_early_fifty_times_leaves_nothing_behind(stock_beton):
     loader = _loader(stock_beton, batch_size=2)
 

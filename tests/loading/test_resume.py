@@ -84,8 +84,9 @@ def test_the_state_of_a_loader_with_other_batches_is_refused(stock_beton, settin
 def test_changed_rows_come_from_the_next_epoch_on_and_stay(stock_beton):
     loader = _loader(stock_beton, tail="exact")
     running = iter(loader)
+    next(running)
     loader.set_rows(np.arange(5, 15))
-    assert len(list(running)) == 15
+    assert len(list(running)) == 14
     for _ in range(2):
         assert sorted(torch.cat([rows for _, _, rows in loader]).tolist()) == list(range(5, 15))
     assert len(loader) == 5

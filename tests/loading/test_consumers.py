@@ -1,0 +1,161 @@
+"""Real consumers, where they are installed: each takes the loader in place of its own."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastprune.loading.loader import Loader
+from tests.conftest import require_library
+
+require_library("ffcv")
+
+# What other packages warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _loader(path, **settings):
+    return Loader(path, batch_size=6, image_size=32, device="cpu", **settings)
+
+
+def _network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+
+
+def test_timm_schedules_by_length_and_trains_on_normalized_batches(stock_beton):
+    timm = pytest.importorskip("timm")
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import AverageMeter, accuracy
+
+    loader = _loader(stock_beton)
+    model = timm.create_model("resnet10t", num_classes=3, in_chans=3).to(
+        memory_format=torch.channels_last
+    )
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01)
+    scheduler, num_epochs = create_scheduler_v2(
+        optimizer,
+        num_epochs=2,
+        warmup_epochs=0,
+        updates_per_epoch=len(loader),
+        step_on_epochs=False,
+    )
+    meter, updates = AverageMeter(), 0
+    for epoch in range(num_epochs):
+        if hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        if loader.mixup_enabled:
+            loader.mixup_enabled = False
+        for images, target in loader:
+            output = model(images)
+            nn.functional.cross_entropy(output, target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            meter.update(accuracy(output, target)[0].item(), len(images))
+            updates += 1
+            scheduler.step_update(num_updates=updates)
+    assert updates == num_epochs * len(loader)
+    assert meter.count == updates * 6
+
+
+def test_lightning_trains_names_the_epochs_and_validates(stock_beton, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    train, val = _loader(stock_beton, layout="xyi"), _loader(stock_beton, train=False)
+    seen = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = _network()
+
+        def training_step(self, batch, number):
+            images, labels, rows = batch
+            seen.append((self.current_epoch, rows.tolist()))
+            return nn.functional.cross_entropy(self.network(images), labels)
+
+        def validation_step(self, batch, number):
+            images, labels = batch
+            self.log("accuracy", (self.network(images).argmax(1) == labels).float().mean())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Module(), train, val)
+    expected = []
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        expected += [(epoch, rows.tolist()) for _, _, rows in train]
+    assert seen == expected
+
+
+def test_accelerate_leaves_the_loader_as_it_is(stock_beton):
+    accelerate = pytest.importorskip("accelerate")
+    loader = _loader(stock_beton)
+    network = _network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    accelerator = accelerate.Accelerator(cpu=True)
+    network, optimizer, prepared = accelerator.prepare(network, optimizer, loader)
+    assert prepared is loader
+    for images, labels in prepared:
+        accelerator.backward(nn.functional.cross_entropy(network(images), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_torchdistill_distils_with_the_supplement(stock_beton):
+    pytest.importorskip("torchdistill")
+    from torchdistill.core.distillation import DistillationBox
+
+    config = {
+        "num_epochs": 1,
+        "teacher": {"requires_grad": False},
+        "student": {},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": 0.01}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    "kd": {
+                        "criterion": {
+                            "key": "KDLoss",
+                            "kwargs": {
+                                "student_module_path": "1",
+                                "student_module_io": "output",
+                                "teacher_module_path": "1",
+                                "teacher_module_io": "output",
+                                "temperature": 4.0,
+                                "alpha": 0.9,
+                                "reduction": "batchmean",
+                            },
+                        },
+                        "weight": 1.0,
+                    }
+                }
+            },
+        },
+    }
+    for role in ("teacher", "student"):
+        config[role]["forward_proc"] = "forward_batch_only"
+        config[role]["forward_hook"] = {"input": [], "output": ["1"]}
+    cpu = torch.device("cpu")
+    box = DistillationBox(_network(), _network(), {}, config, cpu, None, False, 1.0)
+    box.train_data_loader = _loader(stock_beton, layout="xy_supp")
+    box.pre_epoch_process(epoch=0)
+    losses = []
+    for sample_batch, targets, supp_dict in box.train_data_loader:
+        box.pre_forward_process()
+        loss = box.forward_process(sample_batch, targets, supp_dict)
+        box.post_forward_process(loss=loss)
+        losses.append(float(loss))
+    box.post_epoch_process()
+    assert len(losses) == len(box.train_data_loader)
+    assert all(loss > 0 for loss in losses)
