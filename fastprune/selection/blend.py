@@ -9,7 +9,7 @@ from fastprune.artifacts.scores import ScoreTable
 from fastprune.errors import InvalidValueError
 from fastprune.selection.names import nearest_name
 
-_NO_DIFFICULTIES = ("logit_std",)
+NO_DIFFICULTIES = ("logit_std",)
 
 
 def difficulty(table: ScoreTable, metric: str) -> NDArray[np.float32] | NDArray[np.float64]:
@@ -49,9 +49,9 @@ def ranks(scores: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _scores(table: ScoreTable, name: str) -> NDArray[np.float32]:
     """One metric of the table, if rows can be ranked by it."""
-    known = [other for other in table.metrics if other not in _NO_DIFFICULTIES]
+    known = [other for other in table.metrics if other not in NO_DIFFICULTIES]
     if name not in known:
-        why = "is no difficulty" if name in _NO_DIFFICULTIES else "is not in the score table"
+        why = "is no difficulty" if name in NO_DIFFICULTIES else "is not in the score table"
         raise InvalidValueError(f"metric {name!r} {why}.{nearest_name(name, known)}")
     return table.metric(name)
 

@@ -1,0 +1,83 @@
+"""Strips of small pictures with a line of text under each."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from fastprune.beton.layout import JPG
+from fastprune.beton.reader import Beton
+
+THUMBNAIL_SIDE = 96
+_GAP = 6
+_TEXT_HEIGHT = 28
+_KEPT, _NOT_KEPT, _TEXT, _WRONG = "#4c72b0", "#ffffff", "#333333", "#c44e52"
+_BORDER = 3
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """What a strip shows of a row.
+
+    Attributes:
+        row: which image.
+        text: first line under it, such as its score.
+        remark: second line, in red, such as the teacher's wrong guess; empty for none.
+        is_kept: whether it gets a frame.
+    """
+
+    row: int
+    text: str
+    remark: str = ""
+    is_kept: bool = False
+
+
+def strip_png(beton: Beton, thumbnails: Sequence[Thumbnail]) -> bytes:
+    """Draw rows of a beton side by side.
+
+    Args:
+        beton: the images.
+        thumbnails: what to show, from left to right.
+
+    Returns:
+        A PNG.
+    """
+    cell = THUMBNAIL_SIDE + 2 * _BORDER
+    width = max(1, len(thumbnails)) * (cell + _GAP)
+    strip = Image.new("RGB", (width, cell + _TEXT_HEIGHT), "white")
+    draw = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(size=11)
+    for position, thumbnail in enumerate(thumbnails):
+        left = position * (cell + _GAP)
+        frame = _KEPT if thumbnail.is_kept else _NOT_KEPT
+        draw.rectangle((left, 0, left + cell - 1, cell - 1), fill=frame)
+        picture = _fitted(read_image(beton, thumbnail.row))
+        inside = [_BORDER + (THUMBNAIL_SIDE - side) // 2 for side in picture.size]
+        strip.paste(picture, (left + inside[0], inside[1]))
+        draw.text((left + _BORDER, cell), thumbnail.text, fill=_TEXT, font=font)
+        draw.text((left + _BORDER, cell + 13), thumbnail.remark[:16], fill=_WRONG, font=font)
+    buffer = io.BytesIO()
+    strip.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_image(beton: Beton, row: int) -> Image.Image:
+    """One whole image of a beton, RGB."""
+    data: NDArray[np.uint8] = beton.image_bytes(row)
+    if beton.modes[row] == JPG:
+        return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+    return Image.fromarray(data.reshape(beton.heights[row], beton.widths[row], 3))
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """At most THUMBNAIL_SIDE pixels long; small images are enlarged to whole multiples."""
+    longest = max(image.size)
+    if longest > THUMBNAIL_SIDE:
+        scale = THUMBNAIL_SIDE / longest
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    factor = THUMBNAIL_SIDE // longest
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

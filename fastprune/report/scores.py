@@ -1,0 +1,238 @@
+"""The page about a score table: what is easy, what is kept, what is hard."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastprune.artifacts.atomic import write_text
+from fastprune.artifacts.fingerprint import require_same_images
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.artifacts.subset import Subset, checked_rows
+from fastprune.beton.reader import Beton, open_beton
+from fastprune.errors import InvalidValueError
+from fastprune.report.contact_sheet import Thumbnail, strip_png
+from fastprune.report.page import facts, heading, note, page, picture
+from fastprune.report.score_charts import class_counts_png, correlation_png, histogram_png
+from fastprune.selection.blend import NO_DIFFICULTIES
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What the page is about.
+
+    Attributes:
+        table: the scores.
+        metric: the difficulty that is shown.
+        kept: (K,) rows, or None.
+        beton: the images, or None.
+    """
+
+    table: ScoreTable
+    metric: str
+    kept: Rows | None
+    beton: Beton | None
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """(N,) the difficulty that is shown."""
+        return self.table.metric(self.metric)
+
+    def class_name(self, label: int) -> str:
+        """What a class is called, where the beton knows."""
+        names = None if self.beton is None else self.beton.class_names
+        known = names is not None and 0 <= label < len(names)
+        return names[label] if names is not None and known else f"class {label}"
+
+
+def report_scores(
+    scores_path: str | Path,
+    out_path: str | Path,
+    *,
+    subset_path: str | Path | None = None,
+    beton_path: str | Path | None = None,
+    metric: str | None = None,
+    num_classes: int = 10,
+    per_strip: int = 8,
+) -> None:
+    """Write an HTML page, with its pictures in it, about a score table.
+
+    It shows how the metric is spread and what of it is kept, what each class keeps, how alike the
+    metrics rank, and, with the beton, contact sheets: the easiest, the medium and the hardest
+    images of some classes.
+
+    Args:
+        scores_path: the score table.
+        out_path: the page to write.
+        subset_path: the kept rows, to show what is kept.
+        beton_path: the images, to show contact sheets.
+        metric: the difficulty to show; by default the one that the subset was made by, else
+            `centroid`, else the table's first.
+        num_classes: classes with a contact sheet, spread over all classes.
+        per_strip: images in each of a class's three strips.
+
+    Raises:
+        ArtifactError: a file cannot be read or written.
+        ArtifactMismatch: scores, subset and beton are not of the same images.
+        InvalidValueError: there is no such metric, or the subset is not of the table's rows.
+        BetonError: the beton cannot be read.
+    """
+    table = ScoreTable.load(scores_path)
+    subset = None if subset_path is None else Subset.load(subset_path)
+    beton = None if beton_path is None else open_beton(beton_path)
+    kept = None if subset is None else _kept_rows(table, scores_path, subset, subset_path)
+    if beton is not None:
+        require_same_images(
+            table.fingerprint,
+            str(scores_path),
+            beton.fingerprint,
+            str(beton_path),
+            cure=f"Score this beton: fastprune score {beton_path} -o {scores_path} ...",
+        )
+    subject = _Subject(table, _chosen_metric(table, subset, metric), kept, beton)
+    parts = [*_summary(subject, subset), *_charts(subject)]
+    if beton is not None:
+        parts += _contact_sheets(subject, beton, num_classes, per_strip)
+    write_text(out_path, page(f"Scores: {Path(scores_path).name}", parts))
+
+
+def _kept_rows(table: ScoreTable, scores_path: Any, subset: Subset, subset_path: Any) -> Rows:
+    """The subset's rows, if they are of the table's images."""
+    if subset.fingerprint is not None:
+        require_same_images(
+            subset.fingerprint,
+            str(subset_path),
+            table.fingerprint,
+            str(scores_path),
+            cure=f"Make a subset from these scores: fastprune select {scores_path} ...",
+        )
+    return checked_rows(subset.rows, name=str(subset_path), num_rows=table.num_rows)
+
+
+def _chosen_metric(table: ScoreTable, subset: Subset | None, metric: str | None) -> str:
+    """What was asked for, what was selected by, or the default."""
+    if metric is not None:
+        table.metric(metric)
+        return metric
+    difficulties = _difficulties(table)
+    if not difficulties:
+        raise InvalidValueError("the score table has no difficulty to show. Score the beton again.")
+    wanted = [None if subset is None else subset.metric, "centroid"]
+    return next((name for name in wanted if name in difficulties), difficulties[0])
+
+
+def _difficulties(table: ScoreTable) -> list[str]:
+    """The metrics that rank rows."""
+    return [name for name in table.metrics if name not in NO_DIFFICULTIES]
+
+
+def _summary(subject: _Subject, subset: Subset | None) -> list[str]:
+    """Where the scores and the subset came from."""
+    table = subject.table
+    pairs = {
+        "images": str(table.fingerprint),
+        "teacher": _joined(table.teacher),
+        "view": _joined(table.view),
+        "metric": subject.metric,
+    }
+    if (table.predictions >= 0).any():
+        pairs["teacher's top-1"] = f"{(table.predictions == table.labels).mean():.2%}"
+    if subset is not None:
+        share = len(subset.rows) / table.num_rows
+        pairs["kept"] = f"{len(subset.rows):,} of {table.num_rows:,} rows ({share:.2%})"
+        pairs["chosen by"] = f"{subset.strategy}, {subset.metric}; {_joined(subset.parameters)}"
+    return [facts(pairs)]
+
+
+def _joined(settings: dict[str, Any]) -> str:
+    """`network resnet32x4, num_classes 100`."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def _charts(subject: _Subject) -> list[str]:
+    """The three charts."""
+    table, kept = subject.table, subject.kept
+    parts = [
+        heading(f"How {subject.metric} is spread"),
+        picture(
+            histogram_png(subject.scores, kept, subject.metric),
+            f"Histogram of {subject.metric} over all rows, and over the kept ones",
+        ),
+    ]
+    if kept is not None:
+        kept_counts = np.bincount(table.labels[kept], minlength=len(table.class_counts))
+        names = [subject.class_name(label) for label in range(len(table.class_counts))]
+        parts += [
+            heading("What each class keeps"),
+            picture(
+                class_counts_png(table.class_counts, kept_counts, names),
+                "Rows and kept rows of every class",
+            ),
+        ]
+    names = _difficulties(table)
+    return [
+        *parts,
+        heading("How alike the metrics rank the rows"),
+        note("Spearman's rank correlation over all rows; 1 is the same order."),
+        picture(correlation_png(table, names), f"Rank correlations between {', '.join(names)}"),
+    ]
+
+
+def _contact_sheets(subject: _Subject, beton: Beton, num_classes: int, per_strip: int) -> list[str]:
+    """Three strips per class, for some of the classes."""
+    present = np.flatnonzero(subject.table.class_counts)
+    spread = np.linspace(0, len(present) - 1, min(num_classes, len(present)))
+    framed = "" if subject.kept is None else " A blue frame: kept."
+    parts = [
+        heading("What the images look like"),
+        note(
+            f"Under each image its {subject.metric}; in red what the teacher takes it for, where "
+            f"it is wrong.{framed}"
+        ),
+    ]
+    for label in present[np.unique(spread.round().astype(int))]:
+        name = subject.class_name(int(label))
+        for title, rows in class_strips(subject, int(label), per_strip).items():
+            parts += [
+                heading(f"{name}, {title}", level=3),
+                picture(
+                    strip_png(beton, [_thumbnail(subject, int(row)) for row in rows]),
+                    f"Images of {name}, {title}",
+                ),
+            ]
+    return parts
+
+
+def class_strips(subject: _Subject, label: int, count: int) -> dict[str, Rows]:
+    """The easiest, the medium and the hardest rows of a class, ascending by score.
+
+    Medium are the rows around the median of the class's kept rows, or of all of its rows where
+    nothing, or none of the class, is kept.
+    """
+    members = np.flatnonzero(subject.table.labels == label)
+    ascending = members[np.argsort(subject.scores[members], kind="stable")]
+    kept = ascending if subject.kept is None else ascending[np.isin(ascending, subject.kept)]
+    is_kept = subject.kept is not None and len(kept) > 0
+    middle = kept if is_kept else ascending
+    start = max(0, len(middle) // 2 - count // 2)
+    return {
+        "easiest": ascending[:count],
+        "kept, medium" if is_kept else "medium": middle[start : start + count],
+        "hardest": ascending[-count:],
+    }
+
+
+def _thumbnail(subject: _Subject, row: int) -> Thumbnail:
+    """What is shown of a row."""
+    prediction, label = (int(a[row]) for a in (subject.table.predictions, subject.table.labels))
+    is_wrong = prediction >= 0 and prediction != label
+    return Thumbnail(
+        row=row,
+        text=f"{subject.scores[row]:.4g}",
+        remark=subject.class_name(prediction) if is_wrong else "",
+        is_kept=subject.kept is not None and bool(np.isin(row, subject.kept)),
+    )
