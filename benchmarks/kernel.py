@@ -128,10 +128,13 @@ def check(single, half, labels, num_classes):
 
 def write(arguments, seconds, single_bytes):
     """The JSON, and a line per candidate."""
-    gigabytes = {name: 2 * single_bytes / 1e9 for name in seconds}
-    for name in seconds:
-        gigabytes[name] /= 2 if "float16" in name else 1
-        gigabytes[name] /= 2 if "ceiling" in name else 1
+    gigabytes = {
+        name: single_bytes
+        / 1e9
+        * (0.5 if "float16" in name else 1)
+        * (1 if "ceiling" in name else 2)
+        for name in seconds
+    }
     result = {
         "rows": arguments.rows,
         "width": arguments.width,

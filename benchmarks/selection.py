@@ -1,6 +1,6 @@
 """How long does it take to choose from ImageNet's 1,281,167 scores, reading the table included?
 
-    taskset --cpu-list 0 python benchmarks/select.py
+    taskset --cpu-list 0 python benchmarks/selection.py
 
 The classes have ImageNet's sizes: 1,000 of 732 to 1,300 images, in random row order.
 """
@@ -59,7 +59,7 @@ def main():
     for name, measured in result["seconds"].items():
         print(f"{name:24} {measured['median']:.3f} s")
     print(f"table: {table_bytes / 1e6:.1f} MB on {result['cores']} core(s)")
-    print("->", write_result("select", result))
+    print("->", write_result("selection", result))
 
 
 def imagenet_table():
