@@ -13,7 +13,7 @@ import click
 )
 @click.option("--out", default="demo", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--keep", default=0.5, help="Share of the rows that the pruned runs keep.")
-@click.option("--epochs", default=12, help="Passes of every student over its rows.")
+@click.option("--epochs", default=16, help="Passes of every student over its rows.")
 @click.option("--seeds", default=1, help="Students per kind of run, each with another seed.")
 @click.option("--teacher", default="resnet20", help="Network of the teacher.")
 @click.option(

@@ -16,9 +16,9 @@ from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
 from fastprune.distillation.result import Result
 from fastprune.environment import describe_machine, describe_versions
-from fastprune.report.comparison import KeptPicture, RunPicture, draw_comparison
+from fastprune.report.comparison import KeptPicture, RunPicture, Sample, draw_comparison
 
-_SAMPLES = 10
+_SAMPLES_PER_LINE = 10
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class DemoResult:
         runs: the students; of every seed a full, a medium and a random one.
         table: the scores.
         kept: the medium subset.
-        samples: caption -> pictures (S, S, 3) uint8 with their scores.
+        samples: caption -> images to show.
         step_seconds: seconds of every step, in order.
     """
 
     runs: Sequence[StudentRun]
     table: ScoreTable
     kept: Subset
-    samples: dict[str, list[tuple[NDArray[np.uint8], float]]]
+    samples: dict[str, list[Sample]]
     step_seconds: dict[str, float]
 
     def ratio_to_full(self, run: StudentRun) -> float:
@@ -165,9 +165,9 @@ def sample_rows(scores: NDArray[np.float32], kept: NDArray[np.int64]) -> dict[st
     """
     order = np.argsort(scores, kind="stable")
     kept_order = kept[np.argsort(scores[kept], kind="stable")]
-    steps = np.linspace(0, len(kept) - 1, min(_SAMPLES, len(kept))).round().astype(int)
+    steps = np.linspace(0, len(kept) - 1, min(_SAMPLES_PER_LINE, len(kept))).round().astype(int)
     return {
-        "easiest": order[:_SAMPLES].tolist(),
+        "easiest": order[:_SAMPLES_PER_LINE].tolist(),
         "kept": kept_order[steps].tolist(),
-        "hardest": order[::-1][:_SAMPLES].tolist(),
+        "hardest": order[::-1][:_SAMPLES_PER_LINE].tolist(),
     }

@@ -22,6 +22,7 @@ from fastprune.distillation.trainer import distill
 from fastprune.errors import InvalidValueError
 from fastprune.networks import build_network
 from fastprune.recipe import Recipe, make_recipe
+from fastprune.report.comparison import Sample
 from fastprune.selection.subsets import make_subset
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class DemoSettings:
     images: Path | None = None
     out: Path = Path("demo")
     keep: float = 0.5
-    epochs: int = 12
+    epochs: int = 16
     seeds: int = 1
     teacher: str = "resnet20"
     teacher_checkpoint: Path | None = None
@@ -255,13 +256,22 @@ def _recipe(
 
 def _samples(
     train: Path, scores: NDArray[np.float32], kept: NDArray[np.int64]
-) -> dict[str, list[tuple[NDArray[np.uint8], float]]]:
+) -> dict[str, list[Sample]]:
     """Pictures of the easiest, some kept and the hardest rows, with their scores."""
     beton = open_beton(train)
     return {
-        caption: [(_thumbnail(beton, row), float(scores[row])) for row in rows]
+        caption: [
+            Sample(_thumbnail(beton, row), _class_name(beton, row), float(scores[row]))
+            for row in rows
+        ]
         for caption, rows in sample_rows(scores, kept).items()
     }
+
+
+def _class_name(beton: Beton, row: int) -> str:
+    """The name of the class that a row is labelled with."""
+    label = int(beton.labels[row])
+    return beton.class_names[label] if beton.class_names else str(label)
 
 
 def _thumbnail(beton: Beton, row: int) -> NDArray[np.uint8]:

@@ -1,10 +1,15 @@
 """The optimiser and its learning rate, step by step."""
 
+import math
+from functools import partial
+
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
 from fastprune.recipe import ScheduleSettings
+
+_FIRST_SHARE = 0.04
 
 
 def make_optimizer(model: nn.Module, settings: ScheduleSettings) -> SGD:
@@ -30,15 +35,18 @@ def make_scheduler(
     """
     total_steps = settings.epochs * steps_per_epoch
     if settings.policy == "one_cycle":
-        return OneCycleLR(
-            optimizer,
-            max_lr=settings.learning_rate,
-            total_steps=total_steps,
-            pct_start=settings.warmup_share,
-            # The recipe's momentum holds throughout.
-            cycle_momentum=False,
-        )
+        # torch's OneCycleLR divides by zero where the rise takes a single step.
+        factor = partial(_one_cycle, total=total_steps, warmup_share=settings.warmup_share)
+        return LambdaLR(optimizer, factor)
     if settings.policy == "cosine":
         return CosineAnnealingLR(optimizer, T_max=total_steps)
     milestones = [epoch * steps_per_epoch for epoch in settings.milestones]
     return MultiStepLR(optimizer, milestones=milestones, gamma=settings.gamma)
+
+
+def _one_cycle(step: int, *, total: int, warmup_share: float) -> float:
+    """Share of the highest rate: rises linearly from 4%, then falls to zero along a cosine."""
+    rise = max(round(total * warmup_share), 1)
+    if step < rise:
+        return _FIRST_SHARE + (1 - _FIRST_SHARE) * step / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))

@@ -37,6 +37,21 @@ class RunPicture:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An image worth a look.
+
+    Attributes:
+        pixels: (H, W, 3) uint8.
+        label: name of the class that the row is labelled with.
+        score: its difficulty.
+    """
+
+    pixels: NDArray[np.uint8]
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
 class KeptPicture:
     """What the picture shows of a selection.
 
@@ -44,13 +59,13 @@ class KeptPicture:
         metric: name of the difficulty.
         scores: (N,) difficulty of every row.
         kept: (K,) rows that were kept.
-        samples: caption -> pictures, (S, S, 3) uint8 each, with their scores.
+        samples: caption -> images to show in a line.
     """
 
     metric: str
     scores: NDArray[np.float32]
     kept: NDArray[np.int64]
-    samples: Mapping[str, Sequence[tuple[NDArray[np.uint8], float]]]
+    samples: Mapping[str, Sequence[Sample]]
 
 
 def draw_comparison(path: str | Path, runs: Sequence[RunPicture], kept: KeptPicture) -> None:
@@ -136,7 +151,7 @@ def _draw_histogram(axes: Axes, kept: KeptPicture) -> None:
 
 
 def _draw_samples(sheet: SubFigure, kept: KeptPicture) -> None:
-    """One row of pictures per caption, each with its score."""
+    """One line of pictures per caption, each with its label and score."""
     columns = max(len(pictures) for pictures in kept.samples.values())
     grid = sheet.subplots(len(kept.samples), columns, squeeze=False)
     for row, (caption, pictures) in enumerate(kept.samples.items()):
@@ -144,9 +159,9 @@ def _draw_samples(sheet: SubFigure, kept: KeptPicture) -> None:
             axes = grid[row, column]
             axes.axis("off")
             if column < len(pictures):
-                pixels, score = pictures[column]
-                axes.imshow(pixels)
-                axes.set_title(f"{score:.3g}", fontsize=8)
+                sample = pictures[column]
+                axes.imshow(sample.pixels)
+                axes.set_title(f"{sample.label}\n{sample.score:.3g}", fontsize=7)
         grid[row, 0].text(
             -0.15, 0.5, caption, transform=grid[row, 0].transAxes, ha="right", va="center"
         )

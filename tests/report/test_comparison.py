@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from fastprune.errors import ArtifactError
-from fastprune.report.comparison import KeptPicture, RunPicture, draw_comparison
+from fastprune.report.comparison import KeptPicture, RunPicture, Sample, draw_comparison
 
 CURVE = [{"train_seconds": 1.0, "top1": 0.3}, {"train_seconds": 2.0, "top1": 0.6}]
 
@@ -14,7 +14,9 @@ def picture():
     pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     runs = [RunPicture("full", CURVE, 0.0, 2.0, 0.5), RunPicture("medium", CURVE, 0.3, 1.0, 0.5)]
     scores = generator.random(100, dtype=np.float32)
-    kept = KeptPicture("centroid", scores, np.arange(50), {"easy": [(pixels, 0.1)] * 3})
+    kept = KeptPicture(
+        "centroid", scores, np.arange(50), {"easy": [Sample(pixels, "cat", 0.1)] * 3}
+    )
     return runs, kept
 
 

@@ -1,0 +1,108 @@
+import json
+
+import ffcv
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.artifacts.subset import Subset
+from fastprune.demo.summary import result_table
+from fastprune.demo.walk import DemoSettings, run_demo
+from fastprune.errors import InvalidValueError
+
+SMALL = {"per_class": 14, "epochs": 1, "teacher_epochs": 1, "image_size": 32, "teacher": "resnet8"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, run_demo(DemoSettings(out=out, **SMALL))
+
+
+def test_result_has_the_documented_schema(demo):
+    out, _ = demo
+    result = json.loads((out / "result.json").read_text())
+    assert [run["name"] for run in result["runs"]] == ["full", "medium", "random"]
+    for run in result["runs"]:
+        assert run["total_seconds"] > run["train_seconds"] > 0
+        assert 0 <= run["top1_last"] <= run["top1_best"] <= 1
+        assert (run["seed"], run["epochs"]) == (0, 1)
+    assert [run["rows"] for run in result["runs"]] == [140, 70, 70]
+    assert result["machine"]["cores"] >= 1
+    assert "ffcv" in result["versions"]
+
+
+def test_pruned_runs_are_charged_for_the_scoring_and_full_is_not(demo):
+    out, _ = demo
+    full, *pruned = json.loads((out / "result.json").read_text())["runs"]
+    assert full["score_seconds"] == 0
+    assert full["ratio_to_full"] == 1
+    for run in pruned:
+        assert run["score_seconds"] > 0
+        paid = run["score_seconds"] + run["train_seconds"]
+        assert run["ratio_to_full"] == pytest.approx(paid / full["train_seconds"])
+
+
+def test_subsets_are_class_balanced_halves_of_the_scored_beton(demo):
+    out, _ = demo
+    table = ScoreTable.load(out / "scores.parquet")
+    for name in ("medium", "random"):
+        subset = Subset.load(out / f"{name}.npy")
+        assert subset.fingerprint == table.fingerprint
+        assert np.bincount(table.labels[subset.rows]).tolist() == [7] * 10
+
+
+def test_stock_ffcv_reads_the_beton_and_the_subset(demo):
+    out, _ = demo
+    rows = np.load(out / "medium.npy")
+    loader = ffcv.loader.Loader(
+        str(out / "train.beton"), batch_size=10, indices=rows, drop_last=False, num_workers=1
+    )
+    labels = np.concatenate([batch[1].numpy().ravel().copy() for batch in loader])
+    np.testing.assert_array_equal(labels, ScoreTable.load(out / "scores.parquet").labels[rows])
+
+
+def test_report_is_a_picture(demo):
+    out, _ = demo
+    with Image.open(out / "report.png") as image:
+        assert image.width > 1000
+
+
+def test_table_names_every_run(demo):
+    _, result = demo
+    assert list(result_table(result).columns[0].cells) == ["full", "medium", "random"]
+
+
+def test_demo_replaces_an_earlier_demo_and_nothing_else(demo):
+    out, _ = demo
+    (out / "notes.txt").write_text("mine")
+    settings = DemoSettings(out=out, teacher_checkpoint=out / "teacher" / "student.safetensors")
+    with pytest.raises(InvalidValueError, match=r"teacher checkpoint .* lies in the folder"):
+        run_demo(settings)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "result.json").exists()
+
+
+def test_folder_that_no_demo_wrote_is_not_touched(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.jpg").write_bytes(b"mine")
+    with pytest.raises(InvalidValueError, match="holds files that no demo wrote"):
+        run_demo(DemoSettings(out=tmp_path, **SMALL))
+    assert (tmp_path / "images" / "mine.jpg").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.0}, r"keep \(0\.0\) must be in \(0, 1\]"),
+        ({"keep": 1.5}, r"keep \(1\.5\)"),
+        ({"epochs": 0}, r"epochs \(0\) must be at least 1"),
+        ({"per_class": -1}, r"per_class \(-1\)"),
+        ({"student": "resnet9"}, "resnet9"),
+    ],
+)
+def test_impossible_settings_are_refused_before_any_work(tmp_path, settings, message):
+    with pytest.raises(InvalidValueError, match=message):
+        run_demo(DemoSettings(out=tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists()
