@@ -1,0 +1,70 @@
+"""How long does it take to open a beton of ImageNet's size, its whole structure checked?
+
+    python benchmarks/open.py --images folder-of-jpegs
+
+The beton has real metadata and a real allocation table, with sizes drawn from the files, and holes
+where the images would be: opening reads no image. FFCV's workers leave the table in no order, so
+that is measured too.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from _harness import spread, take_turns, write_result
+
+from fastprune.beton import layout
+from fastprune.beton.assembly import FIELDS
+from fastprune.beton.output import write_frame
+from fastprune.beton.pages import PageCursor
+from fastprune.beton.reader import open_beton
+
+IMAGENET_ROWS = 1_281_167
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, required=True, help="a folder of JPEG files")
+    parser.add_argument("--rows", type=int, default=IMAGENET_ROWS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, help="where to write; default: the system's")
+    arguments = parser.parse_args()
+    file_bytes = [path.stat().st_size for path in arguments.images.iterdir() if path.is_file()]
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        paths = {"rows in order": Path(folder, "a"), "rows in no order": Path(folder, "b")}
+        generator = np.random.default_rng(0)
+        sizes = generator.choice(file_bytes, arguments.rows)
+        write_hollow_beton(paths["rows in order"], sizes, np.arange(arguments.rows))
+        write_hollow_beton(paths["rows in no order"], sizes, generator.permutation(arguments.rows))
+        seconds = take_turns(
+            {name: lambda path=path: open_beton(path) for name, path in paths.items()},
+            rounds=arguments.rounds,
+        )
+    result = {
+        "question": "seconds to open a beton with its structure checked",
+        "settings": {"rows": arguments.rows, "rounds": arguments.rounds},
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+    }
+    path = write_result("open", result)
+    print(f"{result['seconds']}\n-> {path}")
+
+
+def write_hollow_beton(path: Path, sizes: np.ndarray, order: np.ndarray) -> None:
+    """A beton without its images, whose table lists the rows in this order."""
+    start = layout.metadata_start(len(FIELDS)) + 24 * len(sizes)
+    page = layout.DEFAULT_PAGE_BYTES
+    cursor = PageCursor(layout.align_up(start, page), page)
+    metadata = np.zeros(len(sizes), layout.metadata_dtype(FIELDS))
+    metadata["f0"]["width"], metadata["f0"]["height"] = 500, 375
+    metadata["f0"]["data_ptr"] = [cursor.place(int(size)) for size in sizes]
+    metadata["f1"] = np.arange(len(sizes)) % 1000
+    table = np.zeros(len(sizes), layout.ALLOCATION)
+    table["sample_id"] = order
+    table["ptr"], table["size"] = metadata["f0"]["data_ptr"][order], sizes[order]
+    path.touch()
+    write_frame(path, FIELDS, metadata, table, cursor, 1000)
+
+
+if __name__ == "__main__":
+    main()
