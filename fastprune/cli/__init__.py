@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from fastprune import __version__
-from fastprune.cli import beton, demo, scores, training
+from fastprune.cli import bench, beton, demo, scores, training
 from fastprune.errors import FastpruneError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -52,5 +52,11 @@ def main(debug: bool) -> None:
     logging.getLogger("fastprune").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
-for _command in (*beton.COMMANDS, *scores.COMMANDS, *training.COMMANDS, *demo.COMMANDS):
+for _command in (
+    *beton.COMMANDS,
+    *scores.COMMANDS,
+    *training.COMMANDS,
+    *demo.COMMANDS,
+    *bench.COMMANDS,
+):
     main.add_command(_command)

@@ -1,0 +1,133 @@
+"""How fast the loaders are on this machine: every backend, stock FFCV and torchvision in turn."""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.rows import RowsLike, rows_of
+from fastprune.errors import MissingDependencyError
+from fastprune.loading._peers import stock_ffcv, torchvision_loader
+from fastprune.loading.device import choose_device
+from fastprune.loading.loader import Loader
+
+
+@dataclass(frozen=True)
+class LoaderRate:
+    """How fast one loader went.
+
+    Attributes:
+        name: the loader.
+        images_per_second: median over the rounds, of whole epochs.
+        slowest: images per second of the slowest round.
+        fastest: images per second of the fastest round.
+        first_batch_seconds: from making the loader to its first batch, compilation included.
+    """
+
+    name: str
+    images_per_second: float
+    slowest: float
+    fastest: float
+    first_batch_seconds: float
+
+
+def bench_loader(
+    beton_path: str | Path,
+    subset: RowsLike = None,
+    *,
+    batch_size: int = 64,
+    image_size: int = 224,
+    num_workers: int,
+    device: str = "auto",
+    rounds: int = 3,
+) -> list[LoaderRate]:
+    """Measure the loaders that work here on one's own beton and subset.
+
+    All give uint8 batches of random resized crops with flips, in random order. They take turns,
+    an epoch each, after a first epoch that is not counted.
+
+    Args:
+        beton_path: the beton.
+        subset: the kept rows, as a file, a `Subset` or an array; None for all of them.
+        batch_size: rows per batch.
+        image_size: S, in pixels.
+        num_workers: threads or processes that decode.
+        device: where our own loaders deliver; "auto" is CUDA where it is there.
+        rounds: counted epochs of each loader.
+
+    Returns:
+        One rate per loader that is installed and can read the beton; ours first.
+
+    Raises:
+        BetonError: the beton is missing or damaged.
+        InvalidValueError: the rows do not index the beton, or an argument is outside its domain.
+    """
+    beton = open_beton(beton_path)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "num_workers": num_workers,
+    }
+    makers = _makers(beton, subset, choose_device(device), settings)
+    loaders, first_seconds = {}, {}
+    for name, make in makers.items():
+        started = time.perf_counter()
+        try:
+            loaders[name] = make()
+        except MissingDependencyError:
+            continue
+        next(iter(loaders[name]))
+        first_seconds[name] = time.perf_counter() - started
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for number in range(1 + rounds):
+        for name, loader in loaders.items():
+            rate = _images_per_second(loader)
+            if number > 0:
+                rates[name].append(rate)
+    return [
+        LoaderRate(name, statistics.median(values), min(values), max(values), first_seconds[name])
+        for name, values in rates.items()
+    ]
+
+
+def _makers(
+    beton: Beton, subset: RowsLike, device: torch.device, settings: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """What makes each loader."""
+    rows = rows_of(beton, subset)
+    ours = partial(
+        Loader,
+        beton.path,
+        rows,
+        augment="rrc",
+        device=device,
+        raw=True,
+        tail="exact",
+        distributed=None,
+        **settings,
+    )
+    makers: dict[str, Callable[[], Any]] = {
+        "fastprune, ffcv": partial(ours, backend="ffcv"),
+        "fastprune, dali": partial(ours, backend="dali"),
+    }
+    if importlib.util.find_spec("ffcv") is not None:
+        makers["stock ffcv"] = partial(stock_ffcv, beton, rows, **settings)
+    if not beton.modes.any():
+        makers["torchvision"] = partial(torchvision_loader, beton, rows, **settings)
+    return makers
+
+
+def _images_per_second(loader: Any) -> float:
+    """The rate of one whole epoch, from the request for its first batch on."""
+    started = time.perf_counter()
+    num_images = sum(len(batch[0]) for batch in loader)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return num_images / (time.perf_counter() - started)
