@@ -1,6 +1,7 @@
 """Files that a reader sees whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -36,6 +37,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: str | Path) -> Iterator[None]:
+    """Hold a file's lock, so that two processes do not write into one folder at once.
+
+    The lock goes with the process, however it ends; the file stays.
+
+    Args:
+        path: the lock file; made where it is missing.
+
+    Raises:
+        ArtifactError: another process holds the lock.
+    """
+    path = Path(path)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"another process is writing into {path.parent}. Wait for it, or name another "
+                "folder."
+            ) from error
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

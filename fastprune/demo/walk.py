@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastprune.artifacts.atomic import exclusive
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.beton.writer import convert
 from fastprune.demo.images import prepare_images
@@ -28,6 +29,7 @@ from fastprune.selection.subsets import make_subset
 logger = logging.getLogger(__name__)
 
 _METRIC = "centroid"
+_STRATEGIES = ("medium", "random")
 _BATCH_SIZE = 32
 
 # A folder is only cleared where this file says that a demo wrote it, and only of these names.
@@ -95,48 +97,55 @@ def run_demo(settings: DemoSettings) -> DemoResult:
         FastpruneError: the images, the settings or the disk do not allow it; the text says why.
     """
     _check(settings)
-    out = _fresh_folder(settings.out)
-    steps: dict[str, float] = {}
-    with _timed("convert", steps):
-        folders = prepare_images(settings.images, out / "images", per_class=settings.per_class)
-        train, val = out / "train.beton", out / "val.beton"
-        convert(folders[0], train)
-        convert(folders[1], val)
-    image_size = settings.image_size or _view_side(train)
-    with _timed("teacher", steps):
-        checkpoint = settings.teacher_checkpoint or _train_teacher(settings, image_size)
-    with _timed("score", steps):
-        table = score(
-            train,
-            settings.teacher,
-            out / "scores.parquet",
-            checkpoint=checkpoint,
-            image_size=image_size,
+    with _cleared_folder(settings.out) as out:
+        steps: dict[str, float] = {}
+        with _timed("convert", steps):
+            folders = prepare_images(settings.images, out / "images", per_class=settings.per_class)
+            train, val = out / "train.beton", out / "val.beton"
+            convert(folders[0], train)
+            convert(folders[1], val)
+        image_size = settings.image_size or _view_side(train)
+        with _timed("teacher", steps):
+            checkpoint = settings.teacher_checkpoint or _train_teacher(settings, image_size)
+        with _timed("score", steps):
+            table = score(
+                train,
+                settings.teacher,
+                out / "scores.parquet",
+                checkpoint=checkpoint,
+                image_size=image_size,
+            )
+        with _timed("select", steps):
+            subsets = {
+                name: make_subset(table, keep_ratio=settings.keep, strategy=name, metric=_METRIC)
+                for name in _STRATEGIES
+            }
+            for name, subset in subsets.items():
+                subset.save(out / f"{name}.npy")
+        result = DemoResult(
+            runs=_distil_students(settings, image_size, checkpoint, steps),
+            table=table,
+            kept=subsets["medium"],
+            samples=_samples(train, table.metric(_METRIC), subsets["medium"].rows),
+            step_seconds=steps,
         )
-    with _timed("select", steps):
-        subsets = {
-            name: make_subset(table, keep_ratio=settings.keep, strategy=name, metric=_METRIC)
-            for name in ("medium", "random")
-        }
-        for name, subset in subsets.items():
-            subset.save(out / f"{name}.npy")
+        result.save(out)
+    return result
+
+
+def _distil_students(
+    settings: DemoSettings, image_size: int, checkpoint: Path, steps: dict[str, float]
+) -> list[StudentRun]:
+    """Of every seed a student on all rows and one on each subset."""
     scoring_seconds = steps["score"] + steps["select"]
     runs = []
     for seed in range(settings.seeds):
-        for name in ("full", *subsets):
+        for name in ("full", *_STRATEGIES):
             with _timed(f"distil {name}, seed {seed}", steps):
                 recipe = _student_recipe(settings, image_size, checkpoint, name, seed)
                 paid = 0.0 if name == "full" else scoring_seconds
                 runs.append(StudentRun(name, distill(recipe), score_seconds=paid))
-    result = DemoResult(
-        runs=runs,
-        table=table,
-        kept=subsets["medium"],
-        samples=_samples(train, table.metric(_METRIC), subsets["medium"].rows),
-        step_seconds=steps,
-    )
-    result.save(out)
-    return result
+    return runs
 
 
 def _check(settings: DemoSettings) -> None:
@@ -159,21 +168,22 @@ def _check(settings: DemoSettings) -> None:
         build_network(name, num_classes=2)
 
 
-def _fresh_folder(out: Path) -> Path:
-    """The demo's folder, without what an earlier demo left; anything else in it is not touched."""
+@contextmanager
+def _cleared_folder(out: Path) -> Iterator[Path]:
+    """The demo's folder without what an earlier demo left, held against other processes."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidValueError(f"--out {out} cannot be made: {error.strerror}.") from error
     if any(out.iterdir()) and not (out / _MARK).exists():
         raise InvalidValueError(f"{out} holds files that no demo wrote. Name another --out.")
-    (out / _MARK).touch()
-    for name in _WRITTEN:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
-    return out
+    with exclusive(out / _MARK):
+        for name in _WRITTEN:
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+        yield out
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """From a recipe to a student: opens what the recipe names, trains, writes the run's folder."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
 from fastprune.artifacts.subset import Subset
 from fastprune.distillation.loop import TrainingLoop
 from fastprune.distillation.losses import LogitReshaper
@@ -41,61 +43,62 @@ def distill(recipe: Recipe | str | Path) -> Result:
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     device = choose_device(recipe.run.device)
     train_loader, val_loader = _open_loaders(recipe, device)
-    _prepare_folder(recipe)
-    # The student's weights depend on the seed alone, whatever was built before.
-    torch.manual_seed(recipe.run.seed)
-    student = _build(recipe.student, train_loader.num_classes, recipe, device)
-    objective = _make_objective(recipe, train_loader.num_classes, device)
-    train_loader.warm_up()
-    val_loader.warm_up()
-    startup_seconds = time.perf_counter() - started
-    with RunLog(recipe.run.out) as log:
-        loop = TrainingLoop(
-            recipe,
-            student,
-            objective,
-            train_loader=train_loader,
-            val_loader=val_loader,
-            device=device,
-            log=log,
+    with _run_folder(recipe) as folder:
+        # The student's weights depend on the seed alone, whatever was built before.
+        torch.manual_seed(recipe.run.seed)
+        student = _build(recipe.student, train_loader.num_classes, recipe, device)
+        objective = _make_objective(recipe, train_loader.num_classes, device)
+        train_loader.warm_up()
+        val_loader.warm_up()
+        startup_seconds = time.perf_counter() - started
+        with RunLog(folder) as log:
+            loop = TrainingLoop(
+                recipe,
+                student,
+                objective,
+                train_loader=train_loader,
+                val_loader=val_loader,
+                device=device,
+                log=log,
+            )
+            loop.run()
+        student_path = folder / "student.safetensors"
+        _save_student(student, student_path, recipe, train_loader.num_classes)
+        result = Result(
+            name=recipe.run.name or folder.resolve().name,
+            seed=recipe.run.seed,
+            rows=len(train_loader.rows),
+            epochs=recipe.schedule.epochs,
+            startup_seconds=startup_seconds,
+            train_seconds=loop.train_seconds,
+            validation_seconds=loop.validation_seconds,
+            total_seconds=time.perf_counter() - started,
+            data_wait_share=loop.wait_seconds / loop.train_seconds,
+            top1_last=loop.evaluations[-1].top1,
+            top1_best=max(evaluation.top1 for evaluation in loop.evaluations),
+            top5_last=loop.evaluations[-1].top5,
+            curve=loop.curve,
+            student=student_path,
         )
-        loop.run()
-    student_path = recipe.run.out / "student.safetensors"
-    with atomic_path(student_path) as temporary:
-        described = _describe_student(recipe, train_loader.num_classes)
-        save_weights(student, temporary, metadata=described)
-    result = Result(
-        name=recipe.run.name or recipe.run.out.resolve().name,
-        seed=recipe.run.seed,
-        rows=len(train_loader.rows),
-        epochs=recipe.schedule.epochs,
-        startup_seconds=startup_seconds,
-        train_seconds=loop.train_seconds,
-        validation_seconds=loop.validation_seconds,
-        total_seconds=time.perf_counter() - started,
-        data_wait_share=loop.wait_seconds / loop.train_seconds,
-        top1_last=loop.evaluations[-1].top1,
-        top1_best=max(evaluation.top1 for evaluation in loop.evaluations),
-        top5_last=loop.evaluations[-1].top5,
-        curve=loop.curve,
-        student=student_path,
-    )
-    result.save(recipe.run.out)
+        result.save(folder)
     return result
 
 
-def _prepare_folder(recipe: Recipe) -> None:
-    """Make the run's folder and write the resolved recipe into it."""
+@contextmanager
+def _run_folder(recipe: Recipe) -> Iterator[Path]:
+    """The run's folder, held against other processes, with the resolved recipe in it."""
     folder = recipe.run.out
-    if (folder / "result.json").exists():
-        raise RecipeError(
-            f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"run.out = {str(folder)!r} cannot be made: {error.strerror}.") from error
-    write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+    with exclusive(folder / ".lock"):
+        if (folder / "result.json").exists():
+            raise RecipeError(
+                f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
+            )
+        write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+        yield folder
 
 
 def _open_loaders(recipe: Recipe, device: torch.device) -> tuple[Loader, Loader]:
@@ -156,13 +159,15 @@ def _build(
     return network.to(device).to(memory_format=layout)
 
 
-def _describe_student(recipe: Recipe, num_classes: int) -> dict[str, str]:
-    """What the checkpoint tells about itself."""
-    return {
+def _save_student(student: nn.Module, path: Path, recipe: Recipe, num_classes: int) -> None:
+    """Write the weights, with what a reader needs to build the network."""
+    metadata = {
         "network": recipe.student.network,
         "num_classes": str(num_classes),
         "image_size": str(recipe.data.image_size),
     }
+    with atomic_path(path) as temporary:
+        save_weights(student, temporary, metadata=metadata)
 
 
 def _make_objective(recipe: Recipe, num_classes: int, device: torch.device) -> Objective:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
 from fastprune.errors import ArtifactError
 
 
@@ -66,3 +66,27 @@ def test_place_that_refuses_the_file_is_named(tmp_path):
     with pytest.raises(ArtifactError, match=r"cannot write .*artifact: Is a directory"):
         write_text(tmp_path / "artifact", "text")
     assert [path.name for path in Path(tmp_path).iterdir()] == ["artifact"]
+
+
+def test_folder_that_another_process_writes_into_is_refused(tmp_path):
+    lock = tmp_path / ".lock"
+    script = (
+        "import sys, time\n"
+        "from fastprune.artifacts.atomic import exclusive\n"
+        "with exclusive(sys.argv[1]):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(ArtifactError, match="another process is writing into"),
+            exclusive(lock),
+        ):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with exclusive(lock):
+        assert lock.exists()
