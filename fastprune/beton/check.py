@@ -1,27 +1,15 @@
 """Is a beton whole? The structure always, every image and checksum on request."""
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
 from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.artifacts.subset import Subset, checked_rows
-from fastprune.beton import layout
+from fastprune.beton.decode_check import image_faults
 from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
 from fastprune.beton.reader import image_and_label
-from fastprune.beton.structure import Fault, Tables, UnreadableBetonError, check_rows, read_tables
-from fastprune.beton.transcode import decode
-from fastprune.errors import ArtifactError, BetonError, ConversionError, FastpruneError, JpegError
-from fastprune.jpeg.headers import read_header
-from fastprune.progress import track
-
-_ROWS_PER_TASK = 64
+from fastprune.beton.structure import Fault, UnreadableBetonError, check_rows, read_tables
+from fastprune.errors import ArtifactError, BetonError, FastpruneError
 
 
 def check_beton(
@@ -58,18 +46,22 @@ def check_beton(
     columns, labels = tables.metadata[f"f{image}"], tables.metadata[f"f{label}"]
     structure = structure_digest(labels, columns["width"], columns["height"])
     manifest = own_manifest(path, structure)
-    if isinstance(manifest, Fault):
-        faults.append(manifest)
-        manifest = None
+    rows_at_fault = any(fault.row is not None for fault in faults)
+    lines = _lines(manifest) if deep or rows_at_fault else None
+    faults += [found for found in (manifest, lines) if isinstance(found, Fault)]
     if deep:
-        rows = _readable_rows(tables, placements[image].offsets, placements[image].sizes)
-        images = _Images(
-            tables.content, columns, placements[image].offsets, placements[image].sizes
-        )
-        faults += images.faults(rows, manifest)
+        crcs = lines.crcs if isinstance(lines, _Lines) else None
+        faults += image_faults(tables, image, placements[image], crcs)
     if subset is not None:
-        faults += _subset_faults(Path(subset), path, len(labels), structure, manifest)
-    return _with_sources(faults, manifest)
+        content = manifest.fingerprint.content if isinstance(manifest, Manifest) else None
+        beton = Fingerprint(len(labels), structure, content)
+        faults += _subset_faults(Path(subset), path, beton)
+    if isinstance(lines, _Lines):
+        return [
+            fault if fault.row is None else replace(fault, source=lines.sources.get(fault.row))
+            for fault in faults
+        ]
+    return faults
 
 
 def own_manifest(path: Path, structure: str) -> Manifest | Fault | None:
@@ -91,116 +83,46 @@ def own_manifest(path: Path, structure: str) -> Manifest | Fault | None:
     return manifest
 
 
-class _Images:
-    """The image field of a beton whose structure may be damaged in part."""
+@dataclass(frozen=True)
+class _Lines:
+    """What the manifest's lines tell of each row."""
 
-    def __init__(
-        self,
-        content: NDArray[np.uint8],
-        columns: NDArray[np.void],
-        offsets: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-    ) -> None:
-        self.content, self.columns = content, columns
-        self.offsets, self.sizes = offsets, sizes
+    sources: dict[int, str]
+    crcs: dict[int, int]
 
-    def faults(self, rows: NDArray[np.int64], manifest: Manifest | None) -> Iterator[Fault]:
-        """Decode the images on every core; PIL's decoders run in parallel threads."""
-        crcs = None if manifest is None else _stored_crcs(manifest)
-        pieces = [rows[at : at + _ROWS_PER_TASK] for at in range(0, len(rows), _ROWS_PER_TASK)]
 
-        def check(piece: NDArray[np.int64]) -> list[Fault]:
-            found = (self._fault(int(row), crcs) for row in piece)
-            return [fault for fault in found if fault is not None]
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            yield from (
-                fault
-                for piece in track(
-                    pool.map(check, pieces),
-                    description="check",
-                    total=len(rows),
-                    unit="images",
-                    step=_ROWS_PER_TASK,
-                )
-                for fault in piece
-            )
-
-    def _fault(self, row: int, crcs: dict[int, int] | None) -> Fault | None:
-        """The first thing that is wrong with one image."""
-        start = self.offsets[row]
-        stored = self.content[start : start + self.sizes[row]].tobytes()
-        if crcs is not None and google_crc32c.value(stored) != crcs.get(row):
-            return Fault("crc", "its bytes are not those that were written (CRC-32C)", row)
-        record = self.columns[row]
-        if record["mode"] == layout.RAW:
-            return None
-        expected = (int(record["width"]), int(record["height"]))
-        try:
-            header = read_header(stored)
-            if (header.width, header.height) != expected:
-                actual = f"{header.width} x {header.height}"
-                return Fault(
-                    "extent",
-                    f"its JPEG has {actual} pixels, but the metadata says "
-                    f"{expected[0]} x {expected[1]}",
-                    row,
-                )
-            decode(stored)
-        except (JpegError, ConversionError) as error:
-            return Fault("image", f"its image is damaged: {error}", row)
+def _lines(manifest: Manifest | Fault | None) -> _Lines | Fault | None:
+    """Read the manifest's lines; a fault if they cannot be read."""
+    if not isinstance(manifest, Manifest):
         return None
+    try:
+        table = manifest.table(["row", "source", "stored_crc32c"])
+    except ArtifactError as error:
+        return Fault("manifest", str(error))
+    rows, sources, crcs = (column.to_pylist() for column in table.columns)
+    return _Lines(dict(zip(rows, sources, strict=True)), dict(zip(rows, crcs, strict=True)))
 
 
-def _readable_rows(
-    tables: Tables, offsets: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Rows whose data lies inside the file, even when other rows' does not."""
-    end = tables.table_offset
-    inside = (sizes > 0) & (offsets >= tables.data_offset) & (sizes <= end)
-    return np.flatnonzero(inside & (offsets <= end - np.minimum(sizes, end)))
-
-
-def _stored_crcs(manifest: Manifest) -> dict[int, int]:
-    """Row -> CRC-32C of its stored bytes."""
-    table = manifest.table(["row", "stored_crc32c"])
-    pairs = zip(table["row"].to_pylist(), table["stored_crc32c"].to_pylist(), strict=True)
-    return {row: crc for row, crc in pairs if row is not None}
-
-
-def _subset_faults(
-    subset_path: Path, path: Path, num_rows: int, structure: str, manifest: Manifest | None
-) -> list[Fault]:
+def _subset_faults(subset_path: Path, path: Path, beton: Fingerprint) -> list[Fault]:
     """What keeps a subset from indexing this beton."""
     try:
         subset = Subset.load(subset_path)
-        checked_rows(subset.rows, name=str(subset_path), num_rows=num_rows)
+        checked_rows(subset.rows, name=str(subset_path), num_rows=beton.num_rows)
     except FastpruneError as error:
         return [Fault("subset", str(error))]
     made_for = subset.fingerprint
     if made_for is None:
         return []
-    content = None if manifest is None else manifest.fingerprint.content
-    both_known = content is not None and made_for.content is not None
-    if made_for.content == content if both_known else made_for.structure == structure:
+    both_known = beton.content is not None and made_for.content is not None
+    same = (
+        made_for.content == beton.content if both_known else made_for.structure == beton.structure
+    )
+    if same:
         return []
-    beton = Fingerprint(num_rows, structure, content)
     return [
         Fault(
             "subset",
             f"{subset_path} was made from beton {made_for}, but {path} is {beton}. Make a subset "
             f"for this beton: fastprune score {path} ... && fastprune select ...",
         )
-    ]
-
-
-def _with_sources(faults: list[Fault], manifest: Manifest | None) -> list[Fault]:
-    """Add where the image of a faulty row came from."""
-    if manifest is None or all(fault.row is None for fault in faults):
-        return faults
-    table = manifest.table(["row", "source"])
-    sources = dict(zip(table["row"].to_pylist(), table["source"].to_pylist(), strict=True))
-    return [
-        replace(fault, source=sources.get(fault.row)) if fault.row is not None else fault
-        for fault in faults
     ]

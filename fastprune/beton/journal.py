@@ -18,6 +18,7 @@ from fastprune.beton.workers import RECORD
 from fastprune.errors import ConversionError
 
 _SECONDS_TO_LOCK = 5.0
+_RECORDS_PER_LINE = 4096
 
 
 class Journal:
@@ -52,22 +53,24 @@ class Journal:
         A last line that was cut is left out. The settings are None where there are none.
         """
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")[:-1]
-        records, reasons, count = [], {}, 0
+        settings = None
+        records, reasons, count = [np.zeros(0, RECORD)], {}, 0
         try:
-            settings = json.loads(lines[0])
-            for line in lines[1:]:
+            for line in self._file:
+                if not line.endswith(b"\n"):
+                    break
+                if settings is None:
+                    settings = dict(json.loads(line))
+                    continue
                 values, texts = json.loads(line)
                 reasons.update({count + int(position): text for position, text in texts.items()})
                 records.append(np.array([tuple(value) for value in values], RECORD))
                 count += len(values)
-        except (IndexError, ValueError, TypeError):
-            if not lines:
-                return None, np.zeros(0, RECORD), {}
+        except (ValueError, TypeError):
             raise ConversionError(
                 f"{self.path} is no journal of a conversion. Remove it and start without --resume."
             ) from None
-        return settings, np.concatenate([np.zeros(0, RECORD), *records]), reasons
+        return settings, np.concatenate(records), reasons
 
     def start(self, settings: dict[str, Any]) -> None:
         """Empty the journal and write its first line."""
@@ -75,8 +78,15 @@ class Journal:
         self._append(settings)
 
     def add(self, records: NDArray[np.void], reasons: dict[int, str]) -> None:
-        """Note that the data of the next images is in the file."""
-        self._append([records.tolist(), reasons])
+        """Note that the data of the next images is in the file; reasons by position in records."""
+        for start in range(0, len(records), _RECORDS_PER_LINE):
+            piece = records[start : start + _RECORDS_PER_LINE]
+            texts = {
+                position - start: text
+                for position, text in reasons.items()
+                if start <= position < start + len(piece)
+            }
+            self._append([piece.tolist(), texts])
 
     def remove(self) -> None:
         """Delete the file; the lock is kept until the journal is closed."""

@@ -1,26 +1,79 @@
-"""What is in a beton, in numbers."""
+"""What is in a file of ours, in numbers."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.artifacts.subset import Subset
 from fastprune.beton import layout
 from fastprune.beton.reader import open_beton
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
-    """What `fastprune info` shows of a beton, ready for JSON.
+    """What `fastprune info` shows of a file, ready for JSON.
 
     Args:
-        path: the beton.
+        path: a subset (.npy), a score table (.parquet), or a beton (any other name).
 
     Returns:
         Name -> value; sizes in bytes, sides in pixels.
 
     Raises:
-        BetonError: as `open_beton`.
+        ArtifactError: the file is missing, damaged, or something else; a `BetonError` for a beton.
+        InvalidValueError: a subset's rows are no rows.
     """
+    path = Path(path)
+    if path.suffix == ".npy":
+        return _subset(path)
+    if path.suffix == ".parquet":
+        return _scores(path)
+    return _beton(path)
+
+
+def _subset(path: Path) -> dict[str, Any]:
+    """What is in a subset."""
+    subset = Subset.load(path)
+    return {
+        "path": str(path),
+        "rows": len(subset.rows),
+        "first_row": int(subset.rows[0]),
+        "last_row": int(subset.rows[-1]),
+        "keep_ratio": subset.keep_ratio,
+        "metric": subset.metric,
+        "strategy": subset.strategy,
+        "parameters": subset.parameters,
+        "seed": subset.seed,
+        "rows_per_class": None
+        if subset.class_counts is None
+        else _spread(np.array(subset.class_counts)),
+        "made_for": None if subset.fingerprint is None else subset.fingerprint.to_dict(),
+        "command": subset.command,
+    }
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    """What is in a score table."""
+    table = ScoreTable.load(path)
+    return {
+        "path": str(path),
+        "rows": table.num_rows,
+        "classes": len(table.class_counts),
+        "metrics": {
+            name: f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}, "
+            f"median {np.nanmedian(values):.4g}"
+            for name, values in table.metrics.items()
+        },
+        "teacher_accuracy": float(np.mean(table.predictions == table.labels)),
+        "teacher": table.teacher,
+        "view": table.view,
+        "made_for": table.fingerprint.to_dict(),
+    }
+
+
+def _beton(path: Path) -> dict[str, Any]:
+    """What is in a beton."""
     beton = open_beton(path)
     rows_per_class = np.unique(beton.labels, return_counts=True)[1]
     modes = np.bincount(beton.modes, minlength=2)

@@ -1,7 +1,6 @@
 """One image on its way into a beton: copied as it is where possible, else made a JPEG."""
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,30 +149,25 @@ def _as_picture(content: Image.Image | NDArray[Any]) -> Image.Image:
 
 def _open(content: bytes) -> Image.Image:
     """Read an image's header with PIL; its pixels are not decoded yet."""
-    with warnings.catch_warnings():
-        # PIL warns of large images here; it refuses those that are twice as large.
-        warnings.simplefilter("ignore")
-        try:
-            return Image.open(io.BytesIO(content), formats=_FORMATS)
-        except UnidentifiedImageError as error:
-            raise ConversionError(
-                f"it is no image: it starts with {content[:12]!r}. Remove it, or leave it out "
-                "with --on-error skip"
-            ) from error
-        except Exception as error:  # PIL's plugins raise anything on damaged headers
-            raise ConversionError(f"its header cannot be read: {error}") from error
+    try:
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ConversionError(
+            f"it is no image: it starts with {content[:12]!r}. Remove it, or leave it out "
+            "with --on-error skip"
+        ) from error
+    except Exception as error:  # PIL's plugins raise anything on damaged headers
+        raise ConversionError(f"its header cannot be read: {error}") from error
 
 
 def _load(picture: Image.Image) -> None:
     """Decode the pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            picture.load()
-        except Exception as error:  # PIL's plugins raise anything on damaged data
-            raise ConversionError(
-                f"it cannot be decoded: {error}. Get it again, or leave it out with --on-error skip"
-            ) from error
+    try:
+        picture.load()
+    except Exception as error:  # PIL's plugins raise anything on damaged data
+        raise ConversionError(
+            f"it cannot be decoded: {error}. Get it again, or leave it out with --on-error skip"
+        ) from error
 
 
 def _transcode(

@@ -5,6 +5,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -108,7 +109,11 @@ class WorkerPool:
             others = [end for pair in pipes for end in pair if end is not theirs]
             arguments = (theirs, others, task, self._at_work_on, worker)
             process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
+            with warnings.catch_warnings():
+                # Python >= 3.12 warns of threads at a fork. The workers run only code that holds
+                # up there: no torch, no OpenMP, and pyarrow, which sets up its threads anew.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
             self._processes.append(process)
         for _, theirs in pipes:
             theirs.close()
@@ -200,6 +205,8 @@ def _work(
     """The life of a worker: prepare and write what it is told to, until the pipe closes."""
     # The terminal's Ctrl-C goes to every process; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # PIL warns of large images and odd metadata; what it cannot read it refuses.
+    warnings.simplefilter("ignore")
     for other in others:  # else this process would keep the siblings' pipes open
         other.close()
     held: dict[int, list[bytes]] = {}

@@ -83,6 +83,8 @@ def convert(
     if on_error not in ("stop", "skip"):
         raise InvalidValueError(f"on_error must be 'stop' or 'skip', but is {on_error!r}.")
     path = Path(beton_path)
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
     partial = path.with_name(path.name + ".partial")
     source = source_for(images, labels)
     task = Task(source, settings, on_error == "skip", partial)

@@ -147,13 +147,13 @@ def dali_index(beton: Path, out: Path, subset: Path | None) -> None:
 
 
 @click.command()
-@click.argument("beton", type=_FILE)
+@click.argument("file", type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(beton: Path, as_json: bool) -> None:
-    """Show what is in a beton."""
+def info(file: Path, as_json: bool) -> None:
+    """Show what is in a beton, a score table (.parquet) or a subset (.npy)."""
     from fastprune.beton.summary import summarize
 
-    summary = summarize(beton)
+    summary = summarize(file)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
         return
@@ -166,7 +166,8 @@ def info(beton: Path, as_json: bool) -> None:
 
 def _number(value: object) -> str:
     """Numbers with thousands separators, anything else as it is."""
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:,}" if is_number else str(value)
 
 
 COMMANDS: tuple[click.Command, ...] = (convert, check, compact, dali_index, info)

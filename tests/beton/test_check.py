@@ -289,6 +289,15 @@ def test_a_damaged_manifest_is_named_and_not_used(ours):
         assert open_beton(ours).class_names is None
 
 
+def test_a_manifest_whose_lines_are_damaged_is_named(ours):
+    content = bytearray(manifest_path(ours).read_bytes())
+    content[4:600] = bytes(596)
+    manifest_path(ours).write_bytes(content)
+    [fault] = check_beton(ours, deep=True)
+    assert fault.kind == "manifest"
+    assert "cannot be read" in fault.message
+
+
 def test_a_beton_of_another_writer_gets_a_manifest_and_a_content_fingerprint(plain):
     manifest = adopt(plain)
     beton = open_beton(plain)

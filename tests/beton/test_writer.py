@@ -446,6 +446,11 @@ def test_a_folder_that_does_not_exist_is_named(images, tmp_path):
         convert(images, tmp_path / "nowhere" / "a.beton")
 
 
+def test_a_folder_in_the_betons_place_is_named(images, tmp_path):
+    with pytest.raises(ConversionError, match=r"is a folder. Name a file, such as .*train\.beton"):
+        convert(images, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("setting", "match"),
     [

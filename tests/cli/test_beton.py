@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fastprune import open_beton
+from fastprune import ScoreTable, Subset, open_beton
+from fastprune.artifacts.fingerprint import Fingerprint
 from fastprune.beton.manifest import manifest_path
 from fastprune.cli import main
 from tests.beton.damage import patch, write_plain_beton
@@ -192,6 +193,30 @@ def test_info_shows_a_beton_of_another_writer(tmp_path):
     facts = json.loads(run("info", write_plain_beton(tmp_path / "a.beton"), "--json").stdout)
     assert facts["modes"] == {"jpg": 4, "raw": 2}
     assert facts["images"] is None
+
+
+def test_info_shows_a_subset(tmp_path):
+    Subset(np.array([2, 7]), keep_ratio=0.5, metric="loss", class_counts=[1, 1]).save(
+        tmp_path / "s.npy"
+    )
+    facts = json.loads(run("info", tmp_path / "s.npy", "--json").stdout)
+    assert (facts["rows"], facts["last_row"], facts["metric"]) == (2, 7, "loss")
+    assert "keep ratio            0.5" in run("info", tmp_path / "s.npy").stdout
+
+
+def test_info_shows_a_score_table(tmp_path):
+    table = ScoreTable(
+        labels=np.array([0, 1]),
+        metrics={"loss": np.array([0.5, 1.5], np.float32)},
+        predictions=np.array([0, 0]),
+        class_std=np.ones(2),
+        class_counts=np.ones(2, np.int64),
+        fingerprint=Fingerprint(2, "0" * 32),
+    )
+    table.save(tmp_path / "scores.parquet")
+    facts = json.loads(run("info", tmp_path / "scores.parquet", "--json").stdout)
+    assert facts["metrics"] == {"loss": "0.5 to 1.5, median 1"}
+    assert facts["teacher_accuracy"] == 0.5
 
 
 def test_the_command_stops_within_seconds_when_standard_output_is_a_pipe(tmp_path):
