@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastprune.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         ArtifactError: the folder does not exist, the disk is full, or writing is not allowed.
     """
     final = Path(path)
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
     try:
         with _named_os_errors(final):
             yield temporary
@@ -36,23 +39,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.replace(final)
             _sync(final.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        # On a read-only disk even removing nothing is refused, and would hide the named error.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager
 def exclusive(path: str | Path) -> Iterator[None]:
     """Hold a file's lock, so that two processes do not write into one folder at once.
 
-    The lock goes with the process, however it ends; the file stays.
+    The lock goes with the process, however it ends; the file stays. Where the file system has no
+    locks, nothing is held.
 
     Args:
         path: the lock file; made where it is missing.
 
     Raises:
-        ArtifactError: another process holds the lock.
+        ArtifactError: another process holds the lock, or the file cannot be made.
     """
     path = Path(path)
-    with path.open("a") as file:
+    with _named_os_errors(path):
+        file = path.open("a")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -60,6 +68,8 @@ def exclusive(path: str | Path) -> Iterator[None]:
                 f"another process is writing into {path.parent}. Wait for it, or name another "
                 "folder."
             ) from error
+        except OSError:
+            logger.debug("%s: the file system has no locks", path.parent)
         yield
 
 
@@ -85,9 +95,8 @@ def _named_os_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}: the folder {path.parent} does not exist. Create it first."
         ) from error
     except OSError as error:
-        if error.errno is None:
-            raise
-        reason = os.strerror(error.errno)
+        # numpy reports a full disk without a number: "100000 requested and 12484 written".
+        reason = str(error) if error.errno is None else os.strerror(error.errno)
         raise ArtifactError(
             f"cannot write {path}: {reason}. Nothing was left behind; free some space or name "
             "another folder and run the command again."

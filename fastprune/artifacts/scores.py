@@ -87,19 +87,22 @@ class ScoreTable:
         """Read a table that `save` wrote.
 
         Raises:
-            ArtifactError: the file is missing, no Parquet, or not a score table.
+            ArtifactError: the file is missing, no Parquet, not a score table, or its lines are not
+                the beton's rows in their order.
         """
         try:
             table = pq.read_table(path)
             metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
             columns = {name: table[name].to_numpy() for name in table.column_names}
+            fingerprint = Fingerprint.from_dict(metadata["fingerprint"])
+            _require_rows_in_order(columns["row"], fingerprint.num_rows, path)
             return cls(
                 labels=columns["label"],
                 metrics={n: c for n, c in columns.items() if n not in _FIXED_COLUMNS},
                 predictions=columns["prediction"],
                 class_std=np.array(metadata["class_std"], dtype=np.float64),
                 class_counts=np.array(metadata["class_counts"], dtype=np.int64),
-                fingerprint=Fingerprint.from_dict(metadata["fingerprint"]),
+                fingerprint=fingerprint,
                 teacher=metadata["teacher"],
                 view=metadata["view"],
             )
@@ -112,3 +115,12 @@ class ScoreTable:
                 f"{path} is no score table of fastprune ({error}). "
                 f"Make it with: fastprune score train.beton -o {path} ..."
             ) from error
+
+
+def _require_rows_in_order(rows: NDArray[np.int64], num_rows: int, path: str | Path) -> None:
+    """Refuse a table that was sorted or filtered: line i must be of row i."""
+    if not np.array_equal(rows, np.arange(num_rows)):
+        raise ArtifactError(
+            f"{path} must have one line for each of the {num_rows:,} rows in their order, but it "
+            "was sorted or filtered. Sort it by the column row, or score again."
+        )

@@ -69,7 +69,9 @@ class Subset:
         """
         path = Path(path)
         try:
-            rows = np.load(path, allow_pickle=False)
+            # np.load would also open archives, and leaves a damaged one open.
+            with path.open("rb") as file:
+                rows = np.lib.format.read_array(file, allow_pickle=False)
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{path} does not exist. Make it with: fastprune select scores.parquet -o {path}"
@@ -83,7 +85,7 @@ class Subset:
         try:
             sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
             return cls._from_sidecar(rows, sidecar, path)
-        except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"{sidecar_path} is no sidecar of a subset ({error!r}). Remove it to use the bare "
                 "rows, or make the subset again with `fastprune select`."

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import resource
 import subprocess
 import sys
@@ -90,3 +92,42 @@ def test_folder_that_another_process_writes_into_is_refused(tmp_path):
         other.communicate()
     with exclusive(lock):
         assert lock.exists()
+
+
+def test_named_error_survives_where_the_temporary_file_cannot_be_removed(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ArtifactError, match=r"cannot write .*artifact: Not a directory"):
+        write_text(tmp_path / "file" / "artifact", "text")
+
+
+def test_current_folder_is_no_artifact(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match=r"cannot write \."):
+        write_text(".", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusal_without_a_number_is_named(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match=r"cannot write .*: 9 requested and 1 written"),
+        atomic_path(tmp_path / "artifact"),
+    ):
+        raise OSError("9 requested and 1 written")
+
+
+def test_folder_that_refuses_the_lock_file_is_named(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match=r"folder .*nowhere does not exist"),
+        exclusive(tmp_path / "nowhere" / ".lock"),
+    ):
+        pass
+
+
+def test_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with exclusive(tmp_path / ".lock"):
+        write_text(tmp_path / "artifact", "text")
+    assert (tmp_path / "artifact").read_text() == "text"

@@ -69,3 +69,12 @@ def test_parquet_of_somebody_else_is_named(tmp_path):
     pq.write_table(pa.table({"row": [0, 1]}), tmp_path / "scores.parquet")
     with pytest.raises(ArtifactError, match=r"scores\.parquet is no score table"):
         ScoreTable.load(tmp_path / "scores.parquet")
+
+
+def test_sorted_or_filtered_table_is_refused(tmp_path, table):
+    table.save(tmp_path / "scores.parquet")
+    written = pq.read_table(tmp_path / "scores.parquet")
+    for changed in (written.sort_by("loss"), written.slice(0, 2)):
+        pq.write_table(changed, tmp_path / "changed.parquet")
+        with pytest.raises(ArtifactError, match=r"one line for each of the 3 rows .* Sort it by"):
+            ScoreTable.load(tmp_path / "changed.parquet")

@@ -78,6 +78,13 @@ def test_pickled_index_file_is_refused(tmp_path):
         Subset.load(tmp_path / "subset.npy")
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"[1, 2]"])
+def test_file_that_is_no_index_file_is_named(tmp_path, content):
+    (tmp_path / "subset.npy").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"subset\.npy is no numpy index file"):
+        Subset.load(tmp_path / "subset.npy")
+
+
 def test_subset_not_named_npy_is_refused(tmp_path, subset):
     with pytest.raises(InvalidValueError, match=r"subset\.txt is not named so"):
         subset.save(tmp_path / "subset.txt")
