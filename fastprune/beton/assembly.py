@@ -203,7 +203,7 @@ def _lines(
         "width": known(records["width"].astype(np.int32)),
         "height": known(records["height"].astype(np.int32)),
         "action": [ACTIONS[action] for action in records["action"]],
-        "reason": [assembly.reasons.get(position) for position in positions.tolist()],
+        "reason": [_reason(assembly, position) for position in positions.tolist()],
         "source_crc32c": known(records["source_crc32c"]),
         "stored_crc32c": known(records["stored_crc32c"]),
     }
@@ -215,6 +215,12 @@ def _lines(
 def _utf8(name: str) -> str:
     """A file name as text; bytes that are no UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _reason(assembly: Assembly, position: int) -> str | None:
+    """Why an image was not copied, fit for UTF-8."""
+    reason = assembly.reasons.get(position)
+    return None if reason is None else reason.encode("utf-8", "backslashreplace").decode()
 
 
 def _chunks(assembly: Assembly) -> Iterator[range]:

@@ -8,7 +8,8 @@ from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton.decode_check import image_faults
 from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
 from fastprune.beton.reader import image_and_label
-from fastprune.beton.structure import Fault, UnreadableBetonError, check_rows, read_tables
+from fastprune.beton.row_check import check_rows
+from fastprune.beton.structure import Fault, UnreadableBetonError, read_tables
 from fastprune.errors import ArtifactError, BetonError, FastpruneError
 
 

@@ -22,8 +22,9 @@ from fastprune.beton.manifest import Manifest, manifest_path, read_manifest, wri
 from fastprune.beton.output import write_frame, write_images
 from fastprune.beton.pages import PageCursor
 from fastprune.beton.reader import Beton, image_and_label, open_beton
+from fastprune.beton.row_check import check_rows
 from fastprune.beton.rows import RowsLike, rows_of
-from fastprune.beton.structure import check_rows, read_tables
+from fastprune.beton.structure import read_tables
 from fastprune.errors import BetonError, InvalidValueError
 from fastprune.progress import track
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.beton import layout
-from fastprune.beton.structure import Fault, Placement, Tables
+from fastprune.beton.row_check import Placement
+from fastprune.beton.structure import Fault, Tables
 from fastprune.beton.transcode import decode
 from fastprune.errors import ConversionError, JpegError
 from fastprune.jpeg.headers import read_header

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fastprune.beton.transcode import SKIPPED
 from fastprune.beton.workers import RECORD
 from fastprune.errors import ConversionError
+from fastprune.progress import track
 
 _SECONDS_TO_LOCK = 5.0
 _RECORDS_PER_LINE = 4096
@@ -142,7 +143,9 @@ def intact_rows(partial: Path, records: NDArray[np.void], offsets: list[int]) ->
     that the stored bytes' CRC-32C does not confirm.
     """
     with partial.open("rb") as file:
-        for item, (record, offset) in enumerate(zip(records, offsets, strict=True)):
+        stored_images = zip(records, offsets, strict=True)
+        tracked = track(stored_images, description="resume", total=len(records), unit="images")
+        for item, (record, offset) in enumerate(tracked):
             if record["action"] == SKIPPED:
                 continue
             file.seek(offset)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
-from fastprune.beton.structure import check_rows, read_tables
+from fastprune.beton.row_check import check_rows
+from fastprune.beton.structure import read_tables
 from fastprune.errors import ArtifactError, BetonError, InvalidValueError
 
 

@@ -5,6 +5,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class WorkerPool:
         context = multiprocessing.get_context("fork")
         pipes = [context.Pipe() for _ in range(num_workers)]
         self._at_work_on = mmap.mmap(-1, 8 * num_workers)
-        self.connections = [ours for ours, _ in pipes]
+        self._connections = [ours for ours, _ in pipes]
         self._processes: list[BaseProcess] = []
         for worker, (_, theirs) in enumerate(pipes):
             others = [end for pair in pipes for end in pair if end is not theirs]
@@ -119,16 +120,17 @@ class WorkerPool:
             theirs.close()
 
     def __len__(self) -> int:
-        return len(self.connections)
+        return len(self._connections)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for connection in self.connections:
+        for connection in self._connections:
             connection.close()
+        deadline = time.monotonic() + _SECONDS_TO_STOP
         for process in self._processes:
-            process.join(_SECONDS_TO_STOP if process.exitcode is None else None)
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
                 process.kill()
                 process.join()
@@ -149,15 +151,15 @@ class WorkerPool:
             ConversionError: an image could not be read, the file could not be written, or a worker
                 died. The image is named by its number, in `item`.
         """
-        while not (ready := wait(self.connections, _SECONDS_BETWEEN_LOOKS)):
+        while not (ready := wait(self._connections, _SECONDS_BETWEEN_LOOKS)):
             # A dead worker's pipe stays open while a process that it started lives.
             for worker, process in enumerate(self._processes):
-                if process.exitcode is not None and not self.connections[worker].poll():
+                if process.exitcode is not None and not self._connections[worker].poll():
                     raise self._death(worker)
         for connection in ready:
-            worker = self.connections.index(connection)  # type: ignore[arg-type]
+            worker = self._connections.index(connection)  # type: ignore[arg-type]
             try:
-                report = self.connections[worker].recv()
+                report = self._connections[worker].recv()
             except (EOFError, OSError):
                 raise self._death(worker) from None
             if isinstance(report, _Failed):
@@ -167,7 +169,7 @@ class WorkerPool:
     def _send(self, worker: int, message: object) -> None:
         """Send to a worker that may have died."""
         try:
-            self.connections[worker].send(message)
+            self._connections[worker].send(message)
         except OSError:
             raise self._death(worker) from None
 
@@ -178,7 +180,7 @@ class WorkerPool:
         code = process.exitcode
         how = f"exit code {code}"
         if code is not None and code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
+            how = f"signal {-code}, {signal.strsignal(-code)}"
         item = int.from_bytes(self._at_work_on[8 * worker : 8 * worker + 8], "little")
         return WorkerError(
             f"a worker process died ({how}) while it was at this image. If memory ran out, use "
@@ -254,15 +256,15 @@ def _prepare_one(location: Any, label: int, task: Task) -> tuple[bytes, tuple[in
     """Read and prepare one image: the bytes to store, its record, why it was transcoded."""
     try:
         content, own_label = task.source.read(location)
+        prepared = prepare_image(content, task.settings)
     except ConversionError:
         raise
     except OSError as error:
         raise ConversionError(
             f"it cannot be read: {error.strerror or error}. Did it change during the conversion?"
         ) from error
-    except Exception as error:  # a user's dataset may raise anything
+    except Exception as error:  # a user's dataset may raise anything, and so may PIL's plugins
         raise ConversionError(f"reading it failed with {error!r}") from error
-    prepared = prepare_image(content, task.settings)
     source = source_bytes(content)
     source_crc = google_crc32c.value(source)
     same = prepared.data is source

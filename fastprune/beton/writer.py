@@ -82,6 +82,8 @@ def convert(
     num_workers = _checked_workers(workers)
     if on_error not in ("stop", "skip"):
         raise InvalidValueError(f"on_error must be 'stop' or 'skip', but is {on_error!r}.")
+    if shuffle_seed is not None and shuffle_seed < 0:
+        raise InvalidValueError(f"shuffle_seed must be >= 0, but is {shuffle_seed}.")
     path = Path(beton_path)
     if path.is_dir():
         raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
@@ -173,7 +175,7 @@ def _take_up(
     count = assembly.num_placed
     with _named_write_errors(partial):
         journal.start(identity)
-        journal.add(assembly.records[:count], {at: assembly.reasons[at] for at in assembly.reasons})
+        journal.add(assembly.records[:count], assembly.reasons)
         partial.touch()
         with partial.open("r+b") as file:
             # Zeros where the frame will be written, and nothing behind the last intact image.

@@ -113,7 +113,7 @@ def check(
     else:
         for fault in faults:
             click.echo(str(fault))
-        found = f"{len(faults):,} faults" if faults else "no faults"
+        found = {0: "no faults", 1: "1 fault"}.get(len(faults), f"{len(faults):,} faults")
         click.echo(f"{found} in {time.monotonic() - start:.1f} s: {beton}")
     sys.exit(1 if faults else 0)
 

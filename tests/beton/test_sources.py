@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from fastprune import convert, open_beton
@@ -242,6 +243,12 @@ def test_shards_of_several_splits_in_one_folder_are_refused(tmp_path):
     refused(r"several splits \(train, val\).*val-\*.tar", tmp_path / "shards", tmp_path)
 
 
+def test_left_over_tars_beside_class_folders_are_not_taken_for_the_data(tmp_path):
+    root = write_image_folder(tmp_path / "images")
+    write_tar(root / "n01440764.tar", [("a.JPEG", b"x")])
+    refused(r"images holds both folders and \.tar files.*or move them away", root, tmp_path)
+
+
 def test_names_that_climb_out_of_the_folder_stay_data(tmp_path):
     (tmp_path / "shards").mkdir()
     files = [
@@ -428,6 +435,7 @@ def test_dataset_that_cannot_be_pickled_is_converted(tmp_path):
         (([1, 2], 0), "Pairs/1: it is a list, but must be a PIL image"),
         ((np.zeros((4, 4, 4), np.uint8), 0), r"its pixels are uint8 of shape \(4, 4, 4\)"),
         ((np.zeros((4, 4, 3), np.float32), 0), "its pixels are float32"),
+        ((Image.new("RGB", (0, 4)), 0), "Pairs/1: reading it failed with"),
         ({"img": 0}, r"Pairs/1: reading it failed with KeyError\('image'\)"),
     ],
 )

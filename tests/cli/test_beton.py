@@ -112,7 +112,7 @@ def test_check_lists_faults_and_returns_one(beton):
     fault, summary = result.stdout.splitlines()
     assert fault.startswith("crc: row 5: ")
     assert fault.endswith("(from class_01/001.jpg)")
-    assert summary.startswith("1 faults in ")
+    assert summary.startswith("1 fault in ")
 
 
 def test_check_gives_json_to_machines(beton):

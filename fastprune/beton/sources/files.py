@@ -21,7 +21,7 @@ def shard_files(path: Path, suffix: str) -> list[Path]:
         The files in the order of their names; empty where there are none.
 
     Raises:
-        ConversionError: the folder holds the shards of more than one split.
+        ConversionError: the folder holds the shards of more than one split, or class folders too.
     """
     if path.suffix == suffix and path.is_file():
         return [path]
@@ -35,9 +35,18 @@ def shard_files(path: Path, suffix: str) -> list[Path]:
                 f"{folder} holds the shards of several splits ({', '.join(splits)}). Name those of "
                 f"one: '{folder / splits[-1]}-*{suffix}'"
             )
+        if files and folder == path and any(_is_class_folder(entry) for entry in path.iterdir()):
+            raise ConversionError(
+                f"{path} holds both folders and {suffix} files. Name the files by a pattern, "
+                f"'{path}/*{suffix}', or move them away to convert the folders."
+            )
         if files:
             return files
     return []
+
+
+def _is_class_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
 
 
 def files_identity(files: list[Path]) -> str:
