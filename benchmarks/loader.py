@@ -10,7 +10,6 @@ its own, and so is the memory that a loader needs.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -49,7 +48,8 @@ from fastprune.loading.loader import Loader
 def resident():
     lines = open("/proc/self/status").read().splitlines()
     return sum(int(l.split()[1]) for l in lines if l.startswith(("RssAnon", "RssShmem"))) * 1024
-loader = Loader(sys.argv[1], batch_size=256, backend=sys.argv[2], augment="rrc", raw=sys.argv[3] == "uint8", tail="exact")
+raw = sys.argv[3] == "uint8"
+loader = Loader(sys.argv[1], batch_size=256, backend=sys.argv[2], raw=raw, tail="exact")
 before, peak = resident(), 0
 for _ in range(2):
     for batch in loader:
@@ -167,7 +167,7 @@ def candidates(
     ]
     kept = [paths[row] for row in rows]
     runs["dali files"] = partial(dali_files, kept, settings)
-    if importlib.util.find_spec("spdl") is not None:
+    if spdl_works():
         runs["spdl"] = partial(spdl_files, kept, settings)
     return runs
 
@@ -197,6 +197,15 @@ def dali_files(paths: list[str], settings: dict) -> None:
     for _ in range(-(-len(paths) // settings["batch_size"])):
         (images,) = pipe.run()
         torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()
+
+
+def spdl_works() -> bool:
+    """Whether SPDL is installed and finds the FFmpeg it was built for."""
+    try:
+        from spdl.io import demux_image  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
 
 
 def spdl_files(paths: list[str], settings: dict) -> None:
