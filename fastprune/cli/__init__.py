@@ -45,10 +45,8 @@ def main(debug: bool) -> None:
     \b
     images --convert--> train.beton --score--> scores --select--> subset --train--> student
     """  # noqa: D301 - click reads \b as "keep these lines"
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    # Other libraries stay quiet: numba and matplotlib tell thousands of lines at DEBUG.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("fastprune").setLevel(logging.DEBUG if debug else logging.INFO)
 
 

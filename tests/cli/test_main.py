@@ -60,6 +60,21 @@ def test_fault_of_the_users_data_is_one_message_and_exit_one(failing_command):
     assert result.stderr == "FastpruneError: train.beton is damaged. Convert it again.\n"
 
 
+def test_debug_messages_are_those_of_fastprune_alone():
+    script = (
+        "import logging, sys\n"
+        "from fastprune.cli import main\n"
+        "sys.argv = ['fastprune', '--debug', 'check', '/nowhere']\n"
+        "try:\n    main()\nexcept BaseException:\n    pass\n"
+        "logging.getLogger('fastprune.cli').debug('ours')\n"
+        "logging.getLogger('numba.core').debug('theirs')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "DEBUG fastprune.cli: ours\n"
+
+
 def test_debug_shows_the_traceback(failing_command):
     result = CliRunner().invoke(main, ["--debug", "fail"])
     assert isinstance(result.exception, FastpruneError)
