@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 class _Section(BaseModel):
     """Settings that cannot change and hold no unknown key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(_Section):

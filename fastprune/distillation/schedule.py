@@ -18,7 +18,7 @@ def make_optimizer(model: nn.Module, settings: ScheduleSettings) -> SGD:
         model.parameters(),
         lr=settings.learning_rate,
         momentum=settings.momentum,
-        nesterov=settings.nesterov,
+        nesterov=settings.nesterov and settings.momentum > 0,
         weight_decay=settings.weight_decay,
     )
 

@@ -46,6 +46,11 @@ def test_shortest_runs_have_a_schedule(policy, steps):
     assert all(0 <= rate <= 0.2 for rate in rates(steps, epochs=1, policy=policy))
 
 
+def test_nesterov_without_momentum_is_plain_descent():
+    schedule = ScheduleSettings(epochs=1, momentum=0, nesterov=True)
+    assert make_optimizer(nn.Linear(2, 2), schedule).param_groups[0]["nesterov"] is False
+
+
 def test_optimizer_takes_the_settings():
     schedule = ScheduleSettings(epochs=1, momentum=0.7, nesterov=True, weight_decay=0.5)
     group = make_optimizer(nn.Linear(2, 2), schedule).param_groups[0]
