@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.errors import InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.networks import build_network, load_weights
+from fastprune.networks import build_network, load_weights, weights_metadata
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def evaluate_checkpoint(
         ArtifactError: the checkpoint cannot be read or does not fit the network.
         BetonError: the beton cannot be read.
     """
-    told = _checkpoint_metadata(Path(checkpoint))
+    told = weights_metadata(checkpoint)
     network = network or told.get("network")
     size = image_size or int(told.get("image_size", 0))
     for name, value in (("--network", network), ("--image-size", size)):
@@ -106,16 +105,3 @@ def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     rows = torch.tensor(len(labels), device=labels.device)
     return torch.stack([rows, hits[:, 0].sum(), hits.sum(), loss]).double()
-
-
-def _checkpoint_metadata(path: Path) -> dict[str, str]:
-    """The texts in a safetensors header; none for other files."""
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error

@@ -15,7 +15,7 @@ class Result:
     Attributes:
         name: of the run.
         seed: of the student's weights, the order and the views.
-        rows: rows that were trained on in an epoch.
+        rows: rows of the subset; an epoch leaves out the last few, drawn anew, that fill no batch.
         epochs: passes over them.
         startup_seconds: opening files, compiling the decoder, loading the teacher.
         train_seconds: the epochs, without validation and without compilation.
@@ -23,7 +23,7 @@ class Result:
         total_seconds: everything that the caller waited for.
         data_wait_share: share in [0, 1] of train_seconds spent waiting for a batch.
         top1_last: top-1 accuracy in [0, 1] on the validation set after the last epoch.
-        top1_best: the best over all epochs; chosen on the validation set, so it flatters.
+        top1_best: the best of all validations; chosen on the validation set, so it flatters.
         top5_last: top-5 accuracy in [0, 1] after the last epoch.
         curve: one dict per validation: epoch, train_seconds so far, top1, val_loss.
         student: file with the student's weights.

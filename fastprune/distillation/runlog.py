@@ -22,6 +22,9 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         self._start = time.perf_counter()
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        # TensorBoard would draw the events of an earlier, unfinished run into the same curves.
+        for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+            old.unlink()
         self._events = SummaryWriter(folder / "tensorboard")
 
     def __enter__(self) -> Self:

@@ -76,6 +76,15 @@ def test_finished_run_is_not_overwritten(recipe, tmp_path):
     assert (tmp_path / "run" / "result.json").read_text() == "{}"
 
 
+def test_run_that_is_begun_again_replaces_the_metrics_of_the_first(recipe, tmp_path):
+    for seed in (0, 1):
+        distill(recipe(run={"seed": seed}))
+        (tmp_path / "run" / "result.json").unlink()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
 def test_diverged_loss_stops_the_run_with_its_step(recipe, tmp_path):
     with pytest.raises(TrainingError, match=r"the loss became (nan|inf) by step \d+ \(epoch 1\)"):
         distill(recipe(schedule={"learning_rate": 1e30, "epochs": 2}))
