@@ -167,7 +167,7 @@ def candidates(
     ]
     kept = [paths[row] for row in rows]
     runs["dali files"] = partial(dali_files, kept, settings)
-    if spdl_works():
+    if spdl_works(kept[0]):
         runs["spdl"] = partial(spdl_files, kept, settings)
     return runs
 
@@ -199,10 +199,12 @@ def dali_files(paths: list[str], settings: dict) -> None:
         torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()
 
 
-def spdl_works() -> bool:
+def spdl_works(path: str) -> bool:
     """Whether SPDL is installed and finds the FFmpeg it was built for."""
     try:
-        from spdl.io import demux_image  # noqa: F401
+        from spdl.io import demux_image
+
+        demux_image(path)  # loads FFmpeg
     except (ImportError, RuntimeError):
         return False
     return True
