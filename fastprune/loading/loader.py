@@ -18,12 +18,13 @@ from fastprune.beton.rows import RowsLike
 from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
 from fastprune.loading.checks import require_at_least, require_one_of
+from fastprune.loading.delivery import Delivery
 from fastprune.loading.device import choose_device
 from fastprune.loading.dropin import EpochSampler, KeptImages
 from fastprune.loading.engine import make_engine, make_native_reader
 from fastprune.loading.faults import RowFaults
 from fastprune.loading.kept import kept_rows
-from fastprune.loading.layouts import LAYOUTS, ContrastRows, Transform, arranged, transformed
+from fastprune.loading.layouts import LAYOUTS, ContrastRows, Transform
 from fastprune.loading.order import ORDERS, TAILS, Plan, this_rank
 from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD, Normalizer
 
@@ -149,13 +150,17 @@ class Loader:
         self.device = choose_device(device)
         self._order = order or ("random" if train else "sequential")
         self._tail = tail or ("drop" if train else "exact")
-        self._layout = layout
-        self._transform = transform
         self._num_negatives = num_negatives
         self._seed = seed
         self._distributed = distributed
         self._recipe = Recipe.make(augment, image_size=image_size, train=train)
-        self._normalize = Normalizer(self.device, mean, std, None if raw else dtype)
+        self._deliver = Delivery(
+            layout=layout,
+            labels=self.beton.labels,
+            normalize=Normalizer(self.device, mean, std, None if raw else dtype),
+            seed=seed,
+            transform=transform,
+        )
         self._open_pages = open_pages
         self._next = self._position = (0, 0)
         self._rows_changed = False
@@ -244,10 +249,30 @@ class Loader:
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:
                 continue  # every row of it was left out
-            batch = self._deliver(pixels, rows, epoch)
+            batch = self._deliver(pixels, rows, epoch=epoch)
             self._position = (epoch, count)
             yield batch
         self._position = (epoch + 1, 0)
+
+    def views(self, rows: NDArray[np.int64], *, epoch: int, k: int = 0) -> NDArray[np.int32]:
+        """Which part of each image an epoch shows.
+
+        Args:
+            rows: (n,) int64, in the beton.
+            epoch: in [0, 2**63).
+            k: which view of the row within the epoch.
+
+        Returns:
+            (n, 7) int32, see `augment.Recipe.views`.
+        """
+        return self._recipe.views(
+            rows,
+            self.beton.widths[rows].astype(np.int64),
+            self.beton.heights[rows].astype(np.int64),
+            seed=self._seed,
+            epoch=epoch,
+            k=k,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next iterator runs.
@@ -331,17 +356,17 @@ class Loader:
             plan = replace(plan, rows=self._rows[: self.batch_size], order="sequential")
         decoded = self._decoded(plan, 0, 0)
         for pixels, rows in itertools.islice(decoded, 1):
-            self._deliver(pixels, rows, 0)
+            self._deliver(pixels, rows, epoch=0)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows."""
         self._plan(rows)
         labels = self.beton.labels[rows]
-        self._contrast = None
-        if self._layout == "xyi_contrast":
-            self._contrast = ContrastRows(
+        if self._deliver.layout == "xyi_contrast":
+            contrast = ContrastRows(
                 rows, labels, num_negatives=self._num_negatives, seed=self._seed
             )
+            self._deliver = replace(self._deliver, contrast=contrast)
         if self._native is not None:
             self._native.use(rows)
         self._rows = rows
@@ -396,53 +421,14 @@ class Loader:
             return self._native.epoch(plan, epoch)
         assert self._engine is not None
         batches = plan.batches(epoch)[consumed:]
-        if self._layout == "two_view":
-            batches = [np.concatenate([rows, rows]) for rows in batches]
-        return self._engine.decode(batches, partial(self._views, epoch=epoch))
+        if self._deliver.num_views > 1:
+            batches = [np.tile(rows, self._deliver.num_views) for rows in batches]
+        return self._engine.decode(batches, partial(self._views_in_batch, epoch=epoch))
 
-    def _views(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
-        """One view of each row, or, where all rows come twice, the first and the second."""
-        num_views = 2 if self._layout == "two_view" else 1
-        return np.concatenate(
-            [
-                self._recipe.views(
-                    part,
-                    self.beton.widths[part].astype(np.int64),
-                    self.beton.heights[part].astype(np.int64),
-                    seed=self._seed,
-                    epoch=epoch,
-                    k=k,
-                )
-                for k, part in enumerate(np.split(rows, num_views))
-            ]
-        )
-
-    def _deliver(
-        self, pixels: torch.Tensor, rows: NDArray[np.int64], epoch: int
-    ) -> tuple[Any, ...]:
-        """Put a decoded batch together as the layout says."""
-        pixels = pixels.to(self.device, non_blocking=True)
-        if self._layout == "two_view":
-            rows, _ = np.split(rows, 2)
-            first, second = pixels.chunk(2)
-            images: Any = self._normalize(first), self._finished(second, rows, epoch)
-        else:
-            images = self._finished(pixels, rows, epoch)
-        labels = self.beton.labels[rows]
-        contrast = None
-        if self._contrast is not None:
-            contrast = self._tensor(self._contrast.draw(rows, labels, epoch=epoch))
-        return arranged(self._layout, images, self._tensor(labels), self._tensor(rows), contrast)
-
-    def _finished(self, pixels: torch.Tensor, rows: NDArray[np.int64], epoch: int) -> torch.Tensor:
-        """Transform where asked, and normalise."""
-        if self._transform is not None:
-            pixels = transformed(pixels, self._transform, rows, seed=self._seed, epoch=epoch)
-        return self._normalize(pixels)
-
-    def _tensor(self, numbers: NDArray[np.int64]) -> torch.Tensor:
-        """Numbers on the device."""
-        return torch.from_numpy(numbers).to(self.device)
+    def _views_in_batch(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
+        """The views of rows that come once for each view."""
+        parts = np.split(rows, self._deliver.num_views)
+        return np.concatenate([self.views(part, epoch=epoch, k=k) for k, part in enumerate(parts)])
 
 
 def _require_plain_reading(backend: str, layout: str, on_error: str, verify_crc: bool) -> None:

@@ -65,7 +65,7 @@ def test_pixels_are_those_of_cropping_and_resizing_with_pil(stock_beton):
     beton = open_beton(stock_beton)
     loader = _loader(stock_beton, raw=True, tail="exact")
     for images, _, rows in loader:
-        views = loader._views(rows.numpy(), epoch=0)
+        views = loader.views(rows.numpy(), epoch=0)
         for image, row, (top, left, height, width, _, _, flip) in zip(
             images, rows, views, strict=True
         ):
