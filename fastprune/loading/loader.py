@@ -148,8 +148,14 @@ class Loader:
         self.beton = open_beton(beton)
         self.num_workers = num_workers or len(os.sched_getaffinity(0))
         self.device = choose_device(device)
-        self._order = order or ("random" if train else "sequential")
-        self._tail = tail or ("drop" if train else "exact")
+        self._unranked = Plan(
+            rows=np.empty(0, np.int64),
+            batch_size=batch_size,
+            order=order or ("random" if train else "sequential"),
+            seed=seed,
+            tail=tail or ("drop" if train else "exact"),
+            open_pages=open_pages,
+        )
         self._num_negatives = num_negatives
         self._seed = seed
         self._distributed = distributed
@@ -161,7 +167,6 @@ class Loader:
             seed=seed,
             transform=transform,
         )
-        self._open_pages = open_pages
         self._next = self._position = (0, 0)
         self._rows_changed = False
         self._faults = RowFaults(self.beton, skip=on_error == "skip", verify_crc=verify_crc)
@@ -180,7 +185,7 @@ class Loader:
     @property
     def rows(self) -> NDArray[np.int64]:
         """The kept rows: (K,) int64, sorted and unique."""
-        return self._rows
+        return self._unranked.rows
 
     @property
     def num_classes(self) -> int:
@@ -211,7 +216,7 @@ class Loader:
     @property
     def drop_last(self) -> bool:
         """Whether rows that fill no batch are left out."""
-        return self._tail == "drop"
+        return self._unranked.tail == "drop"
 
     @property
     def num_repeated(self) -> int:
@@ -312,7 +317,7 @@ class Loader:
         return {
             "epoch": epoch,
             "batches": consumed,
-            "rows": torch.from_numpy(self._rows) if self._rows_changed else None,
+            "rows": torch.from_numpy(self.rows) if self._rows_changed else None,
             **self._terms(),
         }
 
@@ -333,7 +338,7 @@ class Loader:
                 f'an epoch of order="buffered" cannot be resumed after {state["batches"]} batches. '
                 'Resume from a state between epochs, or use order="random".'
             )
-        rows = self._rows if state["rows"] is None else state["rows"].numpy()
+        rows = self.rows if state["rows"] is None else state["rows"].numpy()
         theirs, ours = {name: state[name] for name in self._terms()}, self._terms(rows)
         if theirs != ours:
             differing = ", ".join(
@@ -353,62 +358,59 @@ class Loader:
         """Compile and decode one batch that nobody sees, so that no clock counts it later."""
         plan = replace(self._plan(), tail="pad", rank=0, world=1)
         if self._native is None:
-            plan = replace(plan, rows=self._rows[: self.batch_size], order="sequential")
+            plan = replace(plan, rows=self.rows[: self.batch_size], order="sequential")
         decoded = self._decoded(plan, 0, 0)
         for pixels, rows in itertools.islice(decoded, 1):
             self._deliver(pixels, rows, epoch=0)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
-        """Make these the kept rows."""
-        self._plan(rows)
+        """Make these the kept rows, or change nothing."""
         labels = self.beton.labels[rows]
-        if self._deliver.layout == "xyi_contrast":
+        pages = self.beton.offsets[rows] // self.beton.page_bytes
+        delivery = self._deliver
+        if delivery.layout == "xyi_contrast":
             contrast = ContrastRows(
                 rows, labels, num_negatives=self._num_negatives, seed=self._seed
             )
-            self._deliver = replace(self._deliver, contrast=contrast)
+            delivery = replace(delivery, contrast=contrast)
+        plan = replace(self._unranked, rows=rows, pages=pages)
+        self._require_batches(plan)
         if self._native is not None:
             self._native.use(rows)
-        self._rows = rows
+        self._unranked, self._deliver = plan, delivery
         names = self.beton.class_names
         self.dataset = KeptImages(
             targets=labels,
             classes=names or tuple(str(label) for label in range(self.beton.num_classes)),
         )
 
-    def _plan(self, rows: NDArray[np.int64] | None = None) -> Plan:
+    def _plan(self) -> Plan:
         """The epochs of this rank, as many ranks as there are now."""
-        rows = self._rows if rows is None else rows
+        return self._require_batches(self._unranked)
+
+    def _require_batches(self, unranked: Plan) -> Plan:
+        """The plan for this rank; refuse one that drops everything."""
         rank, world = this_rank(self._distributed)
-        plan = Plan(
-            rows=rows,
-            batch_size=self.batch_size,
-            order=self._order,
-            seed=self._seed,
-            tail=self._tail,
-            rank=rank,
-            world=world,
-            pages=self.beton.offsets[rows] // self.beton.page_bytes,
-            open_pages=self._open_pages,
-        )
-        if self._tail == "drop" and plan.num_batches() == 0:
+        plan = replace(unranked, rank=rank, world=world)
+        if plan.tail == "drop" and plan.num_batches() == 0:
             ranks = f" on each of {world} ranks" if world > 1 else ""
             raise InvalidValueError(
-                f"{len(rows):,} kept rows of {self.beton.path} fill no batch of "
+                f"{len(plan.rows):,} kept rows of {self.beton.path} fill no batch of "
                 f'{self.batch_size:,}{ranks}. Use a smaller batch_size, or tail="pad" or "exact".'
             )
         return plan
 
     def _terms(self, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
         """What besides the position decides which batches come."""
-        rows = self._rows if rows is None else rows
+        rows = self.rows if rows is None else rows
+        plan = self._unranked
         return {
-            "seed": self._seed,
-            "batch_size": self.batch_size,
+            "seed": plan.seed,
+            "batch_size": plan.batch_size,
             "world": this_rank(self._distributed)[1],
-            "order": self._order,
-            "open_pages": self._open_pages,
-            "tail": self._tail,
+            "order": plan.order,
+            "open_pages": plan.open_pages,
+            "tail": plan.tail,
             "recipe": str(self._recipe),
             "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
         }
