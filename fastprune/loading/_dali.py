@@ -18,6 +18,7 @@ from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
 from fastprune.errors import BetonError, LoadingError, MissingDependencyError
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
+from fastprune.loading.device import cuda_index
 from fastprune.loading.faults import FileWatch, RowFaults
 
 try:
@@ -40,6 +41,8 @@ _BATCHES_AHEAD = 2
 
 class DaliEngine:
     """Decodes given rows of one beton with given views by DALI; see `engine.Engine`."""
+
+    name = "dali"
 
     def __init__(
         self,
@@ -113,10 +116,12 @@ class DaliEngine:
         """What the pipeline is fed, batch by batch; the rows are noted in `fed`."""
         for rows in batches:
             self._file.check()
+            rows = rows[~np.isin(rows, list(unusable))]
             altered = self._faults.altered(rows)
-            for row in np.unique(rows[altered]):
-                self._faults.report(int(row), "its bytes are not those that were written (CRC-32C)")
-            rows = rows[~altered & ~np.isin(rows, list(unusable))]
+            for row in np.unique(rows[altered]).tolist():
+                self._faults.report(row, "its bytes are not those that were written (CRC-32C)")
+                unusable.add(row)
+            rows = rows[~altered]
             fed.append(rows)
             if len(rows):
                 yield self._sample(rows, draw_views(rows))
@@ -140,7 +145,7 @@ class DaliEngine:
             size_hint=(int(self._beton.widths.max()), int(self._beton.heights.max())),
             batch_size=batch_size,
             num_threads=self._num_workers,
-            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
+            device_id=cuda_index(self._device),
             prefetch_queue_depth=_BATCHES_AHEAD,
         )
         pipeline.build()

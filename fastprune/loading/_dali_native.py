@@ -22,6 +22,7 @@ from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.reader import Beton
 from fastprune.errors import LoadingError
 from fastprune.loading.augment import Recipe
+from fastprune.loading.device import cuda_index
 from fastprune.loading.faults import FileWatch
 from fastprune.loading.order import Plan
 
@@ -33,6 +34,8 @@ _SHUFFLE_BUFFER_ROWS = 1024
 
 class NativeReader:
     """Epochs of a subset, read by DALI alone."""
+
+    name = "dali"
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class NativeReader:
             num_shards=plan.world,
             batch_size=plan.batch_size,
             num_threads=self._num_workers,
-            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
+            device_id=cuda_index(self._device),
             seed=int(np.random.Philox(key=key).random_raw() >> 33),
         )
         pipeline.build()

@@ -188,6 +188,13 @@ class Loader:
         return self._unranked.rows
 
     @property
+    def backend(self) -> str:
+        """The engine at work: "ffcv" or "dali"."""
+        engine = self._native or self._engine
+        assert engine is not None
+        return engine.name
+
+    @property
     def num_classes(self) -> int:
         """Classes in the beton, also those of which no row is kept."""
         return self.beton.num_classes

@@ -270,6 +270,13 @@ def test_auto_is_dali_on_a_gpu_and_else_what_is_there(monkeypatch, installed, de
     assert engine._choose(torch.device(device)) == chosen
 
 
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_the_loader_says_which_engine_works(stock_beton, backend):
+    if backend == "dali":
+        require_library("dali")
+    assert _loader(stock_beton, backend=backend).backend == backend
+
+
 def test_no_engine_at_all_is_named_with_its_cure(stock_beton, monkeypatch):
     monkeypatch.setattr(engine, "_is_installed", lambda package: False)
     with pytest.raises(MissingDependencyError, match=r"no engine.*pip install fastprune\[ffcv\]"):
