@@ -59,7 +59,7 @@ class DaliEngine:
         self._device = device
         self._faults = faults
         self._file = FileWatch(beton)
-        self._decoder_is_known = device.type != "cuda"
+        self._decoder_is_known = False
         _require_jpegs(beton)
 
     def decode(
@@ -159,8 +159,8 @@ class DaliEngine:
             return None
         # DALI uses the memory of its outputs again.
         pixels = torch.utils.dlpack.from_dlpack(outputs.as_tensor()).clone()
-        if not self._decoder_is_known:
-            _require_nvjpeg()
+        if self._device.type == "cuda" and not self._decoder_is_known:
+            require_nvjpeg()
             self._decoder_is_known = True
         return pixels
 
@@ -221,7 +221,7 @@ def _reason(error: RuntimeError) -> str:
     )
 
 
-def _require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
+def require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
     """Refuse "mixed" decoding that silently fell back to the CPU.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from fastprune.loading.layouts import LAYOUTS, ContrastRows, Transform
 from fastprune.loading.order import ORDERS, TAILS, Plan, this_rank
 from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD, Normalizer
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -381,7 +383,11 @@ class Loader:
             )
             delivery = replace(delivery, contrast=contrast)
         plan = replace(self._unranked, rows=rows, pages=pages)
-        self._require_batches(plan)
+        num_repeated = self._require_batches(plan).num_repeated()
+        if num_repeated:
+            _LOG.info(
+                "%s: each epoch repeats %d rows to fill its batches", self.beton.path, num_repeated
+            )
         if self._native is not None:
             self._native.use(rows)
         self._unranked, self._deliver = plan, delivery

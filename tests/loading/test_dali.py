@@ -150,11 +150,11 @@ def test_raw_rows_are_refused(tmp_path):
 
 
 def test_decoding_on_a_gpu_needs_nvjpeg_in_the_process(tmp_path):
-    from fastprune.loading._dali import _require_nvjpeg
+    from fastprune.loading._dali import require_nvjpeg
 
     maps = tmp_path / "maps"
     maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/torchvision.libs/libnvjpeg.so\n")
     with pytest.raises(MissingDependencyError, match="pip install nvidia-nvjpeg"):
-        _require_nvjpeg(maps)
+        require_nvjpeg(maps)
     maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/nvidia/libnvjpeg.so.13\n")
-    _require_nvjpeg(maps)
+    require_nvjpeg(maps)

@@ -74,8 +74,10 @@ def test_evaluation_visits_every_row_once_in_order(stock_beton):
     assert len(loader) == 4
 
 
-def test_a_padded_epoch_says_how_many_rows_it_repeats(stock_beton):
-    loader = _loader(stock_beton, tail="pad")
+def test_a_padded_epoch_says_how_many_rows_it_repeats(stock_beton, caplog):
+    with caplog.at_level("INFO", "fastprune"):
+        loader = _loader(stock_beton, tail="pad")
+    assert "each epoch repeats 2 rows" in caplog.text
     assert len(_rows(loader)) == 32
     assert loader.num_repeated == 2
 
