@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -75,6 +75,7 @@ def test_gaps_between_images_are_zeros(tmp_path):
         assert not beton.content[end : beton.offsets[row + 1]].any()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5 * MIB), max_size=60))
 def test_no_place_crosses_a_page_however_the_page_grew(sizes):
     cursor = PageCursor(2 * MIB, 2 * MIB)
