@@ -220,9 +220,8 @@ class Loader:
     def batch_sampler(self) -> EpochSampler:
         """For code that calls `loader.batch_sampler.sampler.set_epoch`."""
         return EpochSampler(
-            batch_size=self.batch_size,
-            drop_last=self.drop_last,
-            batches=lambda: self._plan().batches(self._next[0]),
+            plan=self._plan,
+            next_epoch=lambda: self._next[0],
             set_epoch=self.set_epoch,
             as_batches=True,
         )
