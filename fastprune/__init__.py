@@ -5,9 +5,39 @@ neither torch nor ffcv nor DALI.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastprune.artifacts.scores import ScoreTable
+    from fastprune.artifacts.subset import Subset
+    from fastprune.beton.check import check_beton
+    from fastprune.beton.compact import compact
+    from fastprune.beton.reader import open_beton
+    from fastprune.beton.writer import convert
+    from fastprune.difficulty.kernels import centroid_distances
+    from fastprune.difficulty.teacher import score
+    from fastprune.distillation.losses import LogitReshaper
+    from fastprune.distillation.trainer import distill
+    from fastprune.loading.loader import Loader
+    from fastprune.selection.strategies import select_rows
+
+__all__ = [
+    "Loader",
+    "LogitReshaper",
+    "ScoreTable",
+    "Subset",
+    "__version__",
+    "centroid_distances",
+    "check_beton",
+    "compact",
+    "convert",
+    "distill",
+    "open_beton",
+    "score",
+    "select_rows",
+]
 
 _HOMES = {
     "LogitReshaper": "fastprune.distillation.losses",
@@ -23,8 +53,6 @@ _HOMES = {
     "score": "fastprune.difficulty.teacher",
     "select_rows": "fastprune.selection.strategies",
 }
-
-__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
