@@ -7,7 +7,11 @@ neither torch nor ffcv nor DALI.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastprune.compile_cache import ensure_compile_cache
+
 __version__ = "0.1.0"
+
+ensure_compile_cache()
 
 if TYPE_CHECKING:
     from fastprune.artifacts.scores import ScoreTable
