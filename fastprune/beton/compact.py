@@ -18,7 +18,7 @@ from fastprune.artifacts.fingerprint import (
 )
 from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines, stored_crc32c
-from fastprune.beton.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from fastprune.beton.manifest import Manifest, manifest_path, write_parquet
 from fastprune.beton.output import write_frame, write_images
 from fastprune.beton.pages import PageCursor
 from fastprune.beton.reader import Beton, image_and_label, open_beton
@@ -73,12 +73,14 @@ def compact(
         fields = (*fields, _ROW_FIELD)
     lines = _parent_lines(beton).take(rows)
     lines = lines.set_column(0, "row", pa.array(np.arange(len(rows))))
+    manifest = _manifest(beton, rows, lines, out)
     with atomic_path(out) as temporary:
         _write(beton, rows, fields, lines, temporary)
-        # An older beton must not stand beside the new manifest for a moment.
-        out.unlink(missing_ok=True)
-        write_manifest(_manifest(beton, rows, lines, out), lines.to_batches())
-    return read_manifest(manifest_path(out))
+        with atomic_path(manifest.path) as unnamed:
+            write_parquet(unnamed, manifest, lines.to_batches())
+            # An older beton must not stand beside the new manifest for a moment.
+            out.unlink(missing_ok=True)
+    return manifest
 
 
 def _parent_lines(beton: Beton) -> pa.Table:

@@ -1,10 +1,13 @@
 """Compaction copies rows byte for byte, with all their fields and their history."""
 
+import errno
+
 import numpy as np
 import pytest
 
 from fastprune import Subset, check_beton, compact, convert, open_beton
 from fastprune.artifacts.fingerprint import content_digest
+from fastprune.beton import compact as module
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.structure import read_tables
 from fastprune.errors import ArtifactError, ArtifactMismatch, BetonError, InvalidValueError
@@ -138,6 +141,21 @@ def test_a_beton_is_not_compacted_into_itself(ours):
 def test_a_folder_that_does_not_exist_is_named(ours, tmp_path):
     with pytest.raises(ArtifactError, match=r"the folder .*nowhere does not exist"):
         compact(ours, tmp_path / "nowhere" / "b.beton")
+
+
+def test_an_older_beton_stands_until_the_new_manifest_is_written(ours, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    compact(ours, tmp_path / "b.beton", subset=ROWS)
+    monkeypatch.setattr(module, "write_parquet", full)
+    with pytest.raises(
+        ArtifactError, match=r"cannot write .*b\.beton\.manifest\.parquet: No space"
+    ):
+        compact(ours, tmp_path / "b.beton")
+    child = open_beton(tmp_path / "b.beton")
+    assert (child.num_rows, child.fingerprint.content is None) == (4, False)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_raw_images_cannot_be_indexed_for_dali(tmp_path):
