@@ -83,6 +83,7 @@ def test_every_field_of_another_writers_beton_is_copied_and_aligned(tmp_path):
     manifest = compact(plain, tmp_path / "b.beton", subset=np.array([1, 2, 5]))
     assert check_beton(tmp_path / "b.beton", deep=True) == []
     assert manifest.counts == {"found": 3}
+    assert manifest.table()["original_row"].to_pylist() == [1, 2, 5]
     before, after = read_tables(plain), read_tables(tmp_path / "b.beton")
     assert after.fields == before.fields
     assert (after.allocations["ptr"] % 512 == 0).all()
