@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from fastprune import convert, open_beton
+from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.errors import ConversionError, InvalidValueError
 from tests.images import jpeg_bytes, picture, write_image_folder
 
@@ -186,8 +187,12 @@ def test_flat_folder_takes_classes_by_name_in_sorted_order(flat, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["val_0.JPEG 0\nval_2.JPEG 5\nval_1.JPEG 3\nval_3.JPEG 0\n", "0\n3\n5\n0\n"],
-    ids=["named lines", "bare lines"],
+    [
+        "val_0.JPEG 0\nval_2.JPEG 5\nval_1.JPEG 3\nval_3.JPEG 0\n",
+        "0\n3\n5\n0\n",
+        "\ufeff0\n3\n5\n0\n",
+    ],
+    ids=["named lines", "bare lines", "byte order mark"],
 )
 def test_flat_folder_takes_class_numbers(flat, tmp_path, text):
     (tmp_path / "labels.txt").write_text(text)
@@ -362,6 +367,14 @@ def test_parquet_files_are_read_in_order_with_their_class_names(tmp_path):
     assert labels == [number % 3 for number in range(8)]
     assert sources[6] == "train-00001-of-00002.parquet#1"
     assert beton.class_names == ("cat", "dog", "frog")
+
+
+def test_parquet_tells_about_how_large_images_are_so_that_no_worker_holds_too_many(tmp_path):
+    write_parquet(tmp_path / "a.parquet", range(20), row_group_size=10)
+    sizes = ParquetSource([tmp_path / "a.parquet"]).list_images().source_bytes
+    mean_bytes = np.mean([len(jpeg_bytes(number)) for number in range(20)])
+    assert sizes.shape == (20,)
+    assert mean_bytes <= sizes.mean() < 2 * mean_bytes  # labels and names count, too
 
 
 def test_parquet_splits_in_one_folder_are_refused(tmp_path):
