@@ -3,8 +3,6 @@
 Source: ITU-T T.871 (JFIF).
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
@@ -58,9 +56,7 @@ def colored_vector(typing_context, planes, y, cb, cr, pixels, target):
         blue, red = (levels(cb_at) - 128) << 8, (levels(cr_at) - 128) << 8
         green = luma - _high(red, _GREEN_CR) - _high(blue, _GREEN_CB)
         both = list(range(2 * LANES))
-        first = shuffled(
-            builder, clipped(luma + _high(red, _RED_CR)), clipped(green), both
-        )
+        first = shuffled(builder, clipped(luma + _high(red, _RED_CR)), clipped(green), both)
         third = clipped(luma + _high(blue, _BLUE_CB))
         third = shuffled(builder, third, third, both)
         order = [i for pixel in range(LANES) for i in (pixel, LANES + pixel, 2 * LANES + pixel)]

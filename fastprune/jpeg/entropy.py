@@ -5,11 +5,9 @@ At most 64 symbols of 31 bits are read for a block, so a caller that checks the 
 after each block needs a guard of 248 bytes behind it.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 import numpy as np
 
-from fastprune.jpeg.native import inlined, kernel
+from fastprune.jpeg.native import inlined
 from fastprune.jpeg.stream import load_word
 from fastprune.jpeg.tables import END_OF_BLOCK, extended, places_of
 from fastprune.jpeg.workspace import LIMIT_ITEMS, LOOKUP_BITS, PADDED_BLOCK, SKIP_BITS, SPEC_BYTES
@@ -24,7 +22,7 @@ _SURE_BITS = 57  # a word shifted by up to 7 bits still holds these
 _SYMBOL_BITS = 31  # a code of 16 and a number of 15 bits
 
 # Zigzag order of the coefficients in a block. What lies beyond the 63rd goes to a spare place.
-ZIGZAG = np.full(PADDED_BLOCK, 64, np.int64)
+ZIGZAG = np.full(PADDED_BLOCK, 64, np.uint8)
 ZIGZAG[:64] = sorted(
     range(64),
     key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8),
@@ -37,7 +35,7 @@ def _refilled(stream, bit):
     return load_word(stream, bit >> _THREE) << (bit & _SEVEN)
 
 
-@kernel
+@inlined
 def _long_symbol(bits, entry, work, table):
     """The entry of a symbol that the lookup does not hold whole; 0 where there is no such code."""
     symbol, length = np.int64(entry >> 16), np.int64((entry >> 8) & 255)
@@ -86,6 +84,7 @@ def decode_block(work, bit, component, dc_table, ac_table, quantizer):
     bit += length
     left = _SURE_BITS - np.int64(length)
     base = np.uint64(ac_table << LOOKUP_BITS)
+    quantizer_base = np.uint64(quantizer)
     place = 1
     while place < 64:
         if left < _SYMBOL_BITS:
@@ -97,7 +96,8 @@ def decode_block(work, bit, component, dc_table, ac_table, quantizer):
             if entry == 0:
                 return _DAMAGED
         place += (entry >> 8) & 255
-        block[ZIGZAG[place - 1]] = (entry >> 16) * quantizers[quantizer + place - 1]
+        at = np.uint64(place - 1)
+        block[ZIGZAG[at]] = (entry >> 16) * quantizers[quantizer_base + at]
         length = np.uint64(entry & 63)
         bits <<= length
         bit += length
@@ -130,7 +130,9 @@ def skip_block(work, bit, component, dc_table, ac_table):
         ahead = place + np.int64(step >> _SIZE_BITS)
         if step == _DAMAGED or (ahead & 127) > 64:
             # A long code, or symbols joined beyond this block's end: one symbol alone.
-            entry = np.int64(work.lookups[np.uint64(ac_table << LOOKUP_BITS) + (bits >> _LOOKUP_SHIFT)])
+            entry = np.int64(
+                work.lookups[np.uint64(ac_table << LOOKUP_BITS) + (bits >> _LOOKUP_SHIFT)]
+            )
             if entry & 255 == 0:
                 entry = _long_symbol(bits, entry, work, ac_table)
                 if entry == 0:

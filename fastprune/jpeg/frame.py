@@ -3,8 +3,6 @@
 Whatever is unusual is called unsupported here, damage too: a full decoder then has the last word.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 from fastprune.jpeg.codes import OK, UNSUPPORTED
 from fastprune.jpeg.native import kernel
 from fastprune.jpeg.workspace import NUM_TABLES, PADDED_BLOCK, SPEC_BYTES
@@ -86,10 +84,7 @@ def _read_quantizers(data, start, end, work):
         if wide > 1 or table > 3 or at + (64 << wide) > end:
             return UNSUPPORTED
         for i in range(64):
-            if wide:
-                value = data[at + 2 * i] << 8 | data[at + 2 * i + 1]
-            else:
-                value = data[at + i]
+            value = data[at + 2 * i] << 8 | data[at + 2 * i + 1] if wide else data[at + i]
             work.quantizers[table * PADDED_BLOCK + i] = value
         work.frame[_QUANTIZERS_SEEN] |= 1 << table
         at += 64 << wide

@@ -64,7 +64,7 @@ _eight_numbers = inlined(_eight_points)
 
 
 @kernel
-def inverse_dct_plain(block, plane, start, stride):  # type: ignore[no-untyped-def]
+def inverse_dct_plain(block, plane, start, stride):
     """Transform block[:64] (int16, rows of frequencies) into 8 columns of 8 pixels of the plane."""
     for column in range(8):
         results = _eight_numbers(
@@ -100,10 +100,10 @@ def inverse_dct_plain(block, plane, start, stride):  # type: ignore[no-untyped-d
 
 
 @intrinsic
-def inverse_dct_vector(typing_context, block, plane, start, stride):  # type: ignore[no-untyped-def]
+def inverse_dct_vector(typing_context, block, plane, start, stride):
     """The same on eight lanes of 32 bits."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         block_type, plane_type = signature.args[:2]
         block_value, plane_value, first, step = arguments
         rows = []
@@ -139,7 +139,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 if VECTORS:
 
     @inlined
-    def inverse_dct(block, plane, start, stride):  # type: ignore[no-untyped-def]
+    def inverse_dct(block, plane, start, stride):
         """Transform a block into the plane."""
         inverse_dct_vector(block, plane, np.int64(start), np.int64(stride))
 else:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
-import numba
+
 from llvmlite import ir
 from numba import njit
+from numba.core import config as numba_settings
 
-VECTORS: bool = not numba.config.BOUNDSCHECK and bool(
+BOUNDS_CHECKED = bool(getattr(numba_settings, "BOUNDSCHECK", False))
+VECTORS: bool = not BOUNDS_CHECKED and bool(
     llvmlite.binding.get_host_cpu_features().get("avx2", False)
 )
 

@@ -4,8 +4,6 @@ A plane comes transposed. Its columns are blended first, across the picture; the
 transposed and its rows are blended. Each pass rounds to whole levels, as PIL does.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 import math
 
 import numpy as np
@@ -28,6 +26,8 @@ from fastprune.jpeg.native import (
 
 LANES = 32
 TILE = 16
+# A line of more samples is summed in full: so many products rounded down would darken it.
+_MOST_ROUNDED = 64
 _WHOLE = 65_535.0
 
 
@@ -66,13 +66,24 @@ def weigh(work, start, size, first, last, outputs, support, mirrored):
 @kernel
 def blend_plain(planes, start, stride, weights, first_weight, count, target):
     """Blend 32 samples of `count` lines, `stride` apart, into 32 samples at `target`."""
-    bias = min(128 + count // 2, 255)  # the high products are rounded down
+    bias = 128 + count // 2  # the high products are rounded down
     for lane in range(LANES):
         total = bias
         for i in range(count):
             sample = np.int64(planes[start + i * stride + lane])
             total += (sample << 8) * np.int64(weights[first_weight + i]) >> 16
         planes[target + lane] = total >> 8
+
+
+@kernel
+def blend_many(planes, start, stride, weights, first_weight, count, target):
+    """The same, rounded once, for strong reductions."""
+    for lane in range(LANES):
+        total = np.int64(1 << 15)
+        for i in range(count):
+            sample = np.int64(planes[start + i * stride + lane])
+            total += sample * np.int64(weights[first_weight + i])
+        planes[target + lane] = min(total >> 16, 255)
 
 
 @intrinsic
@@ -84,7 +95,6 @@ def blend_vector(typing_context, planes, start, stride, weights, first_weight, c
         planes_value, first, step, weights_value, weight, number, to = arguments
         half = builder.lshr(number, number.type(1))
         bias = builder.add(half, half.type(128))
-        bias = builder.select(builder.icmp_signed(">", bias, bias.type(255)), bias.type(255), bias)
         total = cgutils.alloca_once_value(builder, _splat(builder, bias, lane))
         with cgutils.for_range(builder, number, intp=number.type) as loop:
             offset = builder.add(first, builder.mul(step, loop.index))
@@ -166,16 +176,13 @@ def blend_lines(work, start, stride, length, taps, target, target_stride, output
     """
     for i in range(outputs):
         source = start + work.firsts[i] * stride
+        first_weight, count = np.int64(i * taps), work.counts[i]
         for x in range(0, length, LANES):
-            _blend(
-                work.planes,
-                np.int64(source + x),
-                np.int64(stride),
-                work.weights,
-                np.int64(i * taps),
-                work.counts[i],
-                np.int64(target + i * target_stride + x),
-            )
+            at, to = np.int64(source + x), np.int64(target + i * target_stride + x)
+            if count > _MOST_ROUNDED:
+                blend_many(work.planes, at, np.int64(stride), work.weights, first_weight, count, to)
+            else:
+                _blend(work.planes, at, np.int64(stride), work.weights, first_weight, count, to)
 
 
 @kernel

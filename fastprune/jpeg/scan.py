@@ -4,8 +4,6 @@ What lies below the crop is not read. What lies above and left of it is passed o
 where restart markers allow it.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 import numpy as np
 
 from fastprune.jpeg.codes import DAMAGED, OK, TRUNCATED
@@ -109,7 +107,7 @@ def _enter_interval(work, interval):
     return np.uint64(starts[interval] * 8), np.uint64(starts[interval + 1] * 8)
 
 
-@kernel
+@inlined
 def _skip_unit(work, bit):
     """Pass over one unit; return the bit behind it, 0 where it is damaged."""
     frame = work.frame
@@ -123,7 +121,7 @@ def _skip_unit(work, bit):
     return bit
 
 
-@kernel
+@inlined
 def _decode_unit(work, bit, row, column):
     """Decode one unit into the planes; return the bit behind it, 0 where it is damaged."""
     frame = work.frame

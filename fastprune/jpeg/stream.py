@@ -1,14 +1,21 @@
 """The entropy-coded data as one stream of bits: without stuffing, restart intervals found."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from fastprune.jpeg.codes import DAMAGED, LACKS_ROOM, OK, TRUNCATED
-from fastprune.jpeg.native import VECTORS, filled, inlined, kernel, load, pointer, store, vector_type
+from fastprune.jpeg.native import (
+    VECTORS,
+    filled,
+    inlined,
+    kernel,
+    load,
+    pointer,
+    store,
+    vector_type,
+)
 from fastprune.jpeg.workspace import GUARD_BYTES
 
 _CHUNK = 64

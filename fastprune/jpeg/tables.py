@@ -9,8 +9,6 @@ A skip table has one entry for each value of the next 12 bits, for blocks that n
 places << 5 | bits of up to four symbols at a step, 0 for a code of more than 12 bits.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 import numpy as np
 
 from fastprune.jpeg.codes import OK, UNSUPPORTED

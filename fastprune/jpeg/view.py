@@ -1,7 +1,5 @@
 """A view of a JPEG: its crop, resized, in RGB, from the bytes to the pixels."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 import numpy as np
 
 from fastprune.jpeg.codes import BAD_BOX, LACKS_ROOM, OK
@@ -19,7 +17,7 @@ from fastprune.jpeg.frame import (
 from fastprune.jpeg.native import kernel
 from fastprune.jpeg.resize import blend_lines, support_of, transpose, weigh
 from fastprune.jpeg.scan import decode_units, prepare_tables
-from fastprune.jpeg.workspace import PAD, Workspace, make_workspace
+from fastprune.jpeg.workspace import PAD
 
 
 @kernel
@@ -119,9 +117,7 @@ def _resize_component(work, component, vertical, horizontal, flip, target, scrat
     blend_lines(work, start, stride, lines, taps, scratch, between_stride, output_width)
     upright = scratch + between_stride * (output_width + PAD)
     upright_stride = output_width + PAD - output_width % PAD
-    transpose(
-        work.planes, scratch, between_stride, output_width, lines, upright, upright_stride
-    )
+    transpose(work.planes, scratch, between_stride, output_width, lines, upright, upright_stride)
     support = support_of(height / down / output_height, down)
     taps = weigh(
         work,
@@ -136,6 +132,3 @@ def _resize_component(work, component, vertical, horizontal, flip, target, scrat
     blend_lines(
         work, upright, upright_stride, output_width, taps, target, output_width, output_height
     )
-
-
-__all__ = ["Workspace", "make_workspace", "read_view"]
