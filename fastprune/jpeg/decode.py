@@ -1,22 +1,19 @@
 """`decode_view`: bytes and a box in, a resized crop in RGB out."""
 
-import hashlib
 import operator
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from fastprune.errors import InvalidValueError, JpegError
 from fastprune.jpeg.codes import BAD_BOX, LACKS_ROOM, MEANINGS, OK, UNSUPPORTED
+from fastprune.jpeg.compiled import cached, source_digest
 from fastprune.jpeg.fallback import decode_whole
 from fastprune.jpeg.frame import HEIGHT, WIDTH
 from fastprune.jpeg.headers import MAX_SIDE, is_jpeg
-from fastprune.jpeg.native import BOUNDS_CHECKED, VECTORS
 from fastprune.jpeg.view import read_view
 from fastprune.jpeg.workspace import Workspace, make_workspace
 
@@ -128,20 +125,8 @@ def _workspace(file_bytes: int, box: tuple[int, int, int, int], size: tuple[int,
     return work
 
 
-def _source_digest() -> int:
-    """A number that changes with the decoder's sources and with what it is compiled for."""
-    digest = hashlib.blake2b(bytes([VECTORS, BOUNDS_CHECKED]), digest_size=7)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return int.from_bytes(digest.digest())
-
-
 def compile_entry(digest: int) -> Callable[..., int]:
-    """The decoder's entry from Python, from Numba's disk cache where that has it.
-
-    Numba notices edits of the file of a cached function alone, not of what it calls; but its key
-    holds the values that a closure captures, so the sources' digest is captured.
-    """
+    """The decoder's entry from Python, see `source_digest`."""
 
     def read(data, work, box, output_height, output_width, flip, pixels):  # type: ignore[no-untyped-def]
         if digest == 0:
@@ -159,11 +144,7 @@ def compile_entry(digest: int) -> Callable[..., int]:
             pixels.reshape(-1),
         )
 
-    try:
-        compiled: Callable[..., int] = njit(cache=True, nogil=True, error_model="numpy")(read)
-    except RuntimeError:  # there is no folder that Numba may write to: compile in each process
-        compiled = njit(nogil=True, error_model="numpy")(read)
-    return compiled
+    return cached(read)
 
 
-_compiled = compile_entry(_source_digest())
+_compiled = compile_entry(source_digest())

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
-
 from llvmlite import ir
 from numba import njit
 from numba.core import config as numba_settings

@@ -69,7 +69,7 @@ def decode_units(data, work, first_row, rows, first_column, columns):
         if begin // restart != interval:
             interval = begin // restart
             unit = interval * restart
-            bit, end = _enter_interval(work, interval - first_interval)
+            bit, end = enter_interval(work, interval - first_interval)
         while unit < begin:
             bit = _skip_unit(work, bit)
             if bit == 0 or bit > end:
@@ -78,7 +78,7 @@ def decode_units(data, work, first_row, rows, first_column, columns):
         for column in range(columns):
             if unit == (interval + 1) * restart:
                 interval += 1
-                bit, end = _enter_interval(work, interval - first_interval)
+                bit, end = enter_interval(work, interval - first_interval)
             bit = _decode_unit(work, bit, row, column)
             if bit == 0 or bit > end:
                 return DAMAGED if bit == 0 else TRUNCATED
@@ -99,7 +99,7 @@ def _lay_out_planes(frame, rows, columns):
 
 
 @inlined
-def _enter_interval(work, interval):
+def enter_interval(work, interval):
     """Forget the DC values; return the bits at which an interval begins and ends."""
     for component in range(3):
         work.predictions[component] = 0

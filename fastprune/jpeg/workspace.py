@@ -12,6 +12,7 @@ SPEC_BYTES = 16 + 256
 LIMIT_ITEMS = 34
 # Behind the 64 places of a block there are more, so that what ends a block needs no branch.
 PADDED_BLOCK = 192
+NO_QUANTIZER = 4 * PADDED_BLOCK
 GUARD_BYTES = 1024
 PAD = 64
 
@@ -21,7 +22,8 @@ class Workspace(NamedTuple):
 
     Attributes:
         frame: (40,) int64, what the header says; its items are named in frame.py.
-        quantizers: (4 * 192,) int32, quantization tables in zigzag order, padded.
+        quantizers: (5 * 192,) int32, quantization tables in zigzag order, padded; the last one
+            holds ones, for coefficients as they are in the file.
         specs: (8 * 272,) uint8, the image's Huffman tables: 16 counts, 256 symbols each.
         built: (8 * 272,) uint8, the tables that `lookups` were built from.
         lookups: (8 * 1024,) int32, see tables.py.
@@ -76,7 +78,7 @@ def make_workspace(
     outputs = max(output_height, output_width)
     return Workspace(
         frame=np.zeros(40, np.int64),
-        quantizers=np.zeros(4 * PADDED_BLOCK, np.int32),
+        quantizers=np.repeat(np.array([0, 0, 0, 0, 1], np.int32), PADDED_BLOCK),
         specs=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
         built=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
         lookups=np.zeros(NUM_TABLES << LOOKUP_BITS, np.int32),

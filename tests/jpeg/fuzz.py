@@ -4,6 +4,7 @@ python -m tests.jpeg.fuzz NUM_INPUTS SEED prints a JSON object: how often each c
 digests of all codes and of the views of undamaged files.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -11,8 +12,10 @@ from collections import Counter
 
 import numpy as np
 
+from fastprune.errors import JpegError
 from fastprune.jpeg.decode import _compiled
 from fastprune.jpeg.native import kernel
+from fastprune.jpeg.rewrite import to_restart_rows
 from fastprune.jpeg.workspace import make_workspace
 from tests.jpeg.samples import known_kinds
 
@@ -33,6 +36,9 @@ def main(num_inputs: int, seed: int) -> None:
         top, left = (int(n) for n in generator.integers(0, 40, 2))
         height, width = (int(n) for n in generator.integers(1, 44, 2))
         codes.append(decode(damaged, (top, left, height, width))[0])
+        if number % 4 == 0:
+            with contextlib.suppress(JpegError):
+                to_restart_rows(damaged.tobytes())
     report = {
         "bounds_checked": bounds_are_checked(),
         "codes": {str(code): count for code, count in sorted(Counter(codes).items())},
