@@ -18,8 +18,10 @@ _LOOKUP_SHIFT, _SKIP_SHIFT = np.uint64(64 - LOOKUP_BITS), np.uint64(64 - SKIP_BI
 _SIZE_BITS, _SIZE_MASK = np.uint64(5), np.uint64(31)
 _DAMAGED = np.uint64(0)
 
-_SURE_BITS = 57  # a word shifted by up to 7 bits still holds these
-_SYMBOL_BITS = 31  # a code of 16 and a number of 15 bits
+# A word shifted by up to 7 bits still holds 57: five symbols that a lookup holds whole, or two
+# steps of up to 12 bits of codes and 15 of the last one's number.
+_LOOKUPS_A_WORD = 5
+_SKIPS_A_WORD = 2
 
 # Zigzag order of the coefficients in a block. What lies beyond the 63rd goes to a spare place.
 ZIGZAG = np.full(PADDED_BLOCK, 64, np.uint8)
@@ -31,7 +33,7 @@ ZIGZAG[:64] = sorted(
 
 @inlined
 def _refilled(stream, bit):
-    """The bits from this one on, leftmost first, at least _SURE_BITS of them."""
+    """The bits from this one on, leftmost first, at least 57 of them."""
     return load_word(stream, bit >> _THREE) << (bit & _SEVEN)
 
 
@@ -80,28 +82,28 @@ def decode_block(work, bit, component, dc_table, ac_table, quantizer):
     work.predictions[component] += entry >> 16
     block[0] = work.predictions[component] * quantizers[quantizer]
     length = np.uint64(entry & 255)
-    bits <<= length
     bit += length
-    left = _SURE_BITS - np.int64(length)
     base = np.uint64(ac_table << LOOKUP_BITS)
     quantizer_base = np.uint64(quantizer)
     place = 1
     while place < 64:
-        if left < _SYMBOL_BITS:
-            bits = _refilled(stream, bit)
-            left = _SURE_BITS
-        entry = np.int64(lookups[base + (bits >> _LOOKUP_SHIFT)])
-        if entry & 255 == 0:
-            entry = _long_symbol(bits, entry, work, ac_table)
-            if entry == 0:
-                return _DAMAGED
-        place += (entry >> 8) & 255
-        at = np.uint64(place - 1)
-        block[ZIGZAG[at]] = (entry >> 16) * quantizers[quantizer_base + at]
-        length = np.uint64(entry & 63)
-        bits <<= length
-        bit += length
-        left -= np.int64(length)
+        bits = _refilled(stream, bit)
+        # A fixed number of symbols for each refill: a test of the bits left is mispredicted.
+        for _ in range(_LOOKUPS_A_WORD):
+            entry = np.int64(lookups[base + (bits >> _LOOKUP_SHIFT)])
+            is_long = entry & 255 == 0
+            if is_long:
+                entry = _long_symbol(_refilled(stream, bit), entry, work, ac_table)
+                if entry == 0:
+                    return _DAMAGED
+            place += (entry >> 8) & 255
+            at = np.uint64(place - 1)
+            block[ZIGZAG[at]] = (entry >> 16) * quantizers[quantizer_base + at]
+            length = np.uint64(entry & 63)
+            bits <<= length
+            bit += length
+            if is_long or place >= 64:
+                break
     if 64 < place <= END_OF_BLOCK:
         return _DAMAGED
     return bit
@@ -117,34 +119,33 @@ def skip_block(work, bit, component, dc_table, ac_table):
         return _DAMAGED
     work.predictions[component] += entry >> 16
     length = np.uint64(entry & 255)
-    bits <<= length
     bit += length
-    left = _SURE_BITS - np.int64(length)
     base = np.uint64((ac_table - 4) << SKIP_BITS)
     place = 1
     while True:
-        if left < _SYMBOL_BITS:
-            bits = _refilled(stream, bit)
-            left = _SURE_BITS
-        step = np.uint64(skips[base + (bits >> _SKIP_SHIFT)])
-        ahead = place + np.int64(step >> _SIZE_BITS)
-        if step == _DAMAGED or (ahead & 127) > 64:
-            # A long code, or symbols joined beyond this block's end: one symbol alone.
-            entry = np.int64(
-                work.lookups[np.uint64(ac_table << LOOKUP_BITS) + (bits >> _LOOKUP_SHIFT)]
-            )
-            if entry & 255 == 0:
-                entry = _long_symbol(bits, entry, work, ac_table)
-                if entry == 0:
+        bits = _refilled(stream, bit)
+        for _ in range(_SKIPS_A_WORD):
+            step = np.uint64(skips[base + (bits >> _SKIP_SHIFT)])
+            ahead = place + np.int64(step >> _SIZE_BITS)
+            is_single = step == _DAMAGED or (ahead & 127) > 64
+            if is_single:
+                # A long code, or symbols joined beyond this block's end: one symbol alone.
+                bits = _refilled(stream, bit)
+                at = np.uint64(ac_table << LOOKUP_BITS) + (bits >> _LOOKUP_SHIFT)
+                entry = np.int64(work.lookups[at])
+                if entry & 255 == 0:
+                    entry = _long_symbol(bits, entry, work, ac_table)
+                    if entry == 0:
+                        return _DAMAGED
+                ahead = place + ((entry >> 8) & 255)
+                if 64 < ahead <= END_OF_BLOCK:
                     return _DAMAGED
-            ahead = place + ((entry >> 8) & 255)
-            if 64 < ahead <= END_OF_BLOCK:
-                return _DAMAGED
-            step = np.uint64(entry & 63)
-        place = ahead
-        length = step & _SIZE_MASK
-        bits <<= length
-        bit += length
-        left -= np.int64(length)
-        if place >= 64:
-            return bit
+                step = np.uint64(entry & 63)
+            place = ahead
+            length = step & _SIZE_MASK
+            bits <<= length
+            bit += length
+            if place >= 64:
+                return bit
+            if is_single:
+                break
