@@ -52,6 +52,7 @@ _HOMES = {
     "check_beton": "fastprune.beton.check",
     "compact": "fastprune.beton.compact",
     "convert": "fastprune.beton.writer",
+    "decode_view": "fastprune.jpeg.decode",
     "distill": "fastprune.distillation.trainer",
     "open_beton": "fastprune.beton.reader",
     "score": "fastprune.difficulty.teacher",

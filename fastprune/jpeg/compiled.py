@@ -1,0 +1,32 @@
+"""Entries from Python into compiled code, kept in Numba's disk cache."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+from fastprune.jpeg.native import BOUNDS_CHECKED, VECTORS
+
+
+def source_digest() -> int:
+    """A number that changes with the decoder's sources and with what it is compiled for.
+
+    Numba notices edits of the file of a cached function alone, not of what it calls; but its key
+    holds the values that a closure captures. So each entry captures this number.
+    """
+    digest = hashlib.blake2b(bytes([VECTORS, BOUNDS_CHECKED]), digest_size=7)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest())
+
+
+def cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function, from the disk cache where that has it."""
+    compiled: Callable[..., Any]
+    try:
+        compiled = njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # there is no folder that Numba may write to: compile in each process
+        compiled = njit(nogil=True, error_model="numpy")(function)
+    return compiled

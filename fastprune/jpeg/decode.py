@@ -1,0 +1,150 @@
+"""`decode_view`: bytes and a box in, a resized crop in RGB out."""
+
+import operator
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastprune.errors import InvalidValueError, JpegError
+from fastprune.jpeg.codes import BAD_BOX, LACKS_ROOM, MEANINGS, OK, UNSUPPORTED
+from fastprune.jpeg.compiled import cached, source_digest
+from fastprune.jpeg.fallback import decode_whole
+from fastprune.jpeg.frame import HEIGHT, WIDTH
+from fastprune.jpeg.headers import MAX_SIDE, is_jpeg
+from fastprune.jpeg.view import read_view
+from fastprune.jpeg.workspace import Workspace, make_workspace
+
+_kept = threading.local()
+
+
+def decode_view(
+    jpeg_bytes: bytes | NDArray[np.uint8],
+    *,
+    box: tuple[int, int, int, int],
+    size: tuple[int, int] = (224, 224),
+    flip: bool = False,
+) -> NDArray[np.uint8]:
+    """Decode a crop of a JPEG, resized, without decoding what the crop does not show.
+
+    Baseline JPEGs of 8 bits in gray or YCbCr (4:4:4, 4:2:2, 4:4:0, 4:2:0) are decoded by compiled
+    code of our own, any others whole by Pillow. EXIF orientation is ignored. The first call in a
+    process loads the compiled code, the first on a machine compiles it.
+
+    Args:
+        jpeg_bytes: the whole file; bytes, or (n,) uint8.
+        box: (top, left, height, width) in pixels, inside the image.
+        size: (height, width) of the result in pixels.
+        flip: mirror the result left to right.
+
+    Returns:
+        (height, width, 3) uint8 in [0, 255], RGB: the same as Pillow's
+        `crop(box).resize(size, BILINEAR)` but for rounding and chroma interpolation.
+
+    Raises:
+        InvalidValueError: the box is empty or not inside the image, or the size is out of range.
+        JpegError: the bytes are no JPEG, or what the crop needs of them is damaged or missing.
+
+    Thread safety: any number of threads may call this at once; each keeps a workspace.
+    """
+    box, size = _checked(box, size)
+    # Always read-only: Numba would compile everything once more for an array that is not.
+    data = np.frombuffer(memoryview(cast(bytes, jpeg_bytes)).toreadonly(), np.uint8)
+    if not is_jpeg(data[:3].tobytes()):
+        raise JpegError(
+            "the bytes do not start with a JPEG's marker (FF D8 FF): decode_view takes JPEGs"
+        )
+    pixels = np.empty((*size, 3), np.uint8)
+    work = _workspace(len(data), box, size)
+    code = _compiled(data, work, np.array(box, np.int64), size[0], size[1], bool(flip), pixels)
+    if code == UNSUPPORTED:
+        view = decode_whole(data.tobytes(), box=box, size=size, flip=flip)
+        if not isinstance(view, tuple):
+            return view
+        raise _outside(box, *view)
+    if code == BAD_BOX:
+        raise _outside(box, int(work.frame[HEIGHT]), int(work.frame[WIDTH]))
+    assert code != LACKS_ROOM
+    if code != OK:
+        raise JpegError(
+            f"the image cannot be decoded in box {box}: {MEANINGS[code]}. "
+            "Get the file again, or leave it out."
+        )
+    return pixels
+
+
+def _checked(box: Any, size: Any) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """Box and size as tuples of integers, in range."""
+    try:
+        top, left, height, width = (operator.index(side) for side in box)
+        output_height, output_width = (operator.index(side) for side in size)
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(
+            f"box ({box}) must be four integers (top, left, height, width) and size ({size}) two, "
+            "(height, width)"
+        ) from error
+    if min(top, left) < 0 or min(height, width) < 1:
+        raise InvalidValueError(
+            f"box {(top, left, height, width)} must have top and left >= 0, height and width >= 1"
+        )
+    if not (1 <= output_height <= MAX_SIDE and 1 <= output_width <= MAX_SIDE):
+        raise InvalidValueError(
+            f"size ({output_height}, {output_width}) must be two integers in [1, {MAX_SIDE}]"
+        )
+    return (top, left, height, width), (output_height, output_width)
+
+
+def _outside(box: tuple[int, int, int, int], height: int, width: int) -> InvalidValueError:
+    """The error for a box that reaches beyond its image."""
+    return InvalidValueError(
+        f"box (top, left, height, width) = {box} is not inside the image of {height} rows and "
+        f"{width} columns: top + height must be <= {height}, left + width <= {width}"
+    )
+
+
+def _workspace(file_bytes: int, box: tuple[int, int, int, int], size: tuple[int, int]) -> Workspace:
+    """This thread's workspace, made anew where it is too small."""
+    height, width = (min(side, MAX_SIDE) for side in box[2:])
+    needed = (file_bytes, width, height)
+    room: tuple[int, int, int] = getattr(_kept, "room", (0, 0, 0))
+    if getattr(_kept, "size", None) != size or any(
+        n > r for n, r in zip(needed, room, strict=True)
+    ):
+        _kept.size, _kept.room = size, tuple(map(max, needed, room))
+        file_bytes, width, height = _kept.room
+        _kept.work = make_workspace(
+            file_bytes=file_bytes,
+            width=width,
+            height=height,
+            output_height=size[0],
+            output_width=size[1],
+        )
+    work: Workspace = _kept.work
+    return work
+
+
+def compile_entry(digest: int) -> Callable[..., int]:
+    """The decoder's entry from Python, see `source_digest`."""
+
+    def read(data, work, box, output_height, output_width, flip, pixels):  # type: ignore[no-untyped-def]
+        if digest == 0:
+            return UNSUPPORTED
+        return read_view(
+            data,
+            work,
+            box[0],
+            box[1],
+            box[2],
+            box[3],
+            output_height,
+            output_width,
+            flip,
+            pixels.reshape(-1),
+        )
+
+    return cached(read)
+
+
+_compiled = compile_entry(source_digest())

@@ -1,0 +1,39 @@
+"""Views of the JPEGs that the view decoder does not know, decoded whole by Pillow."""
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastprune.errors import JpegError
+
+
+def decode_whole(
+    jpeg_bytes: bytes, *, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool
+) -> NDArray[np.uint8] | tuple[int, int]:
+    """Decode a whole image, then crop and resize it; its (height, width) if the box is not in it.
+
+    Raises:
+        JpegError: Pillow cannot decode it.
+    """
+    top, left, height, width = box
+    try:
+        with warnings.catch_warnings():
+            # A large image is no attack: the user's own data set holds it.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(jpeg_bytes), formats=["JPEG"]) as image:
+                if top + height > image.height or left + width > image.width:
+                    return image.height, image.width
+                whole = image.convert("RGB")
+    # What Pillow raises for a damaged file is not bounded: OSError, SyntaxError, ValueError, ...
+    except Exception as error:
+        raise JpegError(
+            f"Pillow cannot decode the image ({type(error).__name__}: {error}). "
+            "Get the file again, or leave it out."
+        ) from error
+    view = whole.crop((left, top, left + width, top + height))
+    view = view.resize(size[::-1], Image.Resampling.BILINEAR)
+    pixels = np.asarray(view)
+    return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels.copy()

@@ -1,0 +1,211 @@
+"""Antialiased bilinear resize of one plane: PIL's BILINEAR, in fixed point.
+
+A plane comes transposed. Its columns are blended first, across the picture; the result is
+transposed and its rows are blended. Each pass rounds to whole levels, as PIL does.
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastprune.jpeg.native import (
+    VECTORS,
+    filled,
+    inlined,
+    kernel,
+    load,
+    pointer,
+    shuffled,
+    store,
+    vector_type,
+)
+
+LANES = 32
+TILE = 16
+# A line of more samples is summed in full: so many products rounded down would darken it.
+_MOST_ROUNDED = 64
+_WHOLE = 65_535.0
+
+
+@kernel
+def weigh(work, start, size, first, last, outputs, support, mirrored):
+    """Fill firsts, counts and weights for one direction.
+
+    The box [start, start + size) of samples becomes `outputs` samples; those outside [first, last)
+    are not used. A triangle reaches `support` samples to both sides. Output i is made of samples
+    firsts[i] ... firsts[i] + counts[i] - 1 with the weights from i * taps on; returns taps.
+    """
+    scale = size / outputs
+    taps = np.int64(math.ceil(support)) * 2 + 2
+    inverse = 1.0 / support
+    for i in range(outputs):
+        center = start + (i + 0.5) * scale
+        low = max(np.int64(center - support + 0.5), first)
+        high = min(max(np.int64(center + support + 0.5), low + 1), last)
+        low = min(low, high - 1)
+        total = 0.0
+        for sample in range(low, high):
+            total += max(1.0 - abs(sample + 0.5 - center) * inverse, 0.0)
+        target = outputs - 1 - i if mirrored else i
+        work.firsts[target], work.counts[target] = low, high - low
+        # What rounding leaves goes to the next weight, so that they are 65535 together.
+        factor = _WHOLE / total if total > 0.0 else 0.0
+        sum_so_far, given = 0.0, np.int64(0)
+        for sample in range(low, high):
+            sum_so_far += max(1.0 - abs(sample + 0.5 - center) * inverse, 0.0) * factor
+            weight = np.int64(sum_so_far + 0.5) - given
+            given += weight
+            work.weights[target * taps + sample - low] = weight
+    return taps
+
+
+@kernel
+def blend_plain(planes, start, stride, weights, first_weight, count, target):
+    """Blend 32 samples of `count` lines, `stride` apart, into 32 samples at `target`."""
+    bias = 128 + count // 2  # the high products are rounded down
+    for lane in range(LANES):
+        total = bias
+        for i in range(count):
+            sample = np.int64(planes[start + i * stride + lane])
+            total += (sample << 8) * np.int64(weights[first_weight + i]) >> 16
+        planes[target + lane] = total >> 8
+
+
+@kernel
+def blend_many(planes, start, stride, weights, first_weight, count, target):
+    """The same, rounded once, for strong reductions."""
+    for lane in range(LANES):
+        total = np.int64(1 << 15)
+        for i in range(count):
+            sample = np.int64(planes[start + i * stride + lane])
+            total += sample * np.int64(weights[first_weight + i])
+        planes[target + lane] = min(total >> 16, 255)
+
+
+@intrinsic
+def blend_vector(typing_context, planes, start, stride, weights, first_weight, count, target):
+    """The same on lanes of 16 bits."""
+    narrow, lane, wide = vector_type(8, LANES), vector_type(16, LANES), vector_type(32, LANES)
+
+    def generate(context, builder, signature, arguments):
+        planes_value, first, step, weights_value, weight, number, to = arguments
+        half = builder.lshr(number, number.type(1))
+        bias = builder.add(half, half.type(128))
+        total = cgutils.alloca_once_value(builder, _splat(builder, bias, lane))
+        with cgutils.for_range(builder, number, intp=number.type) as loop:
+            offset = builder.add(first, builder.mul(step, loop.index))
+            line = pointer(context, builder, signature.args[0], planes_value, offset)
+            samples = builder.zext(load(builder, line, narrow), lane)
+            samples = builder.shl(samples, filled(lane, 8))
+            item = builder.add(weight, loop.index)
+            at = pointer(context, builder, signature.args[3], weights_value, item)
+            factor = builder.zext(_splat(builder, builder.load(at), lane), wide)
+            product = builder.mul(builder.zext(samples, wide), factor)
+            high = builder.trunc(builder.lshr(product, filled(wide, 16)), lane)
+            builder.store(builder.add(builder.load(total), high), total)
+        levels = builder.lshr(builder.load(total), filled(lane, 8))
+        place = pointer(context, builder, signature.args[0], planes_value, to)
+        store(builder, builder.trunc(levels, narrow), place)
+        return context.get_dummy_value()
+
+    integer = types.int64
+    arguments = (planes, integer, integer, weights, integer, integer, integer)
+    return types.void(*arguments), generate
+
+
+def _splat(builder, number, kind):
+    """A number, cut to the lane's bits, in each lane."""
+    if number.type.width > kind.element.width:
+        number = builder.trunc(number, kind.element)
+    undefined = ir.Constant(kind, ir.Undefined)
+    single = builder.insert_element(undefined, number, ir.IntType(32)(0))
+    return shuffled(builder, single, undefined, [0] * kind.count)
+
+
+@kernel
+def transpose_plain(planes, start, stride, target, target_stride):
+    """Mirror a tile of 16 × 16 samples at its diagonal."""
+    for y in range(TILE):
+        for x in range(TILE):
+            planes[target + x * target_stride + y] = planes[start + y * stride + x]
+
+
+@intrinsic
+def transpose_vector(typing_context, planes, start, stride, target, target_stride):
+    """The same in four rounds of interleaving."""
+    line = vector_type(8, TILE)
+
+    def generate(context, builder, signature, arguments):
+        planes_value, first, step, to, target_step = arguments
+        lines = []
+        for y in range(TILE):
+            offset = builder.add(first, builder.mul(step, step.type(y)))
+            at = pointer(context, builder, signature.args[0], planes_value, offset)
+            lines.append(load(builder, at, line))
+        low = [lane for i in range(TILE // 2) for lane in (i, TILE + i)]
+        high = [lane + TILE // 2 for lane in low]
+        for _ in range(4):
+            mixed = []
+            for i in range(TILE // 2):
+                mixed.append(shuffled(builder, lines[i], lines[i + TILE // 2], low))
+                mixed.append(shuffled(builder, lines[i], lines[i + TILE // 2], high))
+            lines = mixed
+        for x in range(TILE):
+            offset = builder.add(to, builder.mul(target_step, target_step.type(x)))
+            at = pointer(context, builder, signature.args[0], planes_value, offset)
+            store(builder, lines[x], at)
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.void(planes, integer, integer, integer, integer), generate
+
+
+_blend = blend_vector if VECTORS else blend_plain
+_transpose = transpose_vector if VECTORS else transpose_plain
+
+
+@kernel
+def blend_lines(work, start, stride, length, taps, target, target_stride, outputs):
+    """Make `outputs` lines of `length` samples from the lines at `start`; see `weigh`.
+
+    Up to 31 samples more are read and written behind each line.
+    """
+    for i in range(outputs):
+        source = start + work.firsts[i] * stride
+        first_weight, count = np.int64(i * taps), work.counts[i]
+        for x in range(0, length, LANES):
+            at, to = np.int64(source + x), np.int64(target + i * target_stride + x)
+            if count > _MOST_ROUNDED:
+                blend_many(work.planes, at, np.int64(stride), work.weights, first_weight, count, to)
+            else:
+                _blend(work.planes, at, np.int64(stride), work.weights, first_weight, count, to)
+
+
+@kernel
+def transpose(planes, start, stride, lines, length, target, target_stride):
+    """Mirror `lines` lines of `length` samples; both are rounded up to tiles."""
+    for y in range(0, lines, TILE):
+        for x in range(0, length, TILE):
+            _transpose(
+                planes,
+                np.int64(start + y * stride + x),
+                np.int64(stride),
+                np.int64(target + x * target_stride + y),
+                np.int64(target_stride),
+            )
+
+
+@inlined
+def support_of(scale, factor):
+    """How far the triangle reaches, for a component with 1 / factor of the resolution.
+
+    A decoder that makes chroma larger first blurs it by a triangle of one sample; PIL's filter of
+    `scale` samples comes on top of that, and their variances add up.
+    """
+    if factor > 1:
+        return math.sqrt(1.0 + scale * scale)
+    return max(scale, 1.0)

@@ -1,0 +1,112 @@
+"""The memory that one thread decodes with: made once, grown for larger images, never shared."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOOKUP_BITS = 10
+SKIP_BITS = 12
+NUM_TABLES = 8  # four for DC, then four for AC
+SPEC_BYTES = 16 + 256
+LIMIT_ITEMS = 34
+# Behind the 64 places of a block there are more, so that what ends a block needs no branch.
+PADDED_BLOCK = 192
+NO_QUANTIZER = 4 * PADDED_BLOCK
+GUARD_BYTES = 1024
+PAD = 64
+
+
+class Workspace(NamedTuple):
+    """Arrays that compiled code fills; what they hold is of no use outside.
+
+    Attributes:
+        frame: (40,) int64, what the header says; its items are named in frame.py.
+        quantizers: (5 * 192,) int32, quantization tables in zigzag order, padded; the last one
+            holds ones, for coefficients as they are in the file.
+        specs: (8 * 272,) uint8, the image's Huffman tables: 16 counts, 256 symbols each.
+        built: (8 * 272,) uint8, the tables that `lookups` were built from.
+        lookups: (8 * 1024,) int32, see tables.py.
+        limits: (8 * 34,) int32, for codes that are longer than a lookup.
+        skip_built: (4 * 272,) uint8, the tables that `skips` were built from.
+        skips: (4 * 4096,) uint16, several symbols at a step.
+        steps: (4096,) int32, one symbol at a step, while `skips` are built.
+        block: (192,) int16, the block being decoded.
+        predictions: (4,) int64, the last DC value of each component.
+        stream: uint8, entropy-coded data without its stuffing.
+        starts: int64, where each restart interval begins in `stream`.
+        planes: uint8, the components inside the crop, and what the resize makes of them.
+        firsts: int64, the first sample that each output sample is made of.
+        counts: int64, how many they are.
+        weights: uint16, how much each counts; 65535 together.
+    """
+
+    frame: NDArray[np.int64]
+    quantizers: NDArray[np.int32]
+    specs: NDArray[np.uint8]
+    built: NDArray[np.uint8]
+    lookups: NDArray[np.int32]
+    limits: NDArray[np.int32]
+    skip_built: NDArray[np.uint8]
+    skips: NDArray[np.uint16]
+    steps: NDArray[np.int32]
+    block: NDArray[np.int16]
+    predictions: NDArray[np.int64]
+    stream: NDArray[np.uint8]
+    starts: NDArray[np.int64]
+    planes: NDArray[np.uint8]
+    firsts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    weights: NDArray[np.uint16]
+
+
+def make_workspace(
+    *, file_bytes: int, width: int, height: int, output_height: int, output_width: int
+) -> Workspace:
+    """Room for every JPEG up to this size, and every box in it.
+
+    Memory that is not touched costs nothing, so generous numbers are fine.
+
+    Args:
+        file_bytes: of the largest file.
+        width: of the widest image, in pixels.
+        height: of the tallest image, in pixels.
+        output_height: of the views, in pixels.
+        output_width: of the views, in pixels.
+    """
+    taps = _most_taps(width, height, output_height, output_width)
+    outputs = max(output_height, output_width)
+    return Workspace(
+        frame=np.zeros(40, np.int64),
+        quantizers=np.repeat(np.array([0, 0, 0, 0, 1], np.int32), PADDED_BLOCK),
+        specs=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
+        built=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
+        lookups=np.zeros(NUM_TABLES << LOOKUP_BITS, np.int32),
+        limits=np.zeros(NUM_TABLES * LIMIT_ITEMS, np.int32),
+        skip_built=np.zeros(4 * SPEC_BYTES, np.uint8),
+        skips=np.zeros(4 << SKIP_BITS, np.uint16),
+        steps=np.zeros(1 << SKIP_BITS, np.int32),
+        block=np.zeros(PADDED_BLOCK, np.int16),
+        predictions=np.zeros(4, np.int64),
+        stream=np.empty(file_bytes + GUARD_BYTES, np.uint8),
+        starts=np.empty(file_bytes // 2 + 2, np.int64),
+        planes=np.empty(plane_room(width, height, output_height, output_width), np.uint8),
+        firsts=np.empty(outputs, np.int64),
+        counts=np.empty(outputs, np.int64),
+        weights=np.empty(outputs * taps, np.uint16),
+    )
+
+
+def plane_room(width: int, height: int, output_height: int, output_width: int) -> int:
+    """Bytes that `planes` needs at most."""
+    padded_width, padded_height = width + 4 * PAD, height + 4 * PAD
+    padded_output = output_width + 2 * PAD
+    resized = padded_height * padded_output * 2
+    outputs = 3 * (output_height * output_width + PAD)
+    return 3 * padded_width * padded_height + resized + outputs + 8 * PAD
+
+
+def _most_taps(width: int, height: int, output_height: int, output_width: int) -> int:
+    """More samples than any output sample is made of."""
+    scale = max(1, -(-width // output_width), -(-height // output_height))
+    return 2 * scale + 4

@@ -1,0 +1,103 @@
+"""The lossless rewrite to restart rows."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastprune.errors import JpegError
+from fastprune.jpeg.decode import decode_view
+from fastprune.jpeg.headers import read_header
+from fastprune.jpeg.huffman import best_table
+from fastprune.jpeg.rewrite import to_restart_rows
+from tests.images import picture
+from tests.jpeg.samples import encode, known_kinds
+
+KINDS = known_kinds()
+
+
+def pixels(jpeg):
+    """The whole picture, decoded by Pillow: another decoder, accurate to the coefficient."""
+    image = Image.open(io.BytesIO(jpeg))
+    image.load()
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rewritten_file_has_the_same_picture_in_another_decoder(kind):
+    rewritten = to_restart_rows(KINDS[kind])
+    np.testing.assert_array_equal(pixels(rewritten), pixels(KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("box", [(0, 0, 61, 48), (9, 11, 40, 30), (50, 30, 11, 18)])
+def test_views_of_rewritten_and_original_file_are_the_same(kind, box):
+    views = [
+        decode_view(j, box=box, size=(32, 32)) for j in (KINDS[kind], to_restart_rows(KINDS[kind]))
+    ]
+    np.testing.assert_array_equal(*views)
+
+
+def test_rewriting_twice_gives_the_same_bytes():
+    once = to_restart_rows(KINDS["4:2:0"])
+    assert to_restart_rows(once) == once
+
+
+def test_there_is_a_restart_marker_after_each_row_of_units():
+    rewritten = to_restart_rows(encode(picture(2, width=83, height=200), subsampling=2))
+    interval = rewritten.index(b"\xff\xdd\x00\x04") + 4
+    assert int.from_bytes(rewritten[interval : interval + 2]) == 6  # ceil(83 / 16)
+    scan = rewritten[rewritten.index(b"\xff\xda") :]
+    markers = [b for a, b in itertools.pairwise(scan) if a == 0xFF and 0xD0 <= b <= 0xD7]
+    assert markers == [0xD0 + n % 8 for n in range(12)]  # ceil(200 / 16) rows
+
+
+def test_own_tables_pay_for_the_markers():
+    jpeg = encode(picture(2, width=400, height=300))
+    assert len(to_restart_rows(jpeg)) < len(jpeg)
+
+
+def test_metadata_is_kept_and_what_follows_the_image_is_not():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rewritten = to_restart_rows(encode(picture(2), exif=exif, comment=b"hello") + b"trailing")
+    assert read_header(rewritten).orientation == 6
+    assert read_header(rewritten).end == len(rewritten)
+    assert b"hello" in rewritten
+
+
+@pytest.mark.parametrize(
+    "jpeg",
+    [encode(picture(1), progressive=True), encode(picture(1, mode="CMYK")), b"", b"\xff\xd8\xff"],
+)
+def test_other_kinds_are_left_alone(jpeg):
+    assert to_restart_rows(jpeg) is None
+
+
+def test_damaged_data_is_named():
+    with pytest.raises(JpegError, match=r"cannot be rewritten: .* too early.*--on-error skip"):
+        to_restart_rows(KINDS["4:2:0"][:-300])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 10**9), min_size=256, max_size=256))
+def test_table_is_a_prefix_code_of_at_most_16_bits(counts):
+    counts[7] += 1
+    histogram, symbols = best_table(counts)
+    assert sorted(symbols) == [symbol for symbol in range(256) if counts[symbol]]
+    assert sum(histogram) == len(symbols)
+    # Kraft's sum leaves room for the code of all ones.
+    assert sum(n << (16 - length) for length, n in enumerate(histogram, 1)) < 1 << 16
+
+
+def test_fibonacci_counts_are_held_to_16_bits():
+    counts, pair = [0] * 256, (1, 1)
+    for symbol in range(60):
+        counts[symbol], pair = pair[0], (pair[1], sum(pair))
+    histogram, symbols = best_table(counts)
+    assert len(symbols) == 60
+    assert sum(n << (16 - length) for length, n in enumerate(histogram, 1)) < 1 << 16
