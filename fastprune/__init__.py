@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastprune.difficulty.teacher import score
     from fastprune.distillation.losses import LogitReshaper
     from fastprune.distillation.trainer import distill
+    from fastprune.jpeg.decode import decode_view
     from fastprune.loading.loader import Loader
     from fastprune.selection.strategies import select_rows
 
@@ -37,6 +38,7 @@ __all__ = [
     "check_beton",
     "compact",
     "convert",
+    "decode_view",
     "distill",
     "open_beton",
     "score",

@@ -24,9 +24,5 @@ def source_digest() -> int:
 
 def cached(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function, from the disk cache where that has it."""
-    compiled: Callable[..., Any]
-    try:
-        compiled = njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # there is no folder that Numba may write to: compile in each process
-        compiled = njit(nogil=True, error_model="numpy")(function)
+    compiled: Callable[..., Any] = njit(cache=True, nogil=True, error_model="numpy")(function)
     return compiled

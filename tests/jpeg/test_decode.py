@@ -1,8 +1,6 @@
 """Views of JPEGs against Pillow's crop and resize, and what is said of those that cannot be."""
 
 import io
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -206,16 +204,3 @@ def test_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_decoder_works_where_no_cache_can_be_written(tmp_path):
-    # A compilation takes long, so its way there is shown without one.
-    program = (
-        "import numba.core.caching as caching; caching.CacheImpl._locator_classes = [];"
-        "caching.CompileResultCacheImpl._locator_classes = [];"
-        "from fastprune.jpeg import decode; print(type(decode._compiled._cache).__name__)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "NullCache"
