@@ -7,7 +7,11 @@ neither torch nor ffcv nor DALI.
 from importlib import import_module
 from typing import Any
 
+from fastprune.scratch import keep_compiled_code_somewhere
+
 __version__ = "0.1.0"
+
+keep_compiled_code_somewhere()
 
 _HOMES = {
     "LogitReshaper": "fastprune.distillation.losses",

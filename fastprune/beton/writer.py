@@ -22,6 +22,7 @@ from fastprune.beton.sources.choose import source_for
 from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.beton.transcode import ACTIONS, COPIED, SKIPPED, TRANSCODED, ImageSettings
 from fastprune.beton.workers import Task, WorkerError, WorkerPool
+from fastprune.cpus import usable_cpus
 from fastprune.errors import ConversionError, InvalidValueError
 from fastprune.jpeg.headers import MAX_SIDE
 from fastprune.progress import track
@@ -128,7 +129,7 @@ def _checked_settings(
 def _checked_workers(workers: int | None) -> int:
     """The number of worker processes."""
     if workers is None:
-        return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+        return min(usable_cpus(), _MOST_WORKERS)
     if workers < 1:
         raise InvalidValueError(f"workers must be >= 1, but is {workers}.")
     return workers
