@@ -80,5 +80,8 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
 def _commit() -> str:
     """The commit of the working tree, marked where files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a measurement must not be lost for want of git
+        return "unknown"
     return done.stdout.strip() or "unknown"

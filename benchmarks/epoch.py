@@ -29,11 +29,14 @@ from fastprune.networks import build_network
 from fastprune.recipe import LossSettings
 
 DRAWN_PER_CLASS = 200
+CLASSES_OF_A_FLAT_FOLDER = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, help="an ImageFolder; default: drawn pictures")
+    parser.add_argument(
+        "--images", type=Path, help="an ImageFolder, or a folder of JPEG files; default: drawn"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--image-size", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=50)
@@ -71,8 +74,19 @@ def make_beton(images: Path | None, folder: Path) -> Path:
             folder / "images", train_per_class=DRAWN_PER_CLASS, val_per_class=1, seed=0
         )
         images = folder / "images" / "train"
+    elif not any(path.is_dir() for path in images.iterdir()):
+        images = with_classes(images, folder / "images")
     convert(images, folder / "train.beton")
     return folder / "train.beton"
+
+
+def with_classes(images: Path, root: Path) -> Path:
+    """An ImageFolder of links to the files of a flat folder; labels do not change the time."""
+    for number, file in enumerate(sorted(images.iterdir())):
+        name = f"class_{number % CLASSES_OF_A_FLAT_FOLDER}"
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / file.name).symlink_to(file.resolve())
+    return root
 
 
 def make_step(

@@ -309,7 +309,7 @@ def pixels(beton: Beton) -> dict[str, dict[str, float]]:
 
     ffcv, dali = images("ffcv"), images("dali")
     loader = Loader(beton.path, augment="rrc", backend="ffcv")
-    views = loader._views(np.arange(beton.num_rows), epoch=0)
+    views = loader.views(np.arange(beton.num_rows), epoch=0)
     reference = np.empty_like(ffcv)
     for row, (top, left, height, width, _, _, flip) in enumerate(views):
         whole = Image.open(io.BytesIO(beton.image_bytes(row))).convert("RGB")

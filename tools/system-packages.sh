@@ -4,16 +4,19 @@
 set -eu
 
 python=${PYTHON:-python3}
+# Another interpreter than the system's has packages of its own: python3.12-venv, python3.12-dev.
+package=$(basename "$python")
+case $package in python3*) ;; *) package=python3 ;; esac
 missing=""
 pkg-config --version >/dev/null 2>&1 || missing="$missing pkg-config"
 c++ --version >/dev/null 2>&1 || missing="$missing g++"
 pkg-config --exists opencv4 2>/dev/null || missing="$missing libopencv-dev"
 pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
-"$python" --version >/dev/null 2>&1 || missing="$missing python3"
-"$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$missing python3-venv"
+"$python" --version >/dev/null 2>&1 || missing="$missing $package"
+"$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$missing $package-venv"
 "$python" -c 'import os, sysconfig, sys
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
-    >/dev/null 2>&1 || missing="$missing python3-dev"
+    >/dev/null 2>&1 || missing="$missing $package-dev"
 [ -n "$missing" ] || exit 0
 
 install="apt-get install -y --no-install-recommends$missing"

@@ -45,6 +45,7 @@ def write_dali_index(
     """
     beton = open_beton(beton_path)
     rows = rows_of(beton, subset)
+    _require_aligned_jpegs(beton, rows)
     blocks = _label_blocks(beton, rows)
     offsets, sizes = beton.offsets[rows].tolist(), beton.sizes[rows].tolist()
     samples = zip(rows.tolist(), offsets, sizes, blocks.tolist(), strict=True)
@@ -55,46 +56,40 @@ def write_dali_index(
     return len(lines)
 
 
-def _label_blocks(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The file offset of every row's label block, (K,) int64."""
-    unfit = (beton.modes[rows] != layout.JPG) | (beton.offsets[rows] % layout.ALIGNMENT != 0)
-    if unfit.any():
-        row = int(rows[np.argmax(unfit)])
-        what = (
-            "is stored raw"
-            if beton.modes[row] != layout.JPG
-            else (
-                f"starts at byte {beton.offsets[row]:,}, which is no multiple of {layout.ALIGNMENT}"
-            )
-        )
+def _require_aligned_jpegs(beton: Beton, rows: NDArray[np.int64]) -> None:
+    """Refuse rows that DALI cannot decode or cannot address."""
+    raw = beton.modes[rows] != layout.JPG
+    if raw.any():
         raise BetonError(
-            f"DALI cannot read {beton.path} natively: the image of row {row:,} {what}. "
-            + _cure(beton, raw=beton.modes[row] != layout.JPG)
+            f"DALI cannot read {beton.path} natively: the image of row {rows[np.argmax(raw)]:,} is "
+            "stored raw. Convert the images again: fastprune convert IMAGES train.beton"
         )
+    unaligned = beton.offsets[rows] % layout.ALIGNMENT != 0
+    if unaligned.any():
+        row = rows[np.argmax(unaligned)]
+        raise _unfit(
+            beton,
+            f"the image of row {row:,} starts at byte {beton.offsets[row]:,}, which is no multiple "
+            f"of {layout.ALIGNMENT}",
+        )
+
+
+def _label_blocks(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The file offset of every row's label block, (K,) int64; each block is looked at."""
     tables = read_tables(beton.path)
     end = int((tables.allocations["ptr"] + tables.allocations["size"]).max())
-    labels = np.unique(beton.labels[rows])
     first = label_blocks_offset(end)
-    behind = tables.table_offset - 8
-    if labels[0] < 0 or labels[-1] > (behind - first) // layout.ALIGNMENT:
-        raise BetonError(_no_blocks(beton, int(labels[-1])))
-    for label in labels.tolist():
+    most = (tables.table_offset - 8 - first) // layout.ALIGNMENT
+    for label in np.unique(beton.labels[rows]).tolist():
         block = first + layout.ALIGNMENT * label
-        if int.from_bytes(beton.content[block : block + 8].tobytes(), "little") != label:
-            raise BetonError(_no_blocks(beton, label))
+        if not 0 <= label <= most or beton.content[block : block + 8].view("<i8")[0] != label:
+            raise _unfit(beton, f"it has no label block for class {label:,}")
     return first + layout.ALIGNMENT * beton.labels[rows]
 
 
-def _no_blocks(beton: Beton, label: int) -> str:
-    """What to say of a beton that another writer made."""
-    return (
-        f"DALI cannot read {beton.path} natively: it has no label block for class {label:,}. "
-        + _cure(beton, raw=False)
+def _unfit(beton: Beton, why: str) -> BetonError:
+    """What to say of a beton that another writer made, and how to get one that DALI reads."""
+    return BetonError(
+        f"DALI cannot read {beton.path} natively: {why}. Rewrite it aligned, without decoding: "
+        f"fastprune compact {beton.path} -o aligned.beton"
     )
-
-
-def _cure(beton: Beton, *, raw: bool) -> str:
-    """How to get a beton that DALI reads."""
-    if raw:
-        return "Convert the images again: fastprune convert IMAGES train.beton"
-    return f"Rewrite it aligned, without decoding: fastprune compact {beton.path} -o aligned.beton"

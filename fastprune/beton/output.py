@@ -11,6 +11,7 @@ from fastprune.beton import layout
 from fastprune.beton.pages import PageCursor
 
 _MOST_BUFFERS = 512  # pwritev takes at most 1,024 (IOV_MAX)
+_FLUSH_BYTES = 1 << 20
 
 Data = bytes | NDArray[np.uint8]
 
@@ -112,3 +113,7 @@ def _write_all(descriptor: int, buffers: list[Data], offset: int) -> None:
         while rest:
             written = os.pwrite(descriptor, rest, offset + total - len(rest))
             rest = rest[written:]
+    if total >= _FLUSH_BYTES:
+        # Told so, Linux starts to write dirty pages out (and keeps them in its cache): the disk
+        # works while the next images are prepared, and the last flush finds little left to do.
+        os.posix_fadvise(descriptor, offset, total, os.POSIX_FADV_DONTNEED)

@@ -59,7 +59,7 @@ class _Allocations:
         yield from self._name(overlap, "overlap", "overlaps the allocation behind it")
 
     def orphans(self) -> Iterator[Fault]:
-        """Entries that no row refers to: something was appended to the file, or rows were lost."""
+        """Entries that no row refers to, because two rows or fields share another one."""
         orphan = ~self._used & (self.size > 0)
         yield from self._name(orphan, "orphan", "belongs to no row's data")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastprune.beton.sources.folder import EXTENSIONS
 from fastprune.demo.pictures import write_demo_images
 from fastprune.errors import ConversionError
 
@@ -20,7 +21,8 @@ def prepare_images(
     """Give two ImageFolders, one to train on and one to validate on.
 
     The user's images are linked, not copied. A folder that holds `train` and one of `val`,
-    `validation`, `test` is taken as split; from another, a tenth of every class is held out.
+    `validation`, `test` is taken as split; else a tenth of every class is held out, of the classes
+    in `train` where that folder holds folders.
 
     Args:
         images: an ImageFolder; None draws pictures.
@@ -43,35 +45,40 @@ def prepare_images(
         return train, val
     generator = np.random.default_rng(seed)
     val_limit = None if per_class is None else max(per_class // 2, 1)
-    given_val = _given_val(images)
-    for name, files in _classes(images / "train" if given_val else images).items():
+    given_train, given_val = _given_split(images)
+    for name, files in _classes(given_train).items():
         files = [files[i] for i in generator.permutation(len(files))]
         if given_val is None:
             held_out = max(round(len(files) * _VAL_SHARE), 1)
             if len(files) < 2:
                 raise ConversionError(
-                    f"{images / name} holds one file; train and val need one each. Add images "
-                    "to this class or remove its folder."
+                    f"{given_train / name} holds one image; train and val need one each. Add "
+                    "images to this class or remove its folder."
                 )
-            _link(files[:held_out][:val_limit], val / name)
+            _link(files[:held_out][:val_limit], given_train, val)
             files = files[held_out:]
-        _link(files[:per_class], train / name)
+        _link(files[:per_class], given_train, train)
     if given_val is not None:
-        for name, files in _classes(given_val).items():
+        for files in _classes(given_val).values():
             files = [files[i] for i in generator.permutation(len(files))]
-            _link(files[:val_limit], val / name)
+            _link(files[:val_limit], given_val, val)
     return train, val
 
 
-def _given_val(images: Path) -> Path | None:
-    """The folder of validation images, where the user's images are split already."""
-    if not (images / "train").is_dir():
-        return None
-    return next((images / name for name in _VAL_NAMES if (images / name).is_dir()), None)
+def _given_split(images: Path) -> tuple[Path, Path | None]:
+    """The folder to train on and, where the user's images are split already, to validate on."""
+    train = images / "train"
+    if not train.is_dir():
+        return images, None
+    val = next((images / name for name in _VAL_NAMES if (images / name).is_dir()), None)
+    # A folder of files is no split but a class; trains are one of COCO's.
+    if val is None and not any(path.is_dir() for path in train.iterdir()):
+        return images, None
+    return train, val
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its files; every class must have some."""
+    """Class name -> its images, those in folders below it too; every class must have some."""
     if not folder.is_dir():
         raise ConversionError(f"{folder} is no folder. Name one that holds a folder per class.")
     with os.scandir(folder) as entries:
@@ -79,7 +86,12 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     if not names:
         raise ConversionError(f"{folder} holds no class folders. Put every class in its own.")
     classes = {
-        name: sorted(path for path in (folder / name).iterdir() if path.is_file()) for name in names
+        name: sorted(
+            path
+            for path in (folder / name).rglob("*")
+            if path.suffix.lower() in EXTENSIONS and path.is_file()
+        )
+        for name in names
     }
     for name, files in classes.items():
         if not files:
@@ -89,8 +101,9 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _link(files: list[Path], folder: Path) -> None:
-    """Symbolic links to the files, under their names."""
-    folder.mkdir(parents=True)
+def _link(files: list[Path], source: Path, folder: Path) -> None:
+    """Symbolic links to the files, with the names below `folder` that they have below `source`."""
     for file in files:
-        (folder / file.name).symlink_to(file.resolve())
+        link = folder / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.resolve())

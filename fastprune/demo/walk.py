@@ -34,14 +34,19 @@ _BATCH_SIZE = 32
 
 # A folder is only cleared where this file says that a demo wrote it, and only of these names.
 _MARK = ".fastprune-demo"
+_BETON_SUFFIXES = (
+    "",
+    ".manifest.parquet",
+    ".partial",
+    ".partial.journal",
+    ".partial.manifest.parquet",
+)
 _WRITTEN = (
     "images",
-    "train.beton",
-    "train.beton.manifest.parquet",
-    "val.beton",
-    "val.beton.manifest.parquet",
+    *(f"{name}.beton{suffix}" for name in ("train", "val") for suffix in _BETON_SUFFIXES),
     "teacher",
     "scores.parquet",
+    "scores.parquet.partial",  # a pass that went on where an earlier one was would look too cheap
     "medium.npy",
     "medium.json",
     "random.npy",
@@ -104,6 +109,7 @@ def run_demo(settings: DemoSettings) -> DemoResult:
             train, val = out / "train.beton", out / "val.beton"
             convert(folders[0], train)
             convert(folders[1], val)
+        _require_batch(train, settings.keep)
         image_size = settings.image_size or _view_side(train)
         with _timed("teacher", steps):
             checkpoint = settings.teacher_checkpoint or _train_teacher(settings, image_size)
@@ -156,16 +162,32 @@ def _check(settings: DemoSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise InvalidValueError(f"{name} ({value}) must be at least 1.")
-    checkpoint = settings.teacher_checkpoint
-    if checkpoint is not None and not checkpoint.is_file():
-        raise InvalidValueError(f"teacher checkpoint {checkpoint} does not exist.")
-    if checkpoint is not None and settings.out.resolve() in checkpoint.resolve().parents:
-        raise InvalidValueError(
-            f"teacher checkpoint {checkpoint} lies in the folder that the demo replaces. "
-            "Name another --out, or copy the checkpoint away first."
-        )
     for name in (settings.teacher, settings.student):
         build_network(name, num_classes=2)
+    _check_places(settings)
+
+
+def _check_places(settings: DemoSettings) -> None:
+    """Refuse what is not there, or would be cleared away with an earlier demo."""
+    out, images, checkpoint = settings.out.resolve(), settings.images, settings.teacher_checkpoint
+    if checkpoint is not None and not checkpoint.is_file():
+        raise InvalidValueError(f"teacher checkpoint {checkpoint} does not exist.")
+    if images is not None and not images.is_dir():
+        raise InvalidValueError(
+            f"image folder {images} does not exist. Name one that holds a folder per class."
+        )
+    for what, path in (("teacher checkpoint", checkpoint), ("image folder", images)):
+        if path is not None and path.resolve().is_relative_to(out):
+            raise InvalidValueError(
+                f"{what} {path} lies in the folder that the demo replaces. Name another --out, or "
+                f"copy the {what} away first."
+            )
+    if images is None or (images / "train").is_dir():
+        return
+    if out.parent == images.resolve():
+        raise InvalidValueError(
+            f"--out {settings.out} would be a class of the image folder {images}. Name another."
+        )
 
 
 @contextmanager
@@ -195,8 +217,19 @@ def _timed(name: str, steps: dict[str, float]) -> Iterator[None]:
     steps[name] = time.perf_counter() - started
 
 
+def _require_batch(train: Path, keep: float) -> None:
+    """Refuse so few images that the pruned runs, minutes later, would have no batch."""
+    num_rows = open_beton(train).num_rows
+    kept = round(keep * num_rows)
+    if kept < _BATCH_SIZE:
+        raise InvalidValueError(
+            f"keep ({keep}) leaves {kept} of {num_rows:,} training images, but a batch has "
+            f"{_BATCH_SIZE}. Keep more, or take more images."
+        )
+
+
 def _view_side(train: Path) -> int:
-    """The median side of the images, at most 64."""
+    """The median of the images' shorter sides, at most 48."""
     beton = open_beton(train)
     sides = np.minimum(beton.widths, beton.heights)
     return int(min(np.median(sides), _LARGEST_VIEW))
@@ -285,7 +318,7 @@ def _class_name(beton: Beton, row: int) -> str:
 
 
 def _thumbnail(beton: Beton, row: int) -> NDArray[np.uint8]:
-    """A row's image, at most 64 pixels high and wide."""
+    """A row's image, at most 48 pixels high and wide."""
     image = Image.open(io.BytesIO(bytes(beton.image_bytes(row)))).convert("RGB")
     image.thumbnail((_LARGEST_VIEW, _LARGEST_VIEW))
     return np.asarray(image)

@@ -7,7 +7,7 @@ depend on the number of threads.
 """
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import numba
 import numpy as np
@@ -25,7 +25,7 @@ _MEDIAN_COLUMNS = 64
 
 
 def centroid_distances(
-    features: NDArray[Any], labels: ArrayLike, *, num_classes: int | None = None
+    features: ArrayLike, labels: ArrayLike, *, num_classes: int | None = None
 ) -> NDArray[np.float32]:
     """Distance of every row to the mean of its class: the difficulty `centroid`.
 
@@ -41,7 +41,8 @@ def centroid_distances(
 
     Raises:
         InvalidValueError: shapes or dtypes are wrong, a label is outside [0, C), or a row holds a
-            value that is NaN, infinite or beyond float32's range; the first such row is named.
+            value or lies at a distance that is NaN, infinite or beyond float32's range; the first
+            such row is named.
 
     Source: nearest-centroid distance, ||h - mean_y||_2.
     """
@@ -49,7 +50,7 @@ def centroid_distances(
 
 
 def centroid_median_distances(
-    features: NDArray[Any], labels: ArrayLike, *, num_classes: int | None = None
+    features: ArrayLike, labels: ArrayLike, *, num_classes: int | None = None
 ) -> NDArray[np.float32]:
     """Distance of every row to the coordinate-wise median of its class: `centroid_median`.
 
@@ -61,23 +62,24 @@ def centroid_median_distances(
 
 
 def _distances(
-    features: NDArray[Any], labels: ArrayLike, num_classes: int | None, *, use_median: bool
+    features: ArrayLike, labels: ArrayLike, num_classes: int | None, *, use_median: bool
 ) -> NDArray[np.float32]:
     """Check, group the rows by class, run the kernel, and look for bad rows if it met any."""
-    classes = _checked_labels(features, labels, num_classes)
+    # A plain array view: numba compiles for np.memmap and np.ndarray alike, once.
+    array = np.asarray(features)
+    classes = _checked_labels(array, labels, num_classes)
     counts = np.bincount(classes)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     # numpy sorts 16-bit integers by radix, twenty times as fast.
     narrow = classes.astype(np.min_scalar_type(max(0, len(counts) - 1)))
     order = np.argsort(narrow, kind="stable")
-    distances = np.empty(len(features), np.float32)
-    # A plain array view: numba compiles for np.memmap and np.ndarray alike, once.
-    rows = np.ascontiguousarray(np.asarray(features))
+    distances = np.empty(len(array), np.float32)
+    rows = np.ascontiguousarray(array)
     if rows.dtype == np.float16:
         rows = rows.view(np.uint16)
     kernel = _median_kernel if use_median else _mean_kernel
-    if not kernel(rows, order, offsets, distances):
-        _refuse_first_bad_row(features)
+    if not kernel(rows, order, offsets, distances) or not np.isfinite(distances).all():
+        _refuse_first_bad_row(array, distances)
     return distances
 
 
@@ -105,8 +107,8 @@ def _checked_labels(
     return array.astype(np.int64)
 
 
-def _refuse_first_bad_row(features: NDArray[Any]) -> None:
-    """Name the first row with a value that cannot be averaged."""
+def _refuse_first_bad_row(features: NDArray[Any], distances: NDArray[np.float32]) -> NoReturn:
+    """Name the first row with a value that cannot be averaged, or that lies too far away."""
     step = max(1, _SCAN_BYTES // max(1, features[:1].nbytes))
     for start in range(0, len(features), step):
         bad = ~(np.abs(features[start : start + step].astype(np.float64)) <= _LARGEST)
@@ -117,6 +119,11 @@ def _refuse_first_bad_row(features: NDArray[Any]) -> None:
                 f"position {column}; they must be finite and within float32's range. Score again "
                 "in float32, or leave that row out."
             )
+    row = int(np.argmin(np.isfinite(distances)))
+    raise InvalidValueError(
+        f"row {row:,} lies farther from the centre of its class than float32 can hold. Scale the "
+        "features down, or leave that row out."
+    )
 
 
 def _as_float64(typing_context: Any, stored: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,9 @@ class _Reading:
         epochs = []
         for epoch in range(max(1, self.view.count)):
             loader.set_epoch(epoch)
-            epochs.append(iter(loader))
+            batches = iter(loader)
+            # An epoch begins, under the number just set, with its first batch.
+            epochs.append(chain(list(islice(batches, 1)), batches))
         return zip(*epochs, strict=True)
 
 

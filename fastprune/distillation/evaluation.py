@@ -57,13 +57,14 @@ def evaluate_checkpoint(
     """
     told = weights_metadata(checkpoint)
     network = network or told.get("network")
-    size = image_size or int(told.get("image_size", 0))
+    size = told.get("image_size") if image_size is None else image_size
     for name, value in (("--network", network), ("--image-size", size)):
-        if not value:
+        if value is None:
             raise InvalidValueError(f"{checkpoint} does not tell its {name[2:]}; give {name}.")
     assert network is not None
+    assert size is not None
     place = choose_device(device)
-    loader = Loader(beton, train=False, batch_size=batch_size, image_size=size, device=place)
+    loader = Loader(beton, train=False, batch_size=batch_size, image_size=int(size), device=place)
     model = build_network(network, num_classes=loader.num_classes)
     load_weights(model, checkpoint)
     return evaluate(model.to(place), loader)

@@ -18,6 +18,7 @@ from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
 from fastprune.errors import BetonError, LoadingError, MissingDependencyError
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
+from fastprune.loading.device import cuda_index
 from fastprune.loading.faults import FileWatch, RowFaults
 
 try:
@@ -41,6 +42,8 @@ _BATCHES_AHEAD = 2
 class DaliEngine:
     """Decodes given rows of one beton with given views by DALI; see `engine.Engine`."""
 
+    name = "dali"
+
     def __init__(
         self,
         beton: Beton,
@@ -56,7 +59,7 @@ class DaliEngine:
         self._device = device
         self._faults = faults
         self._file = FileWatch(beton)
-        self._decoder_is_known = device.type != "cuda"
+        self._decoder_is_known = False
         _require_jpegs(beton)
 
     def decode(
@@ -113,10 +116,12 @@ class DaliEngine:
         """What the pipeline is fed, batch by batch; the rows are noted in `fed`."""
         for rows in batches:
             self._file.check()
+            rows = rows[~np.isin(rows, list(unusable))]
             altered = self._faults.altered(rows)
-            for row in np.unique(rows[altered]):
-                self._faults.report(int(row), "its bytes are not those that were written (CRC-32C)")
-            rows = rows[~altered & ~np.isin(rows, list(unusable))]
+            for row in np.unique(rows[altered]).tolist():
+                self._faults.report(row, "its bytes are not those that were written (CRC-32C)")
+                unusable.add(row)
+            rows = rows[~altered]
             fed.append(rows)
             if len(rows):
                 yield self._sample(rows, draw_views(rows))
@@ -140,7 +145,7 @@ class DaliEngine:
             size_hint=(int(self._beton.widths.max()), int(self._beton.heights.max())),
             batch_size=batch_size,
             num_threads=self._num_workers,
-            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
+            device_id=cuda_index(self._device),
             prefetch_queue_depth=_BATCHES_AHEAD,
         )
         pipeline.build()
@@ -154,8 +159,8 @@ class DaliEngine:
             return None
         # DALI uses the memory of its outputs again.
         pixels = torch.utils.dlpack.from_dlpack(outputs.as_tensor()).clone()
-        if not self._decoder_is_known:
-            _require_nvjpeg()
+        if self._device.type == "cuda" and not self._decoder_is_known:
+            require_nvjpeg()
             self._decoder_is_known = True
         return pixels
 
@@ -216,7 +221,7 @@ def _reason(error: RuntimeError) -> str:
     )
 
 
-def _require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
+def require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
     """Refuse "mixed" decoding that silently fell back to the CPU.
 
     Raises:

@@ -21,7 +21,9 @@ from nvidia.dali.pipeline import pipeline_def
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.reader import Beton
 from fastprune.errors import LoadingError
+from fastprune.loading._dali import require_nvjpeg
 from fastprune.loading.augment import Recipe
+from fastprune.loading.device import cuda_index
 from fastprune.loading.faults import FileWatch
 from fastprune.loading.order import Plan
 
@@ -33,6 +35,8 @@ _SHUFFLE_BUFFER_ROWS = 1024
 
 class NativeReader:
     """Epochs of a subset, read by DALI alone."""
+
+    name = "dali"
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class NativeReader:
         self._file = FileWatch(beton)
         folder = tempfile.mkdtemp(prefix="fastprune-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._decoder_is_known = False
         self._indexed: NDArray[np.int64] | None = None
         self._index = Path(folder) / "rows.idx"
 
@@ -106,7 +111,7 @@ class NativeReader:
             num_shards=plan.world,
             batch_size=plan.batch_size,
             num_threads=self._num_workers,
-            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
+            device_id=cuda_index(self._device),
             seed=int(np.random.Philox(key=key).random_raw() >> 33),
         )
         pipeline.build()
@@ -122,6 +127,9 @@ class NativeReader:
                 f"row; find it with `fastprune check {self._beton.path} --deep`, or use "
                 'order="random", which names and skips such rows.'
             ) from error
+        if self._device.type == "cuda" and not self._decoder_is_known:
+            require_nvjpeg()
+            self._decoder_is_known = True
         owned = torch.utils.dlpack.from_dlpack(pixels.as_tensor()).clone()
         # A sample's source is path:offset:name, and the index names every sample by its row.
         rows = [int(bytes(names.at(i)).rsplit(b":", 1)[1]) for i in range(len(names))]

@@ -223,6 +223,8 @@ class _Batch:
 class FfcvEngine:
     """Decodes given rows of one beton with given views on CPU threads; see `engine.Engine`."""
 
+    name = "ffcv"
+
     def __init__(
         self,
         beton: Beton,

@@ -22,3 +22,10 @@ def choose_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidValueError(f"device {name!r}: torch sees no CUDA device here. Say cpu.")
     return device
+
+
+def cuda_index(device: torch.device) -> int | None:
+    """The number of a CUDA device, the current one where it names none; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index

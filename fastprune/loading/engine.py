@@ -23,7 +23,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Decodes given rows of one beton with given views."""
+    """Decodes given rows of one beton with given views.
+
+    Attributes:
+        name: the backend it is.
+    """
+
+    name: str
 
     def decode(
         self,

@@ -92,7 +92,7 @@ def transformed(
 
 def arranged(
     layout: str,
-    images: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    images: torch.Tensor | tuple[torch.Tensor, ...],
     labels: torch.Tensor,
     rows: torch.Tensor,
     contrast: torch.Tensor | None = None,

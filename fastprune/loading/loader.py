@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,15 +19,17 @@ from fastprune.cpus import cpus_per_rank
 from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
 from fastprune.loading.checks import require_at_least, require_one_of
+from fastprune.loading.delivery import Delivery
 from fastprune.loading.device import choose_device
 from fastprune.loading.dropin import EpochSampler, KeptImages
 from fastprune.loading.engine import make_engine, make_native_reader
 from fastprune.loading.faults import RowFaults
 from fastprune.loading.kept import kept_rows
-from fastprune.loading.layouts import LAYOUTS, ContrastRows, Transform, arranged, transformed
+from fastprune.loading.layouts import LAYOUTS, ContrastRows, Transform
 from fastprune.loading.order import ORDERS, TAILS, Plan, this_rank
 from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD, Normalizer
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -148,16 +151,25 @@ class Loader:
         self.beton = open_beton(beton)
         self.num_workers = num_workers or cpus_per_rank()
         self.device = choose_device(device)
-        self._order = order or ("random" if train else "sequential")
-        self._tail = tail or ("drop" if train else "exact")
-        self._layout = layout
-        self._transform = transform
+        self._unranked = Plan(
+            rows=np.empty(0, np.int64),
+            batch_size=batch_size,
+            order=order or ("random" if train else "sequential"),
+            seed=seed,
+            tail=tail or ("drop" if train else "exact"),
+            open_pages=open_pages,
+        )
         self._num_negatives = num_negatives
         self._seed = seed
         self._distributed = distributed
         self._recipe = Recipe.make(augment, image_size=image_size, train=train)
-        self._normalize = Normalizer(self.device, mean, std, None if raw else dtype)
-        self._open_pages = open_pages
+        self._deliver = Delivery(
+            layout=layout,
+            labels=self.beton.labels,
+            normalize=Normalizer(self.device, mean, std, None if raw else dtype),
+            seed=seed,
+            transform=transform,
+        )
         self._next = self._position = (0, 0)
         self._rows_changed = False
         self._faults = RowFaults(self.beton, skip=on_error == "skip", verify_crc=verify_crc)
@@ -176,7 +188,14 @@ class Loader:
     @property
     def rows(self) -> NDArray[np.int64]:
         """The kept rows: (K,) int64, sorted and unique."""
-        return self._rows
+        return self._unranked.rows
+
+    @property
+    def backend(self) -> str:
+        """The engine at work: "ffcv" or "dali"."""
+        engine = self._native or self._engine
+        assert engine is not None
+        return engine.name
 
     @property
     def num_classes(self) -> int:
@@ -207,7 +226,7 @@ class Loader:
     @property
     def drop_last(self) -> bool:
         """Whether rows that fill no batch are left out."""
-        return self._tail == "drop"
+        return self._unranked.tail == "drop"
 
     @property
     def num_repeated(self) -> int:
@@ -245,10 +264,30 @@ class Loader:
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:
                 continue  # every row of it was left out
-            batch = self._deliver(pixels, rows, epoch)
+            batch = self._deliver(pixels, rows, epoch=epoch)
             self._position = (epoch, count)
             yield batch
         self._position = (epoch + 1, 0)
+
+    def views(self, rows: NDArray[np.int64], *, epoch: int, k: int = 0) -> NDArray[np.int32]:
+        """Which part of each image an epoch shows.
+
+        Args:
+            rows: (n,) int64, in the beton.
+            epoch: in [0, 2**63).
+            k: which view of the row within the epoch.
+
+        Returns:
+            (n, 7) int32, see `augment.Recipe.views`.
+        """
+        return self._recipe.views(
+            rows,
+            self.beton.widths[rows].astype(np.int64),
+            self.beton.heights[rows].astype(np.int64),
+            seed=self._seed,
+            epoch=epoch,
+            k=k,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next iterator runs.
@@ -288,7 +327,7 @@ class Loader:
         return {
             "epoch": epoch,
             "batches": consumed,
-            "rows": torch.from_numpy(self._rows) if self._rows_changed else None,
+            "rows": torch.from_numpy(self.rows) if self._rows_changed else None,
             **self._terms(),
         }
 
@@ -309,7 +348,7 @@ class Loader:
                 f'an epoch of order="buffered" cannot be resumed after {state["batches"]} batches. '
                 'Resume from a state between epochs, or use order="random".'
             )
-        rows = self._rows if state["rows"] is None else state["rows"].numpy()
+        rows = self.rows if state["rows"] is None else state["rows"].numpy()
         theirs, ours = {name: state[name] for name in self._terms()}, self._terms(rows)
         if theirs != ours:
             differing = ", ".join(
@@ -329,62 +368,63 @@ class Loader:
         """Compile and decode one batch that nobody sees, so that no clock counts it later."""
         plan = replace(self._plan(), tail="pad", rank=0, world=1)
         if self._native is None:
-            plan = replace(plan, rows=self._rows[: self.batch_size], order="sequential")
+            plan = replace(plan, rows=self.rows[: self.batch_size], order="sequential")
         decoded = self._decoded(plan, 0, 0)
         for pixels, rows in itertools.islice(decoded, 1):
-            self._deliver(pixels, rows, 0)
+            self._deliver(pixels, rows, epoch=0)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
-        """Make these the kept rows."""
-        self._plan(rows)
+        """Make these the kept rows, or change nothing."""
         labels = self.beton.labels[rows]
-        self._contrast = None
-        if self._layout == "xyi_contrast":
-            self._contrast = ContrastRows(
+        pages = self.beton.offsets[rows] // self.beton.page_bytes
+        delivery = self._deliver
+        if delivery.layout == "xyi_contrast":
+            contrast = ContrastRows(
                 rows, labels, num_negatives=self._num_negatives, seed=self._seed
+            )
+            delivery = replace(delivery, contrast=contrast)
+        plan = replace(self._unranked, rows=rows, pages=pages)
+        num_repeated = self._require_batches(plan).num_repeated()
+        if num_repeated:
+            _LOG.info(
+                "%s: each epoch repeats %d rows to fill its batches", self.beton.path, num_repeated
             )
         if self._native is not None:
             self._native.use(rows)
-        self._rows = rows
+        self._unranked, self._deliver = plan, delivery
         names = self.beton.class_names
         self.dataset = KeptImages(
             targets=labels,
             classes=names or tuple(str(label) for label in range(self.beton.num_classes)),
         )
 
-    def _plan(self, rows: NDArray[np.int64] | None = None) -> Plan:
+    def _plan(self) -> Plan:
         """The epochs of this rank, as many ranks as there are now."""
-        rows = self._rows if rows is None else rows
+        return self._require_batches(self._unranked)
+
+    def _require_batches(self, unranked: Plan) -> Plan:
+        """The plan for this rank; refuse one that drops everything."""
         rank, world = this_rank(self._distributed)
-        plan = Plan(
-            rows=rows,
-            batch_size=self.batch_size,
-            order=self._order,
-            seed=self._seed,
-            tail=self._tail,
-            rank=rank,
-            world=world,
-            pages=self.beton.offsets[rows] // self.beton.page_bytes,
-            open_pages=self._open_pages,
-        )
-        if self._tail == "drop" and plan.num_batches() == 0:
+        plan = replace(unranked, rank=rank, world=world)
+        if plan.tail == "drop" and plan.num_batches() == 0:
             ranks = f" on each of {world} ranks" if world > 1 else ""
             raise InvalidValueError(
-                f"{len(rows):,} kept rows of {self.beton.path} fill no batch of "
+                f"{len(plan.rows):,} kept rows of {self.beton.path} fill no batch of "
                 f'{self.batch_size:,}{ranks}. Use a smaller batch_size, or tail="pad" or "exact".'
             )
         return plan
 
     def _terms(self, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
         """What besides the position decides which batches come."""
-        rows = self._rows if rows is None else rows
+        rows = self.rows if rows is None else rows
+        plan = self._unranked
         return {
-            "seed": self._seed,
-            "batch_size": self.batch_size,
+            "seed": plan.seed,
+            "batch_size": plan.batch_size,
             "world": this_rank(self._distributed)[1],
-            "order": self._order,
-            "open_pages": self._open_pages,
-            "tail": self._tail,
+            "order": plan.order,
+            "open_pages": plan.open_pages,
+            "tail": plan.tail,
             "recipe": str(self._recipe),
             "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
         }
@@ -397,53 +437,14 @@ class Loader:
             return self._native.epoch(plan, epoch)
         assert self._engine is not None
         batches = plan.batches(epoch)[consumed:]
-        if self._layout == "two_view":
-            batches = [np.concatenate([rows, rows]) for rows in batches]
-        return self._engine.decode(batches, partial(self._views, epoch=epoch))
+        if self._deliver.num_views > 1:
+            batches = [np.tile(rows, self._deliver.num_views) for rows in batches]
+        return self._engine.decode(batches, partial(self._views_in_batch, epoch=epoch))
 
-    def _views(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
-        """One view of each row, or, where all rows come twice, the first and the second."""
-        num_views = 2 if self._layout == "two_view" else 1
-        return np.concatenate(
-            [
-                self._recipe.views(
-                    part,
-                    self.beton.widths[part].astype(np.int64),
-                    self.beton.heights[part].astype(np.int64),
-                    seed=self._seed,
-                    epoch=epoch,
-                    k=k,
-                )
-                for k, part in enumerate(np.split(rows, num_views))
-            ]
-        )
-
-    def _deliver(
-        self, pixels: torch.Tensor, rows: NDArray[np.int64], epoch: int
-    ) -> tuple[Any, ...]:
-        """Put a decoded batch together as the layout says."""
-        pixels = pixels.to(self.device, non_blocking=True)
-        if self._layout == "two_view":
-            rows, _ = np.split(rows, 2)
-            first, second = pixels.chunk(2)
-            images: Any = self._normalize(first), self._finished(second, rows, epoch)
-        else:
-            images = self._finished(pixels, rows, epoch)
-        labels = self.beton.labels[rows]
-        contrast = None
-        if self._contrast is not None:
-            contrast = self._tensor(self._contrast.draw(rows, labels, epoch=epoch))
-        return arranged(self._layout, images, self._tensor(labels), self._tensor(rows), contrast)
-
-    def _finished(self, pixels: torch.Tensor, rows: NDArray[np.int64], epoch: int) -> torch.Tensor:
-        """Transform where asked, and normalise."""
-        if self._transform is not None:
-            pixels = transformed(pixels, self._transform, rows, seed=self._seed, epoch=epoch)
-        return self._normalize(pixels)
-
-    def _tensor(self, numbers: NDArray[np.int64]) -> torch.Tensor:
-        """Numbers on the device."""
-        return torch.from_numpy(numbers).to(self.device)
+    def _views_in_batch(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
+        """The views of rows that come once for each view."""
+        parts = np.split(rows, self._deliver.num_views)
+        return np.concatenate([self.views(part, epoch=epoch, k=k) for k, part in enumerate(parts)])
 
 
 def _require_plain_reading(backend: str, layout: str, on_error: str, verify_crc: bool) -> None:

@@ -1,6 +1,7 @@
 """Threads that work off tasks for one iterator, and whose death is noticed."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -28,6 +29,8 @@ class WorkerThreads:
         ]
         for thread in self._threads:
             thread.start()
+        # Also when the interpreter ends, whose memory the threads must not outlive.
+        self._close = weakref.finalize(self, _close, self._tasks, self._threads)
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> "Future[None]":
         """Queue a call."""
@@ -52,14 +55,21 @@ class WorkerThreads:
 
     def close(self) -> None:
         """Forget the queued calls, let the running ones end, and end the threads."""
-        try:
-            while True:
-                self._tasks.get_nowait()
-        except Empty:
-            pass
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
+        self._close()
+
+
+def _close(tasks: "SimpleQueue[Any]", threads: list[threading.Thread]) -> None:
+    """Empty the queue, tell every thread to end, and wait until it has."""
+    try:
+        while True:
+            tasks.get_nowait()
+    except Empty:
+        pass
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        # The garbage collector may close a forgotten iterator in one of its own threads.
+        if thread is not threading.current_thread():
             thread.join()
 
 

@@ -161,7 +161,8 @@ def _draw_samples(sheet: SubFigure, kept: KeptPicture) -> None:
             if column < len(pictures):
                 sample = pictures[column]
                 axes.imshow(sample.pixels)
-                axes.set_title(f"{sample.label}\n{sample.score:.3g}", fontsize=7)
+                # A class name may hold dollar signs; it is no formula.
+                axes.set_title(f"{sample.label}\n{sample.score:.3g}", fontsize=7, parse_math=False)
         grid[row, 0].text(
             -0.15, 0.5, caption, transform=grid[row, 0].transAxes, ha="right", va="center"
         )

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
 
-THUMBNAIL_SIDE = 96
+THUMBNAIL_SIDE = 128
 _GAP = 6
-_TEXT_HEIGHT = 28
-_KEPT, _NOT_KEPT, _TEXT, _WRONG = "#4c72b0", "#ffffff", "#333333", "#c44e52"
+_TEXT_HEIGHT = 34
+_FRAME, _TEXT, _WRONG = "#4c72b0", "#333333", "#c44e52"
 _BORDER = 3
 
 
@@ -49,16 +49,18 @@ def strip_png(beton: Beton, thumbnails: Sequence[Thumbnail]) -> bytes:
     width = max(1, len(thumbnails)) * (cell + _GAP)
     strip = Image.new("RGB", (width, cell + _TEXT_HEIGHT), "white")
     draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(size=11)
+    font = ImageFont.load_default(size=13)
     for position, thumbnail in enumerate(thumbnails):
         left = position * (cell + _GAP)
-        frame = _KEPT if thumbnail.is_kept else _NOT_KEPT
-        draw.rectangle((left, 0, left + cell - 1, cell - 1), fill=frame)
         picture = _fitted(read_image(beton, thumbnail.row))
-        inside = [_BORDER + (THUMBNAIL_SIDE - side) // 2 for side in picture.size]
-        strip.paste(picture, (left + inside[0], inside[1]))
+        x, y = ((cell - side) // 2 for side in picture.size)
+        if thumbnail.is_kept:
+            right, bottom = left + x + picture.width, y + picture.height
+            frame = (left + x - _BORDER, y - _BORDER, right + _BORDER - 1, bottom + _BORDER - 1)
+            draw.rectangle(frame, fill=_FRAME)
+        strip.paste(picture, (left + x, y))
         draw.text((left + _BORDER, cell), thumbnail.text, fill=_TEXT, font=font)
-        draw.text((left + _BORDER, cell + 13), thumbnail.remark[:16], fill=_WRONG, font=font)
+        draw.text((left + _BORDER, cell + 15), thumbnail.remark[:16], fill=_WRONG, font=font)
     buffer = io.BytesIO()
     strip.save(buffer, "PNG")
     return buffer.getvalue()

@@ -22,7 +22,7 @@ Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """What the page is about.
 
     Attributes:
@@ -93,7 +93,7 @@ def report_scores(
             str(beton_path),
             cure=f"Score this beton: fastprune score {beton_path} -o {scores_path} ...",
         )
-    subject = _Subject(table, _chosen_metric(table, subset, metric), kept, beton)
+    subject = Subject(table, _chosen_metric(table, subset, metric), kept, beton)
     parts = [*_summary(subject, subset), *_charts(subject)]
     if beton is not None:
         parts += _contact_sheets(subject, beton, num_classes, per_strip)
@@ -130,7 +130,7 @@ def _difficulties(table: ScoreTable) -> list[str]:
     return [name for name in table.metrics if name not in NO_DIFFICULTIES]
 
 
-def _summary(subject: _Subject, subset: Subset | None) -> list[str]:
+def _summary(subject: Subject, subset: Subset | None) -> list[str]:
     """Where the scores and the subset came from."""
     table = subject.table
     pairs = {
@@ -153,7 +153,7 @@ def _joined(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
-def _charts(subject: _Subject) -> list[str]:
+def _charts(subject: Subject) -> list[str]:
     """The three charts."""
     table, kept = subject.table, subject.kept
     parts = [
@@ -182,7 +182,7 @@ def _charts(subject: _Subject) -> list[str]:
     ]
 
 
-def _contact_sheets(subject: _Subject, beton: Beton, num_classes: int, per_strip: int) -> list[str]:
+def _contact_sheets(subject: Subject, beton: Beton, num_classes: int, per_strip: int) -> list[str]:
     """Three strips per class, for some of the classes."""
     present = np.flatnonzero(subject.table.class_counts)
     spread = np.linspace(0, len(present) - 1, min(num_classes, len(present)))
@@ -207,7 +207,7 @@ def _contact_sheets(subject: _Subject, beton: Beton, num_classes: int, per_strip
     return parts
 
 
-def class_strips(subject: _Subject, label: int, count: int) -> dict[str, Rows]:
+def class_strips(subject: Subject, label: int, count: int) -> dict[str, Rows]:
     """The easiest, the medium and the hardest rows of a class, ascending by score.
 
     Medium are the rows around the median of the class's kept rows, or of all of its rows where
@@ -226,7 +226,7 @@ def class_strips(subject: _Subject, label: int, count: int) -> dict[str, Rows]:
     }
 
 
-def _thumbnail(subject: _Subject, row: int) -> Thumbnail:
+def _thumbnail(subject: Subject, row: int) -> Thumbnail:
     """What is shown of a row."""
     prediction, label = (int(a[row]) for a in (subject.table.predictions, subject.table.labels))
     is_wrong = prediction >= 0 and prediction != label

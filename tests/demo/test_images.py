@@ -39,6 +39,35 @@ def test_images_are_linked_not_copied(tmp_path):
     assert all(path.is_symlink() and path.exists() for path in (train / "class_00").iterdir())
 
 
+def test_files_that_are_no_images_are_left_out_and_folders_in_a_class_are_not(tmp_path):
+    write_image_folder(tmp_path / "mine", classes=2, per_class=4)
+    (tmp_path / "mine" / "class_00" / "Thumbs.db").write_bytes(b"no image")
+    (tmp_path / "mine" / "class_00" / "more").mkdir()
+    image = tmp_path / "mine" / "class_00" / "000.jpg"
+    image.rename(image.parent / "more" / "001.JPG")
+    train, val = prepare_images(tmp_path / "mine", tmp_path / "images", per_class=None)
+    linked = {
+        path.relative_to(folder / "class_00").as_posix()
+        for folder in (train, val)
+        for path in (folder / "class_00").rglob("*")
+        if path.is_symlink()
+    }
+    assert linked == {"001.jpg", "002.jpg", "003.jpg", "more/001.JPG"}
+
+
+def test_train_folder_without_a_val_folder_is_split(tmp_path):
+    write_image_folder(tmp_path / "mine" / "train", classes=2, per_class=4)
+    train, val = prepare_images(tmp_path / "mine", tmp_path / "images", per_class=None)
+    assert (count(train)["class_01"], count(val)["class_01"]) == (3, 1)
+
+
+def test_class_that_is_called_train_is_a_class(tmp_path):
+    write_image_folder(tmp_path / "mine", classes=2, per_class=4)
+    (tmp_path / "mine" / "class_01").rename(tmp_path / "mine" / "train")
+    train, _ = prepare_images(tmp_path / "mine", tmp_path / "images", per_class=None)
+    assert count(train) == {"class_00": 3, "train": 3}
+
+
 def test_pictures_are_drawn_where_no_folder_is_given(tmp_path):
     train, val = prepare_images(None, tmp_path / "images", per_class=2)
     assert (count(train)["star"], count(val)["star"]) == (2, 1)
@@ -64,5 +93,5 @@ def test_class_without_images_is_named(tmp_path):
 
 def test_class_that_cannot_be_split_is_named(tmp_path):
     write_image_folder(tmp_path / "mine", classes=1, per_class=1)
-    with pytest.raises(ConversionError, match="class_00 holds one file; train and val need one"):
+    with pytest.raises(ConversionError, match="class_00 holds one image; train and val need one"):
         prepare_images(tmp_path / "mine", tmp_path / "images", per_class=None)

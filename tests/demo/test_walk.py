@@ -1,6 +1,6 @@
 import json
+from pathlib import Path
 
-import ffcv
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +9,13 @@ from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
 from fastprune.demo.summary import result_table
 from fastprune.demo.walk import DemoSettings, run_demo
-from fastprune.errors import InvalidValueError
+from fastprune.errors import ConversionError, InvalidValueError
+from tests.conftest import require_library
+from tests.images import write_image_folder
+
+require_library("ffcv")
+
+import ffcv  # noqa: E402
 
 SMALL = {"per_class": 14, "epochs": 1, "teacher_epochs": 1, "image_size": 32, "teacher": "resnet8"}
 
@@ -74,14 +80,47 @@ def test_table_names_every_run(demo):
     assert list(result_table(result).columns[0].cells) == ["full", "medium", "random"]
 
 
-def test_demo_replaces_an_earlier_demo_and_nothing_else(demo):
+def test_demo_clears_what_an_earlier_demo_left_and_nothing_else(tmp_path, tmp_path_factory):
+    for name in ("runs/full-0/result.json", "scores.parquet.partial/pass.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    (tmp_path / ".fastprune-demo").touch()
+    mine = tmp_path_factory.mktemp("mine")
+    with pytest.raises(ConversionError, match="holds no class folders"):
+        run_demo(DemoSettings(out=tmp_path, images=mine, **SMALL))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".fastprune-demo", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "path"),
+    [("teacher_checkpoint", "teacher/student.safetensors"), ("images", "images/train")],
+)
+def test_demo_does_not_clear_away_what_it_is_given(demo, argument, path):
     out, _ = demo
-    (out / "notes.txt").write_text("mine")
-    settings = DemoSettings(out=out, teacher_checkpoint=out / "teacher" / "student.safetensors")
-    with pytest.raises(InvalidValueError, match=r"teacher checkpoint .* lies in the folder"):
-        run_demo(settings)
-    assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(InvalidValueError, match=r"lies in the folder that the demo replaces"):
+        run_demo(DemoSettings(out=out, **{argument: out / path}))
+    assert (out / path).exists()
+
+
+def test_missing_image_folder_is_named_before_an_earlier_demo_is_cleared(demo):
+    out, _ = demo
+    with pytest.raises(InvalidValueError, match=r"image folder nowhere does not exist\. Name one"):
+        run_demo(DemoSettings(out=out, images=Path("nowhere")))
     assert (out / "result.json").exists()
+
+
+def test_demo_is_not_written_among_the_classes(tmp_path):
+    write_image_folder(tmp_path / "mine", classes=2)
+    settings = DemoSettings(out=tmp_path / "mine" / "demo", images=tmp_path / "mine")
+    with pytest.raises(InvalidValueError, match="would be a class of the image folder"):
+        run_demo(settings)
+
+
+def test_too_few_images_for_a_batch_are_refused_before_the_training(tmp_path):
+    settings = DemoSettings(out=tmp_path / "out", **SMALL | {"per_class": 2})
+    with pytest.raises(InvalidValueError, match=r"leaves 10 of 20 .* a batch has 32\. Keep more"):
+        run_demo(settings)
+    assert not (tmp_path / "out" / "teacher").exists()
 
 
 def test_folder_that_no_demo_wrote_is_not_touched(tmp_path):

@@ -147,6 +147,22 @@ def test_float64_beyond_float32_that_overflows_is_refused():
         centroid_distances(features, [0, 0, 0])
 
 
+@pytest.mark.parametrize("value", [1e39, 1e200])
+def test_float64_beyond_float32_is_refused_though_its_sums_are_finite(value):
+    with pytest.raises(InvalidValueError, match=r"row 1 hold 1e\+.*within float32's range"):
+        centroid_distances(np.array([[0.0], [value]]), [0, 0])
+
+
+def test_distance_beyond_float32_is_refused():
+    features = np.array([[3e38] * 9, [3e38] * 9, [-3e38] * 9], np.float32)
+    with pytest.raises(InvalidValueError, match=r"row 0 lies farther.*float32.*Scale.*down"):
+        centroid_distances(features, [0, 0, 0])
+
+
+def test_lists_are_taken_as_arrays():
+    assert centroid_distances([[0.0, 0.0], [0.0, 2.0]], [0, 0]).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("labels", "num_classes", "message"),
     [

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from fastprune import Loader, open_beton, score
 from fastprune.artifacts.scores import ScoreTable
-from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
 from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.networks import build_network, save_weights
@@ -246,28 +245,6 @@ def test_unfinished_pass_of_another_teacher_is_not_gone_on_with(beton, tmp_path)
         run(beton, _StopsAfter(small_teacher(seed=1), 3), out)
     table = run(beton, small_teacher(seed=2), out)
     assert_same(table, run(beton, small_teacher(seed=2), tmp_path / "expected.parquet"))
-
-
-def test_pass_whose_features_outgrew_float16_goes_on(beton, tmp_path):
-    identity = {"teacher": "any"}
-    options = {"num_rows": 6, "identity": identity, "resume": True}
-    records = np.zeros(2, ROW_DTYPE)
-    with PassJournal(tmp_path / "s.parquet", **options) as journal:
-        journal.append(np.full((2, 3), 1.5, np.float32), records)
-        journal.append(np.full((2, 3), 1e6, np.float32), records)
-    with PassJournal(tmp_path / "s.parquet", **options) as journal:
-        assert journal.rows_done == 4
-        journal.append(np.full((2, 3), 7, np.float32), records)
-        assert journal.features[:, 0].tolist() == [1.5, 1.5, 1e6, 1e6, 7, 7]
-
-
-def test_two_passes_may_not_write_the_same_table(tmp_path):
-    options = {"num_rows": 6, "identity": {}, "resume": True}
-    with (
-        PassJournal(tmp_path / "s.parquet", **options),
-        pytest.raises(ArtifactError, match=r"s\.parquet\.partial is being written by another"),
-    ):
-        PassJournal(tmp_path / "s.parquet", **options)
 
 
 def test_table_in_a_folder_that_is_not_there_is_refused_before_the_pass(beton, tmp_path):

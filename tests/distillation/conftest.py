@@ -14,14 +14,13 @@ from fastprune.networks import build_network, save_weights
 from fastprune.recipe import Recipe, make_recipe
 from tests.conftest import require_library
 
-require_library("ffcv")
-
 IMAGE_SIZE = 32
 
 
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory) -> Path:
-    """A folder with train.beton (10 × 8 rows) and val.beton (10 × 3 rows)."""
+    """A folder with train.beton (10 × 8 rows) and val.beton (10 × 3 rows), for the FFCV engine."""
+    require_library("ffcv")
     folder = tmp_path_factory.mktemp("betons")
     write_demo_images(folder / "images", train_per_class=8, val_per_class=3, seed=0)
     for split in ("train", "val"):

@@ -46,6 +46,11 @@ def test_checkpoint_that_does_not_tell_its_network_asks_for_it(tmp_path, betons)
         evaluate_checkpoint(tmp_path / "weights.pt", betons / "val.beton")
 
 
+def test_impossible_image_size_is_not_taken_for_none(teacher, betons):
+    with pytest.raises(InvalidValueError, match="image_size"):
+        evaluate_checkpoint(teacher, betons / "val.beton", network="resnet8", image_size=0)
+
+
 def test_missing_checkpoint_is_named(tmp_path, betons):
     with pytest.raises(ArtifactError, match=r"nowhere\.safetensors does not exist"):
         evaluate_checkpoint(tmp_path / "nowhere.safetensors", betons / "val.beton")

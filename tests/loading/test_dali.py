@@ -65,7 +65,7 @@ def test_pixels_are_those_of_cropping_and_resizing_with_pil(stock_beton):
     beton = open_beton(stock_beton)
     loader = _loader(stock_beton, raw=True, tail="exact")
     for images, _, rows in loader:
-        views = loader._views(rows.numpy(), epoch=0)
+        views = loader.views(rows.numpy(), epoch=0)
         for image, row, (top, left, height, width, _, _, flip) in zip(
             images, rows, views, strict=True
         ):
@@ -150,11 +150,11 @@ def test_raw_rows_are_refused(tmp_path):
 
 
 def test_decoding_on_a_gpu_needs_nvjpeg_in_the_process(tmp_path):
-    from fastprune.loading._dali import _require_nvjpeg
+    from fastprune.loading._dali import require_nvjpeg
 
     maps = tmp_path / "maps"
     maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/torchvision.libs/libnvjpeg.so\n")
     with pytest.raises(MissingDependencyError, match="pip install nvidia-nvjpeg"):
-        _require_nvjpeg(maps)
+        require_nvjpeg(maps)
     maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/nvidia/libnvjpeg.so.13\n")
-    _require_nvjpeg(maps)
+    require_nvjpeg(maps)

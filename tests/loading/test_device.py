@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastprune.errors import InvalidValueError
-from fastprune.loading.device import choose_device
+from fastprune.loading.device import choose_device, cuda_index
 
 
 def test_auto_is_cuda_where_it_is_there(monkeypatch):
@@ -21,3 +21,10 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InvalidValueError, match="torch sees no CUDA device"):
         choose_device("cuda:1")
+
+
+def test_a_cuda_device_without_a_number_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert cuda_index(torch.device("cuda")) == 3
+    assert cuda_index(torch.device("cuda:1")) == 1
+    assert cuda_index(torch.device("cpu")) is None

@@ -181,3 +181,12 @@ import ffcv.fields.rgb_image
 assert ffcv.fields.rgb_image.IMAGE_MODES == {{"jpg": 0, "raw": 1}}
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_process_may_end_in_the_middle_of_an_epoch(stock_beton):
+    script = f"""
+from fastprune.loading.loader import Loader
+batches = iter(Loader({str(stock_beton)!r}, batch_size=2, image_size=224, num_workers=2))
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -74,8 +74,10 @@ def test_evaluation_visits_every_row_once_in_order(stock_beton):
     assert len(loader) == 4
 
 
-def test_a_padded_epoch_says_how_many_rows_it_repeats(stock_beton):
-    loader = _loader(stock_beton, tail="pad")
+def test_a_padded_epoch_says_how_many_rows_it_repeats(stock_beton, caplog):
+    with caplog.at_level("INFO", "fastprune"):
+        loader = _loader(stock_beton, tail="pad")
+    assert "each epoch repeats 2 rows" in caplog.text
     assert len(_rows(loader)) == 32
     assert loader.num_repeated == 2
 
@@ -122,22 +124,36 @@ def test_an_iterator_that_is_never_advanced_takes_no_epoch(stock_beton):
     assert _rows(loader).tolist() == _rows(_loader(stock_beton)).tolist()
 
 
-def test_leaving_early_fifty_times_leaves_nothing_behind(stock_beton):
-    loader = _loader(stock_beton, batch_size=2)
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_leaving_early_fifty_times_leaves_nothing_behind(stock_beton, backend):
+    if backend == "dali":
+        require_library("dali")
+    loader = _loader(stock_beton, batch_size=2, image_size=224, backend=backend)
 
-    def leave():
-        for _ in loader:
-            break
-
-    def held():
+    def leave(times):
+        for _ in range(times):
+            for _ in loader:
+                break
         gc.collect()
-        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+        num_files = len(list(Path("/proc/self/fd").iterdir()))
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return threading.active_count(), num_files, resident_pages * 4096 / 2**20
 
-    leave()
-    before = held()
-    for _ in range(50):
-        leave()
-    assert held() == before
+    threads, files, resident_mib = leave(10)
+    threads_after, files_after, resident_mib_after = leave(50)
+    assert (threads_after, files_after) == (threads, files)
+    # Fifty abandoned batches with those decoded ahead would be 50 x 5 x 0.3 MiB.
+    assert resident_mib_after - resident_mib < 30
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_a_rank_without_rows_has_no_batches(stock_beton, backend):
+    if backend == "dali":
+        require_library("dali")
+    settings = {"tail": "exact", "backend": backend}
+    ranks = [_loader(stock_beton, [3, 4], distributed=(rank, 3), **settings) for rank in range(3)]
+    assert [len(rank) for rank in ranks] == [1, 1, 0]
+    assert [[rows.tolist() for _, _, rows in rank] for rank in ranks] == [[[3]], [[4]], []]
 
 
 def test_warming_up_takes_no_batch_and_no_epoch_away(stock_beton):
@@ -254,6 +270,13 @@ def test_a_missing_engine_is_named_with_its_cure(stock_beton, monkeypatch, backe
 def test_auto_is_dali_on_a_gpu_and_else_what_is_there(monkeypatch, installed, device, chosen):
     monkeypatch.setattr(engine, "_is_installed", lambda package: package in installed)
     assert engine._choose(torch.device(device)) == chosen
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_the_loader_says_which_engine_works(stock_beton, backend):
+    if backend == "dali":
+        require_library("dali")
+    assert _loader(stock_beton, backend=backend).backend == backend
 
 
 def test_no_engine_at_all_is_named_with_its_cure(stock_beton, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastprune.errors import InvalidValueError, MissingDependencyError
-from fastprune.networks import build_network
+from fastprune.networks import build_network, published_view, published_weights
 
 # Millions of parameters with 100 classes, as the distillation literature prints them.
 PARAMETERS_IN_MILLIONS = {
@@ -225,3 +225,33 @@ def test_factory_that_cannot_be_imported_is_named(name):
 def test_factory_that_returns_no_module_is_refused():
     with pytest.raises(InvalidValueError, match=r"returned a int; it must return a torch\.nn"):
         build_network("tests.networks.factories:number", num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("resnet50", "DEFAULT"),
+        ("torchvision:vgg13", "DEFAULT"),
+        ("timm:resnet50", "pretrained"),
+        ("tests.networks.factories:linear", None),
+    ],
+)
+def test_published_weights_are_the_best_ones_of_their_source(name, weights):
+    assert published_weights(name) == weights
+
+
+def test_small_network_has_no_published_weights():
+    with pytest.raises(InvalidValueError, match=r"wrn_40_2 has no published.*Give a checkpoint"):
+        published_weights("wrn_40_2")
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b3", "torchvision:efficientnet_b3"])
+def test_view_of_torchvision_weights_is_that_of_their_transforms(name):
+    view = published_view(name, "DEFAULT")
+    assert (view.image_size, view.mean) == (300, (0.485, 0.456, 0.406))
+
+
+def test_view_of_timm_weights_is_that_of_their_configuration():
+    pytest.importorskip("timm")
+    view = published_view("timm:vit_base_patch16_224", "pretrained")
+    assert (view.image_size, view.mean) == (224, (0.5, 0.5, 0.5))

@@ -3,7 +3,13 @@ import torch
 from torch import nn
 
 from fastprune.errors import ArtifactError
-from fastprune.networks import build_network, load_weights, save_weights, weights_digest
+from fastprune.networks import (
+    build_network,
+    load_weights,
+    save_weights,
+    weights_digest,
+    weights_metadata,
+)
 
 
 def network(seed=0, name="resnet8", num_classes=10):
@@ -101,3 +107,17 @@ def test_damaged_checkpoint_is_named(tmp_path, suffix):
     (tmp_path / f"net{suffix}").write_bytes(b"PK\x03\x04 no checkpoint at all")
     with pytest.raises(ArtifactError, match=r"net\..* is no readable checkpoint"):
         load_weights(network(), tmp_path / f"net{suffix}")
+
+
+def test_metadata_is_what_was_saved_with_the_weights(tmp_path):
+    save_weights(network(), tmp_path / "net.safetensors", metadata={"network": "resnet8"})
+    assert weights_metadata(tmp_path / "net.safetensors")["network"] == "resnet8"
+    assert weights_metadata(tmp_path / "net.pth") == {}
+
+
+def test_metadata_of_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"none\.safetensors does not exist"):
+        weights_metadata(tmp_path / "none.safetensors")
+    (tmp_path / "net.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(ArtifactError, match=r"net\.safetensors is no readable checkpoint"):
+        weights_metadata(tmp_path / "net.safetensors")

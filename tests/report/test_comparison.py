@@ -15,7 +15,7 @@ def picture():
     runs = [RunPicture("full", CURVE, 0.0, 2.0, 0.5), RunPicture("medium", CURVE, 0.3, 1.0, 0.5)]
     scores = generator.random(100, dtype=np.float32)
     kept = KeptPicture(
-        "centroid", scores, np.arange(50), {"easy": [Sample(pixels, "cat", 0.1)] * 3}
+        "centroid", scores, np.arange(50), {"easy": [Sample(pixels, "$^cat$", 0.1)] * 3}
     )
     return runs, kept
 

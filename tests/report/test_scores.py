@@ -17,7 +17,7 @@ from fastprune.cli import main
 from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.report.contact_sheet import THUMBNAIL_SIDE, Thumbnail, read_image, strip_png
 from fastprune.report.score_charts import rank_correlations
-from fastprune.report.scores import _Subject, class_strips, report_scores
+from fastprune.report.scores import Subject, class_strips, report_scores
 from fastprune.selection.subsets import make_subset
 from tests.images import write_image_folder
 from tests.selection.tables import score_table
@@ -130,18 +130,18 @@ def test_strips_are_the_ends_and_the_middle_of_a_class():
     members = np.flatnonzero(table.labels == 0)
     ascending = members[np.argsort(table.metric("loss")[members])]
     kept = make_subset(table, keep_ratio=0.3, metric="loss", strategy="hard").rows
-    subject = _Subject(table, "loss", kept, None)
+    subject = Subject(table, "loss", kept, None)
     strips = class_strips(subject, 0, 4)
     assert list(strips) == ["easiest", "kept, medium", "hardest"]
     assert np.array_equal(strips["easiest"], ascending[:4])
     assert np.array_equal(strips["hardest"], ascending[-4:])
     assert np.array_equal(strips["kept, medium"], ascending[70:][13:17])
-    unkept = class_strips(_Subject(table, "loss", None, None), 0, 4)
+    unkept = class_strips(Subject(table, "loss", None, None), 0, 4)
     assert np.array_equal(unkept["medium"], ascending[48:52])
 
 
 def test_class_with_fewer_images_than_a_strip_shows_them_all():
-    subject = _Subject(score_table(class_sizes=(3, 20)), "loss", None, None)
+    subject = Subject(score_table(class_sizes=(3, 20)), "loss", None, None)
     assert [len(rows) for rows in class_strips(subject, 0, 8).values()] == [3, 3, 3]
 
 
@@ -150,9 +150,9 @@ def test_strip_shows_the_images_enlarged_to_whole_multiples(files):
     strip = Image.open(io.BytesIO(strip_png(beton, [Thumbnail(0, "1.5", "cat", is_kept=True)] * 2)))
     image = read_image(beton, 0)
     factor = THUMBNAIL_SIDE // max(image.size)
-    left, top = ((THUMBNAIL_SIDE - factor * side) // 2 + 3 for side in image.size)
+    left, top = ((THUMBNAIL_SIDE + 6 - factor * side) // 2 for side in image.size)
     corner = np.asarray(strip)[top : top + factor, left : left + factor]
-    assert factor == 2
+    assert factor == 3
     assert (corner == np.asarray(image)[0, 0]).all()
     assert strip.width == 2 * (THUMBNAIL_SIDE + 12)
 
