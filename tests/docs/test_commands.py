@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import fastprune
 from fastprune.cli import main
+from fastprune.networks import build_network
 from tests.conftest import require_library
 from tests.images import write_image_folder
 
@@ -42,9 +43,8 @@ ALL = [pytest.param(words, id=" ".join(words)) for page in PAGES for words in _c
 def test_every_command_in_the_docs_is_understood(words):
     command, words = main, list(words)
     while hasattr(command, "commands"):
-        name, command, words = command.resolve_command(
-            command.make_context("x", [], resilient_parsing=True), words
-        )
+        context = command.make_context("group", [], resilient_parsing=True)
+        name, command, words = command.resolve_command(context, words)
     command.make_context(name, words)
 
 
@@ -81,14 +81,17 @@ def test_the_quick_start_runs_as_printed(small_images):
     assert Path("report.html").exists()
 
 
+def small_teacher(*, num_classes):
+    return build_network("resnet8", num_classes=num_classes)
+
+
 @pytest.mark.full
 def test_the_way_through_imagenet_runs_as_printed(small_images):
     require_library("ffcv")
-    teacher = "tests.networks.factories:tiny"
     for words in _commands(ROOT / "docs" / "imagenet.md"):
         if words[0] == "score":  # published weights would have to be downloaded
             words = [*itertools.takewhile(lambda word: word != "--teacher", words)]
-            words += ["--teacher-factory", teacher, "--image-size", "32"]
+            words += ["--teacher-factory", f"{__name__}:small_teacher", "--image-size", "32"]
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, (words, result.output)
     assert Path("half.beton").exists()
