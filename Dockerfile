@@ -33,7 +33,7 @@ COPY --from=builder /opt/fastprune/runtime-packages /opt/fastprune/runtime-packa
 # /cache and /work take any user: clusters choose the user id themselves.
 RUN apt-get update \
     && xargs apt-get install -y --no-install-recommends python3 < /opt/fastprune/runtime-packages \
-    && rm -rf /var/lib/apt/lists/* \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 fastprune \
     && install -d -m 1777 /cache /work
 COPY --from=builder /opt/fastprune /opt/fastprune

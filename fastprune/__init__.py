@@ -5,13 +5,49 @@ neither torch nor ffcv nor DALI.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fastprune.compile_cache import ensure_compile_cache
 
 from fastprune.scratch import keep_compiled_code_somewhere
 
 __version__ = "0.1.0"
 
+<<<<<<< HEAD
 keep_compiled_code_somewhere()
+=======
+ensure_compile_cache()
+
+if TYPE_CHECKING:
+    from fastprune.artifacts.scores import ScoreTable
+    from fastprune.artifacts.subset import Subset
+    from fastprune.beton.check import check_beton
+    from fastprune.beton.compact import compact
+    from fastprune.beton.reader import open_beton
+    from fastprune.beton.writer import convert
+    from fastprune.difficulty.kernels import centroid_distances
+    from fastprune.difficulty.teacher import score
+    from fastprune.distillation.losses import LogitReshaper
+    from fastprune.distillation.trainer import distill
+    from fastprune.loading.loader import Loader
+    from fastprune.selection.strategies import select_rows
+
+__all__ = [
+    "Loader",
+    "LogitReshaper",
+    "ScoreTable",
+    "Subset",
+    "__version__",
+    "centroid_distances",
+    "check_beton",
+    "compact",
+    "convert",
+    "distill",
+    "open_beton",
+    "score",
+    "select_rows",
+]
+>>>>>>> main
 
 _HOMES = {
     "LogitReshaper": "fastprune.distillation.losses",
@@ -27,8 +63,6 @@ _HOMES = {
     "score": "fastprune.difficulty.teacher",
     "select_rows": "fastprune.selection.strategies",
 }
-
-__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -163,7 +163,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         path: the TOML file.
         overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
-            word.
+            word; an empty value takes the key away.
 
     Returns:
         The validated recipe.
@@ -229,14 +229,22 @@ def _known_keys(sections: list[str]) -> list[str]:
 def _set(settings: dict[str, Any], override: str) -> None:
     """Apply one "section.key=value" to the settings."""
     dotted, separator, text = override.partition("=")
+    text = text.strip()
     sections = dotted.strip().split(".")
     if not separator or len(sections) != 2 or not all(sections):
         raise RecipeError(f"--set {override!r} is not of the form section.key=value.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
     section = settings.setdefault(sections[0], {})
     if not isinstance(section, dict):
         raise RecipeError(f"--set {override!r}: {sections[0]} is no section of the recipe.")
-    section[sections[1]] = value
+    if text:
+        section[sections[1]] = _parse(text)
+    else:
+        section.pop(sections[1], None)
+
+
+def _parse(text: str) -> Any:
+    """A value in TOML's notation, or else the bare word."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

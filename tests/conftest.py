@@ -11,8 +11,16 @@ _MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 
 def require_library(name: str) -> None:
     """Skip the calling test module where a library is missing, or fail where it must be there."""
-    if importlib.util.find_spec(_MODULES[name].split(".")[0]) is not None:
+    if _is_installed(_MODULES[name]):
         return
     if name in _REQUIRED:
         pytest.fail(f"{name} is not installed, but FASTPRUNE_REQUIRE={','.join(_REQUIRED)}.")
     pytest.skip(f"{name} is not installed", allow_module_level=True)
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module can be found, also where its parent package is missing."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,4 +1,6 @@
+import ast
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,14 @@ def test_every_public_name_is_there_and_explains_itself():
     for name in fastprune.__all__:
         value = getattr(fastprune, name)
         assert name.startswith("__") or value.__doc__, name
+
+
+def test_type_checkers_know_the_home_of_every_lazy_name():
+    tree = ast.parse(Path(fastprune.__file__).read_text())
+    (checked_only,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name: node.module for node in checked_only.body for alias in node.names}
+    assert imported == fastprune._HOMES
+    assert {*fastprune._HOMES, "__version__"} == set(fastprune.__all__)
 
 
 def test_public_names_are_found_by_completion():

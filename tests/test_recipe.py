@@ -45,6 +45,11 @@ def test_overrides_replace_settings_in_toml_notation_or_as_bare_words(recipe_fil
     assert recipe.schedule.policy == "cosine"
 
 
+def test_empty_override_takes_a_key_away(recipe_file):
+    assert load_recipe(recipe_file, ["data.subset=half.npy"]).data.subset == Path("half.npy")
+    assert load_recipe(recipe_file, ["data.subset=half.npy", "data.subset="]).data.subset is None
+
+
 def test_unknown_key_is_refused_with_the_nearest_known_name(recipe_file):
     with pytest.raises(RecipeError, match=r"data\.imagesize is unknown; did you mean image_size\?"):
         load_recipe(recipe_file, ["data.imagesize=64"])

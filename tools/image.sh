@@ -39,6 +39,7 @@ make_base() {
         'Created-By: Packages' | grep -E '^(Debian|Ubuntu) \S+ \w+$')
     debootstrap --variant=minbase "$release" "$scratch/root" "$mirror" > "$scratch/debootstrap.log" ||
         { tail -n 20 "$scratch/debootstrap.log" >&2; exit 1; }
+    rm -rf "$scratch"/root/var/cache/apt/archives/*.deb
     rm -rf "$scratch/root/dev" # copying /dev/full would fill the disk
     mkdir "$scratch/root/dev"
     container=$(buildah "${store[@]}" from scratch)
@@ -96,9 +97,9 @@ expect() {
 }
 
 test_image() {
-    expect "entry point" "$(inspect '{{json .Docker.config.Entrypoint}}')" '["fastprune"]'
-    expect "user" "$(inspect '{{.Docker.config.User}}')" 10001:10001
-    expect "version label" "$(inspect '{{index .Docker.config.Labels "org.opencontainers.image.version"}}')" \
+    expect "entry point" "$(inspect '{{range .Docker.Config.Entrypoint}}{{.}}{{end}}')" fastprune
+    expect "user" "$(inspect '{{.Docker.Config.User}}')" 10001:10001
+    expect "version label" "$(inspect '{{index .Docker.Config.Labels "org.opencontainers.image.version"}}')" \
         "$(sed -n 's/^__version__ = "\(.*\)"/\1/p' fastprune/__init__.py)"
     container=$(buildah "${store[@]}" from --pull-never "$image")
     expect "user id in the container" "$(in_image id -u)" 10001
@@ -107,7 +108,7 @@ test_image() {
         exit 1
     fi
     local health
-    mapfile -t health < <(inspect '{{range .Docker.config.Healthcheck.Test}}{{println .}}{{end}}')
+    mapfile -t health < <(inspect '{{range .Docker.Config.Healthcheck.Test}}{{println .}}{{end}}')
     expect "health check" "${health[0]}" CMD
     local command=()
     for word in "${health[@]:1}"; do [ -z "$word" ] || command+=("$word"); done
@@ -155,6 +156,10 @@ require_tools
 case "${1:-}" in
     build) build ;;
     test) test_image ;;
-    remove) buildah "${store[@]}" rmi --force "$image" && buildah "${store[@]}" rmi --prune --force ;;
+    remove)
+        buildah "${store[@]}" rmi --force "$image"
+        if [ -z "${BASE_IMAGE:-}" ]; then buildah "${store[@]}" rmi --force "$base"; fi
+        buildah "${store[@]}" rmi --prune --force
+        ;;
     *) echo "usage: tools/image.sh build|test|remove" >&2; exit 2 ;;
 esac

@@ -18,7 +18,7 @@ _METADATA_KEY = b"fastprune"
 _FIXED_COLUMNS = ("row", "label", "prediction")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreTable:
     """How hard the teacher finds every row of a beton.
 
@@ -115,6 +115,14 @@ class ScoreTable:
                 f"{path} is no score table of fastprune ({error}). "
                 f"Make it with: fastprune score train.beton -o {path} ..."
             ) from error
+
+
+def is_score_table(path: str | Path) -> bool:
+    """Whether a file is a Parquet file that `ScoreTable.save` wrote; other files are just not."""
+    try:
+        return _METADATA_KEY in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _require_rows_in_order(rows: NDArray[np.int64], num_rows: int, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from fastprune.artifacts.fingerprint import Fingerprint
 from fastprune.errors import ArtifactError, InvalidValueError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subset:
     """The kept rows of a beton and how they were chosen.
 
@@ -55,9 +55,11 @@ class Subset:
         final = Path(path)
         if final.suffix != ".npy":
             raise InvalidValueError(f"a subset is a .npy file, but {final} is not named so.")
-        write_text(final.with_suffix(".json"), json.dumps(self._sidecar(), indent=2) + "\n")
-        with atomic_path(final) as temporary, temporary.open("wb") as file:
-            np.save(file, self.rows, allow_pickle=False)
+        with atomic_path(final) as temporary:
+            with temporary.open("wb") as file:
+                np.save(file, self.rows, allow_pickle=False)
+            # Rows that do not fit on the disk leave no sidecar either.
+            write_text(final.with_suffix(".json"), json.dumps(self._sidecar(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -6,6 +6,7 @@ that `fastprune --help` answers at once.
 
 import logging
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -26,14 +27,19 @@ class _InOrder(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a fault of the user's data becomes one message and exit code 1."""
+        """Run a command; a fault of the user's data or disk becomes one message and exit code 1."""
         try:
             return super().invoke(ctx)
-        except FastpruneError as error:
+        except (FastpruneError, OSError) as error:
             if ctx.params["debug"]:
                 raise
             click.echo(f"{type(error).__name__}: {error}", err=True)
             sys.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One plain line, without the place in our code that warns."""
+    click.echo(f"warning: {message}", err=True)
 
 
 @click.group(cls=_InOrder, context_settings=_CONTEXT)
@@ -48,6 +54,8 @@ def main(debug: bool) -> None:
     # Other libraries stay quiet: numba and matplotlib tell thousands of lines at DEBUG.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("fastprune").setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        warnings.showwarning = _show_warning
 
 
 for _command in (

@@ -1,6 +1,7 @@
 """The subcommand that scores; those around subsets are in subsets.py."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,9 @@ def score(
 
     if teacher and teacher_factory:
         raise click.UsageError("give --teacher or --teacher-factory, not both.")
+    if teacher_factory:
+        # As `python -m` does: a module in the folder one works in can be named.
+        sys.path.insert(0, str(Path.cwd()))
     started = time.perf_counter()
     table = score(
         beton,

@@ -39,8 +39,8 @@ def _ratios(
 @click.option(
     "--beton",
     type=click.Path(path_type=Path),
-    help="Images of SCORES, where these are not a score table but numbers of another tool "
-    "(.npy, .csv, .parquet).",
+    help="Images of SCORES: needed where these are numbers of another tool (.npy, .csv, "
+    ".parquet); a score table is held against them.",
 )
 @click.option(
     "--metric",

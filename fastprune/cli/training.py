@@ -13,7 +13,7 @@ import click
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="Replace a setting of the recipe; may be given several times.",
+    help="Replace a setting of the recipe, or take it away (KEY=); may be given several times.",
 )
 def train(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Train a student as RECIPE, a TOML file, says."""

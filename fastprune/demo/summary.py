@@ -104,6 +104,7 @@ class DemoResult:
             "name": run.name,
             "seed": result.seed,
             "rows": result.rows,
+            "images_per_epoch": result.images_per_epoch,
             "epochs": result.epochs,
             "train_seconds": result.train_seconds,
             "score_seconds": run.score_seconds,
@@ -134,7 +135,7 @@ def result_table(result: DemoResult) -> Table:
         runs = [run for run in result.runs if run.name == name]
         table.add_row(
             name,
-            f"{runs[0].result.rows:,}",
+            f"{runs[0].result.images_per_epoch:,}",
             _mean([run.result.train_seconds for run in runs], 1),
             _mean([run.score_seconds for run in runs], 1),
             _mean([run.score_seconds + run.result.total_seconds for run in runs], 1),

@@ -109,7 +109,7 @@ def run_demo(settings: DemoSettings) -> DemoResult:
             train, val = out / "train.beton", out / "val.beton"
             convert(folders[0], train)
             convert(folders[1], val)
-        _require_batch(train, settings.keep)
+        _require_enough(train, settings.keep)
         image_size = settings.image_size or _view_side(train)
         with _timed("teacher", steps):
             checkpoint = settings.teacher_checkpoint or _train_teacher(settings, image_size)
@@ -217,9 +217,12 @@ def _timed(name: str, steps: dict[str, float]) -> Iterator[None]:
     steps[name] = time.perf_counter() - started
 
 
-def _require_batch(train: Path, keep: float) -> None:
-    """Refuse so few images that the pruned runs, minutes later, would have no batch."""
-    num_rows = open_beton(train).num_rows
+def _require_enough(train: Path, keep: float) -> None:
+    """Refuse images that would only fail when minutes were spent on a teacher."""
+    beton = open_beton(train)
+    if beton.num_classes < 2:
+        raise InvalidValueError("the images have one class; a teacher needs at least two.")
+    num_rows = beton.num_rows
     kept = round(keep * num_rows)
     if kept < _BATCH_SIZE:
         raise InvalidValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.errors import InvalidValueError
+from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network, load_weights, weights_metadata
@@ -53,6 +53,7 @@ def evaluate_checkpoint(
     Raises:
         InvalidValueError: network or image size are neither given nor told.
         ArtifactError: the checkpoint cannot be read or does not fit the network.
+        ArtifactMismatch: the beton has more classes than the checkpoint.
         BetonError: the beton cannot be read.
     """
     told = weights_metadata(checkpoint)
@@ -65,7 +66,13 @@ def evaluate_checkpoint(
     assert size is not None
     place = choose_device(device)
     loader = Loader(beton, train=False, batch_size=batch_size, image_size=int(size), device=place)
-    model = build_network(network, num_classes=loader.num_classes)
+    num_classes = int(told.get("num_classes", loader.num_classes))
+    if loader.num_classes > num_classes:
+        raise ArtifactMismatch(
+            f"{checkpoint} knows {num_classes} classes, but {beton} has {loader.num_classes}. "
+            "Evaluate on images of the classes that it was trained on."
+        )
+    model = build_network(network, num_classes=num_classes)
     load_weights(model, checkpoint)
     return evaluate(model.to(place), loader)
 

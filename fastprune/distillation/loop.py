@@ -1,5 +1,6 @@
 """The training loop: epochs, steps, and the clocks that say where the time went."""
 
+import copy
 import logging
 import math
 import time
@@ -65,6 +66,7 @@ class TrainingLoop:
         self._device = device
         self._log = log
         self._step = 0
+        self._learning_rate = recipe.schedule.learning_rate
         self._optimizer = make_optimizer(student, recipe.schedule)
         self._scheduler = make_scheduler(
             self._optimizer, recipe.schedule, steps_per_epoch=len(train_loader)
@@ -81,6 +83,18 @@ class TrainingLoop:
             self._train_epoch(epoch)
             if epoch + 1 == epochs or (epoch + 1) % self._recipe.run.validate_every == 0:
                 self._validate(epoch)
+
+    def rehearse(self) -> None:
+        """Run a step on a copy that is thrown away, so that no clock counts what happens once."""
+        data = self._recipe.data
+        student = copy.deepcopy(self._student).train()
+        images = torch.zeros(
+            (data.batch_size, 3, data.image_size, data.image_size), device=self._device
+        ).to(memory_format=torch.channels_last)
+        labels = torch.zeros(data.batch_size, dtype=torch.int64, device=self._device)
+        with self._autocast():
+            loss = self._objective(images, student(images), labels)
+        loss.backward()
 
     def _train_epoch(self, epoch: int) -> None:
         """One pass over the rows; losses stay on the device between two lines of the log."""
@@ -121,6 +135,7 @@ class TrainingLoop:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
+        self._learning_rate = float(self._scheduler.get_last_lr()[0])
         self._scheduler.step()
         return loss.detach()
 
@@ -136,8 +151,7 @@ class TrainingLoop:
                 f"the loss became {mean} by step {self._step} (epoch {epoch + 1}). Lower "
                 f"schedule.learning_rate ({rate}), and look whether the images are as expected."
             )
-        learning_rate = self._scheduler.get_last_lr()[0]
-        self._log.write(step=self._step, epoch=epoch, loss=mean, learning_rate=float(learning_rate))
+        self._log.write(step=self._step, epoch=epoch, loss=mean, learning_rate=self._learning_rate)
 
     def _validate(self, epoch: int) -> None:
         """Evaluate the student and add a point to the curve."""

@@ -96,5 +96,6 @@ def standardize(logits: Tensor) -> Tensor:
     Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation".
     """
     logits = logits.float()
-    std = logits.std(dim=1, keepdim=True)
-    return (logits - logits.mean(dim=1, keepdim=True)) / (std + 1e-7)
+    # Inside the root, so that a row of constant logits has a gradient.
+    std = (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
+    return (logits - logits.mean(dim=1, keepdim=True)) / std

@@ -15,7 +15,8 @@ class Result:
     Attributes:
         name: of the run.
         seed: of the student's weights, the order and the views.
-        rows: rows of the subset; an epoch leaves out the last few, drawn anew, that fill no batch.
+        rows: rows of the subset.
+        images_per_epoch: images of an epoch; the last few rows, drawn anew, fill no batch.
         epochs: passes over them.
         startup_seconds: opening files, compiling the decoder, loading the teacher.
         train_seconds: the epochs, without validation and without compilation.
@@ -32,6 +33,7 @@ class Result:
     name: str
     seed: int
     rows: int
+    images_per_epoch: int
     epochs: int
     startup_seconds: float
     train_seconds: float

@@ -1,5 +1,6 @@
 """From a recipe to a student: opens what the recipe names, trains, writes the run's folder."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,11 @@ def distill(recipe: Recipe | str | Path) -> Result:
     """
     started = time.perf_counter()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            f"train runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}. "
+            "Start it without torchrun."
+        )
     device = choose_device(recipe.run.device)
     train_loader, val_loader = _open_loaders(recipe, device)
     with _run_folder(recipe) as folder:
@@ -50,7 +56,6 @@ def distill(recipe: Recipe | str | Path) -> Result:
         objective = _make_objective(recipe, train_loader.num_classes, device)
         train_loader.warm_up()
         val_loader.warm_up()
-        startup_seconds = time.perf_counter() - started
         with RunLog(folder) as log:
             loop = TrainingLoop(
                 recipe,
@@ -61,6 +66,9 @@ def distill(recipe: Recipe | str | Path) -> Result:
                 device=device,
                 log=log,
             )
+            loop.rehearse()
+            torch.manual_seed(recipe.run.seed)
+            startup_seconds = time.perf_counter() - started
             loop.run()
         student_path = folder / "student.safetensors"
         _save_student(student, student_path, recipe, train_loader.num_classes)
@@ -68,6 +76,7 @@ def distill(recipe: Recipe | str | Path) -> Result:
             name=recipe.run.name or folder.resolve().name,
             seed=recipe.run.seed,
             rows=len(train_loader.rows),
+            images_per_epoch=len(train_loader) * train_loader.batch_size,
             epochs=recipe.schedule.epochs,
             startup_seconds=startup_seconds,
             train_seconds=loop.train_seconds,

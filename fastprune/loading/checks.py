@@ -1,5 +1,6 @@
 """Refusals of arguments outside their domain."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,3 +27,21 @@ def require_at_least(name: str, value: int, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise InvalidValueError(f"{name} must be an integer >= {least}, not {value!r}.")
+
+
+def require_channels(
+    name: str, values: Sequence[float], *, positive: bool = False
+) -> tuple[float, ...]:
+    """One number for each of red, green and blue.
+
+    Raises:
+        InvalidValueError: there are not three numbers, or one is not positive where all must be.
+    """
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != 3 or (positive and min(numbers) <= 0):
+        kind = "positive numbers" if positive else "numbers"
+        raise InvalidValueError(
+            f"{name} must be three {kind}, for red, green and blue of values in [0, 1], not "
+            f"{values!r}."
+        )
+    return numbers

@@ -3,7 +3,12 @@
 import hashlib
 import itertools
 import logging
+<<<<<<< HEAD
 from collections.abc import Iterator
+=======
+import os
+from collections.abc import Iterator, Sequence
+>>>>>>> main
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +23,7 @@ from fastprune.beton.rows import RowsLike
 from fastprune.cpus import cpus_per_rank
 from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
-from fastprune.loading.checks import require_at_least, require_one_of
+from fastprune.loading.checks import require_at_least, require_channels, require_one_of
 from fastprune.loading.delivery import Delivery
 from fastprune.loading.device import choose_device
 from fastprune.loading.dropin import EpochSampler, KeptImages
@@ -65,8 +70,8 @@ class Loader:
         device: str | torch.device = "auto",
         image_size: int = 224,
         augment: str | None = None,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         dtype: torch.dtype = torch.float32,
         order: str | None = None,
         seed: int = 0,
@@ -166,7 +171,12 @@ class Loader:
         self._deliver = Delivery(
             layout=layout,
             labels=self.beton.labels,
-            normalize=Normalizer(self.device, mean, std, None if raw else dtype),
+            normalize=Normalizer(
+                self.device,
+                require_channels("mean", mean),
+                require_channels("std", std, positive=True),
+                None if raw else dtype,
+            ),
             seed=seed,
             transform=transform,
         )
@@ -216,9 +226,8 @@ class Loader:
     def batch_sampler(self) -> EpochSampler:
         """For code that calls `loader.batch_sampler.sampler.set_epoch`."""
         return EpochSampler(
-            batch_size=self.batch_size,
-            drop_last=self.drop_last,
-            batches=lambda: self._plan().batches(self._next[0]),
+            plan=self._plan,
+            next_epoch=lambda: self._next[0],
             set_epoch=self.set_epoch,
             as_batches=True,
         )

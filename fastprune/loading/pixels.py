@@ -1,6 +1,7 @@
 """From decoded pixels to what a network reads."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -22,8 +23,8 @@ class Normalizer:
     """
 
     device: torch.device
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     dtype: torch.dtype | None
     _memory: BatchMemory = field(default_factory=BatchMemory)
 
@@ -42,9 +43,8 @@ class Normalizer:
         batch, size = pixels.shape[:2]
         # Whole lines of S x 3 values, because a last axis of three does not vectorise.
         lines = self._float_copy(pixels.reshape(batch * size, size * 3))
-        scale = 1 / (255 * torch.tensor(self.std, device=self.device))
-        shift = -torch.tensor(self.mean, device=self.device) * 255 * scale
-        lines.mul_(scale.repeat(size)).add_(shift.repeat(size))
+        scale, shift = _scale_and_shift(self.mean, self.std, size, pixels.device)
+        lines.mul_(scale).add_(shift)
         return lines.to(self.dtype).view(batch, size, size, 3).permute(0, 3, 1, 2)
 
     def _float_copy(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -52,3 +52,13 @@ class Normalizer:
         if pixels.is_cuda:
             return pixels.to(torch.float32)
         return self._memory.take(tuple(pixels.shape), torch.float32).copy_(pixels)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a line of S x 3 pixel values is multiplied by, and what is added, on the device."""
+    scale = 1 / (255 * torch.tensor(std))
+    shift = -torch.tensor(mean) * 255 * scale
+    return scale.repeat(size).to(device), shift.repeat(size).to(device)

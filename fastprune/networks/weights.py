@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastprune.errors import ArtifactError
@@ -30,7 +30,8 @@ def save_weights(
         metadata: texts kept in the file's header, such as the network's name.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network).items()}
-    save_file(state, path, metadata={"format": "pt", **(metadata or {})})
+    # save_file() would make a file that only its owner may read, and hide why a disk refuses it.
+    Path(path).write_bytes(save(state, metadata={"format": "pt", **(metadata or {})}))
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:

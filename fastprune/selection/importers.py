@@ -14,7 +14,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.artifacts.fingerprint import require_same_images
+from fastprune.artifacts.scores import ScoreTable, is_score_table
 from fastprune.artifacts.subset import Subset
 from fastprune.beton.reader import Beton
 from fastprune.errors import ArtifactError, InvalidValueError
@@ -29,18 +30,22 @@ def import_scores(path: str | Path, beton: Beton) -> ScoreTable:
     Args:
         path: `.npy` with (N,) numbers, one per row, which become the metric that the file is
             named after; or `.csv` or `.parquet` with a numeric column per metric, one line per row
-            in row order, or in any order with a column `row`.
+            in row order, or in any order with a column `row`. A score table of fastprune is read
+            as what it is.
         beton: the images that were scored.
 
     Returns:
         A table with those metrics (larger must be harder). It knows no predictions (-1) and no
-        class std (NaN).
+        class std (NaN), unless it was a score table.
 
     Raises:
         ArtifactError: the file cannot be read as what its name says.
+        ArtifactMismatch: it is a score table of other images.
         InvalidValueError: the scores are not one number per row of the beton.
     """
     path = Path(path)
+    if is_score_table(path):
+        return _table_of(path, beton)
     columns = {name: np.asarray(values, np.float32) for name, values in _read_columns(path).items()}
     for name, values in columns.items():
         if values.shape != (beton.num_rows,):
@@ -104,6 +109,19 @@ def import_subset(
         class_std=None if class_std is None else _read_class_std(Path(class_std), beton),
         command=command,
     )
+
+
+def _table_of(path: Path, beton: Beton) -> ScoreTable:
+    """A score table, if it is of this beton."""
+    table = ScoreTable.load(path)
+    require_same_images(
+        table.fingerprint,
+        str(path),
+        beton.fingerprint,
+        str(beton.path),
+        cure=f"Score this beton: fastprune score {beton.path} -o {path} ...",
+    )
+    return table
 
 
 def _read_columns(path: Path) -> dict[str, NDArray[Any]]:

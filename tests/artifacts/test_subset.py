@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 
 import numpy as np
 import pytest
@@ -112,3 +113,13 @@ def test_rows_that_cannot_index_the_beton_are_refused(rows, message):
 def test_unsigned_rows_are_taken():
     rows = checked_rows(np.array([0, 9], dtype=np.uint32), name="rows", num_rows=10)
     assert rows.dtype == np.int64
+
+
+def test_rows_that_cannot_be_written_leave_no_sidecar(tmp_path, subset, monkeypatch):
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full_disk)
+    with pytest.raises(ArtifactError, match=r"cannot write .*subset\.npy: No space left"):
+        subset.save(tmp_path / "subset.npy")
+    assert list(tmp_path.iterdir()) == []

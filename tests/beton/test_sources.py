@@ -105,6 +105,28 @@ def test_a_symbolic_link_that_loops_is_named(tmp_path):
     refused("class_01/again leads back to a folder above it.*Remove the link", root, tmp_path)
 
 
+def test_a_link_to_itself_is_named_if_it_should_be_an_image_and_else_passed_over(tmp_path):
+    root = write_image_folder(tmp_path / "images", classes=1)
+    (root / "class_00" / "itself").symlink_to("itself")
+    stored, *_ = converted(root, tmp_path)
+    assert len(stored) == 4
+    (root / "class_00" / "itself.jpg").symlink_to("itself.jpg")
+    refused(r"itself\.jpg: Too many levels of symbolic links", root, tmp_path)
+
+
+def test_a_class_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    root = write_image_folder(tmp_path / "images")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("class_01"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    refused(r"cannot list .*class_01: Permission denied. Make it readable", root, tmp_path)
+
+
 def test_symbolic_links_to_other_folders_are_followed_as_torchvision_does(tmp_path):
     elsewhere = write_image_folder(tmp_path / "elsewhere", classes=1)
     root = write_image_folder(tmp_path / "images", classes=1)

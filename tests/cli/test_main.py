@@ -1,5 +1,7 @@
+import errno
 import subprocess
 import sys
+import warnings
 
 import click
 import pytest
@@ -78,3 +80,27 @@ def test_debug_messages_are_those_of_fastprune_alone():
 def test_debug_shows_the_traceback(failing_command):
     result = CliRunner().invoke(main, ["--debug", "fail"])
     assert isinstance(result.exception, FastpruneError)
+
+
+def test_refusal_of_the_operating_system_is_one_message_and_exit_one(monkeypatch):
+    @click.command()
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
+
+    monkeypatch.setitem(main.commands, "fail", fail)
+    result = CliRunner().invoke(main, ["fail"])
+    assert result.exit_code == 1
+    assert "No space left on device: 'run/metrics.jsonl'" in result.stderr
+
+
+def test_warning_is_one_plain_line(monkeypatch):
+    @click.command()
+    def warn() -> None:
+        warnings.warn("contents were not compared", stacklevel=1)
+
+    monkeypatch.setitem(main.commands, "warn", warn)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = CliRunner().invoke(main, ["warn"])
+    assert result.stderr == "warning: contents were not compared\n"

@@ -1,5 +1,8 @@
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +42,20 @@ def test_score_writes_a_table_and_one_line(tmp_path):
         "std": [0.2, 0.2, 0.2],
     }
     assert (tmp_path / "scores.features.npy").exists()
+
+
+def test_factory_in_the_working_folder_is_found(tmp_path):
+    beton = small_beton(tmp_path)
+    (tmp_path / "my_teacher.py").write_text(
+        "from torch import nn\n"
+        "def make(*, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))\n"
+    )
+    command = "score train.beton -o s.parquet --teacher-factory my_teacher:make --image-size 32"
+    script = Path(sys.executable).with_name("fastprune")
+    done = subprocess.run([script, *command.split()], cwd=beton.parent, check=False)
+    assert done.returncode == 0
+    assert ScoreTable.load(tmp_path / "s.parquet").teacher["network"] == "my_teacher:make"
 
 
 def test_score_refuses_two_teachers_and_channels_that_are_not_three(tmp_path):
@@ -93,9 +110,6 @@ def test_select_refuses_a_fault_of_the_data_in_one_message(scores, tmp_path):
 
 
 def test_select_needs_no_torch(scores, tmp_path):
-    import subprocess
-    import sys
-
     code = (
         "import sys; from fastprune.cli import main\n"
         f"main(['select', {str(scores)!r}, '-o', {str(tmp_path / 's.npy')!r}, '--keep', '0.5'],"

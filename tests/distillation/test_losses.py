@@ -71,3 +71,9 @@ def test_standardized_logits_have_mean_zero_and_deviation_one():
     logits = standardize(torch.randn(4, 100) * 7 + 3)
     torch.testing.assert_close(logits.mean(dim=1), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits.std(dim=1), torch.ones(4), atol=1e-4, rtol=0)
+
+
+def test_standardizing_constant_logits_gives_no_nan_gradient():
+    logits = torch.ones(2, 5, requires_grad=True)
+    standardize(logits).square().sum().backward()
+    assert torch.isfinite(logits.grad).all()

@@ -130,3 +130,30 @@ def test_betons_with_different_classes_are_refused(recipe, tmp_path):
 def test_batch_larger_than_the_subset_is_refused(recipe, half):
     with pytest.raises(InvalidValueError, match=r"40 kept rows of .* fill no batch of 50"):
         distill(recipe(data={"subset": half, "batch_size": 50}))
+
+
+def test_train_under_torchrun_is_refused(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"WORLD_SIZE is 2\. Start it without torchrun"):
+        distill(recipe())
+
+
+def test_artifacts_of_a_run_are_as_readable_as_other_files(recipe, tmp_path):
+    result = distill(recipe())
+    (tmp_path / "other").touch()
+    assert result.student.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_logged_learning_rate_is_that_of_the_last_step(recipe, tmp_path):
+    distill(recipe(schedule={"policy": "step", "milestones": (1,), "epochs": 2}))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines if '"loss"' in line]
+    assert rates == pytest.approx([0.05] * 4 + [0.005] * 4)
+
+
+def test_beton_with_more_classes_than_the_checkpoint_is_refused(recipe, tmp_path):
+    result = distill(recipe())
+    write_image_folder(tmp_path / "images", classes=11, per_class=1)
+    convert(tmp_path / "images", tmp_path / "more.beton", workers=1)
+    with pytest.raises(ArtifactMismatch, match=r"knows 10 classes, but .*more\.beton has 11"):
+        evaluate_checkpoint(result.student, tmp_path / "more.beton", device="cpu")

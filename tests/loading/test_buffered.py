@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from fastprune.beton.writer import convert
-from fastprune.errors import BetonError, InvalidValueError, LoadingError
+from fastprune.errors import (
+    BetonError,
+    InvalidValueError,
+    LoadingError,
+    MissingDependencyError,
+)
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 from tests.images import write_image_folder
@@ -110,3 +115,9 @@ def test_a_damaged_image_ends_the_epoch_with_an_error(beton, tmp_path, damage_ro
     damage_row(copy, 5, b"\0\0\0\0")
     with pytest.raises(LoadingError, match=r'copy\.beton.*\n*.*order="random"'):
         list(_loader(copy))
+
+
+def test_the_reader_needs_dali(beton, monkeypatch):
+    monkeypatch.setattr("fastprune.loading.engine._is_installed", lambda package: False)
+    with pytest.raises(MissingDependencyError, match=r"pip install fastprune\[dali-cuda13\]"):
+        _loader(beton)

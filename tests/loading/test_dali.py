@@ -116,6 +116,15 @@ def test_an_undecodable_row_is_named(beton_copy, damage_row):
         list(batches)
 
 
+def test_a_failure_that_is_no_rows_fault_is_an_error_too(beton_copy, damage_row, monkeypatch):
+    from fastprune.loading._dali import DaliEngine
+
+    damage_row(beton_copy, 13, b"\0\0\0\0")
+    monkeypatch.setattr(DaliEngine, "_find_unusable", lambda *arguments: {})
+    with pytest.raises(LoadingError, match=r"DALI failed on .*copy\.beton.*Start the epoch again"):
+        list(_loader(beton_copy, tail="exact"))
+
+
 def test_undecodable_rows_are_left_out_and_counted_where_asked(beton_copy, damage_row):
     for row in (4, 5, 6, 7, 13):
         damage_row(beton_copy, row, b"\0\0\0\0")
@@ -126,6 +135,21 @@ def test_undecodable_rows_are_left_out_and_counted_where_asked(beton_copy, damag
         [12, 14, 15],
     ]
     assert loader.num_skipped == 5
+
+
+def test_a_changed_row_is_left_out_and_counted_once(tmp_path, damage_row):
+    from fastprune.beton.writer import convert
+    from tests.images import write_image_folder
+
+    path = tmp_path / "a.beton"
+    convert(write_image_folder(tmp_path / "images"), path, workers=1)
+    damage_row(path, 9, b"\x01", int(open_beton(path).sizes[9]) // 2)
+    damage_row(path, 2, b"\0\0\0\0")
+    settings = {"on_error": "skip", "verify_crc": True, "train": False}
+    loader = _loader(path, **settings)
+    rows = [rows.tolist() for _, _, rows in loader]
+    assert rows == [[0, 1, 3], [4, 5, 6, 7], [8, 10, 11]]
+    assert loader.num_skipped == 2
 
 
 def test_a_file_cut_while_it_is_read_is_noticed(beton_copy):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastprune.errors import InvalidValueError
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -88,6 +89,15 @@ def test_the_epoch_is_named_through_the_samplers(stock_beton, name):
     assert len(loader.sampler) == 30
 
 
+@pytest.mark.parametrize(("tail", "num_rows"), [("drop", 12), ("pad", 18), ("exact", 15)])
+def test_the_samplers_count_what_this_rank_gets(stock_beton, tail, num_rows):
+    loader = _loader(stock_beton, tail=tail, distributed=(1, 2))
+    assert len(loader.sampler) == len(list(loader.sampler)) == num_rows
+    assert len(loader.batch_sampler) == len(list(loader.batch_sampler)) == len(loader)
+    assert loader.batch_sampler.drop_last == (tail == "drop")
+    assert loader.batch_sampler.batch_size == 6
+
+
 def test_it_is_no_dataloader_that_a_framework_would_build_again(stock_beton):
     loader = _loader(stock_beton)
     assert not isinstance(loader, torch.utils.data.DataLoader)
@@ -106,3 +116,6 @@ def test_the_samplers_of_a_buffered_loader_only_name_the_epoch(stock_beton, tmp_
     named = [rows.tolist() for _, _, rows in loader]
     loader.set_epoch(3)
     assert [rows.tolist() for _, _, rows in loader] == named
+    assert (len(loader.batch_sampler), len(loader.sampler)) == (5, 30)
+    with pytest.raises(InvalidValueError, match=r'only with its batches.* layout="xyi"'):
+        iter(loader.sampler)

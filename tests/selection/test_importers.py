@@ -7,10 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastprune import convert, open_beton
-from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from fastprune.selection.importers import import_scores, import_subset
 from fastprune.selection.subsets import make_subset
 from tests.images import write_image_folder
+from tests.selection.tables import score_table
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,22 @@ def test_scores_that_do_not_fit_the_beton_are_refused(beton, tmp_path):
     (tmp_path / "no.parquet").write_text("no Parquet")
     with pytest.raises(ArtifactError, match=r"no\.parquet cannot be read as parquet"):
         import_scores(tmp_path / "no.parquet", beton)
+
+
+def test_score_table_is_taken_as_it_is_if_it_is_of_the_beton(beton, tmp_path):
+    table = ScoreTable(
+        labels=beton.labels.copy(),
+        metrics={"loss": np.arange(8, dtype=np.float32)},
+        predictions=np.zeros(8, np.int64),
+        class_std=np.array([1.0, 2.0]),
+        class_counts=np.array([4, 4]),
+        fingerprint=beton.fingerprint,
+    )
+    table.save(tmp_path / "scores.parquet")
+    assert import_scores(tmp_path / "scores.parquet", beton).class_std.tolist() == [1, 2]
+    score_table().save(tmp_path / "others.parquet")
+    with pytest.raises(ArtifactMismatch, match=r"others\.parquet was made.*\n.*fastprune score"):
+        import_scores(tmp_path / "others.parquet", beton)
 
 
 def test_row_without_a_score_may_be_excluded_and_is_named_by_its_own_number(beton, tmp_path):

@@ -101,7 +101,7 @@ def _class_folders(root: Path) -> list[str]:
             f"cannot list the image folder {root}: {os.strerror(error.errno or 0)}. Name an "
             "existing folder with one subfolder per class."
         ) from error
-    class_names = sorted(entry.name for entry in entries if entry.is_dir())
+    class_names = sorted(entry.name for entry in entries if _is_folder(entry))
     if not class_names:
         what = "is empty" if not entries else "has files, but no folders"
         raise ConversionError(
@@ -129,18 +129,30 @@ def _walk(
     root: Path, folder: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, list[str]]]:
     """Every folder with its files, links followed; a link to a folder above it is refused."""
-    status = os.stat(f"{root}/{folder}")  # noqa: PTH116
+    path = f"{root}/{folder}"
+    try:
+        status = os.stat(path)  # noqa: PTH116
+        with os.scandir(path) as entries:
+            is_folder = {entry.name: _is_folder(entry) for entry in entries}
+    except OSError as error:
+        raise ConversionError(
+            f"cannot list {path}: {os.strerror(error.errno or 0)}. Make it readable, or remove it."
+        ) from error
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         raise ConversionError(
-            f"the symbolic link {root}/{folder} leads back to a folder above it, which never "
-            "ends. Remove the link."
+            f"the symbolic link {path} leads back to a folder above it, which never ends. Remove "
+            "the link."
         )
-    files: list[str] = []
-    folders: list[str] = []
-    with os.scandir(f"{root}/{folder}") as entries:
-        for entry in entries:
-            (folders if entry.is_dir() else files).append(entry.name)
-    yield folder, files
-    for name in folders:
-        yield from _walk(root, f"{folder}/{name}", (*above, identity))
+    yield folder, [name for name, inner in is_folder.items() if not inner]
+    for name, inner in is_folder.items():
+        if inner:
+            yield from _walk(root, f"{folder}/{name}", (*above, identity))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is or links to a folder; a link to itself is none, as for os.walk."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

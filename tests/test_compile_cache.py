@@ -1,0 +1,34 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from fastprune import compile_cache
+from fastprune.compile_cache import ensure_compile_cache
+
+
+@pytest.fixture
+def nothing_writable(monkeypatch):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compile_cache, "_is_writable", lambda folder: False)
+    yield
+    os.environ.pop("NUMBA_CACHE_DIR", None)
+
+
+def test_process_gets_a_private_folder_where_nothing_can_be_written(nothing_writable):
+    ensure_compile_cache()
+    folder = Path(os.environ["NUMBA_CACHE_DIR"])
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_folder_of_the_users_choice_is_kept(nothing_writable, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/some/folder")
+    ensure_compile_cache()
+    assert os.environ["NUMBA_CACHE_DIR"] == "/some/folder"
+
+
+def test_usual_places_are_used_where_they_can_be_written(monkeypatch, tmp_path):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "missing" / "cache"))
+    ensure_compile_cache()
+    assert "NUMBA_CACHE_DIR" not in os.environ
