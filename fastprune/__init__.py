@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.compile_cache import ensure_compile_cache
 
-from fastprune.scratch import keep_compiled_code_somewhere
-
 __version__ = "0.1.0"
 
-<<<<<<< HEAD
-keep_compiled_code_somewhere()
-=======
 ensure_compile_cache()
 
 if TYPE_CHECKING:
@@ -47,7 +42,6 @@ __all__ = [
     "score",
     "select_rows",
 ]
->>>>>>> main
 
 _HOMES = {
     "LogitReshaper": "fastprune.distillation.losses",

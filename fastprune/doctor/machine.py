@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastprune.compile_cache import PREFIX
 from fastprune.cpus import cgroup_folders, cpu_quota, cpus_per_rank, usable_cpus
 from fastprune.doctor.findings import Finding
 
@@ -111,11 +112,12 @@ def check_open_files() -> Finding:
 def check_caches() -> Finding:
     """Where compiled code is kept, so that it need not be compiled again."""
     named = os.environ.get("NUMBA_CACHE_DIR")
-    if named and Path(named).name == f"fastprune-{os.getuid()}":
+    if named and Path(named).name.startswith(PREFIX):
         return Finding(
             "caches",
             "note",
-            f"no usual cache folder can be written; compiled code goes to {named}",
+            f"no usual cache folder can be written; compiled code is kept in "
+            f"{named} and only as long as this process runs",
             "To keep it between containers, mount a folder and name it in NUMBA_CACHE_DIR.",
         )
     return Finding("caches", "good", f"compiled code is kept in {named or 'the usual folders'}")

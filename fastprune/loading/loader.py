@@ -3,12 +3,7 @@
 import hashlib
 import itertools
 import logging
-<<<<<<< HEAD
-from collections.abc import Iterator
-=======
-import os
 from collections.abc import Iterator, Sequence
->>>>>>> main
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
