@@ -19,10 +19,10 @@ def ensure_compile_cache() -> None:
     is new and private: cached code is executed, so it must not come from where others can write.
     It is removed at exit; set NUMBA_CACHE_DIR to a folder that lasts to compile only once.
     """
-    named = os.environ.get("NUMBA_CACHE_DIR")
+    named = [Path(name)] if (name := os.environ.get("NUMBA_CACHE_DIR")) else []
     beside_source = Path(__file__).parent / "__pycache__"
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    if any(_is_writable(place) for place in (*filter(None, [named]), beside_source, users)):
+    if any(_is_writable(place) for place in (*named, beside_source, users)):
         return
     scratch = next(scratch_folders(), None)
     if scratch is None:
@@ -32,8 +32,8 @@ def ensure_compile_cache() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-def _is_writable(place: str | Path) -> bool:
+def _is_writable(folder: Path) -> bool:
     """Whether files can be made in a folder, or the folder itself where it is missing."""
-    folder = Path(place).absolute()
+    folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

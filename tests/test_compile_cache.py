@@ -21,10 +21,16 @@ def test_process_gets_a_private_folder_where_nothing_can_be_written(nothing_writ
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_folder_of_the_users_choice_is_kept(nothing_writable, monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/some/folder")
+def test_folder_of_the_users_choice_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "missing"))
     ensure_compile_cache()
-    assert os.environ["NUMBA_CACHE_DIR"] == "/some/folder"
+    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "missing")
+
+
+def test_folder_that_cannot_be_written_is_replaced(nothing_writable, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/cache/numba")
+    ensure_compile_cache()
+    assert Path(os.environ["NUMBA_CACHE_DIR"]).name.startswith("fastprune-numba-")
 
 
 def test_usual_places_are_used_where_they_can_be_written(monkeypatch, tmp_path):
