@@ -60,7 +60,8 @@ def convert(
             pixels (height, width, 3) or (height, width), or the bytes of an image file.
         beton_path: the file to write; an older one is replaced at the very end.
         labels: for a flat folder, a text file with a line "name class" per image.
-        workers: processes; by default one per core that this process may use, at most 16.
+        workers: processes; by default one per CPU that affinity and cgroup quota leave, at
+            most 16.
         jpeg: "original" copies the bytes of 8-bit baseline and progressive JPEGs, gray or YCbCr.
         on_error: "stop" at the first unreadable image, or "skip" it and list it in the manifest.
         quality: JPEG quality of images that must be transcoded, [1, 100].
