@@ -69,32 +69,48 @@ def small_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def small_teacher(*, num_classes):
+    return build_network("resnet8", num_classes=num_classes)
+
+
+def _run(words):
+    """Run a command as printed, but for one epoch, and with a teacher that is no download."""
+    if words[0] == "train":
+        words = [*words, "--set", "schedule.epochs=1"]
+    if "--teacher-weights" in words:
+        words = [*itertools.takewhile(lambda word: word != "--teacher", words)]
+        words += ["--teacher-factory", f"{__name__}:small_teacher", "--image-size", "32"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, (words, result.output)
+
+
 @pytest.mark.full
 def test_the_quick_start_runs_as_printed(small_images):
     require_library("ffcv")
     for words in _commands(ROOT / "docs" / "quickstart.md"):
-        if words[0] == "train":
-            words = [*words, "--set", "schedule.epochs=1"]
-        result = CliRunner().invoke(main, words)
-        assert result.exit_code == 0, (words, result.output)
+        _run(words)
     assert Path("run_random/student.safetensors").exists()
     assert Path("report.html").exists()
-
-
-def small_teacher(*, num_classes):
-    return build_network("resnet8", num_classes=num_classes)
 
 
 @pytest.mark.full
 def test_the_way_through_imagenet_runs_as_printed(small_images):
     require_library("ffcv")
     for words in _commands(ROOT / "docs" / "imagenet.md"):
-        if words[0] == "score":  # published weights would have to be downloaded
-            words = [*itertools.takewhile(lambda word: word != "--teacher", words)]
-            words += ["--teacher-factory", f"{__name__}:small_teacher", "--image-size", "32"]
-        result = CliRunner().invoke(main, words)
-        assert result.exit_code == 0, (words, result.output)
+        _run(words)
     assert Path("half.beton").exists()
+
+
+@pytest.mark.full
+def test_the_steps_of_the_readme_run_as_printed(small_images):
+    require_library("ffcv")
+    recipe = Path("recipes/small_images.toml").read_text()
+    Path("recipe.toml").write_text(recipe.replace("resnet20", "resnet8"))
+    save_weights(small_teacher(num_classes=2), Path("teacher/student.safetensors"))
+    steps = [words for words in _commands(ROOT / "README.md") if words[0] != "doctor"]
+    assert [words[0] for words in steps] == "convert convert score select train evaluate".split()
+    for words in steps:
+        _run(words)
 
 
 def test_api_page_has_every_public_name():
