@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import fastprune
 from fastprune.cli import main
 from fastprune.networks import build_network
+from fastprune.networks.weights import save_weights
 from tests.conftest import require_library
 from tests.images import write_image_folder
 
@@ -106,10 +107,9 @@ def test_the_steps_of_the_readme_run_as_printed(small_images):
     require_library("ffcv")
     recipe = Path("recipes/small_images.toml").read_text()
     Path("recipe.toml").write_text(recipe.replace("resnet20", "resnet8"))
+    Path("teacher").mkdir()
     save_weights(small_teacher(num_classes=2), Path("teacher/student.safetensors"))
-    steps = [words for words in _commands(ROOT / "README.md") if words[0] != "doctor"]
-    assert [words[0] for words in steps] == "convert convert score select train evaluate".split()
-    for words in steps:
+    for words in _commands(ROOT / "README.md"):
         _run(words)
 
 
