@@ -1,6 +1,6 @@
 """A batch through the teacher: features, and what its logits say of each row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +33,12 @@ class Forward:
     dtype: torch.dtype
     width: int
 
-    def examine(self, views: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    def examine(self, views: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
         """Run one batch, in each of its views, and average.
 
         Args:
-            views: per view the images (B, 3, S, S), labels (B,) and rows (B,), on the device.
+            views: per view the images (B, 3, S, S), labels (B,) and rows (B,), on the device. One
+                is held at a time.
 
         Returns:
             features (B, D) float32 and COLUMNS (B, len(COLUMNS)) float64, on the CPU.
@@ -45,16 +46,16 @@ class Forward:
         Raises:
             InvalidValueError: a feature or a logit is not finite; the first such row is named.
         """
-        _, labels, rows = views[0]
-        seen = [self._look(images) for images, _, _ in views]
-        for features, logits in seen:
-            _refuse_bad_rows(features, logits, rows)
-        features = torch.stack([features for features, _ in seen]).mean(dim=0)
-        metrics = [logit_metrics(logits, labels, features) for features, logits in seen]
-        columns = [torch.stack([m[name] for m in metrics]).mean(dim=0) for name in LOGIT_METRICS]
-        probabilities = torch.stack([logits.softmax(dim=1) for _, logits in seen]).mean(dim=0)
-        columns += [probabilities.argmax(dim=1).double(), rows.double()]
-        return features.cpu(), torch.stack(columns, dim=1).cpu()
+        features, metrics, probabilities = [], [], []
+        for images, labels, rows in views:
+            seen, logits = self._look(images)
+            _refuse_bad_rows(seen, logits, rows)
+            features.append(seen)
+            metrics.append(logit_metrics(logits, labels, seen))
+            probabilities.append(logits.softmax(dim=1))
+        columns = [_mean([m[name] for m in metrics]) for name in LOGIT_METRICS]
+        columns += [_mean(probabilities).argmax(dim=1).double(), rows.double()]
+        return _mean(features).cpu(), torch.stack(columns, dim=1).cpu()
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits of one view, float32."""
@@ -117,6 +118,11 @@ def _chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def _mean(views: list[Tensor]) -> Tensor:
+    """The mean over the views."""
+    return torch.stack(views).mean(dim=0)
 
 
 def _refuse_bad_rows(features: Tensor, logits: Tensor, rows: Tensor) -> None:

@@ -1,9 +1,9 @@
 """One pass of a teacher over a beton, and everything that is known of each row after it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,8 @@ class _Reading:
     backend: str
     num_workers: int | None
 
-    def batches(self, start: int, ranks: Ranks) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
-        """This rank's batches from row `start` on, in row order; of each, every view."""
+    def batches(self, start: int, ranks: Ranks) -> Iterator[Iterable[tuple[Tensor, ...]]]:
+        """This rank's batches from row `start` on, in row order; of each, every view in turn."""
         loader = Loader(
             self.beton.path,
             np.arange(start, self.beton.num_rows),
@@ -66,13 +66,16 @@ class _Reading:
             num_workers=self.num_workers,
             distributed=(ranks.rank, ranks.world),
         )
-        epochs = []
-        for epoch in range(max(1, self.view.count)):
-            loader.set_epoch(epoch)
-            batches = iter(loader)
-            # An epoch begins, under the number just set, with its first batch.
-            epochs.append(chain(list(islice(batches, 1)), batches))
-        return zip(*epochs, strict=True)
+        first, *others = (_epoch(loader, epoch) for epoch in range(max(1, self.view.count)))
+        for batch in first:
+            # A view is made when it is wanted: all of a batch's views at once take much memory.
+            yield chain([batch], map(next, others))
+
+
+def _epoch(loader: Loader, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+    """One epoch's batches; it begins, under its number, when the first is wanted."""
+    loader.set_epoch(epoch)
+    yield from loader
 
 
 def score(

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastprune.errors import InvalidValueError, MissingDependencyError
+from fastprune.errors import ArtifactError, InvalidValueError, MissingDependencyError
 from fastprune.networks import resnet_large, resnet_small, vgg_small
 from fastprune.networks.mobilenet import MobileNetV1, SmallMobileNetV2
 from fastprune.networks.resnet_large import LargeResNet
@@ -56,7 +57,9 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
         A module from (B, 3, H, W) images to (B, C) logits, in training mode, on the CPU.
 
     Raises:
-        InvalidValueError: no such network, fewer than one class, or no such weights.
+        InvalidValueError: no such network, fewer than one class, no such weights, or weights of
+            other classes.
+        ArtifactError: the weights cannot be fetched.
         MissingDependencyError: timm is asked for and not installed.
     """
     if num_classes < 1:
@@ -168,13 +171,9 @@ def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn
             f"weights {weights!r} are not among those of {name}: {', '.join(members.__members__)}."
         )
     published = members[weights]
-    published_classes = len(published.meta["categories"])
-    if published_classes != num_classes:
-        raise InvalidValueError(
-            f"{name} with weights {weights} has {published_classes:,} classes, but {num_classes:,} "
-            "are wanted. Take a checkpoint that was trained on these classes."
-        )
-    return models.get_model(name, weights=published)  # type: ignore[no-any-return]
+    _require_classes(name, weights, len(published.meta["categories"]), num_classes)
+    with _named_download(name):
+        return models.get_model(name, weights=published)  # type: ignore[no-any-return]
 
 
 def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
@@ -190,9 +189,14 @@ def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module
     if name.partition(".")[0] not in timm.list_models():
         hint = _nearest(name, timm.list_models(), prefix="timm:")
         raise InvalidValueError(f"network 'timm:{name}' is not known.{hint}")
-    network: nn.Module = timm.create_model(
-        name, pretrained=weights is not None, num_classes=num_classes
-    )
+    if weights is not None:
+        # timm itself would put a random classifier in the place of one of other classes.
+        config: Any = timm.get_pretrained_cfg(name)
+        _require_classes(f"timm:{name}", weights, config.num_classes, num_classes)
+    with _named_download(f"timm:{name}"):
+        network: nn.Module = timm.create_model(
+            name, pretrained=weights is not None, num_classes=num_classes
+        )
     return network
 
 
@@ -214,6 +218,27 @@ def _factory_network(name: str, num_classes: int, weights: str | None) -> nn.Mod
             "torch.nn.Module."
         )
     return network
+
+
+def _require_classes(name: str, weights: str, published: int, wanted: int) -> None:
+    """Published weights are of the classes that they were trained on."""
+    if published != wanted:
+        raise InvalidValueError(
+            f"{name} with weights {weights} has {published:,} classes, but {wanted:,} "
+            "are wanted. Take a checkpoint that was trained on these classes."
+        )
+
+
+@contextmanager
+def _named_download(name: str) -> Iterator[None]:
+    """Say whose weights cannot be had: the errors of the network name a host at best."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # timm raises the latter where there are none
+        raise ArtifactError(
+            f"the published weights of {name} cannot be fetched ({error}). Fetch them where there "
+            "is a connection, or give a checkpoint (--teacher-checkpoint)."
+        ) from error
 
 
 def _refuse_weights(name: str, weights: str | None) -> None:

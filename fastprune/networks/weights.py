@@ -14,6 +14,7 @@ from fastprune.errors import ArtifactError
 
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
 _WRAPPERS = ("module.", "_orig_mod.")
+_COUNTER = ".num_batches_tracked"
 _NAMES_SHOWN = 3
 
 
@@ -42,14 +43,17 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         path: a .safetensors file, or a PyTorch checkpoint: a state dict, or a dict that holds one
             under `state_dict`, `model`, `model_state_dict`, `net` or `network` (RepDistiller,
             timm, torchvision's references). The prefixes of DistributedDataParallel and
-            torch.compile are taken off. Pickled code is never run (`weights_only=True`).
+            torch.compile are taken off, and batch normalisation's counters may be missing, as in
+            old files. Pickled code is never run (`weights_only=True`).
 
     Raises:
         ArtifactError: the file is missing or unreadable, or its names or shapes are not the
             network's.
     """
-    state = _unwrapped(_read(Path(path)))
     own = _state(network)
+    # Counters that no result depends on; checkpoints from before torch 0.4.1 have none.
+    counters = {name: own[name] for name in own if name.endswith(_COUNTER)}
+    state = counters | _unwrapped(_read(Path(path)))
     faults = [
         _names("missing", own.keys() - state.keys()),
         _names("unexpected", state.keys() - own.keys()),
@@ -110,8 +114,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
     except pickle.UnpicklingError as error:
         raise ArtifactError(
-            f"{path} holds more than tensors and plain values, which could run code when it is "
-            "read. Save its state dict alone: "
+            f"{path} is no checkpoint, or holds more than tensors and plain values, which could "
+            "run code when it is read. Save its state dict alone: "
             "torch.save(torch.load(path, weights_only=False)['model'], 'clean.pt')."
         ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:

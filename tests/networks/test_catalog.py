@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from fastprune.errors import InvalidValueError, MissingDependencyError
+from fastprune.errors import ArtifactError, InvalidValueError, MissingDependencyError
 from fastprune.networks import build_network, published_view, published_weights
 
 # Millions of parameters with 100 classes, as the distillation literature prints them.
@@ -203,6 +203,30 @@ def test_unknown_weights_are_answered_with_the_known_ones():
 def test_published_weights_of_another_class_count_are_refused():
     with pytest.raises(InvalidValueError, match="1,000 classes, but 10 are wanted"):
         build_network("resnet50", num_classes=10, weights="IMAGENET1K_V2")
+
+
+def test_timm_weights_of_another_class_count_are_refused():
+    pytest.importorskip("timm")
+    with pytest.raises(InvalidValueError, match=r"timm:resnet18 .* 1,000 classes, but 10 are"):
+        build_network("timm:resnet18", num_classes=10, weights="pretrained")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("resnet18", "DEFAULT"), ("timm:resnet18", "pretrained")]
+)
+def test_weights_that_cannot_be_fetched_are_named(monkeypatch, name, weights):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+
+    def refuse(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("torchvision.models.get_model", refuse)
+    monkeypatch.setattr("timm.create_model", refuse, raising=False)
+    with pytest.raises(
+        ArtifactError, match=f"{name} cannot be fetched .no connection.*--teacher-checkpoint"
+    ):
+        build_network(name, num_classes=1000, weights=weights)
 
 
 def test_weights_of_a_small_network_are_refused():
