@@ -32,8 +32,13 @@ def doctor(betons: tuple[Path, ...], required: tuple[str, ...], as_json: bool) -
     from fastprune.environment import describe_versions
 
     # Which engine a loader chose is no news here.
-    logging.getLogger("fastprune.loading").setLevel(logging.WARNING)
-    findings = diagnose(betons)
+    log = logging.getLogger("fastprune.loading")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        findings = diagnose(betons)
+    finally:
+        log.setLevel(level)
     works = {
         name: any(f"{name}," in f.topic and f.verdict == "good" for f in findings)
         for name in ("ffcv", "dali")
