@@ -30,12 +30,12 @@ FROM ${BASE_IMAGE}
 ENV DEBIAN_FRONTEND=noninteractive
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY --from=builder /opt/fastprune/runtime-packages /opt/fastprune/runtime-packages
-# /cache and /work take any user: clusters choose the user id themselves.
+# /cache and /workspace take any user: clusters choose the user id themselves.
 RUN apt-get update \
     && xargs apt-get install -y --no-install-recommends python3 < /opt/fastprune/runtime-packages \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 fastprune \
-    && install -d -m 1777 /cache /work
+    && install -d -m 1777 /cache /workspace
 COPY --from=builder /opt/fastprune /opt/fastprune
 ENV PATH=/opt/fastprune/bin:$PATH \
     NUMBA_CACHE_DIR=/cache/numba \
@@ -43,7 +43,7 @@ ENV PATH=/opt/fastprune/bin:$PATH \
     HF_HOME=/cache/huggingface \
     MPLCONFIGDIR=/cache/matplotlib
 USER 10001:10001
-WORKDIR /work
+WORKDIR /workspace
 # Without the GPU: one that is full, or busy, is no illness.
 HEALTHCHECK --interval=30m --timeout=2m --start-period=1m \
     CMD ["env", "CUDA_VISIBLE_DEVICES=", "fastprune", "doctor"]
