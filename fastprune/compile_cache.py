@@ -21,7 +21,8 @@ def ensure_compile_cache() -> None:
     """
     named = [Path(name)] if (name := os.environ.get("NUMBA_CACHE_DIR")) else []
     beside_source = Path(__file__).parent / "__pycache__"
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    # Unlike Path.home(), this does not raise for a user who is not in /etc/passwd.
+    users = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
     if any(_is_writable(place) for place in (*named, beside_source, users)):
         return
     scratch = next(scratch_folders(), None)

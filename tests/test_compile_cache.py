@@ -38,3 +38,13 @@ def test_usual_places_are_used_where_they_can_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "missing" / "cache"))
     ensure_compile_cache()
     assert "NUMBA_CACHE_DIR" not in os.environ
+
+
+def test_user_without_a_home_is_served_too(monkeypatch):
+    def unknown(user):
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    ensure_compile_cache()
