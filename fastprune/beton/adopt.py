@@ -41,40 +41,43 @@ def adopt(path: str | Path) -> Manifest:
             f"{manifest_path(path)} belongs to {path} already, and knows more than a new one "
             "could. Remove it first if you want it made again."
         )
-    crcs = stored_crc32c(beton)
+    rows = np.arange(beton.num_rows)
+    crcs = stored_crc32c(beton, rows)
     manifest = Manifest(
         path=manifest_path(path),
         fingerprint=Fingerprint(beton.num_rows, structure, content_digest(crcs)),
         class_names=None,
         counts={ACTIONS[FOUND]: beton.num_rows},
     )
-    write_manifest(manifest, found_lines(beton, crcs))
+    write_manifest(manifest, found_lines(beton, rows, crcs))
     return manifest
 
 
-def stored_crc32c(beton: Beton) -> NDArray[np.uint32]:
-    """CRC-32C of every row's stored bytes, (N,)."""
-    rows = track(range(beton.num_rows), description="crc", total=beton.num_rows, unit="rows")
+def stored_crc32c(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """CRC-32C of the stored bytes of some rows, (K,)."""
+    tracked = track(rows.tolist(), description="crc", total=len(rows), unit="rows")
     return np.array(
-        [google_crc32c.value(beton.image_bytes(row).tobytes()) for row in rows], np.uint32
+        [google_crc32c.value(beton.image_bytes(row).tobytes()) for row in tracked], np.uint32
     )
 
 
-def found_lines(beton: Beton, crcs: NDArray[np.uint32]) -> Iterator[pa.RecordBatch]:
-    """The manifest's lines of a beton whose origin is not known."""
-    for start in range(0, beton.num_rows, _LINES_PER_BATCH):
-        rows = np.arange(start, min(start + _LINES_PER_BATCH, beton.num_rows))
+def found_lines(
+    beton: Beton, rows: NDArray[np.int64], crcs: NDArray[np.uint32]
+) -> Iterator[pa.RecordBatch]:
+    """The manifest's lines of some rows whose origin is not known; crcs are theirs, (K,)."""
+    for start in range(0, len(rows), _LINES_PER_BATCH):
+        piece = rows[start : start + _LINES_PER_BATCH]
         columns = {
-            "row": rows,
-            "label": beton.labels[rows],
-            "bytes": beton.sizes[rows],
-            "width": beton.widths[rows].astype(np.int32),
-            "height": beton.heights[rows].astype(np.int32),
-            "action": [ACTIONS[FOUND]] * len(rows),
-            "source_crc32c": crcs[rows],
-            "stored_crc32c": crcs[rows],
+            "row": piece,
+            "label": beton.labels[piece],
+            "bytes": beton.sizes[piece],
+            "width": beton.widths[piece].astype(np.int32),
+            "height": beton.heights[piece].astype(np.int32),
+            "action": [ACTIONS[FOUND]] * len(piece),
+            "source_crc32c": crcs[start : start + len(piece)],
+            "stored_crc32c": crcs[start : start + len(piece)],
         }
-        unknown = [None] * len(rows)
+        unknown = [None] * len(piece)
         yield pa.RecordBatch.from_arrays(
             [pa.array(columns.get(entry.name, unknown), entry.type) for entry in SCHEMA],
             schema=SCHEMA,

@@ -198,7 +198,7 @@ def _lines(
         "source_index": sources,
         "source": [_utf8(listing.names[index]) for index in sources],
         "label": labels,
-        "class_name": [None if names is None else _utf8(names[label]) for label in labels],
+        "class_name": [_class_name(names, label) for label in labels],
         "bytes": known(records["size"]),
         "width": known(records["width"].astype(np.int32)),
         "height": known(records["height"].astype(np.int32)),
@@ -215,6 +215,11 @@ def _lines(
 def _utf8(name: str) -> str:
     """A file name as text; bytes that are no UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _class_name(names: tuple[str, ...] | None, label: int) -> str | None:
+    """The name of a class; None for the label of a skipped image that is no class."""
+    return _utf8(names[label]) if names and 0 <= label < len(names) else None
 
 
 def _reason(assembly: Assembly, position: int) -> str | None:

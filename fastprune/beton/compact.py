@@ -18,7 +18,7 @@ from fastprune.artifacts.fingerprint import (
 )
 from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines, stored_crc32c
-from fastprune.beton.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from fastprune.beton.manifest import Manifest, manifest_path, write_parquet
 from fastprune.beton.output import write_frame, write_images
 from fastprune.beton.pages import PageCursor
 from fastprune.beton.reader import Beton, image_and_label, open_beton
@@ -71,23 +71,25 @@ def compact(
         if any(field.name == _ROW_FIELD.name for field in fields):
             raise InvalidValueError(f"{beton.path} has a field 'row' already. Leave row_field out.")
         fields = (*fields, _ROW_FIELD)
-    lines = _parent_lines(beton).take(rows)
+    lines = _parent_lines(beton, rows)
     lines = lines.set_column(0, "row", pa.array(np.arange(len(rows))))
+    manifest = _manifest(beton, rows, lines, out)
     with atomic_path(out) as temporary:
         _write(beton, rows, fields, lines, temporary)
-        # An older beton must not stand beside the new manifest for a moment.
-        out.unlink(missing_ok=True)
-        write_manifest(_manifest(beton, rows, lines, out), lines.to_batches())
-    return read_manifest(manifest_path(out))
+        with atomic_path(manifest.path) as unnamed:
+            write_parquet(unnamed, manifest, lines.to_batches())
+            # An older beton must not stand beside the new manifest for a moment.
+            out.unlink(missing_ok=True)
+    return manifest
 
 
-def _parent_lines(beton: Beton) -> pa.Table:
-    """The lines of the parent's rows in row order; made up where it has no manifest."""
+def _parent_lines(beton: Beton, rows: NDArray[np.int64]) -> pa.Table:
+    """The parent's lines of some rows; made up where it has no manifest."""
     if beton.manifest is None:
-        table = pa.Table.from_batches(found_lines(beton, stored_crc32c(beton)))
+        table = pa.Table.from_batches(found_lines(beton, rows, stored_crc32c(beton, rows)))
     else:
         table = beton.manifest.table()
-        table = table.filter(table["row"].is_valid())
+        table = table.filter(table["row"].is_valid()).take(rows)
     if "original_row" not in table.column_names:
         table = table.append_column("original_row", table["row"])
     return table

@@ -67,7 +67,7 @@ class Journal:
                 reasons.update({count + int(position): text for position, text in texts.items()})
                 records.append(np.array([tuple(value) for value in values], RECORD))
                 count += len(values)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError, OverflowError):
             raise ConversionError(
                 f"{self.path} is no journal of a conversion. Remove it and start without --resume."
             ) from None

@@ -109,7 +109,7 @@ def array_bytes(field: Field) -> int | None:
     text = field.arguments[_ARRAY_ARGUMENTS.itemsize :][: int(arguments["type_length"])]
     try:
         [(_, type_name)] = json.loads(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     if not isinstance(type_name, str) or not _PLAIN_TYPE.fullmatch(type_name):
         return None

@@ -12,6 +12,7 @@ from fastprune.beton.pages import PageCursor
 
 _MOST_BUFFERS = 512  # pwritev takes at most 1,024 (IOV_MAX)
 _FLUSH_BYTES = 1 << 20
+_BLOCKS_PER_WRITE = 8192
 
 Data = bytes | NDArray[np.uint8]
 
@@ -65,16 +66,16 @@ def write_frame(
         num_classes: how many label blocks to write for DALI, behind the data.
     """
     blocks_offset = label_blocks_offset(cursor.offset)
-    blocks = np.zeros((num_classes, layout.ALIGNMENT // 8), "<i8")
-    blocks[:, 0] = np.arange(num_classes)
-    table_offset = layout.align_up(blocks_offset + blocks.nbytes, cursor.page_bytes)
+    blocks_end = blocks_offset + num_classes * layout.ALIGNMENT
+    table_offset = layout.align_up(blocks_end, cursor.page_bytes)
     header = layout.pack_header(len(fields), cursor.page_bytes, len(metadata), table_offset)
     with path.open("r+b") as file:
         file.seek(layout.HEADER.itemsize)
         file.write(layout.pack_descriptors(fields))
         file.write(metadata.tobytes())
         file.seek(blocks_offset)
-        file.write(blocks.tobytes())
+        for first in range(0, num_classes, _BLOCKS_PER_WRITE):
+            file.write(_label_blocks(first, min(first + _BLOCKS_PER_WRITE, num_classes)))
         file.seek(table_offset)
         file.write(table.tobytes())
         file.truncate()
@@ -89,6 +90,13 @@ def write_frame(
 def label_blocks_offset(end_of_data: int) -> int:
     """Where the label blocks start: one per class, 512 bytes apart, the label as <i8 in each."""
     return layout.align_up(end_of_data, layout.ALIGNMENT)
+
+
+def _label_blocks(first: int, end: int) -> bytes:
+    """The label blocks of the classes in [first, end)."""
+    blocks = np.zeros((end - first, layout.ALIGNMENT // 8), "<i8")
+    blocks[:, 0] = np.arange(first, end)
+    return blocks.tobytes()
 
 
 def sync(path: Path) -> None:

@@ -85,6 +85,9 @@ def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
         header = read_header(content)
     except JpegError as error:
         raise ConversionError(str(error)) from error
+    most = Image.MAX_IMAGE_PIXELS
+    if most and header.width * header.height > 2 * most:
+        raise _too_many_pixels()
     reason = _why_not_copied(header, settings)
     if reason:
         return _transcode(_open(content), settings, reason, subsampled=header.subsampled)
@@ -156,8 +159,18 @@ def _open(content: bytes) -> Image.Image:
             f"it is no image: it starts with {content[:12]!r}. Remove it, or leave it out "
             "with --on-error skip"
         ) from error
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels() from error
     except Exception as error:  # PIL's plugins raise anything on damaged headers
         raise ConversionError(f"its header cannot be read: {error}") from error
+
+
+def _too_many_pixels() -> ConversionError:
+    """What to say where Pillow would refuse to decode, now or in `fastprune check --deep`."""
+    return ConversionError(
+        f"it has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels that Pillow decodes. "
+        "Shrink the file, or leave it out with --on-error skip"
+    )
 
 
 def _load(picture: Image.Image) -> None:

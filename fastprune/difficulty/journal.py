@@ -139,6 +139,8 @@ class PassJournal:
                 f"{self.folder} is being written by another process. Wait for it, or name another "
                 "output."
             ) from error
+        except OSError:
+            logger.debug("%s: the file system has no locks", self.folder)
 
     def _go_on(self) -> bool:
         """Open the files of a pass of this identity, if they are there."""

@@ -22,6 +22,7 @@ _FLOAT_TYPES = (np.float16, np.float32, np.float64)
 _LARGEST = float(np.finfo(np.float32).max)
 _SCAN_BYTES = 64 * 2**20
 _MEDIAN_COLUMNS = 64
+_MEDIAN_VALUES = 2**22  # 32 MiB per thread
 
 
 def centroid_distances(
@@ -222,9 +223,10 @@ def _median_kernel(rows: Any, order: Any, offsets: Any, distances: Any) -> bool:
             continue
         center = np.empty(width, np.float64)
         chosen = order[start:stop]
-        columns = np.empty((_MEDIAN_COLUMNS, len(chosen)), np.float64)
-        for first in range(0, width, _MEDIAN_COLUMNS):
-            count = min(_MEDIAN_COLUMNS, width - first)
+        most = max(1, min(_MEDIAN_COLUMNS, _MEDIAN_VALUES // len(chosen)))
+        columns = np.empty((most, len(chosen)), np.float64)
+        for first in range(0, width, most):
+            count = min(most, width - first)
             for p in range(len(chosen)):
                 for i in range(count):
                     columns[i, p] = _float64(rows[chosen[p], first + i])

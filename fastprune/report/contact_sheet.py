@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
+from fastprune.errors import BetonError
 
 THUMBNAIL_SIDE = 128
 _GAP = 6
@@ -67,10 +68,20 @@ def strip_png(beton: Beton, thumbnails: Sequence[Thumbnail]) -> bytes:
 
 
 def read_image(beton: Beton, row: int) -> Image.Image:
-    """One whole image of a beton, RGB."""
+    """One whole image of a beton, RGB.
+
+    Raises:
+        BetonError: the image cannot be decoded.
+    """
     data: NDArray[np.uint8] = beton.image_bytes(row)
     if beton.modes[row] == JPG:
-        return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+        try:
+            return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+        except OSError as error:
+            raise BetonError(
+                f"row {row:,} of {beton.path} cannot be decoded. See what is damaged: "
+                f"fastprune check {beton.path} --deep"
+            ) from error
     return Image.fromarray(data.reshape(beton.heights[row], beton.widths[row], 3))
 
 

@@ -78,9 +78,13 @@ def report_scores(
     Raises:
         ArtifactError: a file cannot be read or written.
         ArtifactMismatch: scores, subset and beton are not of the same images.
-        InvalidValueError: there is no such metric, or the subset is not of the table's rows.
+        InvalidValueError: there is no such metric, the subset is not of the table's rows, or fewer
+            than one class or image is asked for.
         BetonError: the beton cannot be read.
     """
+    for name, count in (("num_classes", num_classes), ("per_strip", per_strip)):
+        if count < 1:
+            raise InvalidValueError(f"{name} ({count}) must be at least 1.")
     table = ScoreTable.load(scores_path)
     subset = None if subset_path is None else Subset.load(subset_path)
     beton = None if beton_path is None else open_beton(beton_path)

@@ -22,7 +22,8 @@ def difficulty(table: ScoreTable, metric: str) -> NDArray[np.float32] | NDArray[
             mean of their ranks.
 
     Returns:
-        (N,) larger is harder: float32 for one metric, float64 in [0, 1] for a blend.
+        (N,) larger is harder: float32 for one metric, float64 in [0, 1] for a blend, NaN where
+        one of its metrics is not finite.
 
     Raises:
         InvalidValueError: a metric is not in the table or is no difficulty, or a weight is no
@@ -34,7 +35,9 @@ def difficulty(table: ScoreTable, metric: str) -> NDArray[np.float32] | NDArray[
     total = sum(weights.values())
     blended = np.zeros(table.num_rows)
     for name, weight in weights.items():
-        blended += weight / total * ranks(_scores(table, name))
+        scores = _scores(table, name)
+        # A row without a score has no place: it is refused later, or excluded.
+        blended += weight / total * np.where(np.isfinite(scores), ranks(scores), np.nan)
     return blended
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.artifacts.fingerprint import Fingerprint, require_same_images
 from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
+from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError
 from fastprune.selection.names import nearest_name
@@ -40,6 +41,7 @@ def export_subset(
 
     Raises:
         InvalidValueError: the format is not known, or needs what is not given.
+        ArtifactMismatch: the beton or the table is of other images than the subset.
         ArtifactError: a file cannot be written.
     """
     out = Path(out)
@@ -86,6 +88,7 @@ def _deepcore_text(subset: Subset, scores: ScoreTable | None) -> str:
             f"format 'deepcore' needs the score table with the metric {subset.metric!r} that the "
             "rows were chosen by (--scores)."
         )
+    _require_same(subset, scores.fingerprint, "the score table")
     values = scores.metric(subset.metric)[subset.rows]
     return json.dumps({"indices": subset.rows.tolist(), "scores": values.tolist()}) + "\n"
 
@@ -96,9 +99,28 @@ def _names(subset: Subset, beton: Beton | None) -> list[str]:
         raise InvalidValueError(
             "format 'names' needs a beton with a manifest, which knows the files' names (--beton)."
         )
+    _require_same(subset, beton.fingerprint, str(beton.path))
+    rows = checked_rows(subset.rows, name="the subset", num_rows=beton.num_rows)
     lines = beton.manifest.table(["row", "source"]).to_pydict()
     names = dict(zip(lines["row"], lines["source"], strict=True))
-    return [names[row] for row in subset.rows.tolist()]
+    if None in names.values():
+        raise InvalidValueError(
+            f"the manifest of {beton.path} tells no file names: another writer made the beton. "
+            "Export the rows (--format rows)."
+        )
+    return [names[row] for row in rows.tolist()]
+
+
+def _require_same(subset: Subset, fingerprint: Fingerprint, name: str) -> None:
+    """Refuse what is of other images; a bare index file cannot tell."""
+    if subset.fingerprint is not None:
+        require_same_images(
+            subset.fingerprint,
+            "the subset",
+            fingerprint,
+            name,
+            cure="Give the beton, or the scores, that the subset was made from.",
+        )
 
 
 def _num_rows(subset: Subset) -> int:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -186,17 +187,20 @@ def _read_list(path: Path) -> Any:
         return _load_array(path)
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            # np.load leaves a damaged file open that it opened itself.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays["indices"]
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
-            return content["indices"] if isinstance(content, dict) else content
+            listed = content["indices"] if isinstance(content, dict) else content
+            are_names = isinstance(listed, list) and all(isinstance(e, str) for e in listed)
+            return listed if are_names else np.asarray(listed)  # ragged lists are refused here
         if path.suffix == ".txt":
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
             entries = [line for line in lines if line]
             are_rows = all(line.lstrip("-").isdigit() for line in entries)
             return [int(line) for line in entries] if are_rows else entries
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
         raise ArtifactError(
             f"{path} cannot be read as a list of rows or names ({error!r})."
         ) from error
@@ -217,8 +221,13 @@ def _rows_of_names(path: Path, names: list[str], beton: Beton) -> NDArray[np.int
     rows = {
         source: row
         for row, source in zip(lines["row"], lines["source"], strict=True)
-        if row is not None
+        if row is not None and source is not None
     }
+    if not rows:
+        raise InvalidValueError(
+            f"{path} lists file names, but the manifest of {beton.path} tells none: another writer "
+            "made the beton. List rows."
+        )
     last_parts = Counter(source.rpartition("/")[2] for source in rows)
     rows |= {s.rpartition("/")[2]: row for s, row in rows.items() if "/" in s}
     for name in names:
@@ -248,7 +257,9 @@ def _read_class_std(path: Path, beton: Beton) -> NDArray[np.float64]:
 def _load_array(path: Path) -> NDArray[Any]:
     """A .npy file without pickles."""
     try:
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
+        # np.load would also open archives.
+        with path.open("rb") as file:
+            array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as a .npy file ({error}).") from error
     return array

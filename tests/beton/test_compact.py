@@ -1,10 +1,13 @@
 """Compaction copies rows byte for byte, with all their fields and their history."""
 
+import errno
+
 import numpy as np
 import pytest
 
 from fastprune import Subset, check_beton, compact, convert, open_beton
 from fastprune.artifacts.fingerprint import content_digest
+from fastprune.beton import compact as module
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.structure import read_tables
 from fastprune.errors import ArtifactError, ArtifactMismatch, BetonError, InvalidValueError
@@ -80,6 +83,7 @@ def test_every_field_of_another_writers_beton_is_copied_and_aligned(tmp_path):
     manifest = compact(plain, tmp_path / "b.beton", subset=np.array([1, 2, 5]))
     assert check_beton(tmp_path / "b.beton", deep=True) == []
     assert manifest.counts == {"found": 3}
+    assert manifest.table()["original_row"].to_pylist() == [1, 2, 5]
     before, after = read_tables(plain), read_tables(tmp_path / "b.beton")
     assert after.fields == before.fields
     assert (after.allocations["ptr"] % 512 == 0).all()
@@ -138,6 +142,21 @@ def test_a_beton_is_not_compacted_into_itself(ours):
 def test_a_folder_that_does_not_exist_is_named(ours, tmp_path):
     with pytest.raises(ArtifactError, match=r"the folder .*nowhere does not exist"):
         compact(ours, tmp_path / "nowhere" / "b.beton")
+
+
+def test_an_older_beton_stands_until_the_new_manifest_is_written(ours, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    compact(ours, tmp_path / "b.beton", subset=ROWS)
+    monkeypatch.setattr(module, "write_parquet", full)
+    with pytest.raises(
+        ArtifactError, match=r"cannot write .*b\.beton\.manifest\.parquet: No space"
+    ):
+        compact(ours, tmp_path / "b.beton")
+    child = open_beton(tmp_path / "b.beton")
+    assert (child.num_rows, child.fingerprint.content is None) == (4, False)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_raw_images_cannot_be_indexed_for_dali(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from fastprune import convert, open_beton
+from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.errors import ConversionError, InvalidValueError
 from tests.images import jpeg_bytes, picture, write_image_folder
 
@@ -186,8 +187,12 @@ def test_flat_folder_takes_classes_by_name_in_sorted_order(flat, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["val_0.JPEG 0\nval_2.JPEG 5\nval_1.JPEG 3\nval_3.JPEG 0\n", "0\n3\n5\n0\n"],
-    ids=["named lines", "bare lines"],
+    [
+        "val_0.JPEG 0\nval_2.JPEG 5\nval_1.JPEG 3\nval_3.JPEG 0\n",
+        "0\n3\n5\n0\n",
+        "\ufeff0\n3\n5\n0\n",
+    ],
+    ids=["named lines", "bare lines", "byte order mark"],
 )
 def test_flat_folder_takes_class_numbers(flat, tmp_path, text):
     (tmp_path / "labels.txt").write_text(text)
@@ -295,6 +300,10 @@ def test_names_that_climb_out_of_the_folder_stay_data(tmp_path):
         ([("a.cls", b"1")], r"sample 'a' of .*a.tar has no image; it has cls"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "has the class b'cat'.*number of a class"),
         ([("a.jpg", b"x"), ("a.cls", b"0")], "a.tar/a.jpg: it is no image"),
+        (
+            [("a.jpg", jpeg_bytes(0)), ("a.cls", b"9" * 40)],
+            r"label is 9.*must lie in \[0, 1,000,000",
+        ),
         ([], "hold no samples"),
     ],
 )
@@ -316,6 +325,16 @@ def test_a_cut_tar_is_named(tmp_path):
     place = content.index(jpeg_bytes(2))
     (tmp_path / "a.tar").write_bytes(content[: place + 100])
     refused("a.tar is cut: '0002.jpg' should end at byte", tmp_path / "a.tar", tmp_path)
+
+
+@pytest.mark.parametrize("rest", [b"", b"0002", b"\xff" * 512], ids=["cut", "cut header", "damage"])
+def test_a_tar_that_stops_before_its_end_mark_is_named(tmp_path, rest):
+    write_tar(tmp_path / "a.tar", samples(range(3)))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        place = archive.getmember("0002.cls").offset
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[:place] + rest)
+    refused(f"a.tar is cut or damaged: byte {place:,} starts", tmp_path / "a.tar", tmp_path)
 
 
 # Hugging Face style Parquet
@@ -348,6 +367,14 @@ def test_parquet_files_are_read_in_order_with_their_class_names(tmp_path):
     assert labels == [number % 3 for number in range(8)]
     assert sources[6] == "train-00001-of-00002.parquet#1"
     assert beton.class_names == ("cat", "dog", "frog")
+
+
+def test_parquet_tells_about_how_large_images_are_so_that_no_worker_holds_too_many(tmp_path):
+    write_parquet(tmp_path / "a.parquet", range(20), row_group_size=10)
+    sizes = ParquetSource([tmp_path / "a.parquet"]).list_images().source_bytes
+    mean_bytes = np.mean([len(jpeg_bytes(number)) for number in range(20)])
+    assert sizes.shape == (20,)
+    assert mean_bytes <= sizes.mean() < 2 * mean_bytes  # labels and names count, too
 
 
 def test_parquet_splits_in_one_folder_are_refused(tmp_path):
@@ -463,6 +490,16 @@ def test_dataset_that_cannot_be_pickled_is_converted(tmp_path):
 )
 def test_a_bad_sample_is_named(tmp_path, sample, match):
     refused(match, Pairs([(jpeg_bytes(0), 0), sample]), tmp_path)
+
+
+def test_skipped_samples_have_no_class_that_nobody_told(tmp_path):
+    dataset = Pairs([(jpeg_bytes(0), 1), (b"bad", 0)])
+    manifest = convert(dataset, tmp_path / "out.beton", on_error="skip")
+    lines = manifest.table(["label", "class_name", "action"]).to_pylist()
+    assert [tuple(line.values()) for line in lines] == [
+        (1, "dog", "copied"),
+        (-1, None, "skipped"),
+    ]
 
 
 def test_an_empty_dataset_is_named(tmp_path):

@@ -296,9 +296,14 @@ def test_resume_with_other_images_is_refused(tmp_path):
         convert(root, tmp_path / "a.beton", resume=True)
 
 
-def test_resume_with_a_file_that_is_no_journal_is_refused(images, tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    ["hello\n", "{}\n[[], []]\n", "{}\n[[[1, 1, 0, 0, 0, 8, 8, 999]], {}]\n"],
+    ids=["no JSON", "reasons of another shape", "a number out of range"],
+)
+def test_resume_with_a_file_that_is_no_journal_is_refused(images, tmp_path, text):
     (tmp_path / "a.beton.partial").write_bytes(b"x")
-    (tmp_path / "a.beton.partial.journal").write_text("hello\n")
+    (tmp_path / "a.beton.partial.journal").write_text(text)
     with pytest.raises(ConversionError, match=r"is no journal.*Remove it"):
         convert(images, tmp_path / "a.beton", resume=True)
 

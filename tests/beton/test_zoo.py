@@ -180,6 +180,14 @@ def test_quality_changes_the_size_of_transcoded_images():
     assert len(small) < len(large)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_more_pixels_than_check_would_decode_are_refused(monkeypatch, kind):
+    image = encode(picture(0), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ConversionError, match=r"more than the 2,000 pixels.*Shrink the file"):
+        prepare_image(image, ImageSettings())
+
+
 def test_verify_finds_damage_that_the_markers_do_not_show():
     # A progressive file whose second scan names a component that does not exist.
     jpeg = bytearray(encode(picture(0), "JPEG", progressive=True))

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_second_writer_is_refused(tmp_path):
         pytest.raises(ArtifactError, match=r"s\.parquet\.partial is being written by another"),
     ):
         open_journal(tmp_path)
+
+
+def test_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_journal(tmp_path) as journal:
+        append(journal, 1.5)
+    with open_journal(tmp_path) as journal:
+        assert journal.rows_done == 2
 
 
 def test_full_disk_is_told_when_the_files_are_made(tmp_path, monkeypatch):

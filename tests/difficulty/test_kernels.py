@@ -55,6 +55,12 @@ def test_any_shape_and_label_order_is_right(seed, num_rows, width, num_classes, 
     np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-12)
 
 
+def test_median_of_a_class_too_large_for_one_block_of_columns_is_right():
+    features, labels = random_features(8, num_rows=70_000, width=65, num_classes=1)
+    expected = plain_distances(features, labels, np.median)
+    np.testing.assert_allclose(centroid_median_distances(features, labels), expected, rtol=1e-6)
+
+
 def test_large_offsets_cost_no_accuracy():
     features, labels = random_features(1, num_rows=5000, num_classes=3, offset=1e5)
     expected = plain_distances(features, labels)

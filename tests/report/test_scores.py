@@ -14,7 +14,7 @@ from fastprune.artifacts.fingerprint import Fingerprint
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
 from fastprune.cli import main
-from fastprune.errors import ArtifactMismatch, InvalidValueError
+from fastprune.errors import ArtifactMismatch, BetonError, InvalidValueError
 from fastprune.report.contact_sheet import THUMBNAIL_SIDE, Thumbnail, read_image, strip_png
 from fastprune.report.score_charts import rank_correlations
 from fastprune.report.scores import Subject, class_strips, report_scores
@@ -170,6 +170,16 @@ def test_raw_images_are_read_too(files):
     assert np.array_equal(np.asarray(read_image(Raw(), 3)), np.asarray(decoded))
 
 
+def test_image_that_cannot_be_decoded_is_named(files, tmp_path):
+    shutil.copy(files / "train.beton", tmp_path / "train.beton")
+    offset = int(open_beton(files / "train.beton").offsets[5])
+    with (tmp_path / "train.beton").open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(16))
+    with pytest.raises(BetonError, match=r"row 5 of .*train\.beton cannot be.*check .* --deep"):
+        read_image(open_beton(tmp_path / "train.beton"), 5)
+
+
 def test_rank_correlations_are_spearmans():
     table = score_table()
     metrics = {
@@ -228,3 +238,9 @@ def test_table_without_difficulties_is_refused(tmp_path):
     only_std.save(tmp_path / "scores.parquet")
     with pytest.raises(InvalidValueError, match=r"no difficulty to show. Score the beton again"):
         report_scores(tmp_path / "scores.parquet", tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("option", ["num_classes", "per_strip"])
+def test_sheets_without_classes_or_images_are_refused(files, tmp_path, option):
+    with pytest.raises(InvalidValueError, match=rf"{option} \(0\) must be at least 1"):
+        report_scores(files / "scores.parquet", tmp_path / "report.html", **{option: 0})

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fastprune import convert, open_beton
 from fastprune.artifacts.subset import Subset
-from fastprune.errors import InvalidValueError
+from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.selection.exporters import export_subset
 from fastprune.selection.importers import import_subset
 from fastprune.selection.subsets import make_subset
@@ -49,6 +50,21 @@ def test_exported_names_are_imported_as_the_same_rows(tmp_path):
     export_subset(Subset(np.array([1, 5])), tmp_path / "names.txt", "names", beton=beton)
     assert (tmp_path / "names.txt").read_text() == "class_00/001.jpg\nclass_01/002.jpg\n"
     assert import_subset(tmp_path / "names.txt", beton).rows.tolist() == [1, 5]
+
+
+def test_names_and_scores_of_other_images_are_refused(tmp_path):
+    table = score_table()
+    subset = make_subset(table, keep_ratio=0.5)
+    write_image_folder(tmp_path / "images", classes=2, per_class=3)
+    convert(tmp_path / "images", tmp_path / "train.beton")
+    beton = open_beton(tmp_path / "train.beton")
+    with pytest.raises(ArtifactMismatch, match=r"the subset was made.*train\.beton is.*\nGive the"):
+        export_subset(subset, tmp_path / "names.txt", "names", beton=beton)
+    others = replace(table, fingerprint=beton.fingerprint)
+    with pytest.raises(ArtifactMismatch, match=r"the score table is.*\nGive the beton, or the sco"):
+        export_subset(subset, tmp_path / "subset.json", "deepcore", scores=others)
+    with pytest.raises(InvalidValueError, match="holds row 6"):
+        export_subset(Subset(np.array([1, 6])), tmp_path / "names.txt", "names", beton=beton)
 
 
 @pytest.mark.parametrize(

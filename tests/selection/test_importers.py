@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,10 @@ import pytest
 
 from fastprune import convert, open_beton
 from fastprune.artifacts.scores import ScoreTable
+from fastprune.artifacts.subset import Subset
+from fastprune.beton.adopt import adopt
 from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
+from fastprune.selection.exporters import export_subset
 from fastprune.selection.importers import import_scores, import_subset
 from fastprune.selection.subsets import make_subset
 from tests.images import write_image_folder
@@ -100,6 +104,29 @@ def test_names_need_a_manifest(tmp_path):
     (tmp_path / "train.beton.manifest.parquet").unlink()
     with pytest.raises(InvalidValueError, match=r"no manifest that knows them.*or list rows"):
         import_subset(write(tmp_path / "n.txt", ["a.jpg"]), open_beton(tmp_path / "train.beton"))
+
+
+def test_names_need_a_manifest_that_tells_them(beton, tmp_path):
+    shutil.copy(beton.path, tmp_path / "found.beton")
+    adopt(tmp_path / "found.beton")
+    found = open_beton(tmp_path / "found.beton")
+    with pytest.raises(InvalidValueError, match=r"manifest of .* tells none.*List rows"):
+        import_subset(write(tmp_path / "n.txt", ["a.jpg"]), found)
+    with pytest.raises(InvalidValueError, match=r"tells no file names.*--format rows"):
+        export_subset(Subset(np.array([1])), tmp_path / "out.txt", "names", beton=found)
+
+
+def test_damaged_lists_are_named(beton, tmp_path):
+    write(tmp_path / "list.npz", {"indices": [1, 2]})
+    (tmp_path / "list.npz").write_bytes((tmp_path / "list.npz").read_bytes()[:100])
+    write(tmp_path / "archive.npz", {"indices": [1, 2]}).rename(tmp_path / "list.npy")
+    (tmp_path / "list.json").write_text("[[1], [1, 2]]")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name in ("list.npz", "list.npy", "list.json", "empty.npy"):
+        with pytest.raises(ArtifactError, match=rf"{name} cannot be read as"):
+            import_subset(tmp_path / name, beton)
+    with pytest.raises(ArtifactError, match=r"empty\.npy cannot be read as a \.npy file"):
+        import_scores(tmp_path / "empty.npy", beton)
 
 
 def test_pickle_is_never_read(beton, tmp_path):

@@ -106,6 +106,15 @@ def test_blend_of_one_metric_ranks_as_the_metric():
     assert np.array_equal(blended.rows, make_subset(table, keep_ratio=0.3, metric="loss").rows)
 
 
+@pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])
+def test_row_without_one_of_the_scores_has_no_place_in_a_blend(missing):
+    table = score_table()
+    table.metrics["loss"][7] = missing
+    with pytest.raises(InvalidValueError, match=r"score of row 7 is nan.*--exclude"):
+        make_subset(table, keep_ratio=0.5, metric="centroid,loss")
+    assert 7 not in make_subset(table, keep_ratio=1, metric="centroid,loss", exclude=[7]).rows
+
+
 def test_equal_scores_share_the_mean_of_their_ranks():
     scores = np.array([5, 1, 5, 0, 5], np.float32)
     assert ranks(scores).tolist() == [0.75, 0.25, 0.75, 0.0, 0.75]

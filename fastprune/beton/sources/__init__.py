@@ -26,7 +26,8 @@ class Listing:
         root: the folder or dataset, for messages.
         names: (N,) where each image is below the root, for the manifest and for messages.
         labels: (N,) int64; None where only reading an image tells its label.
-        source_bytes: (N,) int64, size of each image in bytes; 0 where it is not known.
+        source_bytes: (N,) int64, size of each image in bytes, to cut the work by; a mean where only
+            that is known, 0 where nothing is.
         locate: index -> what `Source.read` needs, small and picklable.
         class_names: name of every class in the order of the labels; None where there are none.
         identity: changes when an image is added, removed or replaced; for `--resume`.

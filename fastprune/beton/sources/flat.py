@@ -83,7 +83,7 @@ class FlatSource:
     def _classes(self, names: list[str]) -> list[str]:
         """The class of every image, as text."""
         try:
-            text = self.labels.read_text(encoding="utf-8")
+            text = self.labels.read_text(encoding="utf-8-sig")  # spreadsheets put a mark first
         except (OSError, UnicodeDecodeError) as error:
             raise ConversionError(f"cannot read the label file {self.labels}: {error}.") from error
         lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]

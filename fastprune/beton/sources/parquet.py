@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from fastprune.beton.sources import Listing
 from fastprune.beton.sources.files import files_identity
@@ -34,24 +35,29 @@ class ParquetSource:
         column = _label_column(schema, self.files[0])
         names: list[str] = []
         labels: list[Any] = []
-        places: list[tuple[int, int, int]] = []
+        places: list[NDArray[np.int32]] = []
+        sizes: list[NDArray[np.int64]] = []
         for number, path in enumerate(self.files):
             file = _opened(path)
             _image_column(file.schema_arrow, path)
             _label_column(file.schema_arrow, path)
             labels.append(_labels(file, column, path))
             for group in range(file.num_row_groups):
-                num_rows = file.metadata.row_group(group).num_rows
-                places += [(number, group, row) for row in range(num_rows)]
+                facts = file.metadata.row_group(group)
+                place = np.full((facts.num_rows, 3), (number, group, 0), np.int32)
+                place[:, 2] = np.arange(facts.num_rows)
+                places.append(place)
+                mean_bytes = facts.total_byte_size // max(1, facts.num_rows)
+                sizes.append(np.full(facts.num_rows, mean_bytes, np.int64))
             names += [f"{path.name}#{row}" for row in range(file.metadata.num_rows)]
         if not names:
             raise ConversionError(f"{self.files[0]} and its like hold no rows.")
-        table = np.array(places, np.int32)
+        table = np.concatenate(places)
         return Listing(
             root=str(self.files[0].parent),
             names=names,
             labels=np.concatenate(labels),
-            source_bytes=np.zeros(len(names), np.int64),
+            source_bytes=np.concatenate(sizes),
             locate=lambda index: tuple(table[index].tolist()),
             class_names=_class_names(schema, column),
             identity=files_identity(self.files),

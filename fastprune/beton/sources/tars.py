@@ -15,7 +15,8 @@ from fastprune.errors import ConversionError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
 _LABEL = "cls"
-_MOST_LABEL_BYTES = 64
+_MOST_LABEL_BYTES = 18  # digits that always fit an int64
+_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,18 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[_Member]:
                 key = f"{folder}/{stem}" if folder else stem
                 yield _Member(key, extension.lower(), info.offset_data, info.size)
                 archive.members = []  # type: ignore[attr-defined] # else it keeps every header
+            _require_end(shard, file, archive.offset)
     except tarfile.TarError as error:
         raise ConversionError(
             f"{shard} cannot be read as an uncompressed tar file: {error}. Get it again, or "
             "decompress it first."
         ) from error
+
+
+def _require_end(shard: Path, file: BinaryIO, offset: int) -> None:
+    """Refuse a shard that stops anywhere but at its end mark: tarfile takes damage for an end."""
+    if os.pread(file.fileno(), _BLOCK_BYTES, offset) != bytes(_BLOCK_BYTES):
+        raise ConversionError(
+            f"{shard} is cut or damaged: byte {offset:,} starts neither a file nor the end mark of "
+            "a tar. Get it again."
+        )
