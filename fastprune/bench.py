@@ -80,11 +80,11 @@ def bench_loader(
     for name, make in makers.items():
         started = time.perf_counter()
         try:
-            loaders[name] = make()
+            loader = make()
+            next(iter(loader))
         except MissingDependencyError:
             continue
-        next(iter(loaders[name]))
-        first_seconds[name] = time.perf_counter() - started
+        loaders[name], first_seconds[name] = loader, time.perf_counter() - started
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for number in range(1 + rounds):
         for name, loader in loaders.items():
@@ -113,13 +113,13 @@ def _makers(
         distributed=None,
         **settings,
     )
-    makers: dict[str, Callable[[], Any]] = {
-        "fastprune, ffcv": partial(ours, backend="ffcv"),
-        "fastprune, dali": partial(ours, backend="dali"),
-    }
+    has_raw_rows = bool(beton.modes.any())
+    makers: dict[str, Callable[[], Any]] = {"fastprune, ffcv": partial(ours, backend="ffcv")}
+    if not has_raw_rows:
+        makers["fastprune, dali"] = partial(ours, backend="dali")
     if importlib.util.find_spec("ffcv") is not None:
         makers["stock ffcv"] = partial(stock_ffcv, beton, rows, **settings)
-    if not beton.modes.any():
+    if not has_raw_rows:
         makers["torchvision"] = partial(torchvision_loader, beton, rows, **settings)
     return makers
 

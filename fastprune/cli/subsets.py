@@ -79,7 +79,7 @@ def select(
     **options: Any,
 ) -> None:
     """Choose the rows of SCORES that are kept, and write them as a subset."""
-    from fastprune.artifacts.subset import Subset
+    from fastprune.selection.importers import read_array
     from fastprune.selection.subsets import make_subset
 
     ratios = sweep if keep is None else (keep, *sweep)
@@ -87,7 +87,7 @@ def select(
         raise click.UsageError("give --keep or --sweep, one of them.")
     started = time.perf_counter()
     table = _load_scores(scores, beton)
-    excluded = None if exclude is None else Subset.load(exclude).rows
+    excluded = None if exclude is None else read_array(exclude)
     for ratio in ratios:
         subset = make_subset(
             table,

@@ -18,7 +18,7 @@ from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
 from fastprune.errors import BetonError, LoadingError, MissingDependencyError
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
-from fastprune.loading.device import cuda_index
+from fastprune.loading.device import Copies, cuda_index
 from fastprune.loading.faults import FileWatch, RowFaults
 
 try:
@@ -59,6 +59,7 @@ class DaliEngine:
         self._device = device
         self._faults = faults
         self._file = FileWatch(beton)
+        self._copies = Copies()
         self._decoder_is_known = False
         _require_jpegs(beton)
 
@@ -77,7 +78,10 @@ class DaliEngine:
                     yield pixels, rows
             except RuntimeError as error:
                 # DALI says neither which row failed nor goes on after it.
-                found = self._find_unusable(list(waiting)[: _BATCHES_AHEAD + 1], unusable)
+                found: dict[int, str] = {}
+                for rows in list(waiting)[: _BATCHES_AHEAD + 1]:
+                    unknown = set(rows.tolist()) - unusable - found.keys()
+                    found |= self._find_unusable(sorted(unknown))
                 if not found:
                     raise LoadingError(
                         f"DALI failed on {self._beton.path}: {_reason(error)}. Start the epoch "
@@ -157,26 +161,27 @@ class DaliEngine:
             (outputs,) = pipeline.run()
         except StopIteration:
             return None
-        # DALI uses the memory of its outputs again.
-        pixels = torch.utils.dlpack.from_dlpack(outputs.as_tensor()).clone()
+        pixels = self._copies.of(torch.utils.dlpack.from_dlpack(outputs.as_tensor()))
         if self._device.type == "cuda" and not self._decoder_is_known:
             require_nvjpeg()
             self._decoder_is_known = True
         return pixels
 
-    def _find_unusable(self, batches: list[NDArray[np.int64]], known: set[int]) -> dict[int, str]:
-        """The rows that DALI cannot decode, each tried alone, and what it says of them."""
-        found = {}
-        for row in dict.fromkeys(np.concatenate(batches).tolist()):
-            if row in known:
-                continue
-            box = np.array([[0, 0, self._beton.heights[row], self._beton.widths[row], 0, 0, 0]])
-            sample = self._sample(np.array([row]), box.astype(np.int32))
-            try:
-                self._next_pixels(self._pipeline(iter([sample]), 1))
-            except RuntimeError as error:
-                found[row] = _reason(error)
-        return found
+    def _find_unusable(self, rows: list[int]) -> dict[int, str]:
+        """The rows that DALI cannot decode, found by halving, and what it says of them."""
+        if not rows:
+            return {}
+        whole = np.zeros((len(rows), 7), np.int32)
+        whole[:, HEIGHT], whole[:, WIDTH] = self._beton.heights[rows], self._beton.widths[rows]
+        sample = self._sample(np.array(rows), whole)
+        try:
+            self._next_pixels(self._pipeline(iter([sample]), len(rows)))
+            return {}
+        except RuntimeError as error:
+            if len(rows) == 1:
+                return {rows[0]: _reason(error)}
+        half = len(rows) // 2
+        return self._find_unusable(rows[:half]) | self._find_unusable(rows[half:])
 
 
 @pipeline_def

@@ -23,7 +23,7 @@ from fastprune.beton.reader import Beton
 from fastprune.errors import LoadingError
 from fastprune.loading._dali import require_nvjpeg
 from fastprune.loading.augment import Recipe
-from fastprune.loading.device import cuda_index
+from fastprune.loading.device import Copies, cuda_index
 from fastprune.loading.faults import FileWatch
 from fastprune.loading.order import Plan
 
@@ -55,6 +55,7 @@ class NativeReader:
         self._file = FileWatch(beton)
         folder = tempfile.mkdtemp(prefix="fastprune-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._copies = Copies()
         self._decoder_is_known = False
         self._indexed: NDArray[np.int64] | None = None
         self._index = Path(folder) / "rows.idx"
@@ -130,7 +131,7 @@ class NativeReader:
         if self._device.type == "cuda" and not self._decoder_is_known:
             require_nvjpeg()
             self._decoder_is_known = True
-        owned = torch.utils.dlpack.from_dlpack(pixels.as_tensor()).clone()
+        owned = self._copies.of(torch.utils.dlpack.from_dlpack(pixels.as_tensor()))
         # A sample's source is path:offset:name, and the index names every sample by its row.
         rows = [int(bytes(names.at(i)).rsplit(b":", 1)[1]) for i in range(len(names))]
         return owned, np.array(rows, np.int64)

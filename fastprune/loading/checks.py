@@ -20,13 +20,16 @@ def require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
-    """Refuse what is no integer, or an integer below its domain.
+    """Refuse what is no integer, or an integer below its domain, or one of more than 63 bits.
 
     Raises:
         InvalidValueError: the value is such.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < least:
         raise InvalidValueError(f"{name} must be an integer >= {least}, not {value!r}.")
+    if value >= 2**63:
+        raise InvalidValueError(f"{name} must be below 2**63, not {value!r}.")
 
 
 def require_channels(

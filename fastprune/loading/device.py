@@ -1,4 +1,6 @@
-"""The device that a name stands for."""
+"""The device that a name stands for, and copies of what another library put on it."""
+
+from collections import deque
 
 import torch
 
@@ -29,3 +31,28 @@ def cuda_index(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+class Copies:
+    """Copies tensors whose memory their library uses again as soon as they are dropped.
+
+    A copy on a GPU waits in torch's stream behind the work of the caller. The library, which works
+    in other streams, would not wait for it, so a tensor is held until its copy is made.
+    """
+
+    def __init__(self, *, most_held: int = 2):
+        self._held: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._most_held = most_held
+
+    def of(self, lent: torch.Tensor) -> torch.Tensor:
+        """A copy that belongs to the caller."""
+        owned = lent.clone()
+        if lent.is_cuda:
+            made = torch.cuda.Event()
+            made.record(torch.cuda.current_stream(lent.device))
+            self._held.append((lent, made))
+            if len(self._held) > self._most_held:
+                self._held[0][1].synchronize()
+            while self._held and self._held[0][1].query():
+                self._held.popleft()
+        return owned

@@ -85,7 +85,12 @@ def transformed(
     images = []
     with torch.random.fork_rng(devices):
         for row, image in zip(rows, pixels, strict=True):
-            torch.manual_seed(int(_stream(seed, int(row), epoch).random_raw() >> np.uint64(1)))
+            number = int(_stream(seed, int(row), epoch).random_raw() >> np.uint64(1))
+            # Not torch.manual_seed, which reseeds every GPU, also those whose state is not kept.
+            torch.default_generator.manual_seed(number)
+            if pixels.is_cuda:
+                with torch.cuda.device(pixels.device):
+                    torch.cuda.manual_seed(number)
             images.append(transform(image.permute(2, 0, 1)))
     return torch.stack(images).permute(0, 2, 3, 1).contiguous()
 

@@ -148,7 +148,8 @@ class Loader:
         if order == "buffered":
             _require_plain_reading(backend, layout, on_error, verify_crc)
         self.batch_size = batch_size
-        self.beton = open_beton(beton)
+        # Its file is looked at again later, when the working folder may be another one.
+        self.beton = open_beton(Path(beton).absolute())
         self.num_workers = num_workers or cpus_per_rank()
         self.device = choose_device(device)
         self._unranked = Plan(
@@ -264,11 +265,11 @@ class Loader:
         # An iterator that is never advanced takes no epoch: Lightning makes one before the first.
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
-        decoded = self._decoded(self._plan(), epoch, consumed)
+        deliver, decoded = self._deliver, self._decoded(self._plan(), epoch, consumed)
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:
                 continue  # every row of it was left out
-            batch = self._deliver(pixels, rows, epoch=epoch)
+            batch = deliver(pixels, rows, epoch=epoch)
             self._position = (epoch, count)
             yield batch
         self._position = (epoch + 1, 0)
@@ -299,7 +300,7 @@ class Loader:
         An epoch that `load_state_dict` left half done goes on where it was, if it is named.
 
         Raises:
-            InvalidValueError: the epoch is negative.
+            InvalidValueError: the epoch is outside [0, 2**63).
         """
         require_at_least("epoch", epoch, 0)
         if epoch != self._next[0]:
@@ -430,6 +431,7 @@ class Loader:
             "open_pages": plan.open_pages,
             "tail": plan.tail,
             "recipe": str(self._recipe),
+            "images": self.beton.fingerprint.structure,
             "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
         }
 

@@ -1,5 +1,6 @@
 """Memory for batches, used again once nobody holds the batch."""
 
+import contextlib
 import math
 import weakref
 
@@ -39,10 +40,11 @@ class BatchMemory:
 
     def _fitting(self, num_bytes: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
         """A free block that is large enough, or a new one."""
-        while self._free:
-            block = self._free.pop()
-            if len(block) >= num_bytes:
-                return block
+        # Asked for before it is looked at: iterators in other threads take from the list, too.
+        with contextlib.suppress(IndexError):
+            while len(block := self._free.pop()) < num_bytes:
+                pass
+            return block
         return np.empty(num_bytes, np.uint8)
 
     def _give_back(self, block: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> None:

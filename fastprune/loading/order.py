@@ -78,7 +78,8 @@ class Plan:
         entries = self.rows[self._permutation(epoch)]
         if self.tail != "exact":
             entries = np.resize(entries, self.num_batches() * self.world * self.batch_size)
-        mine = entries[self.rank :: self.world]
+        # A copy, because a stride would show in the rows that the caller gets.
+        mine = entries[self.rank :: self.world].copy()
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
     def _permutation(self, epoch: int) -> NDArray[np.intp]:

@@ -42,7 +42,7 @@ class WorkerThreads:
         """Wait until a call is done; raise what it raised.
 
         Raises:
-            ThreadDiedError: it may never be done, because a thread was killed.
+            ThreadDiedError: it was not done or may never be, because a thread was killed.
         """
         while True:
             try:
@@ -79,7 +79,10 @@ def _work(tasks: "SimpleQueue[Any]") -> None:
         future, function, arguments = task
         try:
             future.set_result(function(*arguments))
-        except BaseException as error:
+        except Exception as error:
             future.set_exception(error)
+        except BaseException:  # as SystemExit, which would end the caller's process silently
+            future.set_exception(ThreadDiedError())
+            raise
         # An idle thread must not keep the last batch alive.
         del task, future, function, arguments

@@ -8,15 +8,15 @@ _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 
 
-def row_keys(seed: int, num_rows: int) -> NDArray[np.uint64]:
+def row_keys(seed: int, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Draw one uniform 64-bit number per row.
 
     Sorting rows by their keys shuffles them, the same way on every machine and in every version;
-    a row's key does not depend on how many rows there are.
+    a row's key does not depend on which other rows there are.
 
     Args:
         seed: any integer; taken modulo 2**64.
-        num_rows: N.
+        rows: (N,) int64, rows of the beton.
 
     Returns:
         (N,) uint64.
@@ -24,7 +24,7 @@ def row_keys(seed: int, num_rows: int) -> NDArray[np.uint64]:
     Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64).
     """
     seed_key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN)
-    return _mix(seed_key + np.arange(1, num_rows + 1, dtype=np.uint64) * _GOLDEN)
+    return _mix(seed_key + (rows.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -128,7 +128,7 @@ def _table_of(path: Path, beton: Beton) -> ScoreTable:
 def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
     """Metric name -> values in row order."""
     if path.suffix == ".npy":
-        return {path.stem: _load_array(path)}
+        return {path.stem: read_array(path)}
     readers = {".csv": pyarrow.csv.read_csv, ".parquet": pq.read_table}
     if path.suffix not in readers:
         raise ArtifactError(f"{path}: scores are read from .npy, .csv or .parquet files alone.")
@@ -184,7 +184,7 @@ def _listed_rows(path: Path, beton: Beton) -> NDArray[np.int64]:
 def _read_list(path: Path) -> Any:
     """Rows or names, from any of the formats."""
     if path.suffix == ".npy":
-        return _load_array(path)
+        return read_array(path)
     try:
         if path.suffix == ".npz":
             # np.load leaves a damaged file open that it opened itself.
@@ -245,7 +245,7 @@ def _rows_of_names(path: Path, names: list[str], beton: Beton) -> NDArray[np.int
 
 def _read_class_std(path: Path, beton: Beton) -> NDArray[np.float64]:
     """One standard deviation per class."""
-    std = _load_array(path)
+    std = read_array(path)
     if std.shape != (beton.num_classes,) or std.dtype.kind not in "fiu":
         raise InvalidValueError(
             f"{path} must hold {beton.num_classes:,} numbers, one per class of {beton.path}, but "
@@ -254,8 +254,12 @@ def _read_class_std(path: Path, beton: Beton) -> NDArray[np.float64]:
     return std.astype(np.float64)
 
 
-def _load_array(path: Path) -> NDArray[Any]:
-    """A .npy file without pickles."""
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a .npy file without pickles.
+
+    Raises:
+        ArtifactError: the file is missing or no .npy file.
+    """
     try:
         # np.load would also open archives.
         with path.open("rb") as file:

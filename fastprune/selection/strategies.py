@@ -53,6 +53,7 @@ def select_rows(
     drop_hardest: float = 0.1,
     seed: int = 0,
     compat: str | None = None,
+    rows: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """Choose the rows to keep.
 
@@ -73,10 +74,12 @@ def select_rows(
             where the keep ratio needs them.
         seed: for `random` and `ccs`.
         compat: `mdslr` for the selection of the MDSLR reference code, row for row, with `medium`.
+        rows: (N,) int64, the row in the beton that each score is of, where some were left out;
+            what is drawn goes by it. None where score i is of row i.
 
     Returns:
-        (K,) int64, sorted and unique. K is round(r * N), except for `moderate` and for `compat`,
-        which round as their sources do.
+        (K,) int64, sorted and unique, positions in `scores`. K is round(r * N), except for
+        `moderate` and for `compat`, which round as their sources do.
 
     Raises:
         InvalidValueError: an argument is outside its domain, a name is not known, or a score is
@@ -86,14 +89,15 @@ def select_rows(
     et al. 2023, "Coverage-centric Coreset Selection" (ccs).
     """
     values, classes = _checked(scores, labels)
+    rows = np.arange(len(values)) if rows is None else rows
     _check_settings(strategy, quota, per_class, quantile, drop_hardest, compat)
     if strategy == "moderate":
         return _moderate(_ascending(values), keep_ratio)
     if strategy == "ccs":
-        return _ccs(values, keep_ratio, drop_hardest, row_keys(seed, len(values)))
+        return _ccs(values, keep_ratio, drop_hardest, row_keys(seed, rows))
     if not per_class:
         classes = np.zeros_like(classes)
-    groups = _grouped(row_keys(seed, len(values)) if strategy == "random" else values, classes)
+    groups = _grouped(row_keys(seed, rows) if strategy == "random" else values, classes)
     if compat == "mdslr":
         return _mdslr(groups, keep_ratio)
     quotas = class_quotas(groups.counts, keep_ratio=keep_ratio, quota=quota)

@@ -71,6 +71,7 @@ def make_subset(
         drop_hardest=drop_hardest,
         seed=seed,
         compat=compat,
+        rows=candidates,
     )
     rows = candidates[chosen]
     class_counts = np.bincount(table.labels[rows], minlength=len(table.class_counts))
@@ -109,7 +110,9 @@ def _candidates(table: ScoreTable, exclude: ArrayLike | None) -> tuple[NDArray[n
     """The rows that may be kept, and how many may not."""
     if exclude is None:
         return np.arange(table.num_rows), 0
-    rows = checked_rows(exclude, name="exclude", num_rows=table.num_rows)
+    if np.size(exclude) == 0:
+        return np.arange(table.num_rows), 0
+    rows = checked_rows(np.unique(exclude), name="exclude", num_rows=table.num_rows)
     is_candidate = np.ones(table.num_rows, bool)
     is_candidate[rows] = False
     return np.flatnonzero(is_candidate), len(rows)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastprune.errors import InvalidValueError
-from fastprune.loading.device import choose_device, cuda_index
+from fastprune.loading.device import Copies, choose_device, cuda_index
 
 
 def test_auto_is_cuda_where_it_is_there(monkeypatch):
@@ -28,3 +28,10 @@ def test_a_cuda_device_without_a_number_is_the_current_one(monkeypatch):
     assert cuda_index(torch.device("cuda")) == 3
     assert cuda_index(torch.device("cuda:1")) == 1
     assert cuda_index(torch.device("cpu")) is None
+
+
+def test_a_copy_does_not_share_memory():
+    lent = torch.zeros(3)
+    owned = Copies().of(lent)
+    lent.fill_(1)
+    assert not owned.any()

@@ -33,6 +33,14 @@ def test_contrast_rows_are_the_row_itself_and_kept_rows_of_other_classes(stock_b
         assert (contrast[:, 1:] % 3 != labels[:, None]).all()
 
 
+def test_a_running_iterator_keeps_its_contrast_rows_when_the_rows_change(stock_beton):
+    loader = _loader(stock_beton, layout="xyi_contrast", num_negatives=50)
+    running = iter(loader)
+    next(running)
+    loader.set_rows(np.arange(7))
+    assert all(contrast.max() > 6 for *_, contrast in running)
+
+
 def test_every_row_of_other_classes_is_drawn_about_as_often():
     rows, labels = np.arange(100) * 2, np.repeat([0, 3, 5], [20, 50, 30])
     contrast = ContrastRows(rows, labels, num_negatives=8000, seed=0)
@@ -93,6 +101,15 @@ def test_a_transform_is_seeded_by_the_row_and_leaves_torchs_generator_alone(stoc
     assert all(torch.equal(one[row], other[row]) for row in range(30))
     plain = next(iter(_loader(stock_beton, layout="xyi")))
     assert any(not torch.equal(one[int(row)], x) for x, row in zip(plain[0], plain[2], strict=True))
+
+
+def test_a_transform_of_images_on_the_cpu_leaves_the_generators_of_gpus_alone(
+    stock_beton, monkeypatch
+):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    next(iter(_loader(stock_beton, transform=torch.zeros_like)))
+    assert not seeded
 
 
 def test_with_two_views_only_the_second_is_transformed(stock_beton):

@@ -178,6 +178,18 @@ def test_two_ranks_share_an_exact_epoch(stock_beton):
     assert sorted(np.concatenate(ranks)) == list(range(30))
 
 
+def test_the_rows_of_a_rank_are_contiguous(stock_beton):
+    _, _, rows = next(iter(_loader(stock_beton, distributed=(0, 2))))
+    assert rows.is_contiguous()
+
+
+def test_the_working_folder_may_change_after_the_loader_is_made(stock_beton, monkeypatch, tmp_path):
+    monkeypatch.chdir(stock_beton.parent)
+    loader = _loader(stock_beton.name)
+    monkeypatch.chdir(tmp_path)
+    assert len(_rows(loader)) == 24
+
+
 def test_the_dataset_tells_labels_and_classes_of_the_kept_rows(stock_beton):
     loader = _loader(stock_beton, np.arange(0, 30, 2))
     assert len(loader.dataset) == len(loader.rows) == 15
@@ -230,6 +242,7 @@ def test_rows_that_cannot_index_the_beton_are_refused(stock_beton, rows):
         ({"image_size": 1.5}, "image_size must be an integer >= 1, not 1.5"),
         ({"num_workers": 0}, "num_workers must be an integer >= 1, not 0"),
         ({"seed": -1}, "seed must be an integer >= 0, not -1"),
+        ({"seed": 2**63}, r"seed must be below 2\*\*63, not 9223372036854775808"),
         ({"mean": (0.5, 0.5)}, r"mean must be three numbers.* not \(0.5, 0.5\)"),
         ({"std": [1, 0, 1]}, r"std must be three positive numbers.* not \[1, 0, 1\]"),
         ({"open_pages": 0}, "open_pages must be an integer >= 1, not 0"),

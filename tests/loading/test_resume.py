@@ -81,6 +81,15 @@ def test_the_state_of_a_loader_with_other_batches_is_refused(stock_beton, settin
         _loader(stock_beton, **settings).load_state_dict(state)
 
 
+def test_the_state_of_a_loader_of_other_images_is_refused(stock_beton, tmp_path):
+    from fastprune.beton.compact import compact
+
+    compact(stock_beton, tmp_path / "part.beton", subset=np.arange(1, 30))
+    state = _loader(stock_beton, np.arange(20)).state_dict()
+    with pytest.raises(InvalidValueError, match=r"images \('.*Make this loader with the same"):
+        _loader(tmp_path / "part.beton", np.arange(20)).load_state_dict(state)
+
+
 def test_changed_rows_come_from_the_next_epoch_on_and_stay(stock_beton):
     loader = _loader(stock_beton, tail="exact")
     running = iter(loader)

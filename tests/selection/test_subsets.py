@@ -119,3 +119,23 @@ def test_equal_scores_share_the_mean_of_their_ranks():
     scores = np.array([5, 1, 5, 0, 5], np.float32)
     assert ranks(scores).tolist() == [0.75, 0.25, 0.75, 0.0, 0.75]
     assert ranks(np.array([7], np.float32)).tolist() == [0.0]
+
+
+def test_excluding_rows_does_not_change_the_draw_of_the_others():
+    drawn = make_subset(score_table(), keep_ratio=0.5, strategy="random", per_class=False).rows
+    left_out = np.setdiff1d(np.arange(200), drawn)[:20]
+    again = make_subset(
+        score_table(), keep_ratio=100 / 180, strategy="random", per_class=False, exclude=left_out
+    )
+    assert np.array_equal(again.rows, drawn)
+
+
+@pytest.mark.parametrize("exclude", [[], np.array([], dtype=np.float64)])
+def test_nothing_may_be_excluded(exclude):
+    subset = make_subset(score_table(), keep_ratio=0.5, exclude=exclude)
+    assert np.array_equal(subset.rows, make_subset(score_table(), keep_ratio=0.5).rows)
+
+
+def test_rows_are_excluded_in_any_order():
+    subset = make_subset(score_table(), keep_ratio=0.5, exclude=[7, 3, 7])
+    assert not {3, 7} & set(subset.rows)
