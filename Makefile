@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 IMAGES ?=
 ARGS ?=
 
-.PHONY: setup demo test test-full check bench bench-gpu docker help
+.PHONY: setup demo test test-full check bench bench-gpu docker image image-test docs package help
 
 setup: $(INSTALLED) ## Create .venv with fastprune, ffcv and DALI (TORCH_INDEX=URL: torch from there)
 
@@ -38,11 +38,14 @@ test: setup ## Run the tests
 test-full: setup ## Run the tests with the long fault injection and fuzzing
 	FASTPRUNE_REQUIRE=ffcv,dali $(BIN)/pytest -m '' $(ARGS)
 
-check: setup ## Format, lint, types, import floors
+check: setup ## Format, lint, types, import floors, docs, Dockerfile, known vulnerabilities
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python tools/audit.py
 
 bench: setup ## Run every CPU benchmark (IMAGES=folder of JPEGs, required); JSON in benchmarks/results
 	@test -n '$(IMAGES)' || { echo "name a folder of JPEG files: make bench IMAGES=folder" >&2; exit 2; }
@@ -54,8 +57,20 @@ bench-gpu: setup ## Run the tests and benchmarks that need a CUDA device
 	$(BIN)/pytest tests/gpu -m gpu
 	$(BIN)/python benchmarks/epoch.py --device cuda
 
-docker: ## Build the image fastprune:latest (BASE_IMAGE=... for another base)
+docker: ## Build the image fastprune:latest by Docker (BASE_IMAGE=... for another base)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) -t fastprune:latest .
+
+image: ## Build the image without a Docker engine, on a minimal Debian (as root, by buildah)
+	BASE_IMAGE=$(BASE_IMAGE) TORCH_INDEX=$(TORCH_INDEX) tools/image.sh build
+
+image-test: ## Run what `make image` built: doctor, demo, read-only, as an ordinary user
+	tools/image.sh test
+
+docs: setup ## Build the pages into build/site
+	$(BIN)/mkdocs build --strict
+
+package: setup ## Build the wheel and the source distribution into dist
+	$(BIN)/python -m build --no-isolation
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -6,6 +6,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastprune.cpus import usable_cpus
+
 _PACKAGES = (
     "fastprune",
     "torch",
@@ -27,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cpus(),
         "memory_gb": round(memory_bytes / 1e9, 1),
         "gpus": gpus,
         "system": f"{platform.system()} {platform.machine()}",

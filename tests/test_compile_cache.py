@@ -21,10 +21,16 @@ def test_process_gets_a_private_folder_where_nothing_can_be_written(nothing_writ
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_folder_of_the_users_choice_is_kept(nothing_writable, monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/some/folder")
+def test_folder_of_the_users_choice_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "missing"))
     ensure_compile_cache()
-    assert os.environ["NUMBA_CACHE_DIR"] == "/some/folder"
+    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "missing")
+
+
+def test_folder_that_cannot_be_written_is_replaced(nothing_writable, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/cache/numba")
+    ensure_compile_cache()
+    assert Path(os.environ["NUMBA_CACHE_DIR"]).name.startswith("fastprune-numba-")
 
 
 def test_usual_places_are_used_where_they_can_be_written(monkeypatch, tmp_path):
@@ -32,3 +38,13 @@ def test_usual_places_are_used_where_they_can_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "missing" / "cache"))
     ensure_compile_cache()
     assert "NUMBA_CACHE_DIR" not in os.environ
+
+
+def test_user_without_a_home_is_served_too(monkeypatch):
+    def unknown(user):
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    ensure_compile_cache()

@@ -1,6 +1,5 @@
 """Is every image of a beton what its metadata and its checksum say?"""
 
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ from fastprune.beton import layout
 from fastprune.beton.row_check import Placement
 from fastprune.beton.structure import Fault, Tables
 from fastprune.beton.transcode import decode
+from fastprune.cpus import usable_cpus
 from fastprune.errors import ConversionError, JpegError
 from fastprune.jpeg.headers import read_header
 from fastprune.progress import track
@@ -49,7 +49,7 @@ def image_faults(
 
     # PIL decodes without the interpreter's lock. Its warnings (of size, of metadata) are no faults;
     # they are silenced here, once, because doing so is not safe in the threads.
-    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(usable_cpus()) as pool:
         warnings.simplefilter("ignore")
         done = track(
             pool.map(check, pieces),

@@ -22,6 +22,7 @@ from fastprune.beton.sources.choose import source_for
 from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.beton.transcode import ACTIONS, COPIED, SKIPPED, TRANSCODED, ImageSettings
 from fastprune.beton.workers import Task, WorkerError, WorkerPool
+from fastprune.cpus import usable_cpus
 from fastprune.errors import ConversionError, InvalidValueError
 from fastprune.jpeg.headers import MAX_SIDE
 from fastprune.progress import track
@@ -59,7 +60,8 @@ def convert(
             pixels (height, width, 3) or (height, width), or the bytes of an image file.
         beton_path: the file to write; an older one is replaced at the very end.
         labels: for a flat folder, a text file with a line "name class" per image.
-        workers: processes; by default one per core that this process may use, at most 16.
+        workers: processes; by default one per CPU that affinity and cgroup quota leave, at
+            most 16.
         jpeg: "original" copies the bytes of 8-bit baseline and progressive JPEGs, gray or YCbCr.
         on_error: "stop" at the first unreadable image, or "skip" it and list it in the manifest.
         quality: JPEG quality of images that must be transcoded, [1, 100].
@@ -128,7 +130,7 @@ def _checked_settings(
 def _checked_workers(workers: int | None) -> int:
     """The number of worker processes."""
     if workers is None:
-        return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+        return min(usable_cpus(), _MOST_WORKERS)
     if workers < 1:
         raise InvalidValueError(f"workers must be >= 1, but is {workers}.")
     return workers

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from fastprune import __version__
-from fastprune.cli import bench, beton, demo, scores, training
+from fastprune.cli import bench, beton, demo, doctor, scores, training
 from fastprune.errors import FastpruneError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -64,5 +64,6 @@ for _command in (
     *training.COMMANDS,
     *demo.COMMANDS,
     *bench.COMMANDS,
+    *doctor.COMMANDS,
 ):
     main.add_command(_command)

@@ -33,19 +33,18 @@ def loader(
 
     Beside ours stand stock FFCV and torchvision. They take turns; a first epoch is not counted.
     """
-    import os
-
     from rich.console import Console
     from rich.table import Table
 
     from fastprune.bench import bench_loader
+    from fastprune.cpus import usable_cpus
 
     rates = bench_loader(
         beton,
         subset,
         batch_size=batch_size,
         image_size=image_size,
-        num_workers=workers or len(os.sched_getaffinity(0)),
+        num_workers=workers or usable_cpus(),
         device=device,
         rounds=rounds,
     )

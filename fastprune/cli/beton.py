@@ -15,7 +15,7 @@ _FILE = click.Path(path_type=Path)
 @click.argument("images", type=_FILE)
 @click.argument("beton", type=_FILE)
 @click.option("--labels", type=_FILE, help='A file of "name class" lines for a flat folder.')
-@click.option("--workers", type=int, help="Processes.  [default: one per core, at most 16]")
+@click.option("--workers", type=int, help="Processes.  [default: one per usable CPU, at most 16]")
 @click.option(
     "--jpeg",
     type=click.Choice(["original"]),

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastprune.beton.reader import open_beton
 from fastprune.beton.rows import RowsLike
+from fastprune.cpus import cpus_per_rank
 from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
 from fastprune.loading.checks import require_at_least, require_channels, require_one_of
@@ -121,7 +121,8 @@ class Loader:
                 batch is smaller then (or missing), and `num_skipped` counts it.
             verify_crc: compare the bytes of each row with the manifest's CRC-32C as they are read.
             open_pages: pages that the order "pages" draws from at a time.
-            num_workers: decoding threads; None for one per usable CPU.
+            num_workers: decoding threads; None for one per CPU that affinity and cgroup quota leave
+                to this rank.
             distributed: "auto" shares the epoch among torch.distributed's ranks when the process
                 group is there; (rank, world) names them; None gives this process all rows.
 
@@ -149,7 +150,7 @@ class Loader:
         self.batch_size = batch_size
         # Its file is looked at again later, when the working folder may be another one.
         self.beton = open_beton(Path(beton).absolute())
-        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self.num_workers = num_workers or cpus_per_rank()
         self.device = choose_device(device)
         self._unranked = Plan(
             rows=np.empty(0, np.int64),

@@ -1,0 +1,74 @@
+"""How many CPUs this process may use: its affinity and its cgroup's quota, not the host's cores."""
+
+import math
+import os
+from pathlib import Path
+
+_PROCESS = Path("/proc/self/cgroup")
+_MOUNT = Path("/sys/fs/cgroup")
+
+
+def usable_cpus() -> int:
+    """CPUs that this process can keep busy, at least one.
+
+    A quota of 2.5 CPUs counts as three: two threads could not use all of it.
+    """
+    affinity = len(os.sched_getaffinity(0))
+    quota = cpu_quota()
+    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+def cpus_per_rank() -> int:
+    """This process's share of the usable CPUs, where torchrun started several on this machine."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, usable_cpus() // int(ranks)) if ranks.isdigit() and int(ranks) else usable_cpus()
+
+
+def cpu_quota(*, process: Path = _PROCESS, mount: Path = _MOUNT) -> float | None:
+    """CPUs that the cgroups of this process allow it (`docker run --cpus`, a Kubernetes limit).
+
+    Args:
+        process: the file that names the cgroups of the process.
+        mount: where the cgroup file systems are mounted.
+
+    Returns:
+        CPUs, the least of the cgroup and of all above it; None where there is no limit.
+    """
+    quotas = [
+        quota for folder in cgroup_folders("cpu", process, mount) for quota in _quotas(folder)
+    ]
+    return min(quotas, default=None)
+
+
+def cgroup_folders(controller: str, process: Path = _PROCESS, mount: Path = _MOUNT) -> list[Path]:
+    """The folders of a controller's cgroup and of all above it, of version 2 and of version 1."""
+    try:
+        lines = process.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        # "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1.
+        _, _, rest = line.partition(":")
+        names, _, inner = rest.partition(":")
+        if names and controller not in names.split(","):
+            continue
+        root = mount / names if names else mount
+        here = root / inner.lstrip("/")
+        # In a container, the path may be the host's, while the mount is the container's own.
+        chain = [here, *here.parents]
+        folders += chain[: chain.index(root) + 1]
+    return folders
+
+
+def _quotas(folder: Path) -> list[float]:
+    """The quota that a cgroup's own files state."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8").strip()
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8").strip()
+        return [] if quota in ("max", "-1") else [int(quota) / int(period)]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,41 @@
+"""What is installed, what works here, and what to change."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastprune.doctor.engines import check_engines
+from fastprune.doctor.findings import Finding
+from fastprune.doctor.machine import (
+    check_caches,
+    check_cpus,
+    check_open_files,
+    check_page_cache,
+    check_shared_memory,
+)
+from fastprune.doctor.software import check_cuda, check_packages
+
+__all__ = ["Finding", "diagnose"]
+
+
+def diagnose(betons: Sequence[str | Path] = ()) -> list[Finding]:
+    """Look at this machine, and decode an image with every engine.
+
+    Args:
+        betons: files to be trained on, whose size is held against the page cache.
+
+    Returns:
+        The findings; those with the verdict "bad" keep fastprune from working.
+
+    Raises:
+        BetonError: one of the betons is missing or damaged.
+    """
+    return [
+        check_packages(),
+        check_cuda(),
+        *check_engines(),
+        check_cpus(),
+        check_page_cache([Path(beton) for beton in betons]),
+        check_shared_memory(),
+        check_open_files(),
+        check_caches(),
+    ]

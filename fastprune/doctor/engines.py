@@ -1,0 +1,139 @@
+"""Whether each engine decodes: an image is converted and loaded through it."""
+
+import contextlib
+import importlib.util
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastprune.doctor.findings import Finding
+from fastprune.errors import FastpruneError
+from fastprune.scratch import scratch_folders
+
+_SIDE = 64
+# Between decoders and filters; a wrong image is tens of levels off.
+_MOST_LEVELS = 6.0
+
+_FFCV_ADVICE = (
+    "It is built from source. On Debian or Ubuntu: apt-get install -y --no-install-recommends "
+    "pkg-config g++ python3-dev libopencv-dev libturbojpeg0-dev && pip install 'fastprune[ffcv]'"
+)
+_FFCV_REPAIR = (
+    "It was built against other system libraries. Install libopencv-dev and libturbojpeg0-dev, and "
+    "build it again: pip install --force-reinstall --no-deps --no-cache-dir ffcv"
+)
+_DALI_ADVICE = "Install it with: pip install 'fastprune[dali-cuda13]' (driver for CUDA 12: -cuda12)"
+
+
+def check_engines() -> list[Finding]:
+    """One finding per engine and device; "bad" where one that is installed fails, or none works."""
+    try:
+        with _beton() as (beton, pixels):
+            findings = [
+                _check("ffcv", "cpu", beton, pixels),
+                _check("dali", "cpu", beton, pixels),
+                *([_check("dali", "cuda", beton, pixels)] if _has_cuda() else []),
+            ]
+    except (FastpruneError, OSError) as error:
+        return [Finding("engines", "bad", f"no image could be converted: {error}", _ROOM)]
+    if not any(finding.verdict == "good" for finding in findings):
+        findings.append(
+            Finding(
+                "engines",
+                "bad",
+                "no engine decodes: nothing can be scored or trained",
+                "Converting, choosing rows and reports work without. Repair one of the above.",
+            )
+        )
+    return findings
+
+
+_ROOM = "Let TMPDIR name a folder that can be written and has room."
+
+
+@contextlib.contextmanager
+def _beton() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+    """A beton of one image, and the image's pixels as PIL decodes them."""
+    from fastprune.beton.writer import convert
+
+    across = np.linspace(0, 255, _SIDE).astype(np.uint8)
+    channels = np.broadcast_arrays(across[:, None], across[None, :], np.uint8(128))
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack(channels, axis=2)).save(buffer, "JPEG", quality=95)
+    scratch = next(scratch_folders(), None)
+    with tempfile.TemporaryDirectory(prefix="fastprune-doctor-", dir=scratch) as name:
+        folder = Path(name)
+        (folder / "images" / "class").mkdir(parents=True)
+        (folder / "images" / "class" / "image.jpg").write_bytes(buffer.getvalue())
+        convert(folder / "images", folder / "image.beton", workers=1)
+        yield folder / "image.beton", np.asarray(Image.open(buffer))
+
+
+def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) -> Finding:
+    """Decode the image with one engine and compare it."""
+    topic = f"engine {backend}, {device}"
+    package = "nvidia.dali" if backend == "dali" else backend
+    if not _is_installed(package):
+        advice = _DALI_ADVICE if backend == "dali" else _FFCV_ADVICE
+        return Finding(topic, "note", "not installed", advice)
+    started = time.perf_counter()
+    try:
+        pixels = _decode(beton, backend, device)
+    # Whatever a broken installation raises: the doctor tells it and goes on.
+    except Exception as error:
+        repair = _FFCV_REPAIR if backend == "ffcv" else "Install it again, or use the other engine."
+        said = str(error) if isinstance(error, FastpruneError) else repr(error)
+        return Finding(topic, "bad", said, repair)
+    seconds = time.perf_counter() - started
+    levels = float(np.abs(pixels.astype(float) - expected).mean())
+    if levels > _MOST_LEVELS:
+        return Finding(
+            topic,
+            "bad",
+            f"decodes wrongly: {levels:.1f} levels from PIL on average",
+            "Use the other engine, and report this with the versions above.",
+        )
+    return Finding(topic, "good", f"decoded an image, {seconds:.1f} s with start and compilation")
+
+
+def _decode(beton: Path, backend: str, device: str) -> NDArray[np.uint8]:
+    """The (S, S, 3) uint8 pixels of the only image."""
+    from fastprune.loading.loader import Loader
+
+    loader = Loader(
+        beton,
+        backend=backend,
+        device=device,
+        train=False,
+        augment="none",
+        image_size=_SIDE,
+        batch_size=1,
+        num_workers=1,
+        raw=True,
+        distributed=None,
+    )
+    images, _ = next(iter(loader))
+    return np.asarray(images[0].permute(1, 2, 0).cpu())
+
+
+def _has_cuda() -> bool:
+    """Whether torch is there and sees a GPU."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return False
+    return torch.cuda.is_available()
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False

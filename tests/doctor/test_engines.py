@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from fastprune.doctor import engines
+from fastprune.doctor.engines import check_engines
+from fastprune.errors import ConversionError, MissingDependencyError
+from tests.conftest import require_library
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("name", ["ffcv", "dali"])
+def test_an_installed_engine_decodes(name):
+    require_library(name)
+    found = {finding.topic: finding for finding in check_engines()}
+    assert found[f"engine {name}, cpu"].verdict == "good"
+
+
+def test_engines_that_are_not_installed_come_with_the_way_to_install_them(monkeypatch):
+    monkeypatch.setattr(engines, "_is_installed", lambda package: False)
+    ffcv, dali, summary = check_engines()
+    assert (ffcv.verdict, dali.verdict) == ("note", "note")
+    assert "libturbojpeg0-dev && pip install 'fastprune[ffcv]'" in ffcv.advice
+    assert "pip install 'fastprune[dali-cuda13]'" in dali.advice
+    assert summary.verdict == "bad"
+    assert "Converting, choosing rows and reports work without." in summary.advice
+
+
+def test_an_engine_that_cannot_be_imported_is_bad_and_says_what_is_missing(monkeypatch):
+    def fail(beton, backend, device):
+        raise MissingDependencyError("libopencv_core.so.406: cannot open shared object file")
+
+    monkeypatch.setattr(engines, "_is_installed", lambda package: package == "ffcv")
+    monkeypatch.setattr(engines, "_decode", fail)
+    ffcv = check_engines()[0]
+    assert ffcv.verdict == "bad"
+    assert ffcv.found == "libopencv_core.so.406: cannot open shared object file"
+    assert "Install libopencv-dev and libturbojpeg0-dev" in ffcv.advice
+
+
+def test_wrong_pixels_are_bad(monkeypatch):
+    monkeypatch.setattr(engines, "_is_installed", lambda package: True)
+    monkeypatch.setattr(
+        engines, "_decode", lambda *names: torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
+    )
+    assert "levels from PIL" in check_engines()[0].found
+
+
+def test_a_machine_that_cannot_convert_is_told_where_to_look(monkeypatch):
+    def fail(*arguments, **options):
+        raise ConversionError("no space")
+
+    monkeypatch.setattr("fastprune.beton.writer.convert", fail)
+    (finding,) = check_engines()
+    assert finding.verdict == "bad"
+    assert "TMPDIR" in finding.advice
