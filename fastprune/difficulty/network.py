@@ -13,6 +13,7 @@ from fastprune.networks import (
     load_weights,
     published_view,
     published_weights,
+    told_network,
     weights_digest,
     weights_metadata,
 )
@@ -72,7 +73,7 @@ def make_teacher(
             f"the teacher {teacher}. Leave one of them out."
         )
     told = weights_metadata(checkpoint)
-    name = teacher or told.get("network")
+    name = teacher or told_network(told, checkpoint)
     if name is None:
         raise InvalidValueError(
             f"{checkpoint} does not tell which network it is of. Name it (--teacher)."

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.networks import build_network, load_weights, weights_metadata
+from fastprune.networks import build_network, load_weights, told_network, weights_metadata
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def evaluate_checkpoint(
         BetonError: the beton cannot be read.
     """
     told = weights_metadata(checkpoint)
-    network = network or told.get("network")
+    network = network or told_network(told, checkpoint)
     size = told.get("image_size") if image_size is None else image_size
     for name, value in (("--network", network), ("--image-size", size)):
         if value is None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
-from fastprune.errors import BetonError, LoadingError, MissingDependencyError
+from fastprune.errors import BetonError, JpegError, LoadingError, MissingDependencyError
+from fastprune.jpeg.headers import read_header
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.loading.device import Copies, cuda_index
 from fastprune.loading.faults import FileWatch, RowFaults
@@ -61,6 +62,7 @@ class DaliEngine:
         self._file = FileWatch(beton)
         self._copies = Copies()
         self._decoder_is_known = False
+        self._header_was_read = np.zeros(beton.num_rows, np.bool_)
         _require_jpegs(beton)
 
     def decode(
@@ -121,14 +123,32 @@ class DaliEngine:
         for rows in batches:
             self._file.check()
             rows = rows[~np.isin(rows, list(unusable))]
-            altered = self._faults.altered(rows)
-            for row in np.unique(rows[altered]).tolist():
-                self._faults.report(row, "its bytes are not those that were written (CRC-32C)")
-                unusable.add(row)
-            rows = rows[~altered]
+            altered = np.unique(rows[self._faults.altered(rows)]).tolist()
+            found = dict.fromkeys(altered, "its bytes are not those that were written (CRC-32C)")
+            found |= self._broken_headers(rows[~np.isin(rows, altered)])
+            for row, reason in found.items():
+                self._faults.report(row, reason)
+            unusable.update(found)
+            rows = rows[~np.isin(rows, list(found))]
             fed.append(rows)
             if len(rows):
                 yield self._sample(rows, draw_views(rows))
+
+    def _broken_headers(self, rows: NDArray[np.int64]) -> dict[int, str]:
+        """What is wrong with the headers of these rows; each row is looked at once."""
+        # DALI's CPU decoder can crash the process on a batch in which one image has a bad header.
+        found = {}
+        for row in np.unique(rows[~self._header_was_read[rows]]).tolist():
+            try:
+                header = read_header(self._beton.image_bytes(row).tobytes())
+            except JpegError as error:
+                found[row] = str(error)
+                continue
+            size = (int(self._beton.widths[row]), int(self._beton.heights[row]))
+            if (header.width, header.height) != size:
+                found[row] = "its JPEG is not of the size that the beton says"
+        self._header_was_read[rows] = True
+        return found
 
     def _sample(self, rows: NDArray[np.int64], views: NDArray[np.int32]) -> tuple[Any, ...]:
         """Stored bytes, anchors, shapes, shifts and flips of these rows."""

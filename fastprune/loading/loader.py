@@ -269,9 +269,11 @@ class Loader:
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:
                 continue  # every row of it was left out
-            batch = deliver(pixels, rows, epoch=epoch)
+            batch = [deliver(pixels, rows, epoch=epoch)]
             self._position = (epoch, count)
-            yield batch
+            # The suspended generator keeps no batch that its caller has let go of.
+            del pixels
+            yield batch.pop()
         self._position = (epoch + 1, 0)
 
     def views(self, rows: NDArray[np.int64], *, epoch: int, k: int = 0) -> NDArray[np.int32]:

@@ -7,7 +7,13 @@ from fastprune.networks.catalog import (
     published_weights,
 )
 from fastprune.networks.features import FeatureNetwork, classifier_name
-from fastprune.networks.weights import load_weights, save_weights, weights_digest, weights_metadata
+from fastprune.networks.weights import (
+    load_weights,
+    save_weights,
+    told_network,
+    weights_digest,
+    weights_metadata,
+)
 
 __all__ = [
     "FeatureNetwork",
@@ -18,6 +24,7 @@ __all__ = [
     "published_view",
     "published_weights",
     "save_weights",
+    "told_network",
     "weights_digest",
     "weights_metadata",
 ]

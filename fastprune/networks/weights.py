@@ -84,6 +84,21 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
         raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error
 
 
+def told_network(metadata: dict[str, str], path: str | Path) -> str | None:
+    """The network that a checkpoint's metadata names, if it names one.
+
+    Raises:
+        ArtifactError: it names a factory: code that a file could make us import and run.
+    """
+    name = metadata.get("network")
+    if name is not None and ":" in name and name.partition(":")[0] not in ("timm", "torchvision"):
+        raise ArtifactError(
+            f"{path} names the factory {name!r} as its network. A file may not choose which code "
+            "runs: name the network yourself, if you trust it."
+        )
+    return name
+
+
 def weights_digest(network: nn.Module) -> str:
     """Identify the weights of a network.
 

@@ -116,10 +116,32 @@ def test_an_undecodable_row_is_named(beton_copy, damage_row):
         list(batches)
 
 
-def test_a_failure_that_is_no_rows_fault_is_an_error_too(beton_copy, damage_row, monkeypatch):
+@pytest.mark.parametrize(
+    ("data", "start", "reason"),
+    [
+        (b"\0\0\0\0", 0, "does not start with a JPEG's marker"),
+        (b"\0" * 700, 2, "cannot be used"),
+    ],
+)
+def test_a_broken_header_never_reaches_dali(
+    beton_copy, damage_row, monkeypatch, data, start, reason
+):
+    """DALI may crash the process on it, when the images are large."""
     from fastprune.loading._dali import DaliEngine
 
-    damage_row(beton_copy, 13, b"\0\0\0\0")
+    damage_row(beton_copy, 13, data, start)
+    monkeypatch.setattr(DaliEngine, "_find_unusable", None)
+    with pytest.raises(LoadingError, match=f"row 13 of .*{reason}"):
+        list(_loader(beton_copy, tail="exact"))
+
+
+def test_a_failure_that_is_no_rows_fault_is_an_error_too(beton_copy, monkeypatch):
+    from fastprune.loading._dali import DaliEngine
+
+    def fail(*arguments):
+        raise RuntimeError("out of patience")
+
+    monkeypatch.setattr(DaliEngine, "_next_pixels", fail)
     monkeypatch.setattr(DaliEngine, "_find_unusable", lambda *arguments: {})
     with pytest.raises(LoadingError, match=r"DALI failed on .*copy\.beton.*Start the epoch again"):
         list(_loader(beton_copy, tail="exact"))

@@ -7,6 +7,7 @@ from fastprune.networks import (
     build_network,
     load_weights,
     save_weights,
+    told_network,
     weights_digest,
     weights_metadata,
 )
@@ -129,3 +130,11 @@ def test_metadata_of_a_file_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "net.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(ArtifactError, match=r"net\.safetensors is no readable checkpoint"):
         weights_metadata(tmp_path / "net.safetensors")
+
+
+def test_file_may_name_a_network_but_no_code(tmp_path):
+    assert told_network({"network": "resnet8"}, "a.safetensors") == "resnet8"
+    assert told_network({"network": "timm:resnet18"}, "a.safetensors") == "timm:resnet18"
+    assert told_network({}, "a.safetensors") is None
+    with pytest.raises(ArtifactError, match=r"a\.safetensors names the factory 'os:system'"):
+        told_network({"network": "os:system"}, "a.safetensors")
