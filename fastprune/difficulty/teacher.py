@@ -20,6 +20,7 @@ from fastprune.difficulty.network import Teacher, make_teacher
 from fastprune.difficulty.ranks import Ranks, device_of_rank, join_ranks
 from fastprune.difficulty.view import Channels, View, choose_view
 from fastprune.errors import InvalidValueError
+from fastprune.loading.checks import require_at_least
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.progress import track
@@ -146,6 +147,7 @@ def score(
         BetonError: the beton cannot be read.
         LoadingError: an image cannot be decoded.
     """
+    require_at_least("batch_size", batch_size, 1)
     out_path, beton = Path(out_path), open_beton(beton_path)
     classes = beton.num_classes if num_classes is None else num_classes
     _require_labels_below(classes, beton)
