@@ -1,5 +1,6 @@
 """How good a network is on a beton."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def evaluate_checkpoint(
     Raises:
         InvalidValueError: network or image size are neither given nor told.
         ArtifactError: the checkpoint cannot be read or does not fit the network.
-        ArtifactMismatch: the beton has more classes than the checkpoint.
+        ArtifactMismatch: the beton has more classes than the checkpoint, or others.
         BetonError: the beton cannot be read.
     """
     told = weights_metadata(checkpoint)
@@ -71,6 +72,13 @@ def evaluate_checkpoint(
         raise ArtifactMismatch(
             f"{checkpoint} knows {num_classes} classes, but {beton} has {loader.num_classes}. "
             "Evaluate on images of the classes that it was trained on."
+        )
+    names = json.loads(told.get("class_names", "null"))
+    if names and loader.class_names and names[: loader.num_classes] != list(loader.class_names):
+        raise ArtifactMismatch(
+            f"the classes of {beton} have other names or another order than those that "
+            f"{checkpoint} knows, so its labels mean something else. Evaluate on images of the "
+            "classes that it was trained on, none left out in the middle."
         )
     model = build_network(network, num_classes=num_classes)
     load_weights(model, checkpoint)

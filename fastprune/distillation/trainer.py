@@ -1,5 +1,6 @@
 """From a recipe to a student: opens what the recipe names, trains, writes the run's folder."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def distill(recipe: Recipe | str | Path) -> Result:
             startup_seconds = time.perf_counter() - started
             loop.run()
         student_path = folder / "student.safetensors"
-        _save_student(student, student_path, recipe, train_loader.num_classes)
+        _save_student(student, student_path, recipe, train_loader)
         result = Result(
             name=recipe.run.name or folder.resolve().name,
             seed=recipe.run.seed,
@@ -168,13 +169,15 @@ def _build(
     return network.to(device).to(memory_format=layout)
 
 
-def _save_student(student: nn.Module, path: Path, recipe: Recipe, num_classes: int) -> None:
-    """Write the weights, with what a reader needs to build the network."""
+def _save_student(student: nn.Module, path: Path, recipe: Recipe, loader: Loader) -> None:
+    """Write the weights, with what a reader needs to build the network and to name its classes."""
     metadata = {
         "network": recipe.student.network,
-        "num_classes": str(num_classes),
+        "num_classes": str(loader.num_classes),
         "image_size": str(recipe.data.image_size),
     }
+    if loader.class_names is not None:
+        metadata["class_names"] = json.dumps(loader.class_names)
     with atomic_path(path) as temporary:
         save_weights(student, temporary, metadata=metadata)
 

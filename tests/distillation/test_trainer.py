@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from safetensors.numpy import load_file
 from fastprune.artifacts.fingerprint import ContentNotComparedWarning
 from fastprune.artifacts.subset import Subset
 from fastprune.beton.writer import convert
+from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.evaluation import evaluate_checkpoint
 from fastprune.distillation.trainer import distill
 from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError, TrainingError
@@ -157,3 +159,20 @@ def test_beton_with_more_classes_than_the_checkpoint_is_refused(recipe, tmp_path
     convert(tmp_path / "images", tmp_path / "more.beton", workers=1)
     with pytest.raises(ArtifactMismatch, match=r"knows 10 classes, but .*more\.beton has 11"):
         evaluate_checkpoint(result.student, tmp_path / "more.beton", device="cpu")
+
+
+def test_beton_that_lacks_a_class_in_the_middle_is_not_evaluated(recipe, tmp_path):
+    result = distill(recipe())
+    write_demo_images(tmp_path / "images", train_per_class=1, val_per_class=1, seed=0)
+    shutil.rmtree(tmp_path / "images" / "val" / "egg")
+    convert(tmp_path / "images" / "val", tmp_path / "lacking.beton", workers=1)
+    with pytest.raises(ArtifactMismatch, match=r"lacking\.beton have other names or another order"):
+        evaluate_checkpoint(result.student, tmp_path / "lacking.beton", device="cpu")
+
+
+def test_beton_that_lacks_the_last_class_is_evaluated(recipe, tmp_path):
+    result = distill(recipe())
+    write_demo_images(tmp_path / "images", train_per_class=1, val_per_class=1, seed=0)
+    shutil.rmtree(tmp_path / "images" / "val" / "triangle")
+    convert(tmp_path / "images" / "val", tmp_path / "lacking.beton", workers=1)
+    assert evaluate_checkpoint(result.student, tmp_path / "lacking.beton", device="cpu").rows == 9
