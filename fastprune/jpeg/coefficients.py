@@ -6,7 +6,7 @@ A block's 64 coefficients are in natural order, its DC value absolute. Blocks ar
 import numpy as np
 
 from fastprune.jpeg.codes import DAMAGED, LACKS_ROOM, OK, TRUNCATED, UNSUPPORTED
-from fastprune.jpeg.entropy import ZIGZAG, decode_block
+from fastprune.jpeg.entropy import decode_block
 from fastprune.jpeg.frame import (
     AC_TABLE,
     ACROSS,
@@ -19,9 +19,9 @@ from fastprune.jpeg.frame import (
     WIDTH,
 )
 from fastprune.jpeg.native import inlined, kernel
-from fastprune.jpeg.scan import enter_interval
+from fastprune.jpeg.scan import enter_interval, position
 from fastprune.jpeg.stream import unstuff
-from fastprune.jpeg.workspace import NO_QUANTIZER
+from fastprune.jpeg.workspace import ZIGZAG
 
 _MOST_BLOCK_BYTES = 512  # 64 symbols of 31 bits, each byte of them stuffed
 _MOST_SIZE = 15
@@ -39,19 +39,19 @@ def read_coefficients(data, work, coefficients):
     code = unstuff(data, frame[SCAN], work.stream, work.starts, 0, (total - 1) // restart)
     if code != OK:
         return code
-    bit, end = np.uint64(0), np.uint64(0)
+    reader, end = enter_interval(work, 0)
     at = 0
     for unit in range(total):
         if unit % restart == 0:
-            bit, end = enter_interval(work, unit // restart)
+            reader, end = enter_interval(work, unit // restart)
         for block in range(unit_blocks):
             component = max(block - unit_blocks + frame[COMPONENTS], 0)
             dc_table, ac_table = frame[DC_TABLE + component], frame[AC_TABLE + component]
-            bit = decode_block(work, bit, component, dc_table, ac_table, NO_QUANTIZER)
-            if bit == 0 or bit > end:
-                return DAMAGED if bit == 0 else TRUNCATED
+            reader = decode_block(work, *reader, component, dc_table, ac_table, np.uint64(0))
+            if reader[0] == 0 or position(reader) > end:
+                return DAMAGED if reader[0] == 0 else TRUNCATED
             for i in range(64):
-                coefficients[at + i] = work.block[i]
+                coefficients[at + i] = work.blocks[i]
             at += 64
     return OK
 

@@ -5,7 +5,7 @@ Whatever is unusual is called unsupported here, damage too: a full decoder then 
 
 from fastprune.jpeg.codes import OK, UNSUPPORTED
 from fastprune.jpeg.native import kernel
-from fastprune.jpeg.workspace import NUM_TABLES, PADDED_BLOCK, SPEC_BYTES
+from fastprune.jpeg.workspace import NUM_TABLES, SPEC_BYTES, ZIGZAG
 
 # Items of Workspace.frame. Those of the second and third line are three each, one a component.
 WIDTH, HEIGHT, COMPONENTS, ACROSS, DOWN, RESTART, SCAN = range(7)
@@ -85,7 +85,7 @@ def _read_quantizers(data, start, end, work):
             return UNSUPPORTED
         for i in range(64):
             value = data[at + 2 * i] << 8 | data[at + 2 * i + 1] if wide else data[at + i]
-            work.quantizers[table * PADDED_BLOCK + i] = value
+            work.quantizers[table * 64 + ZIGZAG[i]] = value
         work.frame[_QUANTIZERS_SEEN] |= 1 << table
         at += 64 << wide
     return OK

@@ -64,34 +64,39 @@ _eight_numbers = inlined(_eight_points)
 
 
 @kernel
-def inverse_dct_plain(block, plane, start, stride):
-    """Transform block[:64] (int16, rows of frequencies) into 8 columns of 8 pixels of the plane."""
-    for column in range(8):
+def inverse_dct_plain(blocks, block, quantizers, quantizer, plane, start, stride):
+    """Dequantize and transform 64 coefficients into 8 columns of 8 pixels of the plane.
+
+    blocks[block:] are rows of frequencies, which are overwritten; quantizers[quantizer:] are the
+    factors. Their products are cut to 16 bits, and only damaged data has larger ones.
+    """
+    for place in range(block, block + 64):
+        blocks[place] *= quantizers[quantizer + place - block]
+    for column in range(block, block + 8):
         results = _eight_numbers(
-            np.int64(block[column]),
-            np.int64(block[8 + column]),
-            np.int64(block[16 + column]),
-            np.int64(block[24 + column]),
-            np.int64(block[32 + column]),
-            np.int64(block[40 + column]),
-            np.int64(block[48 + column]),
-            np.int64(block[56 + column]),
+            np.int64(blocks[column]),
+            np.int64(blocks[column + 8]),
+            np.int64(blocks[column + 16]),
+            np.int64(blocks[column + 24]),
+            np.int64(blocks[column + 32]),
+            np.int64(blocks[column + 40]),
+            np.int64(blocks[column + 48]),
+            np.int64(blocks[column + 56]),
             _COLUMNS_SHIFT,
         )
         for row in range(8):
-            # Numbers outside 16 bits come from damaged data alone.
-            block[64 + 8 * row + column] = min(max(results[row], -32768), 32767)
+            blocks[column + 8 * row] = min(max(results[row], -32768), 32767)
     for row in range(8):
-        at = 64 + 8 * row
+        at = block + 8 * row
         results = _eight_numbers(
-            np.int64(block[at]),
-            np.int64(block[at + 1]),
-            np.int64(block[at + 2]),
-            np.int64(block[at + 3]),
-            np.int64(block[at + 4]),
-            np.int64(block[at + 5]),
-            np.int64(block[at + 6]),
-            np.int64(block[at + 7]),
+            np.int64(blocks[at]),
+            np.int64(blocks[at + 1]),
+            np.int64(blocks[at + 2]),
+            np.int64(blocks[at + 3]),
+            np.int64(blocks[at + 4]),
+            np.int64(blocks[at + 5]),
+            np.int64(blocks[at + 6]),
+            np.int64(blocks[at + 7]),
             _ROWS_SHIFT,
         )
         for column in range(8):
@@ -100,17 +105,24 @@ def inverse_dct_plain(block, plane, start, stride):
 
 
 @intrinsic
-def inverse_dct_vector(typing_context, block, plane, start, stride):
-    """The same on eight lanes of 32 bits."""
+def inverse_dct_vector(
+    typing_context, blocks, block, quantizers, quantizer, plane, start, stride
+):
+    """The same on eight lanes of 32 bits; the block stays as it is."""
 
     def generate(context, builder, signature, arguments):
-        block_type, plane_type = signature.args[:2]
-        block_value, plane_value, first, step = arguments
+        blocks_type, _, quantizers_type, _, plane_type = signature.args[:5]
+        blocks_value, block_at, quantizers_value, quantizer_at, plane_value = arguments[:5]
+        first, step = arguments[5:]
+        eight = vector_type(16, 8)
         rows = []
         for row in range(8):
-            at = pointer(context, builder, block_type, block_value, first.type(8 * row))
-            wide = builder.sext(load(builder, at, vector_type(16, 8)), vector_type(32, 8))
-            rows.append(Lanes(builder, wide))
+            place = builder.add(block_at, block_at.type(8 * row))
+            at = pointer(context, builder, blocks_type, blocks_value, place)
+            place = builder.add(quantizer_at, quantizer_at.type(8 * row))
+            by = pointer(context, builder, quantizers_type, quantizers_value, place)
+            product = builder.mul(load(builder, at, eight), load(builder, by, eight))
+            rows.append(Lanes(builder, builder.sext(product, vector_type(32, 8))))
         columns = _transposed(builder, [v.value for v in _eight_points(*rows, _COLUMNS_SHIFT)])
         lanes = [Lanes(builder, column) for column in columns]
         for number, column in enumerate(_eight_points(*lanes, _ROWS_SHIFT)):
@@ -120,7 +132,9 @@ def inverse_dct_vector(typing_context, block, plane, start, stride):
             store(builder, builder.trunc(levels, vector_type(8, 8)), at)
         return context.get_dummy_value()
 
-    return types.void(block, plane, types.int64, types.int64), generate
+    integer = types.int64
+    arguments = (blocks, integer, quantizers, integer, plane, integer, integer)
+    return types.void(*arguments), generate
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -136,11 +150,4 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-if VECTORS:
-
-    @inlined
-    def inverse_dct(block, plane, start, stride):
-        """Transform a block into the plane."""
-        inverse_dct_vector(block, plane, np.int64(start), np.int64(stride))
-else:
-    inverse_dct = inverse_dct_plain
+inverse_dct = inverse_dct_vector if VECTORS else inverse_dct_plain

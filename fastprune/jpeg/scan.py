@@ -28,6 +28,8 @@ from fastprune.jpeg.stream import unstuff
 from fastprune.jpeg.tables import prepare_lookup, prepare_skips
 from fastprune.jpeg.workspace import PAD, PADDED_BLOCK
 
+_ZERO = np.uint64(0)
+
 
 @kernel
 def prepare_tables(work):
@@ -62,27 +64,31 @@ def decode_units(data, work, first_row, rows, first_column, columns):
     if code != OK:
         return code
     _lay_out_planes(frame, rows, columns)
-    interval, unit = np.int64(-1), np.int64(0)
-    bit, end = np.uint64(0), np.uint64(0)
+    interval, unit, end = np.int64(-1), np.int64(0), np.int64(0)
+    reader = (_ZERO, _ZERO, _ZERO)
+    # A block is transformed after the next one has been decoded: its last coefficients are still
+    # on their way to memory before that, and the transform would wait for them.
+    waiting = (np.int64(0), np.int64(0), np.int64(0), frame[STRIDE])
     for row in range(rows):
         begin = first_unit + row * unit_columns
         if begin // restart != interval:
             interval = begin // restart
             unit = interval * restart
-            bit, end = enter_interval(work, interval - first_interval)
+            reader, end = enter_interval(work, interval - first_interval)
         while unit < begin:
-            bit = _skip_unit(work, bit)
-            if bit == 0 or bit > end:
-                return DAMAGED if bit == 0 else TRUNCATED
+            reader = _skip_unit(work, reader)
+            if reader[0] == 0 or position(reader) > end:
+                return DAMAGED if reader[0] == 0 else TRUNCATED
             unit += 1
         for column in range(columns):
             if unit == (interval + 1) * restart:
                 interval += 1
-                bit, end = enter_interval(work, interval - first_interval)
-            bit = _decode_unit(work, bit, row, column)
-            if bit == 0 or bit > end:
-                return DAMAGED if bit == 0 else TRUNCATED
+                reader, end = enter_interval(work, interval - first_interval)
+            reader, waiting = _decode_unit(work, reader, waiting, row, column)
+            if reader[0] == 0 or position(reader) > end:
+                return DAMAGED if reader[0] == 0 else TRUNCATED
             unit += 1
+    _transform(work, waiting)
     return OK
 
 
@@ -100,42 +106,59 @@ def _lay_out_planes(frame, rows, columns):
 
 @inlined
 def enter_interval(work, interval):
-    """Forget the DC values; return the bits at which an interval begins and ends."""
+    """Forget the DC values; return a reader at an interval's begin, and the bit at its end."""
     for component in range(3):
         work.predictions[component] = 0
     starts = work.starts
-    return np.uint64(starts[interval] * 8), np.uint64(starts[interval + 1] * 8)
+    return (np.uint64(starts[interval]), _ZERO, _ZERO), starts[interval + 1] * 8
 
 
 @inlined
-def _skip_unit(work, bit):
-    """Pass over one unit; return the bit behind it, 0 where it is damaged."""
+def position(reader):
+    """The bit of the stream that a reader has got to."""
+    return np.int64(reader[0]) * 8 - np.int64(reader[2])
+
+
+@inlined
+def _skip_unit(work, reader):
+    """Pass over one unit; return the reader behind it, at 0 where it is damaged."""
     frame = work.frame
     for component in range(frame[COMPONENTS]):
         blocks = frame[ACROSS] * frame[DOWN] if component == 0 else 1
         dc_table, ac_table = frame[DC_TABLE + component], frame[AC_TABLE + component]
         for _ in range(blocks):
-            bit = skip_block(work, bit, component, dc_table, ac_table)
-            if bit == 0:
-                return bit
-    return bit
+            reader = skip_block(work, *reader, component, dc_table, ac_table)
+            if reader[0] == 0:
+                return reader
+    return reader
 
 
 @inlined
-def _decode_unit(work, bit, row, column):
-    """Decode one unit into the planes; return the bit behind it, 0 where it is damaged."""
+def _decode_unit(work, reader, waiting, row, column):
+    """Decode one unit into the planes; return the reader behind it and the block that waits."""
     frame = work.frame
     for component in range(frame[COMPONENTS]):
         across = frame[ACROSS] if component == 0 else 1
         down = frame[DOWN] if component == 0 else 1
         dc_table, ac_table = frame[DC_TABLE + component], frame[AC_TABLE + component]
-        quantizer = frame[QUANTIZER + component] * PADDED_BLOCK
+        quantizer = frame[QUANTIZER + component] * 64
         stride = frame[STRIDE + component]
         corner = frame[PLANE + component] + column * across * 8 * stride + row * down * 8
         for y in range(down):
             for x in range(across):
-                bit = decode_block(work, bit, component, dc_table, ac_table, quantizer)
-                if bit == 0:
-                    return bit
-                inverse_dct(work.block, work.planes, corner + x * 8 * stride + y * 8, stride)
-    return bit
+                block = PADDED_BLOCK - waiting[0]
+                reader = decode_block(
+                    work, *reader, component, dc_table, ac_table, np.uint64(block)
+                )
+                if reader[0] == 0:
+                    return reader, waiting
+                _transform(work, waiting)
+                waiting = (block, quantizer, corner + x * 8 * stride + y * 8, stride)
+    return reader, waiting
+
+
+@inlined
+def _transform(work, waiting):
+    """Transform the block that waits: (its place, its quantizer, where it goes, the stride)."""
+    block, quantizer, start, stride = waiting
+    inverse_dct(work.blocks, block, work.quantizers, quantizer, work.planes, start, stride)

@@ -1,12 +1,15 @@
 """Huffman tables made for speed.
 
-A lookup has one entry for each value of the next 10 bits. Where they hold a whole symbol and its
-number, the entry is number << 16 | places << 8 | bits; places is how far the number lies ahead in
-the zigzag order, END_OF_BLOCK for the symbol that ends a block. Otherwise its lowest byte is 0, and
-it is symbol << 16 | code bits << 8, or 0 for a code of more than 10 bits.
+A lookup has one entry for each value of the next 10 bits:
+
+    places << 24 | (63 - size) << 16 | code bits << 8 | all bits
+
+`size` is how many bits of a number follow the code, `all bits` are those of both together. `places`
+is how far the number lies ahead in the zigzag order, END_OF_BLOCK for the symbol that ends a block.
+An entry is 0 for codes of more than 10 bits and for symbols of more than MOST_BITS in all.
 
 A skip table has one entry for each value of the next 12 bits, for blocks that nobody looks at:
-places << 5 | bits of up to four symbols at a step, 0 for a code of more than 12 bits.
+places << 6 | bits of several symbols at a step, 0 for a code of more than 12 bits.
 """
 
 import numpy as np
@@ -16,6 +19,7 @@ from fastprune.jpeg.native import inlined, kernel
 from fastprune.jpeg.workspace import LIMIT_ITEMS, LOOKUP_BITS, SKIP_BITS, SPEC_BYTES
 
 END_OF_BLOCK = 129
+MOST_BITS = 18
 _MOST_SYMBOLS = 4
 
 
@@ -77,30 +81,21 @@ def _build(work, table):
             span = 1 << (LOOKUP_BITS - length)
             for i in range(count):
                 symbol = np.int64(specs[spec + 16 + first + i])
-                _fill_lookup(lookups, base + (code + i) * span, span, symbol, length)
+                if length + (symbol & 15) <= MOST_BITS:
+                    entry = np.uint32(entry_of(symbol, length))
+                    start = base + (code + i) * span
+                    for place in range(start, start + span):
+                        lookups[place] = entry
         first += count
         code = (code + count) << 1
     return OK if first > 0 else UNSUPPORTED
 
 
-@kernel
-def _fill_lookup(lookups, start, span, symbol, length):
-    """Fill the entries whose bits begin with the code of one symbol."""
+@inlined
+def entry_of(symbol, length):
+    """What a lookup says of a symbol with a code of `length` bits."""
     size = symbol & 15
-    places = places_of(symbol)
-    if (1 << size) > span:
-        for i in range(span):
-            lookups[start + i] = symbol << 16 | length << 8
-        return
-    bits = length + size
-    repeats = span >> size
-    entry = start
-    for number in range(1 << size):
-        value = extended(number, size)
-        packed = value << 16 | places << 8 | bits
-        for _ in range(repeats):
-            lookups[entry] = packed
-            entry += 1
+    return places_of(symbol) << 24 | (63 - size) << 16 | length << 8 | (length + size)
 
 
 @inlined
@@ -110,14 +105,6 @@ def places_of(symbol):
     if size:
         return (symbol >> 4) + 1
     return np.int64(16) if symbol == 0xF0 else np.int64(END_OF_BLOCK)
-
-
-@inlined
-def extended(number, size):
-    """A number of `size` bits as the signed value that it stands for (T.81, F.2.2.1)."""
-    if size and number < 1 << (size - 1):
-        return number - (1 << size) + 1
-    return number
 
 
 @kernel
@@ -154,4 +141,4 @@ def _combine_steps(steps, skips, base):
             places += entry >> 16
             bits += (entry >> 8) & 255
             symbols += 1
-        skips[base + i] = places << 5 | bits
+        skips[base + i] = places << 6 | bits

@@ -12,9 +12,15 @@ SPEC_BYTES = 16 + 256
 LIMIT_ITEMS = 34
 # Behind the 64 places of a block there are more, so that what ends a block needs no branch.
 PADDED_BLOCK = 192
-NO_QUANTIZER = 4 * PADDED_BLOCK
-GUARD_BYTES = 1024
+GUARD_BYTES = 2048
 PAD = 64
+
+# Zigzag order of the coefficients in a block. What lies beyond the 63rd goes to a spare place.
+ZIGZAG = np.full(PADDED_BLOCK, 64, np.uint8)
+ZIGZAG[:64] = sorted(
+    range(64),
+    key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8),
+)
 
 
 class Workspace(NamedTuple):
@@ -22,16 +28,15 @@ class Workspace(NamedTuple):
 
     Attributes:
         frame: (40,) int64, what the header says; its items are named in frame.py.
-        quantizers: (5 * 192,) int32, quantization tables in zigzag order, padded; the last one
-            holds ones, for coefficients as they are in the file.
+        quantizers: (4 * 64,) int16, quantization tables in the order of a block's places.
         specs: (8 * 272,) uint8, the image's Huffman tables: 16 counts, 256 symbols each.
         built: (8 * 272,) uint8, the tables that `lookups` were built from.
-        lookups: (8 * 1024,) int32, see tables.py.
+        lookups: (8 * 1024,) uint32, see tables.py.
         limits: (8 * 34,) int32, for codes that are longer than a lookup.
         skip_built: (4 * 272,) uint8, the tables that `skips` were built from.
         skips: (4 * 4096,) uint16, several symbols at a step.
         steps: (4096,) int32, one symbol at a step, while `skips` are built.
-        block: (192,) int16, the block being decoded.
+        blocks: (2 * 192,) int16, the block being decoded and the one before it.
         predictions: (4,) int64, the last DC value of each component.
         stream: uint8, entropy-coded data without its stuffing.
         starts: int64, where each restart interval begins in `stream`.
@@ -42,15 +47,15 @@ class Workspace(NamedTuple):
     """
 
     frame: NDArray[np.int64]
-    quantizers: NDArray[np.int32]
+    quantizers: NDArray[np.int16]
     specs: NDArray[np.uint8]
     built: NDArray[np.uint8]
-    lookups: NDArray[np.int32]
+    lookups: NDArray[np.uint32]
     limits: NDArray[np.int32]
     skip_built: NDArray[np.uint8]
     skips: NDArray[np.uint16]
     steps: NDArray[np.int32]
-    block: NDArray[np.int16]
+    blocks: NDArray[np.int16]
     predictions: NDArray[np.int64]
     stream: NDArray[np.uint8]
     starts: NDArray[np.int64]
@@ -78,15 +83,15 @@ def make_workspace(
     outputs = max(output_height, output_width)
     return Workspace(
         frame=np.zeros(40, np.int64),
-        quantizers=np.repeat(np.array([0, 0, 0, 0, 1], np.int32), PADDED_BLOCK),
+        quantizers=np.zeros(4 * 64, np.int16),
         specs=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
         built=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
-        lookups=np.zeros(NUM_TABLES << LOOKUP_BITS, np.int32),
+        lookups=np.zeros(NUM_TABLES << LOOKUP_BITS, np.uint32),
         limits=np.zeros(NUM_TABLES * LIMIT_ITEMS, np.int32),
         skip_built=np.zeros(4 * SPEC_BYTES, np.uint8),
         skips=np.zeros(4 << SKIP_BITS, np.uint16),
         steps=np.zeros(1 << SKIP_BITS, np.int32),
-        block=np.zeros(PADDED_BLOCK, np.int16),
+        blocks=np.zeros(2 * PADDED_BLOCK, np.int16),
         predictions=np.zeros(4, np.int64),
         stream=np.empty(file_bytes + GUARD_BYTES, np.uint8),
         starts=np.empty(file_bytes // 2 + 2, np.int64),
