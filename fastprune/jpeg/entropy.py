@@ -11,12 +11,20 @@ import numpy as np
 from fastprune.jpeg.native import inlined
 from fastprune.jpeg.stream import load_word
 from fastprune.jpeg.tables import END_OF_BLOCK, entry_of
-from fastprune.jpeg.workspace import LIMIT_ITEMS, LOOKUP_BITS, SKIP_BITS, SPEC_BYTES, ZIGZAG
+from fastprune.jpeg.workspace import (
+    LIMIT_ITEMS,
+    LOOKUP_BITS,
+    LOOKUP_STRIDE,
+    SKIP_BITS,
+    SKIP_STRIDE,
+    SPEC_BYTES,
+    ZIGZAG,
+)
 
 # Numbers that meet a uint64 must be one, or Numba makes the result signed.
 _ZERO, _ONE, _THREE = np.uint64(0), np.uint64(1), np.uint64(3)
 _LENGTH_AT, _GAP_AT, _PLACES_AT = np.uint64(8), np.uint64(16), np.uint64(24)
-_SIX_BITS, _BYTE = np.uint64(63), np.uint64(255)
+_SIX_BITS, _SEVEN_BITS, _BYTE = np.uint64(63), np.uint64(127), np.uint64(255)
 _LOOKUP_SHIFT, _SKIP_SHIFT = np.uint64(64 - LOOKUP_BITS), np.uint64(64 - SKIP_BITS)
 _SKIP_PLACES_AT = np.uint64(6)
 _REFILLED = np.uint64(56)
@@ -58,7 +66,7 @@ def _long_symbol(bits, work, table):
 @inlined
 def _symbol(bits, work, table):
     """The entry of the next symbol of any length; 0 where there is no such code."""
-    entry = np.uint64(work.lookups[np.uint64(table << LOOKUP_BITS) + (bits >> _LOOKUP_SHIFT)])
+    entry = np.uint64(work.lookups[np.uint64(table * LOOKUP_STRIDE) + (bits >> _LOOKUP_SHIFT)])
     return entry if entry != _ZERO else _long_symbol(bits, work, table)
 
 
@@ -84,23 +92,27 @@ def decode_block(work, at, bits, held, component, dc_table, ac_table, start):
     work.predictions[component] += _number(bits, entry)
     blocks[start] = work.predictions[component]
     bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
-    base = np.uint64(ac_table << LOOKUP_BITS)
+    base = np.uint64(ac_table * LOOKUP_STRIDE)
     place = _ZERO
     while place < _SIX_BITS:
         at, bits, held = refilled(stream, at, bits, held)
         for _ in range(_SYMBOLS_A_REFILL):
             entry = np.uint64(lookups[base + (bits >> _LOOKUP_SHIFT)])
-            is_long = entry == _ZERO
-            if is_long:
-                at, bits, held = refilled(stream, at, bits, held)
-                entry = _long_symbol(bits, work, ac_table)
-                if entry == _ZERO:
-                    return _ZERO, bits, held
+            if entry == _ZERO:
+                break
             place += entry >> _PLACES_AT
             blocks[start + np.uint64(ZIGZAG[place])] = _number(bits, entry)
             bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
-            if is_long or place >= _SIX_BITS:
+            if place >= _SIX_BITS:
                 break
+        if entry == _ZERO:
+            at, bits, held = refilled(stream, at, bits, held)
+            entry = _long_symbol(bits, work, ac_table)
+            if entry == _ZERO:
+                return _ZERO, bits, held
+            place += entry >> _PLACES_AT
+            blocks[start + np.uint64(ZIGZAG[place])] = _number(bits, entry)
+            bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
     if _SIX_BITS < place < np.uint64(END_OF_BLOCK):
         return _ZERO, bits, held
     return at, bits, held
@@ -116,24 +128,26 @@ def skip_block(work, at, bits, held, component, dc_table, ac_table):
         return _ZERO, bits, held
     work.predictions[component] += _number(bits, entry)
     bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
-    base = np.uint64((ac_table - 4) << SKIP_BITS)
+    base = np.uint64((ac_table - 4) * SKIP_STRIDE)
     place = _ZERO
     while place < _SIX_BITS:
         at, bits, held = refilled(stream, at, bits, held)
         for _ in range(_SKIPS_A_REFILL):
             step = np.uint64(skips[base + (bits >> _SKIP_SHIFT)])
             ahead = place + (step >> _SKIP_PLACES_AT)
-            is_single = step == _ZERO or (ahead & np.uint64(127)) > _SIX_BITS
+            is_single = step == _ZERO or (ahead & _SEVEN_BITS) > _SIX_BITS
             if is_single:
-                # A long code, or symbols joined beyond this block's end: one symbol alone.
-                at, bits, held = refilled(stream, at, bits, held)
-                entry = _symbol(bits, work, ac_table)
-                ahead = place + (entry >> _PLACES_AT)
-                if entry == _ZERO or _SIX_BITS < ahead < np.uint64(END_OF_BLOCK):
-                    return _ZERO, bits, held
-                step = entry
+                break
             place = ahead
             bits, held = bits << (step & _SIX_BITS), held - (step & _SIX_BITS)
-            if is_single or place >= _SIX_BITS:
+            if place >= _SIX_BITS:
                 break
+        if is_single:
+            # A long code, or symbols joined beyond this block's end: one symbol alone.
+            at, bits, held = refilled(stream, at, bits, held)
+            entry = _symbol(bits, work, ac_table)
+            place += entry >> _PLACES_AT
+            if entry == _ZERO or _SIX_BITS < place < np.uint64(END_OF_BLOCK):
+                return _ZERO, bits, held
+            bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
     return at, bits, held

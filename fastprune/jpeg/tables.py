@@ -16,7 +16,14 @@ import numpy as np
 
 from fastprune.jpeg.codes import OK, UNSUPPORTED
 from fastprune.jpeg.native import inlined, kernel
-from fastprune.jpeg.workspace import LIMIT_ITEMS, LOOKUP_BITS, SKIP_BITS, SPEC_BYTES
+from fastprune.jpeg.workspace import (
+    LIMIT_ITEMS,
+    LOOKUP_BITS,
+    LOOKUP_STRIDE,
+    SKIP_BITS,
+    SKIP_STRIDE,
+    SPEC_BYTES,
+)
 
 END_OF_BLOCK = 129
 MOST_BITS = 18
@@ -44,7 +51,7 @@ def prepare_skips(work, table):
     if _is_same(work.specs, table * SPEC_BYTES, work.skip_built, start):
         return
     _build_steps(work.specs, table * SPEC_BYTES, work.steps)
-    _combine_steps(work.steps, work.skips, (table - 4) << SKIP_BITS)
+    _combine_steps(work.steps, work.skips, (table - 4) * SKIP_STRIDE)
     for i in range(SPEC_BYTES):
         work.skip_built[start + i] = work.specs[table * SPEC_BYTES + i]
 
@@ -67,7 +74,7 @@ def _is_same(first, first_start, second, second_start):
 def _build(work, table):
     """Fill lookup and limits of one table; return a code."""
     specs, lookups, limits = work.specs, work.lookups, work.limits
-    spec, base, limit = table * SPEC_BYTES, table << LOOKUP_BITS, table * LIMIT_ITEMS
+    spec, base, limit = table * SPEC_BYTES, table * LOOKUP_STRIDE, table * LIMIT_ITEMS
     for i in range(1 << LOOKUP_BITS):
         lookups[base + i] = 0
     code, first = 0, 0

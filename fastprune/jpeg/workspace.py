@@ -7,6 +7,10 @@ from numpy.typing import NDArray
 
 LOOKUP_BITS = 10
 SKIP_BITS = 12
+# Tables lie a little further apart than they are long: of a power of two LLVM makes one double
+# shift of base and index, which is slow, where every symbol waits for it.
+LOOKUP_STRIDE = (1 << LOOKUP_BITS) + 8
+SKIP_STRIDE = (1 << SKIP_BITS) + 8
 NUM_TABLES = 8  # four for DC, then four for AC
 SPEC_BYTES = 16 + 256
 LIMIT_ITEMS = 34
@@ -31,10 +35,10 @@ class Workspace(NamedTuple):
         quantizers: (4 * 64,) int16, quantization tables in the order of a block's places.
         specs: (8 * 272,) uint8, the image's Huffman tables: 16 counts, 256 symbols each.
         built: (8 * 272,) uint8, the tables that `lookups` were built from.
-        lookups: (8 * 1024,) uint32, see tables.py.
+        lookups: (8 * 1032,) uint32, see tables.py.
         limits: (8 * 34,) int32, for codes that are longer than a lookup.
         skip_built: (4 * 272,) uint8, the tables that `skips` were built from.
-        skips: (4 * 4096,) uint16, several symbols at a step.
+        skips: (4 * 4104,) uint16, several symbols at a step.
         steps: (4096,) int32, one symbol at a step, while `skips` are built.
         blocks: (2 * 192,) int16, the block being decoded and the one before it.
         predictions: (4,) int64, the last DC value of each component.
@@ -86,10 +90,10 @@ def make_workspace(
         quantizers=np.zeros(4 * 64, np.int16),
         specs=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
         built=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
-        lookups=np.zeros(NUM_TABLES << LOOKUP_BITS, np.uint32),
+        lookups=np.zeros(NUM_TABLES * LOOKUP_STRIDE, np.uint32),
         limits=np.zeros(NUM_TABLES * LIMIT_ITEMS, np.int32),
         skip_built=np.zeros(4 * SPEC_BYTES, np.uint8),
-        skips=np.zeros(4 << SKIP_BITS, np.uint16),
+        skips=np.zeros(4 * SKIP_STRIDE, np.uint16),
         steps=np.zeros(1 << SKIP_BITS, np.int32),
         blocks=np.zeros(2 * PADDED_BLOCK, np.int16),
         predictions=np.zeros(4, np.int64),
