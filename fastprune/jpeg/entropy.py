@@ -24,7 +24,7 @@ from fastprune.jpeg.workspace import (
 # Numbers that meet a uint64 must be one, or Numba makes the result signed.
 _ZERO, _ONE, _THREE = np.uint64(0), np.uint64(1), np.uint64(3)
 _LENGTH_AT, _GAP_AT, _PLACES_AT = np.uint64(8), np.uint64(16), np.uint64(24)
-_SIX_BITS, _SEVEN_BITS, _BYTE = np.uint64(63), np.uint64(127), np.uint64(255)
+_SIX_BITS, _NINE_BITS, _BYTE = np.uint64(63), np.uint64(511), np.uint64(255)
 _LOOKUP_SHIFT, _SKIP_SHIFT = np.uint64(64 - LOOKUP_BITS), np.uint64(64 - SKIP_BITS)
 _SKIP_PLACES_AT = np.uint64(6)
 _REFILLED = np.uint64(56)
@@ -135,7 +135,7 @@ def skip_block(work, at, bits, held, component, dc_table, ac_table):
         for _ in range(_SKIPS_A_REFILL):
             step = np.uint64(skips[base + (bits >> _SKIP_SHIFT)])
             ahead = place + (step >> _SKIP_PLACES_AT)
-            is_single = step == _ZERO or (ahead & _SEVEN_BITS) > _SIX_BITS
+            is_single = step == _ZERO or (ahead & _NINE_BITS) > _SIX_BITS
             if is_single:
                 break
             place = ahead

@@ -9,7 +9,8 @@ is how far the number lies ahead in the zigzag order, END_OF_BLOCK for the symbo
 An entry is 0 for codes of more than 10 bits and for symbols of more than MOST_BITS in all.
 
 A skip table has one entry for each value of the next 12 bits, for blocks that nobody looks at:
-places << 6 | bits of several symbols at a step, 0 for a code of more than 12 bits.
+places << 6 | bits of all symbols whose codes they hold, 0 for a code of more than 12 bits. The
+symbol that ends a block counts SKIPPED_BLOCK there.
 """
 
 import numpy as np
@@ -26,8 +27,8 @@ from fastprune.jpeg.workspace import (
 )
 
 END_OF_BLOCK = 129
+SKIPPED_BLOCK = 513  # the same in a skip table, far from what joined symbols add up to
 MOST_BITS = 18
-_MOST_SYMBOLS = 4
 
 
 @kernel
@@ -50,8 +51,9 @@ def prepare_skips(work, table):
     start = (table - 4) * SPEC_BYTES
     if _is_same(work.specs, table * SPEC_BYTES, work.skip_built, start):
         return
-    _build_steps(work.specs, table * SPEC_BYTES, work.steps)
-    _combine_steps(work.steps, work.skips, (table - 4) * SKIP_STRIDE)
+    _build_skips(
+        work.specs, table * SPEC_BYTES, work.steps, work.skips, (table - 4) * SKIP_STRIDE
+    )
     for i in range(SPEC_BYTES):
         work.skip_built[start + i] = work.specs[table * SPEC_BYTES + i]
 
@@ -108,44 +110,49 @@ def entry_of(symbol, length):
 @inlined
 def places_of(symbol):
     """How far an AC symbol leads ahead."""
-    size = symbol & 15
-    if size:
-        return (symbol >> 4) + 1
-    return np.int64(16) if symbol == 0xF0 else np.int64(END_OF_BLOCK)
+    if is_end(symbol):
+        return np.int64(END_OF_BLOCK)
+    return (symbol >> 4) + 1
+
+
+@inlined
+def is_end(symbol):
+    """Whether an AC symbol ends its block."""
+    return symbol & 15 == 0 and symbol != 0xF0
 
 
 @kernel
-def _build_steps(specs, spec, steps):
-    """One entry for each 12 bits: places << 16 | bits << 8 | code bits, 0 for longer codes."""
+def _build_skips(specs, spec, steps, skips, base):
+    """Fill a skip table, by way of those for 1, 2, ... bits.
+
+    The table for n bits is at steps[2**n:]. Where a symbol and its number take m bits of them, what
+    follows is the table for n - m bits, so nearly everything is copied in runs.
+    """
+    steps[1] = 0
+    for known in range(1, SKIP_BITS + 1):
+        for i in range(1 << known, 2 << known):
+            steps[i] = 0
+        start, symbol_at = 1 << known, spec + 16
+        for length in range(1, known + 1):
+            for _ in range(specs[spec + length - 1]):
+                _fill_steps(steps, start, np.int64(specs[symbol_at]), length, known)
+                start += 1 << (known - length)
+                symbol_at += 1
     for i in range(1 << SKIP_BITS):
-        steps[i] = 0
-    code, first = 0, 0
-    for length in range(1, SKIP_BITS + 1):
-        count = specs[spec + length - 1]
-        span = 1 << (SKIP_BITS - length)
-        for i in range(count):
-            symbol = np.int64(specs[spec + 16 + first + i])
-            entry = places_of(symbol) << 16 | (length + (symbol & 15)) << 8 | length
-            start = (code + i) * span
-            for place in range(start, start + span):
-                steps[place] = entry
-        first += count
-        code = (code + count) << 1
+        skips[base + i] = steps[(1 << SKIP_BITS) + i]
 
 
-@kernel
-def _combine_steps(steps, skips, base):
-    """Join as many symbols as the 12 bits hold the codes of."""
-    size = 1 << SKIP_BITS
-    for i in range(size):
-        entry = steps[i]
-        places, bits = entry >> 16, (entry >> 8) & 255
-        symbols = 1
-        while entry and bits < SKIP_BITS and places < 48 and symbols < _MOST_SYMBOLS:
-            entry = steps[(i << bits) & (size - 1)]
-            if entry == 0 or (entry & 255) > SKIP_BITS - bits:
-                break
-            places += entry >> 16
-            bits += (entry >> 8) & 255
-            symbols += 1
-        skips[base + i] = places << 6 | bits
+@inlined
+def _fill_steps(steps, start, symbol, length, known):
+    """Fill the entries whose bits begin with the code of one symbol."""
+    size = symbol & 15
+    rest = known - length - size
+    places = np.int64(SKIPPED_BLOCK) if is_end(symbol) else places_of(symbol)
+    own = np.uint16(places << 6 | (length + size))
+    if rest <= 0 or places == SKIPPED_BLOCK:
+        for i in range(start, start + (1 << (known - length))):
+            steps[i] = own
+    else:
+        for first in range(start, start + (1 << (known - length)), 1 << rest):
+            for i in range(1 << rest):
+                steps[first + i] = own + steps[(1 << rest) + i]

@@ -39,7 +39,7 @@ class Workspace(NamedTuple):
         limits: (8 * 34,) int32, for codes that are longer than a lookup.
         skip_built: (4 * 272,) uint8, the tables that `skips` were built from.
         skips: (4 * 4104,) uint16, several symbols at a step.
-        steps: (4096,) int32, one symbol at a step, while `skips` are built.
+        steps: (8192,) uint16, the skip tables for fewer bits, while one is built.
         blocks: (2 * 192,) int16, the block being decoded and the one before it.
         predictions: (4,) int64, the last DC value of each component.
         stream: uint8, entropy-coded data without its stuffing.
@@ -58,7 +58,7 @@ class Workspace(NamedTuple):
     limits: NDArray[np.int32]
     skip_built: NDArray[np.uint8]
     skips: NDArray[np.uint16]
-    steps: NDArray[np.int32]
+    steps: NDArray[np.uint16]
     blocks: NDArray[np.int16]
     predictions: NDArray[np.int64]
     stream: NDArray[np.uint8]
@@ -94,7 +94,7 @@ def make_workspace(
         limits=np.zeros(NUM_TABLES * LIMIT_ITEMS, np.int32),
         skip_built=np.zeros(4 * SPEC_BYTES, np.uint8),
         skips=np.zeros(4 * SKIP_STRIDE, np.uint16),
-        steps=np.zeros(1 << SKIP_BITS, np.int32),
+        steps=np.zeros(2 << SKIP_BITS, np.uint16),
         blocks=np.zeros(2 * PADDED_BLOCK, np.int16),
         predictions=np.zeros(4, np.int64),
         stream=np.empty(file_bytes + GUARD_BYTES, np.uint8),
