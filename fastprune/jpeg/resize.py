@@ -24,6 +24,7 @@ from fastprune.jpeg.native import (
     vector_type,
 )
 
+ACROSS_IT, DOWN_IT = 0, 1  # the picture: the directions of a resize
 LANES = 32
 TILE = 16
 # A line of more samples is summed in full: so many products rounded down would darken it.
@@ -32,13 +33,15 @@ _WHOLE = 65_535.0
 
 
 @kernel
-def weigh(work, start, size, first, last, outputs, support, mirrored):
-    """Fill firsts, counts and weights for one direction.
+def weigh(work, direction, start, size, first, last, outputs, support, mirrored):
+    """Fill one direction's half of firsts, counts and weights.
 
     The box [start, start + size) of samples becomes `outputs` samples; those outside [first, last)
     are not used. A triangle reaches `support` samples to both sides. Output i is made of samples
-    firsts[i] ... firsts[i] + counts[i] - 1 with the weights from i * taps on; returns taps.
+    firsts[i] ... firsts[i] + counts[i] - 1 with the weights from i * taps on, counted from the
+    half's beginning; returns taps.
     """
+    half, weights_half = direction * (len(work.firsts) // 2), direction * (len(work.weights) // 2)
     scale = size / outputs
     taps = np.int64(math.ceil(support)) * 2 + 2
     inverse = 1.0 / support
@@ -51,7 +54,7 @@ def weigh(work, start, size, first, last, outputs, support, mirrored):
         for sample in range(low, high):
             total += max(1.0 - abs(sample + 0.5 - center) * inverse, 0.0)
         target = outputs - 1 - i if mirrored else i
-        work.firsts[target], work.counts[target] = low, high - low
+        work.firsts[half + target], work.counts[half + target] = low, high - low
         # What rounding leaves goes to the next weight, so that they are 65535 together.
         factor = _WHOLE / total if total > 0.0 else 0.0
         sum_so_far, given = 0.0, np.int64(0)
@@ -59,7 +62,7 @@ def weigh(work, start, size, first, last, outputs, support, mirrored):
             sum_so_far += max(1.0 - abs(sample + 0.5 - center) * inverse, 0.0) * factor
             weight = np.int64(sum_so_far + 0.5) - given
             given += weight
-            work.weights[target * taps + sample - low] = weight
+            work.weights[weights_half + target * taps + sample - low] = weight
     return taps
 
 
@@ -169,14 +172,15 @@ _transpose = transpose_vector if VECTORS else transpose_plain
 
 
 @kernel
-def blend_lines(work, start, stride, length, taps, target, target_stride, outputs):
+def blend_lines(work, direction, start, stride, length, taps, target, target_stride, outputs):
     """Make `outputs` lines of `length` samples from the lines at `start`; see `weigh`.
 
     Up to 31 samples more are read and written behind each line.
     """
+    half, weights_half = direction * (len(work.firsts) // 2), direction * (len(work.weights) // 2)
     for i in range(outputs):
-        source = start + work.firsts[i] * stride
-        first_weight, count = np.int64(i * taps), work.counts[i]
+        source = start + work.firsts[half + i] * stride
+        first_weight, count = np.int64(weights_half + i * taps), work.counts[half + i]
         for x in range(0, length, LANES):
             at, to = np.int64(source + x), np.int64(target + i * target_stride + x)
             if count > _MOST_ROUNDED:

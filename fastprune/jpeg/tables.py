@@ -130,7 +130,7 @@ def _build_skips(specs, spec, steps, skips, base):
     """
     steps[1] = 0
     for known in range(1, SKIP_BITS + 1):
-        for i in range(1 << known, 2 << known):
+        for i in range(np.uint64(1 << known), np.uint64(2 << known)):
             steps[i] = 0
         start, symbol_at = 1 << known, spec + 16
         for length in range(1, known + 1):
@@ -138,21 +138,19 @@ def _build_skips(specs, spec, steps, skips, base):
                 _fill_steps(steps, start, np.int64(specs[symbol_at]), length, known)
                 start += 1 << (known - length)
                 symbol_at += 1
-    for i in range(1 << SKIP_BITS):
-        skips[base + i] = steps[(1 << SKIP_BITS) + i]
+    for i in range(np.uint64(1 << SKIP_BITS)):
+        skips[np.uint64(base) + i] = steps[np.uint64(1 << SKIP_BITS) + i]
 
 
 @inlined
 def _fill_steps(steps, start, symbol, length, known):
     """Fill the entries whose bits begin with the code of one symbol."""
     size = symbol & 15
-    rest = known - length - size
     places = np.int64(SKIPPED_BLOCK) if is_end(symbol) else places_of(symbol)
     own = np.uint16(places << 6 | (length + size))
-    if rest <= 0 or places == SKIPPED_BLOCK:
-        for i in range(start, start + (1 << (known - length))):
-            steps[i] = own
-    else:
-        for first in range(start, start + (1 << (known - length)), 1 << rest):
-            for i in range(1 << rest):
-                steps[first + i] = own + steps[(1 << rest) + i]
+    # Behind the symbol that ends a block there is no AC symbol.
+    rest = np.int64(0) if is_end(symbol) else max(known - length - size, 0)
+    source = np.uint64(1 << rest)
+    mask = source - np.uint64(1)
+    for i in range(np.uint64(start), np.uint64(start + (1 << (known - length)))):
+        steps[i] = own + steps[source + (i & mask)]

@@ -14,8 +14,15 @@ from fastprune.jpeg.frame import (
     WIDTH,
     read_frame,
 )
-from fastprune.jpeg.native import kernel
-from fastprune.jpeg.resize import blend_lines, support_of, transpose, weigh
+from fastprune.jpeg.native import inlined, kernel
+from fastprune.jpeg.resize import (
+    ACROSS_IT,
+    DOWN_IT,
+    blend_lines,
+    support_of,
+    transpose,
+    weigh,
+)
 from fastprune.jpeg.scan import decode_units, prepare_tables
 from fastprune.jpeg.workspace import PAD
 
@@ -46,17 +53,17 @@ def read_view(data, work, top, left, height, width, output_height, output_width,
         code = decode_units(data, work, first_row, rows, first_column, columns)
     if code != OK:
         return code
+    vertical = (top - first_row * unit_height, height, output_height)
+    horizontal = (left - first_column * unit_width, width, output_width)
     output_bytes = output_height * output_width
+    taps = (np.int64(0), np.int64(0))
     for component in range(frame[COMPONENTS]):
-        _resize_component(
-            work,
-            component,
-            (top - first_row * unit_height, height, output_height),
-            (left - first_column * unit_width, width, output_width),
-            flip,
-            outputs + component * output_bytes,
-            outputs + 3 * output_bytes + PAD,
-        )
+        # Cb has the weights of Y unless it is smaller, Cr those of Cb.
+        if component == 0 or (component == 1 and frame[ACROSS] * frame[DOWN] > 1):
+            taps = _weigh_component(work, component, vertical, horizontal, flip)
+        target = outputs + component * output_bytes
+        scratch = outputs + 3 * output_bytes + PAD
+        _resize_component(work, component, taps, vertical, output_width, target, scratch)
     if frame[COMPONENTS] == 1:
         for i in range(outputs + output_bytes, outputs + 3 * output_bytes):
             work.planes[i] = 128
@@ -89,46 +96,80 @@ def _has_room(work, outputs, height, width, output_height, output_width):
     needed = outputs + 3 * output_height * output_width + 3 * PAD + between
     scale = max(np.int64(1), -(-width // output_width), -(-height // output_height))
     most = max(output_height, output_width)
-    enough = needed <= len(work.planes) and most <= len(work.firsts)
-    return enough and most * (2 * scale + 4) <= len(work.weights)
+    enough = needed <= len(work.planes) and 2 * most <= len(work.firsts)
+    return enough and 2 * most * (2 * scale + 4) <= len(work.weights)
 
 
 @kernel
-def _resize_component(work, component, vertical, horizontal, flip, target, scratch):
-    """Resize one component's part of the crop to the output's size, at `target`.
+def _weigh_component(work, component, vertical, horizontal, flip):
+    """Fill the weights of one component in both directions; return the taps of each.
 
     `vertical` and `horizontal` are (start in the decoded units, size, output size) in pixels.
     """
     top, height, output_height = vertical
     left, width, output_width = horizontal
-    frame = work.frame
-    across = frame[ACROSS] if component > 0 else 1
-    down = frame[DOWN] if component > 0 else 1
-    stride = frame[STRIDE + component]
-    first_row, last_row = top // down, -(-(top + height) // down)
-    first_column, last_column = left // across, -(-(left + width) // across)
-    lines = last_row - first_row
+    across, down = _factors(work.frame, component)
+    first_row, lines = _lines(vertical, down)
+    first_column, columns = _lines(horizontal, across)
     support = support_of(width / across / output_width, across)
-    taps = weigh(
-        work, left / across, width / across, first_column, last_column, output_width, support, flip
+    last_column = first_column + columns
+    taps_across = weigh(
+        work,
+        ACROSS_IT,
+        left / across,
+        width / across,
+        first_column,
+        last_column,
+        output_width,
+        support,
+        flip,
     )
+    support = support_of(height / down / output_height, down)
+    start = top / down - first_row
+    taps_down = weigh(
+        work, DOWN_IT, start, height / down, 0, lines, output_height, support, False
+    )
+    return taps_across, taps_down
+
+
+@kernel
+def _resize_component(work, component, taps, vertical, output_width, target, scratch):
+    """Resize one component's part of the crop to the output's size, at `target`."""
+    frame, output_height = work.frame, vertical[2]
+    stride = frame[STRIDE + component]
+    first_row, lines = _lines(vertical, _factors(frame, component)[1])
     between_stride = lines + PAD - lines % PAD
     start = frame[PLANE + component] + first_row
-    blend_lines(work, start, stride, lines, taps, scratch, between_stride, output_width)
+    blend_lines(
+        work, ACROSS_IT, start, stride, lines, taps[0], scratch, between_stride, output_width
+    )
     upright = scratch + between_stride * (output_width + PAD)
     upright_stride = output_width + PAD - output_width % PAD
     transpose(work.planes, scratch, between_stride, output_width, lines, upright, upright_stride)
-    support = support_of(height / down / output_height, down)
-    taps = weigh(
-        work,
-        top / down - first_row,
-        height / down,
-        0,
-        lines,
-        output_height,
-        support,
-        False,
-    )
     blend_lines(
-        work, upright, upright_stride, output_width, taps, target, output_width, output_height
+        work,
+        DOWN_IT,
+        upright,
+        upright_stride,
+        output_width,
+        taps[1],
+        target,
+        output_width,
+        output_height,
     )
+
+
+@inlined
+def _factors(frame, component):
+    """How many pixels one sample of a component is wide and high."""
+    if component > 0:
+        return frame[ACROSS], frame[DOWN]
+    return np.int64(1), np.int64(1)
+
+
+@inlined
+def _lines(extent, factor):
+    """The first line of samples in an extent of pixels, and how many there are."""
+    start, size, _ = extent
+    first = start // factor
+    return first, -(-(start + size) // factor) - first

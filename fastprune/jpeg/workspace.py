@@ -45,7 +45,8 @@ class Workspace(NamedTuple):
         stream: uint8, entropy-coded data without its stuffing.
         starts: int64, where each restart interval begins in `stream`.
         planes: uint8, the components inside the crop, and what the resize makes of them.
-        firsts: int64, the first sample that each output sample is made of.
+        firsts: int64, the first sample that each output sample is made of; one half of it for
+            each direction, as in the next two.
         counts: int64, how many they are.
         weights: uint16, how much each counts; 65535 together.
     """
@@ -100,9 +101,9 @@ def make_workspace(
         stream=np.empty(file_bytes + GUARD_BYTES, np.uint8),
         starts=np.empty(file_bytes // 2 + 2, np.int64),
         planes=np.empty(plane_room(width, height, output_height, output_width), np.uint8),
-        firsts=np.empty(outputs, np.int64),
-        counts=np.empty(outputs, np.int64),
-        weights=np.empty(outputs * taps, np.uint16),
+        firsts=np.empty(2 * outputs, np.int64),
+        counts=np.empty(2 * outputs, np.int64),
+        weights=np.empty(2 * outputs * taps, np.uint16),
     )
 
 
