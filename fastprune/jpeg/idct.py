@@ -1,4 +1,4 @@
-"""Inverse DCT of one 8 × 8 block: libjpeg's accurate integer transform, exact to the bit.
+"""Inverse DCT of 8 × 8 blocks: libjpeg's accurate integer transform, exact to the bit.
 
 The result is stored transposed (a column of pixels is contiguous), as the resize wants it.
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastprune.jpeg.native import (
@@ -23,6 +24,7 @@ from fastprune.jpeg.native import (
     store,
     vector_type,
 )
+from fastprune.jpeg.workspace import PADDED_BLOCK
 
 _COLUMNS_SHIFT = 11  # CONST_BITS - PASS1_BITS
 _ROWS_SHIFT = 18  # CONST_BITS + PASS1_BITS + 3
@@ -104,42 +106,63 @@ def inverse_dct_plain(blocks, block, quantizers, quantizer, plane, start, stride
             plane[start + column * stride + row] = level
 
 
+@kernel
+def inverse_dct_pair_plain(blocks, block, quantizers, plane, first, second):
+    """Transform two blocks, PADDED_BLOCK apart.
+
+    `first` and `second` are (quantizer, start, stride) of each; if both have the same start, the
+    first block is what remains there.
+    """
+    inverse_dct_plain(
+        blocks, block + PADDED_BLOCK, quantizers, second[0], plane, second[1], second[2]
+    )
+    inverse_dct_plain(blocks, block, quantizers, first[0], plane, first[1], first[2])
+
+
 @intrinsic
-def inverse_dct_vector(
-    typing_context, blocks, block, quantizers, quantizer, plane, start, stride
-):
-    """The same on eight lanes of 32 bits; the block stays as it is."""
+def inverse_dct_pair_vector(typing_context, blocks, block, quantizers, plane, first, second):
+    """The same on sixteen lanes of 32 bits, eight for each block; the blocks stay as they are."""
 
     def generate(context, builder, signature, arguments):
-        blocks_type, _, quantizers_type, _, plane_type = signature.args[:5]
-        blocks_value, block_at, quantizers_value, quantizer_at, plane_value = arguments[:5]
-        first, step = arguments[5:]
-        eight = vector_type(16, 8)
+        blocks_value, block_at, quantizers_value, plane_value, first_value, second_value = arguments
+        targets = [cgutils.unpack_tuple(builder, v, 3) for v in (second_value, first_value)]
+
+        def both(kind, array, places):
+            halves = []
+            for place in places:
+                at = pointer(context, builder, kind, array, place)
+                halves.append(load(builder, at, vector_type(16, 8)))
+            return shuffled(builder, *halves, list(range(16)))
+
         rows = []
         for row in range(8):
-            place = builder.add(block_at, block_at.type(8 * row))
-            at = pointer(context, builder, blocks_type, blocks_value, place)
-            place = builder.add(quantizer_at, quantizer_at.type(8 * row))
-            by = pointer(context, builder, quantizers_type, quantizers_value, place)
-            product = builder.mul(load(builder, at, eight), load(builder, by, eight))
-            rows.append(Lanes(builder, builder.sext(product, vector_type(32, 8))))
+            skips = (PADDED_BLOCK + 8 * row, 8 * row)
+            places = [builder.add(block_at, block_at.type(skip)) for skip in skips]
+            coefficients = both(signature.args[0], blocks_value, places)
+            places = [builder.add(target[0], block_at.type(8 * row)) for target in targets]
+            factors = both(signature.args[2], quantizers_value, places)
+            product = builder.mul(coefficients, factors)
+            rows.append(Lanes(builder, builder.sext(product, vector_type(32, 16))))
         columns = _transposed(builder, [v.value for v in _eight_points(*rows, _COLUMNS_SHIFT)])
         lanes = [Lanes(builder, column) for column in columns]
         for number, column in enumerate(_eight_points(*lanes, _ROWS_SHIFT)):
             levels = clamped(builder, (column + 128).value, 0, 255)
-            offset = builder.add(first, builder.mul(step, step.type(number)))
-            at = pointer(context, builder, plane_type, plane_value, offset)
-            store(builder, builder.trunc(levels, vector_type(8, 8)), at)
+            levels = builder.trunc(levels, vector_type(8, 16))
+            for half, (_, start, stride) in enumerate(targets):
+                offset = builder.add(start, builder.mul(stride, stride.type(number)))
+                at = pointer(context, builder, signature.args[3], plane_value, offset)
+                eight = list(range(8 * half, 8 * half + 8))
+                store(builder, shuffled(builder, levels, levels, eight), at)
         return context.get_dummy_value()
 
     integer = types.int64
-    arguments = (blocks, integer, quantizers, integer, plane, integer, integer)
-    return types.void(*arguments), generate
+    target = types.UniTuple(integer, 3)
+    return types.void(blocks, integer, quantizers, plane, target, target), generate
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """Eight vectors of eight lanes, mirrored at the diagonal."""
-    low = [lane for i in range(4) for lane in (i, 8 + i)]
+    """Eight vectors of twice eight lanes, each half of them mirrored at its diagonal."""
+    low = [half + lane for half in (0, 8) for i in range(4) for lane in (i, 16 + i)]
     high = [lane + 4 for lane in low]
     for _ in range(3):
         mixed = []
@@ -150,4 +173,4 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-inverse_dct = inverse_dct_vector if VECTORS else inverse_dct_plain
+inverse_dct_pair = inverse_dct_pair_vector if VECTORS else inverse_dct_pair_plain

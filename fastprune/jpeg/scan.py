@@ -22,7 +22,7 @@ from fastprune.jpeg.frame import (
     STRIDE,
     WIDTH,
 )
-from fastprune.jpeg.idct import inverse_dct
+from fastprune.jpeg.idct import inverse_dct_pair
 from fastprune.jpeg.native import inlined, kernel
 from fastprune.jpeg.stream import unstuff
 from fastprune.jpeg.tables import prepare_lookup, prepare_skips
@@ -66,9 +66,8 @@ def decode_units(data, work, first_row, rows, first_column, columns):
     _lay_out_planes(frame, rows, columns)
     interval, unit, end = np.int64(-1), np.int64(0), np.int64(0)
     reader = (_ZERO, _ZERO, _ZERO)
-    # A block is transformed after the next one has been decoded: its last coefficients are still
-    # on their way to memory before that, and the transform would wait for them.
-    waiting = (np.int64(0), np.int64(0), np.int64(0), frame[STRIDE])
+    target = (np.int64(0), np.int64(0), frame[STRIDE])
+    waiting = (np.int64(0), target, target)
     for row in range(rows):
         begin = first_unit + row * unit_columns
         if begin // restart != interval:
@@ -88,7 +87,7 @@ def decode_units(data, work, first_row, rows, first_column, columns):
             if reader[0] == 0 or position(reader) > end:
                 return DAMAGED if reader[0] == 0 else TRUNCATED
             unit += 1
-    _transform(work, waiting)
+    _transform_last(work, waiting)
     return OK
 
 
@@ -135,7 +134,11 @@ def _skip_unit(work, reader):
 
 @inlined
 def _decode_unit(work, reader, waiting, row, column):
-    """Decode one unit into the planes; return the reader behind it and the block that waits."""
+    """Decode one unit into the planes; return the reader behind it and the blocks that wait.
+
+    Blocks are transformed in pairs, and not before the block behind a pair has been decoded: what
+    was written last is still on its way to memory, and the transform would wait for it.
+    """
     frame = work.frame
     for component in range(frame[COMPONENTS]):
         across = frame[ACROSS] if component == 0 else 1
@@ -146,19 +149,38 @@ def _decode_unit(work, reader, waiting, row, column):
         corner = frame[PLANE + component] + column * across * 8 * stride + row * down * 8
         for y in range(down):
             for x in range(across):
-                block = PADDED_BLOCK - waiting[0]
-                reader = decode_block(
-                    work, *reader, component, dc_table, ac_table, np.uint64(block)
-                )
+                number, first, second = waiting
+                start = np.uint64(_place_of(number))
+                reader = decode_block(work, *reader, component, dc_table, ac_table, start)
                 if reader[0] == 0:
                     return reader, waiting
-                _transform(work, waiting)
-                waiting = (block, quantizer, corner + x * 8 * stride + y * 8, stride)
+                target = (quantizer, corner + x * 8 * stride + y * 8, stride)
+                if number & 1:
+                    waiting = (number + 1, first, target)
+                else:
+                    _transform(work, number - 2, first, second)
+                    waiting = (number + 1, target, second)
     return reader, waiting
 
 
 @inlined
-def _transform(work, waiting):
-    """Transform the block that waits: (its place, its quantizer, where it goes, the stride)."""
-    block, quantizer, start, stride = waiting
-    inverse_dct(work.blocks, block, work.quantizers, quantizer, work.planes, start, stride)
+def _place_of(number):
+    """Where in the workspace's blocks one is decoded: the last four are kept."""
+    return (number & 3) * PADDED_BLOCK
+
+
+@inlined
+def _transform(work, number, first, second):
+    """Transform the block of this number and the one behind it."""
+    place = _place_of(number)
+    inverse_dct_pair(work.blocks, place, work.quantizers, work.planes, first, second)
+
+
+@inlined
+def _transform_last(work, waiting):
+    """Transform what waits at the end: a pair, or one block, beside which anything may be."""
+    number, first, second = waiting
+    if number & 1:
+        _transform(work, number - 1, first, first)
+    else:
+        _transform(work, number - 2, first, second)

@@ -40,7 +40,7 @@ class Workspace(NamedTuple):
         skip_built: (4 * 272,) uint8, the tables that `skips` were built from.
         skips: (4 * 4104,) uint16, several symbols at a step.
         steps: (8192,) uint16, the skip tables for fewer bits, while one is built.
-        blocks: (2 * 192,) int16, the block being decoded and the one before it.
+        blocks: (4 * 192,) int16, the block being decoded and those before it.
         predictions: (4,) int64, the last DC value of each component.
         stream: uint8, entropy-coded data without its stuffing.
         starts: int64, where each restart interval begins in `stream`.
@@ -96,7 +96,7 @@ def make_workspace(
         skip_built=np.zeros(4 * SPEC_BYTES, np.uint8),
         skips=np.zeros(4 * SKIP_STRIDE, np.uint16),
         steps=np.zeros(2 << SKIP_BITS, np.uint16),
-        blocks=np.zeros(2 * PADDED_BLOCK, np.int16),
+        blocks=np.zeros(4 * PADDED_BLOCK, np.int16),
         predictions=np.zeros(4, np.int64),
         stream=np.empty(file_bytes + GUARD_BYTES, np.uint8),
         starts=np.empty(file_bytes // 2 + 2, np.int64),
