@@ -10,7 +10,15 @@ import numpy as np
 
 from fastprune.jpeg.native import inlined
 from fastprune.jpeg.stream import load_word
-from fastprune.jpeg.tables import END_OF_BLOCK, entry_of
+from fastprune.jpeg.tables import (
+    END_OF_BLOCK,
+    FIRST_BITS_AT,
+    PLACES_AT,
+    SECOND_NUMBER_AT,
+    SECOND_PLACES_AT,
+    entry_of,
+    number_of,
+)
 from fastprune.jpeg.workspace import (
     LIMIT_ITEMS,
     LOOKUP_BITS,
@@ -22,8 +30,7 @@ from fastprune.jpeg.workspace import (
 )
 
 # Numbers that meet a uint64 must be one, or Numba makes the result signed.
-_ZERO, _ONE, _THREE = np.uint64(0), np.uint64(1), np.uint64(3)
-_LENGTH_AT, _GAP_AT, _PLACES_AT = np.uint64(8), np.uint64(16), np.uint64(24)
+_ZERO, _THREE = np.uint64(0), np.uint64(3)
 _SIX_BITS, _NINE_BITS, _BYTE = np.uint64(63), np.uint64(511), np.uint64(255)
 _LOOKUP_SHIFT, _SKIP_SHIFT = np.uint64(64 - LOOKUP_BITS), np.uint64(64 - SKIP_BITS)
 _SKIP_PLACES_AT = np.uint64(6)
@@ -71,37 +78,36 @@ def _symbol(bits, work, table):
 
 
 @inlined
-def _number(bits, entry):
-    """The signed number behind a symbol's code (T.81, F.2.2.1); 0 where it has no bits."""
-    number = bits << ((entry >> _LENGTH_AT) & _SIX_BITS)
-    gap = (entry >> _GAP_AT) & _SIX_BITS
-    negative = (number >> _SIX_BITS) - _ONE  # all ones where the number's first bit is not set
-    return np.int64((number >> _ONE >> gap) - (negative >> _ONE >> gap))
-
-
-@inlined
 def decode_block(work, at, bits, held, component, dc_table, ac_table, start):
     """Decode a block into the workspace's blocks, from `start` on."""
-    blocks, lookups, stream = work.blocks, work.lookups, work.stream
+    blocks, pairs, stream = work.blocks, work.pairs, work.stream
     for i in range(64):
         blocks[start + np.uint64(i)] = 0
     at, bits, held = refilled(stream, at, bits, held)
     entry = _symbol(bits, work, dc_table)
     if entry == _ZERO:
         return _ZERO, bits, held
-    work.predictions[component] += _number(bits, entry)
+    work.predictions[component] += number_of(bits, entry)
     blocks[start] = work.predictions[component]
     bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
-    base = np.uint64(ac_table * LOOKUP_STRIDE)
+    base = np.uint64((ac_table - 4) * LOOKUP_STRIDE)
     place = _ZERO
     while place < _SIX_BITS:
         at, bits, held = refilled(stream, at, bits, held)
         for _ in range(_SYMBOLS_A_REFILL):
-            entry = np.uint64(lookups[base + (bits >> _LOOKUP_SHIFT)])
+            entry = pairs[base + (bits >> _LOOKUP_SHIFT)]
             if entry == _ZERO:
                 break
-            place += entry >> _PLACES_AT
-            blocks[start + np.uint64(ZIGZAG[place])] = _number(bits, entry)
+            place += (entry >> PLACES_AT) & _BYTE
+            second = place + ((entry >> SECOND_PLACES_AT) & _BYTE)
+            # Without a second symbol this is the first one's place, which is written next.
+            blocks[start + np.uint64(ZIGZAG[second])] = entry >> SECOND_NUMBER_AT
+            blocks[start + np.uint64(ZIGZAG[place])] = number_of(bits, entry)
+            if place >= _SIX_BITS:
+                length = (entry >> FIRST_BITS_AT) & _SIX_BITS
+                bits, held = bits << length, held - length
+                break
+            place = second
             bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
             if place >= _SIX_BITS:
                 break
@@ -110,8 +116,8 @@ def decode_block(work, at, bits, held, component, dc_table, ac_table, start):
             entry = _long_symbol(bits, work, ac_table)
             if entry == _ZERO:
                 return _ZERO, bits, held
-            place += entry >> _PLACES_AT
-            blocks[start + np.uint64(ZIGZAG[place])] = _number(bits, entry)
+            place += entry >> PLACES_AT
+            blocks[start + np.uint64(ZIGZAG[place])] = number_of(bits, entry)
             bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
     if _SIX_BITS < place < np.uint64(END_OF_BLOCK):
         return _ZERO, bits, held
@@ -126,7 +132,7 @@ def skip_block(work, at, bits, held, component, dc_table, ac_table):
     entry = _symbol(bits, work, dc_table)
     if entry == _ZERO:
         return _ZERO, bits, held
-    work.predictions[component] += _number(bits, entry)
+    work.predictions[component] += number_of(bits, entry)
     bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
     base = np.uint64((ac_table - 4) * SKIP_STRIDE)
     place = _ZERO
@@ -146,7 +152,7 @@ def skip_block(work, at, bits, held, component, dc_table, ac_table):
             # A long code, or symbols joined beyond this block's end: one symbol alone.
             at, bits, held = refilled(stream, at, bits, held)
             entry = _symbol(bits, work, ac_table)
-            place += entry >> _PLACES_AT
+            place += entry >> PLACES_AT
             if entry == _ZERO or _SIX_BITS < place < np.uint64(END_OF_BLOCK):
                 return _ZERO, bits, held
             bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)

@@ -8,6 +8,12 @@ A lookup has one entry for each value of the next 10 bits:
 is how far the number lies ahead in the zigzag order, END_OF_BLOCK for the symbol that ends a block.
 An entry is 0 for codes of more than 10 bits and for symbols of more than MOST_BITS in all.
 
+A table of pairs is an AC lookup with the symbol behind it, where the 10 bits hold both whole:
+
+    second number << 48 | second places << 40 | bits of the first << 32 | lookup's entry
+
+with `all bits` those of both symbols. The second number and its places are 0 where there is none.
+
 A skip table has one entry for each value of the next 12 bits, for blocks that nobody looks at:
 places << 6 | bits of all symbols whose codes they hold, 0 for a code of more than 12 bits. The
 symbol that ends a block counts SKIPPED_BLOCK there.
@@ -29,6 +35,10 @@ from fastprune.jpeg.workspace import (
 END_OF_BLOCK = 129
 SKIPPED_BLOCK = 513  # the same in a skip table, far from what joined symbols add up to
 MOST_BITS = 18
+PLACES_AT = np.uint64(24)
+_ONE, _SIX_BITS, _BYTE = np.uint64(1), np.uint64(63), np.uint64(255)
+_LENGTH_AT, _GAP_AT, FIRST_BITS_AT = np.uint64(8), np.uint64(16), np.uint64(32)
+SECOND_PLACES_AT, SECOND_NUMBER_AT = np.uint64(40), np.uint64(48)
 
 
 @kernel
@@ -42,6 +52,10 @@ def prepare_lookup(work, table):
     if code == OK:
         for i in range(table * SPEC_BYTES, (table + 1) * SPEC_BYTES):
             work.built[i] = work.specs[i]
+        if table >= 4:
+            _build_pairs(
+                work.lookups, table * LOOKUP_STRIDE, work.pairs, (table - 4) * LOOKUP_STRIDE
+            )
     return code
 
 
@@ -51,9 +65,7 @@ def prepare_skips(work, table):
     start = (table - 4) * SPEC_BYTES
     if _is_same(work.specs, table * SPEC_BYTES, work.skip_built, start):
         return
-    _build_skips(
-        work.specs, table * SPEC_BYTES, work.steps, work.skips, (table - 4) * SKIP_STRIDE
-    )
+    _build_skips(work.specs, table * SPEC_BYTES, work.steps, work.skips, (table - 4) * SKIP_STRIDE)
     for i in range(SPEC_BYTES):
         work.skip_built[start + i] = work.specs[table * SPEC_BYTES + i]
 
@@ -98,6 +110,33 @@ def _build(work, table):
         first += count
         code = (code + count) << 1
     return OK if first > 0 else UNSUPPORTED
+
+
+@kernel
+def _build_pairs(lookups, lookup, pairs, base):
+    """Fill the pairs of one AC table from its lookup."""
+    for i in range(np.uint64(1 << LOOKUP_BITS)):
+        entry = np.uint64(lookups[np.uint64(lookup) + i])
+        first_bits = entry & _BYTE
+        packed = entry | first_bits << FIRST_BITS_AT
+        rest = i << first_bits & np.uint64((1 << LOOKUP_BITS) - 1)
+        second = np.uint64(lookups[np.uint64(lookup) + rest])
+        both_bits = first_bits + (second & _BYTE)
+        is_end = entry >> PLACES_AT == np.uint64(END_OF_BLOCK)
+        if entry and second and not is_end and both_bits <= np.uint64(LOOKUP_BITS):
+            number = np.uint64(number_of(rest << np.uint64(64 - LOOKUP_BITS), second))
+            packed += (second & _BYTE) | second >> PLACES_AT << SECOND_PLACES_AT
+            packed |= number << SECOND_NUMBER_AT
+        pairs[np.uint64(base) + i] = packed
+
+
+@inlined
+def number_of(bits, entry):
+    """The signed number behind a symbol's code (T.81, F.2.2.1); 0 where it has no bits."""
+    number = bits << ((entry >> _LENGTH_AT) & _SIX_BITS)
+    gap = (entry >> _GAP_AT) & _SIX_BITS
+    negative = (number >> _SIX_BITS) - _ONE  # all ones where the number's first bit is not set
+    return np.int64((number >> _ONE >> gap) - (negative >> _ONE >> gap))
 
 
 @inlined

@@ -126,9 +126,7 @@ def _weigh_component(work, component, vertical, horizontal, flip):
     )
     support = support_of(height / down / output_height, down)
     start = top / down - first_row
-    taps_down = weigh(
-        work, DOWN_IT, start, height / down, 0, lines, output_height, support, False
-    )
+    taps_down = weigh(work, DOWN_IT, start, height / down, 0, lines, output_height, support, False)
     return taps_across, taps_down
 
 

@@ -14,13 +14,13 @@ SKIP_STRIDE = (1 << SKIP_BITS) + 8
 NUM_TABLES = 8  # four for DC, then four for AC
 SPEC_BYTES = 16 + 256
 LIMIT_ITEMS = 34
-# Behind the 64 places of a block there are more, so that what ends a block needs no branch.
-PADDED_BLOCK = 192
+# Behind the 64 places of a block there is a spare one, so that what ends a block needs no branch.
+PADDED_BLOCK = 128
 GUARD_BYTES = 2048
 PAD = 64
 
 # Zigzag order of the coefficients in a block. What lies beyond the 63rd goes to a spare place.
-ZIGZAG = np.full(PADDED_BLOCK, 64, np.uint8)
+ZIGZAG = np.full(256, 64, np.uint8)
 ZIGZAG[:64] = sorted(
     range(64),
     key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8),
@@ -36,11 +36,12 @@ class Workspace(NamedTuple):
         specs: (8 * 272,) uint8, the image's Huffman tables: 16 counts, 256 symbols each.
         built: (8 * 272,) uint8, the tables that `lookups` were built from.
         lookups: (8 * 1032,) uint32, see tables.py.
+        pairs: (4 * 1032,) uint64, AC lookups with a second symbol, see tables.py.
         limits: (8 * 34,) int32, for codes that are longer than a lookup.
         skip_built: (4 * 272,) uint8, the tables that `skips` were built from.
         skips: (4 * 4104,) uint16, several symbols at a step.
         steps: (8192,) uint16, the skip tables for fewer bits, while one is built.
-        blocks: (4 * 192,) int16, the block being decoded and those before it.
+        blocks: (4 * 128,) int16, the block being decoded and those before it.
         predictions: (4,) int64, the last DC value of each component.
         stream: uint8, entropy-coded data without its stuffing.
         starts: int64, where each restart interval begins in `stream`.
@@ -56,6 +57,7 @@ class Workspace(NamedTuple):
     specs: NDArray[np.uint8]
     built: NDArray[np.uint8]
     lookups: NDArray[np.uint32]
+    pairs: NDArray[np.uint64]
     limits: NDArray[np.int32]
     skip_built: NDArray[np.uint8]
     skips: NDArray[np.uint16]
@@ -92,6 +94,7 @@ def make_workspace(
         specs=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
         built=np.zeros(NUM_TABLES * SPEC_BYTES, np.uint8),
         lookups=np.zeros(NUM_TABLES * LOOKUP_STRIDE, np.uint32),
+        pairs=np.zeros(4 * LOOKUP_STRIDE, np.uint64),
         limits=np.zeros(NUM_TABLES * LIMIT_ITEMS, np.int32),
         skip_built=np.zeros(4 * SPEC_BYTES, np.uint8),
         skips=np.zeros(4 * SKIP_STRIDE, np.uint16),

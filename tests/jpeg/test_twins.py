@@ -10,8 +10,8 @@ pytestmark = pytest.mark.skipif(not native.VECTORS, reason="this CPU has no AVX2
 
 
 @kernel
-def _idct(block, plane, start, stride):
-    idct.inverse_dct_vector(block, plane, np.int64(start), np.int64(stride))
+def _idct(blocks, block, quantizers, plane, first, second):
+    idct.inverse_dct_pair_vector(blocks, block, quantizers, plane, first, second)
 
 
 @kernel
@@ -46,25 +46,28 @@ def _color(planes, y, cb, cr, pixels, target):
 
 def test_inverse_dct():
     generator = np.random.default_rng(0)
-    for _ in range(200):
-        block = np.zeros(192, np.int16)
-        block[:64] = generator.normal(0, 80, 64) * (generator.random(64) < 0.4)
-        block[0] = generator.integers(-1024, 1024)
-        planes = np.zeros((2, 200), np.uint8)
-        _idct(block.copy(), planes[0], 7, 20)
-        idct.inverse_dct_plain(block.copy(), planes[1], 7, 20)
-        np.testing.assert_array_equal(*planes)
+    quantizers = generator.integers(1, 9, 128).astype(np.int16)
+    for first_start in (7, 507):  # apart, and both at the same place
+        for _ in range(100):
+            blocks = generator.normal(0, 30, 300) * (generator.random(300) < 0.4)
+            blocks = blocks.astype(np.int16)
+            blocks[[5, 133]] = generator.integers(-200, 200, 2)
+            planes = np.zeros((2, 800), np.uint8)
+            first, second = (64, first_start, 20), (3, 507, 33)
+            _idct(blocks.copy(), 5, quantizers, planes[0], first, second)
+            idct.inverse_dct_pair_plain(blocks.copy(), 5, quantizers, planes[1], first, second)
+            np.testing.assert_array_equal(*planes)
 
 
 def test_inverse_dct_is_the_transform_of_the_standard():
     generator = np.random.default_rng(1)
-    block = np.zeros(192, np.int16)
-    block[:64] = generator.normal(0, 60, 64)
+    block = generator.normal(0, 15, 64).astype(np.int16)
+    quantizer = generator.integers(1, 9, 64).astype(np.int16)
     n, k = np.arange(8)[:, None], np.arange(8)
     basis = np.cos((2 * n + 1) * k * np.pi / 16) * np.where(k == 0, np.sqrt(1 / 8), 0.5)
-    exact = np.clip(basis @ block[:64].reshape(8, 8) @ basis.T + 128, 0, 255)
+    exact = np.clip(basis @ (block * quantizer).reshape(8, 8) @ basis.T + 128, 0, 255)
     plane = np.zeros(64, np.uint8)
-    idct.inverse_dct_plain(block, plane, 0, 8)
+    idct.inverse_dct_plain(block, 0, quantizer, 0, plane, 0, 8)
     assert np.abs(plane.reshape(8, 8).T - exact).max() < 1
 
 
