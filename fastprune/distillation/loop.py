@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprune.distillation.evaluation import Evaluation, evaluate
+from fastprune.distillation.learner import Learner
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import make_optimizer, make_scheduler
@@ -27,7 +28,7 @@ class TrainingLoop:
 
     Args:
         recipe: schedule, precision and intervals.
-        student: trained in place.
+        learner: the student and what learns with it, trained in place.
         objective: what is minimised.
         train_loader: yields (images, labels).
         val_loader: yields (images, labels), every row once.
@@ -45,7 +46,7 @@ class TrainingLoop:
     def __init__(
         self,
         recipe: Recipe,
-        student: nn.Module,
+        learner: Learner,
         objective: Objective,
         *,
         train_loader: Loader,
@@ -59,7 +60,7 @@ class TrainingLoop:
         self.evaluations: list[Evaluation] = []
         self.curve: list[dict[str, float]] = []
         self._recipe = recipe
-        self._student = student
+        self._learner = learner
         self._objective = objective
         self._train_loader = train_loader
         self._val_loader = val_loader
@@ -67,7 +68,7 @@ class TrainingLoop:
         self._log = log
         self._step = 0
         self._learning_rate = recipe.schedule.learning_rate
-        self._optimizer = make_optimizer(student, recipe.schedule)
+        self._optimizer = make_optimizer(learner, recipe.schedule)
         self._scheduler = make_scheduler(
             self._optimizer, recipe.schedule, steps_per_epoch=len(train_loader)
         )
@@ -87,18 +88,19 @@ class TrainingLoop:
     def rehearse(self) -> None:
         """Run a step on a copy that is thrown away, so that no clock counts what happens once."""
         data = self._recipe.data
-        student = copy.deepcopy(self._student).train()
+        learner = copy.deepcopy(self._learner).train()
         images = torch.zeros(
             (data.batch_size, 3, data.image_size, data.image_size), device=self._device
         ).to(memory_format=torch.channels_last)
         labels = torch.zeros(data.batch_size, dtype=torch.int64, device=self._device)
         with self._autocast():
-            loss = self._objective(images, student(images), labels)
+            targets = self._objective.teach(images, labels)
+            loss = self._objective(learner(images), targets, labels).mean()
         loss.backward()
 
     def _train_epoch(self, epoch: int) -> None:
         """One pass over the rows; losses stay on the device between two lines of the log."""
-        self._student.train()
+        self._learner.train()
         self._train_loader.set_epoch(epoch)
         started = time.perf_counter()
         losses: list[Tensor] = []
@@ -131,7 +133,9 @@ class TrainingLoop:
     def _update(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step; returns the loss, still on the device."""
         with self._autocast():
-            loss = self._objective(images, self._student(images), labels)
+            targets = self._objective.teach(images, labels)
+            rows: Tensor = self._objective(self._learner(images), targets, labels)
+            loss = rows.mean()
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
@@ -157,7 +161,7 @@ class TrainingLoop:
         """Evaluate the student and add a point to the curve."""
         started = time.perf_counter()
         with self._autocast():
-            evaluation = evaluate(self._student, self._val_loader)
+            evaluation = evaluate(self._learner.student, self._val_loader)
         self.validation_seconds += time.perf_counter() - started
         self.evaluations.append(evaluation)
         point = {"top1": evaluation.top1, "val_loss": evaluation.loss}

@@ -19,15 +19,15 @@ def distillation_loss(
         temperature: T > 0.
 
     Returns:
-        Scalar float32: T² · KL(softmax(teacher / T) ‖ softmax(student / T)), summed over classes,
-        averaged over the batch.
+        (B,) float32: T² · KL(softmax(teacher / T) ‖ softmax(student / T)) of every row, summed
+        over classes.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """
     student = functional.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-    divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
+    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True)
+    return divergence.sum(dim=1) * temperature**2
 
 
 class LogitReshaper(nn.Module):

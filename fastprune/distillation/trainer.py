@@ -12,9 +12,10 @@ from torch import nn
 
 from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
 from fastprune.artifacts.subset import Subset
+from fastprune.distillation.learner import Learner
 from fastprune.distillation.loop import TrainingLoop
 from fastprune.distillation.losses import LogitReshaper
-from fastprune.distillation.objective import Objective, plain_objective, teacher_objective
+from fastprune.distillation.objective import Objective
 from fastprune.distillation.result import Result
 from fastprune.distillation.runlog import RunLog
 from fastprune.errors import ArtifactMismatch, RecipeError
@@ -60,7 +61,7 @@ def distill(recipe: Recipe | str | Path) -> Result:
         with RunLog(folder) as log:
             loop = TrainingLoop(
                 recipe,
-                student,
+                Learner(student),
                 objective,
                 train_loader=train_loader,
                 val_loader=val_loader,
@@ -185,9 +186,9 @@ def _save_student(student: nn.Module, path: Path, recipe: Recipe, loader: Loader
 def _make_objective(recipe: Recipe, num_classes: int, device: torch.device) -> Objective:
     """What the recipe minimises, with its teacher loaded and frozen."""
     if recipe.teacher is None:
-        return plain_objective(recipe.loss)
-    teacher = _build(recipe.teacher, num_classes, recipe, device).eval().requires_grad_(False)
-    return teacher_objective(teacher, recipe.loss, _make_reshaper(recipe, num_classes, device))
+        return Objective(recipe.loss)
+    teacher = _build(recipe.teacher, num_classes, recipe, device)
+    return Objective(recipe.loss, teacher, _make_reshaper(recipe, num_classes, device))
 
 
 def _make_reshaper(recipe: Recipe, num_classes: int, device: torch.device) -> LogitReshaper | None:
