@@ -68,6 +68,7 @@ def _scores(path: Path) -> dict[str, Any]:
         "teacher_accuracy": float(np.mean(table.predictions == table.labels)),
         "teacher": table.teacher,
         "view": table.view,
+        "seconds": table.seconds,
         "made_for": table.fingerprint.to_dict(),
     }
 
