@@ -3,16 +3,43 @@
 import difflib
 import tomllib
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fastprune.errors import RecipeError
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Channels = tuple[float, float, float]
+Deviations = tuple[Positive, Positive, Positive]
+
+
+def _rising(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    """Points whose first coordinates rise."""
+    if any(right[0] <= left[0] for left, right in pairwise(points)):
+        raise ValueError("the points must rise")
+    return points
+
+
+_Points = Annotated[tuple[tuple[Share, Weight], ...], Field(min_length=1), AfterValidator(_rising)]
+_WEIGHT_OR_POINTS: TypeAdapter[float | tuple[tuple[float, float], ...]] = TypeAdapter(
+    Weight | _Points, config=ConfigDict(allow_inf_nan=False)
+)
 
 
 class _Section(BaseModel):
@@ -30,7 +57,10 @@ class DataSettings(_Section):
         subset: index file of the rows to train on; None for all rows.
         image_size: side of a view in pixels.
         augment: how a training view is taken; None for the loader's default at this size.
-        batch_size: images per step.
+        batch_size: images per step and process.
+        backend: the loader's engine; "auto" is DALI where CUDA and DALI are there, else FFCV.
+        mean: per channel, of pixel values in [0, 1]; what images are normalised with.
+        std: as mean.
         num_workers: decoding threads; None for as many as the process may use.
     """
 
@@ -40,6 +70,9 @@ class DataSettings(_Section):
     image_size: Count = 224
     augment: Literal["rrc", "pad_crop", "center", "none"] | None = None
     batch_size: Count = 256
+    backend: Literal["auto", "ffcv", "dali"] = "auto"
+    mean: Channels = (0.485, 0.456, 0.406)
+    std: Deviations = (0.229, 0.224, 0.225)
     num_workers: Count | None = None
 
 
@@ -56,12 +89,21 @@ class NetworkSettings(_Section):
 
 
 class LossSettings(_Section):
-    """The weights of the loss terms.
+    """The weights of the loss terms. Without a teacher only `label_smoothing` counts.
 
     Attributes:
         cross_entropy_weight: of the cross-entropy against the labels.
-        distillation_weight: of T² times the Kullback-Leibler divergence from the teacher.
+        distillation: how far the student's logits are from the teacher's. "kd" is T² times the
+            Kullback-Leibler divergence; "dkd" weights its part about the label and its part about
+            the other classes apart.
+        distillation_weight: of that distance; a number, or points [keep ratio, weight] between
+            which the weight is linear in the keep ratio, and beyond which it is constant.
         temperature: T, softens both distributions.
+        target_weight: α of "dkd", of the part about the label.
+        others_weight: β of "dkd", of the part about the other classes.
+        feature_weight: of one minus the cosine between the student's projected penultimate
+            features and the teacher's; 0 leaves features alone.
+        projectors: linear maps whose mean projects the student's features.
         reshaping: what is done to the teacher's logits. "class_std" gives each row the mean
             standard deviation of its class over the whole dataset (needs a subset that carries
             it), "zscore" standardises teacher and student, "none" leaves them.
@@ -69,17 +111,44 @@ class LossSettings(_Section):
     """
 
     cross_entropy_weight: Weight = 0.1
-    distillation_weight: Weight = 0.9
+    distillation: Literal["kd", "dkd"] = "kd"
+    distillation_weight: float | tuple[tuple[float, float], ...] = 0.9
     temperature: Annotated[float, Field(gt=0)] = 4.0
+    target_weight: Weight = 1.0
+    others_weight: Weight = 8.0
+    feature_weight: Weight = 0.0
+    projectors: Count = 3
     reshaping: Literal["none", "class_std", "zscore"] = "none"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("distillation_weight", mode="plain")
+    @classmethod
+    def _check_weight(cls, value: Any) -> float | tuple[tuple[float, float], ...]:
+        """A number, or points; pydantic would describe a fault once for each."""
+        try:
+            return _WEIGHT_OR_POINTS.validate_python(value)
+        except ValidationError:
+            raise ValueError(
+                f"loss.distillation_weight is {value!r}, but must be a number >= 0, or points "
+                "[[keep ratio, weight], ...] with rising keep ratios in (0, 1]"
+            ) from None
+
+    def distillation_weight_at(self, keep_ratio: float) -> float:
+        """The weight of the distillation for a keep ratio in (0, 1]."""
+        if isinstance(self.distillation_weight, tuple):
+            keep_ratios, weights = zip(*self.distillation_weight, strict=True)
+            return float(np.interp(keep_ratio, keep_ratios, weights))
+        return self.distillation_weight
 
 
 class ScheduleSettings(_Section):
     """How long and how fast the student learns.
 
     Attributes:
-        epochs: passes over the rows that are trained on.
+        epochs: passes over the rows that are trained on; with `fixed_iterations` over all rows.
+        fixed_iterations: whether to take as many steps as `epochs` passes over all rows of the
+            beton would, so more passes over a subset: a whole number, the nearest. Milestones and
+            warm-up stretch with them.
         learning_rate: the first, or for "one_cycle" the highest.
         momentum: of SGD, Nesterov's where it is above zero and `nesterov` is set.
         nesterov: whether the momentum is Nesterov's.
@@ -89,6 +158,10 @@ class ScheduleSettings(_Section):
         milestones: epochs at which "step" lowers the learning rate.
         gamma: factor of each milestone.
         warmup_share: share of the steps in which "one_cycle" rises.
+        warmup_epochs: epochs in which "step" and "cosine" first rise.
+        clip_norm: the longest gradient, over all parameters; None for no limit.
+        ema_decay: share that the running average of the weights keeps at each step; the average
+            is then what is evaluated and saved. None for no average.
     """
 
     epochs: Count
@@ -100,6 +173,24 @@ class ScheduleSettings(_Section):
     milestones: tuple[Count, ...] = ()
     gamma: Annotated[float, Field(gt=0)] = 0.1
     warmup_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Positive | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    fixed_iterations: bool = False
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        """Refuse a rise that the policy does not have, or that never ends."""
+        if self.warmup_epochs and self.policy == "one_cycle":
+            raise ValueError(
+                "schedule.warmup_epochs is for step and cosine; one_cycle rises over warmup_share"
+            )
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs = {self.warmup_epochs} must be below "
+                f"schedule.epochs = {self.epochs}"
+            )
+        return self
 
 
 class RunSettings(_Section):
@@ -109,11 +200,17 @@ class RunSettings(_Section):
         out: folder of the run; made where it is missing.
         name: what the run is called in reports; None for the folder's name.
         seed: of the student's weights, the order and the views.
-        device: "auto" takes CUDA where it is there.
-        precision: "bf16" autocasts both networks on CUDA; "auto" does so where CUDA has it.
+        device: "auto" takes CUDA where it is there, one device per process.
+        precision: "bf16" autocasts both networks; "auto" does so on CUDA devices that have it.
         channels_last: memory format of networks and images.
+        compile: run both networks through torch.compile.
+        sync_batchnorm: share batch statistics among processes; on CUDA alone.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: epochs between two validations; the last epoch is always validated.
+        checkpoint_every: steps between two checkpoints within an epoch; None for minutes alone.
+        checkpoint_minutes: minutes between two checkpoints within an epoch; each epoch's end has
+            one besides.
+        keep_checkpoints: the newest ones that are kept until the run is finished.
     """
 
     out: Path
@@ -122,8 +219,13 @@ class RunSettings(_Section):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
+    compile: bool = False
+    sync_batchnorm: bool = False
     log_every: Count = 50
     validate_every: Count = 1
+    checkpoint_every: Count | None = None
+    checkpoint_minutes: Positive = 10.0
+    keep_checkpoints: Count = 2
 
 
 class Recipe(_Section):
@@ -152,6 +254,8 @@ class Recipe(_Section):
             raise ValueError("teacher.checkpoint is missing: an untrained teacher teaches nothing")
         if self.teacher is None and self.loss.reshaping != "none":
             raise ValueError("loss.reshaping needs a teacher whose logits it reshapes")
+        if self.teacher is None and self.loss.feature_weight > 0:
+            raise ValueError("loss.feature_weight needs a teacher whose features it looks at")
         if self.loss.reshaping == "class_std" and self.data.subset is None:
             raise ValueError("loss.reshaping = 'class_std' needs data.subset, which carries them")
         return self

@@ -1,9 +1,10 @@
 """What is trained: the student, and what learns beside it and is thrown away afterwards."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
+from fastprune.distillation.projectors import ProjectorEnsemble
 from fastprune.networks import FeatureNetwork
 
 
@@ -38,6 +39,25 @@ class Learner(nn.Module):
         assert isinstance(network, FeatureNetwork) == (projectors is not None)
         self.network = network
         self.projectors = projectors
+
+    @classmethod
+    def with_projectors(
+        cls, student: nn.Module, teacher: FeatureNetwork, *, num_classes: int, projectors: int
+    ) -> Self:
+        """A learner whose features are compared with a teacher's penultimate ones.
+
+        Args:
+            student: maps (B, 3, H, W) images to (B, C) logits.
+            teacher: hooked at the input of its classifier.
+            num_classes: C.
+            projectors: maps in the ensemble.
+
+        Raises:
+            InvalidValueError: the student has no linear layer that makes its logits.
+        """
+        network = FeatureNetwork(student, num_classes=num_classes)
+        widths = network.classifier_width, teacher.classifier_width
+        return cls(network, ProjectorEnsemble(*widths, projectors=projectors))
 
     @property
     def student(self) -> nn.Module:

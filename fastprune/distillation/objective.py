@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastprune.distillation.learner import Outputs
-from fastprune.distillation.losses import LogitReshaper, distillation_loss, standardize
+from fastprune.distillation.losses import (
+    LogitReshaper,
+    decoupled_distillation_loss,
+    distillation_loss,
+    feature_loss,
+    standardize,
+)
+from fastprune.networks import FeatureNetwork
 from fastprune.recipe import LossSettings
 
 
@@ -16,13 +23,15 @@ class Targets(NamedTuple):
 
     Attributes:
         logits: (B, C) floating, reshaped where the recipe asks for it.
+        features: (B, D) floating; None where no loss looks at them.
     """
 
     logits: Tensor
+    features: Tensor | None = None
 
 
 class Objective(nn.Module):
-    """The loss of every row: weighted cross-entropy and distillation.
+    """The loss of every row: weighted cross-entropy, distillation and feature loss.
 
     Asking the teacher (`teach`) and comparing with it (`forward`) are two calls, so that the time
     of each can be told. Nothing in here is trained, and the teacher stays in eval mode.
@@ -33,19 +42,26 @@ class Objective(nn.Module):
         settings: LossSettings,
         teacher: nn.Module | None = None,
         reshaper: LogitReshaper | None = None,
+        *,
+        keep_ratio: float = 1.0,
     ) -> None:
         """Freeze the teacher.
 
         Args:
             settings: weights, temperature and reshaping.
-            teacher: maps (B, 3, H, W) images to (B, C) logits; it sees the same view as the
-                student. None minimises the cross-entropy alone, whatever its weight.
+            teacher: maps (B, 3, H, W) images to (B, C) logits, or as a `FeatureNetwork` to features
+                and logits; it sees the same view as the student. None minimises the cross-entropy
+                alone, whatever its weight.
             reshaper: applied to the teacher's logits; None leaves them.
+            keep_ratio: share of the rows that is trained on, which `distillation_weight` may depend
+                on.
         """
         super().__init__()
+        assert isinstance(teacher, FeatureNetwork) == (settings.feature_weight > 0)
         self.settings = settings
         self.teacher = teacher
         self.reshaper = reshaper
+        self.distillation_weight = settings.distillation_weight_at(keep_ratio)
         self.requires_grad_(False)
         self.train(False)
 
@@ -67,8 +83,11 @@ class Objective(nn.Module):
         """
         if self.teacher is None:
             return None
-        logits = self.teacher(images)
-        return Targets(logits if self.reshaper is None else self.reshaper(logits, labels))
+        answer = self.teacher(images)
+        features, logits = answer if isinstance(answer, tuple) else (None, answer)
+        if self.reshaper is not None:
+            logits = self.reshaper(logits, labels)
+        return Targets(logits, features)
 
     def forward(self, outputs: Outputs, targets: Targets | None, labels: Tensor) -> Tensor:
         """Compare a learner's outputs with labels and targets.
@@ -81,17 +100,36 @@ class Objective(nn.Module):
         Returns:
             (B,) float32, the loss of every row; the caller takes the mean.
         """
-        settings, logits = self.settings, outputs.logits.float()
+        settings = self.settings
         cross_entropy = functional.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=settings.label_smoothing
+            outputs.logits.float(),
+            labels,
+            reduction="none",
+            label_smoothing=settings.label_smoothing,
         )
         if targets is None:
             return cross_entropy
-        teacher_logits = targets.logits
+        loss = settings.cross_entropy_weight * cross_entropy
+        if self.distillation_weight > 0:
+            loss = loss + self.distillation_weight * self._distillation(outputs, targets, labels)
+        if settings.feature_weight > 0:
+            assert outputs.features is not None
+            assert targets.features is not None
+            loss = loss + settings.feature_weight * feature_loss(outputs.features, targets.features)
+        return loss
+
+    def _distillation(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
+        """The distance between the logits that the recipe chooses: (B,)."""
+        settings, student, teacher = self.settings, outputs.logits, targets.logits
         if settings.reshaping == "zscore":
-            logits, teacher_logits = standardize(logits), standardize(teacher_logits)
-        distillation = distillation_loss(logits, teacher_logits, temperature=settings.temperature)
-        return (
-            settings.cross_entropy_weight * cross_entropy
-            + settings.distillation_weight * distillation
+            student, teacher = standardize(student), standardize(teacher)
+        if settings.distillation == "kd":
+            return distillation_loss(student, teacher, temperature=settings.temperature)
+        return decoupled_distillation_loss(
+            student,
+            teacher,
+            labels,
+            temperature=settings.temperature,
+            target_weight=settings.target_weight,
+            others_weight=settings.others_weight,
         )

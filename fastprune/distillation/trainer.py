@@ -11,18 +11,15 @@ import torch
 from torch import nn
 
 from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
-from fastprune.artifacts.subset import Subset
-from fastprune.distillation.learner import Learner
 from fastprune.distillation.loop import TrainingLoop
-from fastprune.distillation.losses import LogitReshaper
-from fastprune.distillation.objective import Objective
+from fastprune.distillation.pair import make_pair
 from fastprune.distillation.result import Result
 from fastprune.distillation.runlog import RunLog
 from fastprune.errors import ArtifactMismatch, RecipeError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.networks import build_network, load_weights, save_weights
-from fastprune.recipe import NetworkSettings, Recipe, load_recipe
+from fastprune.networks import save_weights
+from fastprune.recipe import Recipe, load_recipe
 
 
 def distill(recipe: Recipe | str | Path) -> Result:
@@ -54,14 +51,18 @@ def distill(recipe: Recipe | str | Path) -> Result:
     with _run_folder(recipe) as folder:
         # The student's weights depend on the seed alone, whatever was built before.
         torch.manual_seed(recipe.run.seed)
-        student = _build(recipe.student, train_loader.num_classes, recipe, device)
-        objective = _make_objective(recipe, train_loader.num_classes, device)
+        learner, objective = make_pair(
+            recipe,
+            num_classes=train_loader.num_classes,
+            keep_ratio=len(train_loader.rows) / train_loader.beton.num_rows,
+            device=device,
+        )
         train_loader.warm_up()
         val_loader.warm_up()
         with RunLog(folder) as log:
             loop = TrainingLoop(
                 recipe,
-                Learner(student),
+                learner,
                 objective,
                 train_loader=train_loader,
                 val_loader=val_loader,
@@ -73,7 +74,7 @@ def distill(recipe: Recipe | str | Path) -> Result:
             startup_seconds = time.perf_counter() - started
             loop.run()
         student_path = folder / "student.safetensors"
-        _save_student(student, student_path, recipe, train_loader)
+        _save_student(learner.student, student_path, recipe, train_loader)
         result = Result(
             name=recipe.run.name or folder.resolve().name,
             seed=recipe.run.seed,
@@ -159,17 +160,6 @@ def _require_same_classes(train: Loader, val: Loader) -> None:
     )
 
 
-def _build(
-    settings: NetworkSettings, num_classes: int, recipe: Recipe, device: torch.device
-) -> nn.Module:
-    """A network on the device, with its checkpoint where it has one."""
-    network = build_network(settings.network, num_classes=num_classes)
-    if settings.checkpoint is not None:
-        load_weights(network, settings.checkpoint)
-    layout = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    return network.to(device).to(memory_format=layout)
-
-
 def _save_student(student: nn.Module, path: Path, recipe: Recipe, loader: Loader) -> None:
     """Write the weights, with what a reader needs to build the network and to name its classes."""
     metadata = {
@@ -181,30 +171,3 @@ def _save_student(student: nn.Module, path: Path, recipe: Recipe, loader: Loader
         metadata["class_names"] = json.dumps(loader.class_names)
     with atomic_path(path) as temporary:
         save_weights(student, temporary, metadata=metadata)
-
-
-def _make_objective(recipe: Recipe, num_classes: int, device: torch.device) -> Objective:
-    """What the recipe minimises, with its teacher loaded and frozen."""
-    if recipe.teacher is None:
-        return Objective(recipe.loss)
-    teacher = _build(recipe.teacher, num_classes, recipe, device)
-    return Objective(recipe.loss, teacher, _make_reshaper(recipe, num_classes, device))
-
-
-def _make_reshaper(recipe: Recipe, num_classes: int, device: torch.device) -> LogitReshaper | None:
-    """The reshaper with the class std that the subset carries, where the recipe asks for it."""
-    if recipe.loss.reshaping != "class_std":
-        return None
-    assert recipe.data.subset is not None, "the recipe is validated"
-    class_std = Subset.load(recipe.data.subset).class_std
-    if class_std is None:
-        raise RecipeError(
-            f"loss.reshaping = 'class_std', but {recipe.data.subset} carries no class std. "
-            "Make the subset with `fastprune select`, or set loss.reshaping to 'none'."
-        )
-    if len(class_std) != num_classes:
-        raise ArtifactMismatch(
-            f"{recipe.data.subset} has the class std of {len(class_std)} classes, but "
-            f"{recipe.data.train} has {num_classes}. Select again from scores of this beton."
-        )
-    return LogitReshaper(class_std).to(device)
