@@ -13,8 +13,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -37,9 +37,6 @@ def _rising(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float
 
 
 _Points = Annotated[tuple[tuple[Share, Weight], ...], Field(min_length=1), AfterValidator(_rising)]
-_WEIGHT_OR_POINTS: TypeAdapter[float | tuple[tuple[float, float], ...]] = TypeAdapter(
-    Weight | _Points, config=ConfigDict(allow_inf_nan=False)
-)
 
 
 class _Section(BaseModel):
@@ -112,7 +109,7 @@ class LossSettings(_Section):
 
     cross_entropy_weight: Weight = 0.1
     distillation: Literal["kd", "dkd"] = "kd"
-    distillation_weight: float | tuple[tuple[float, float], ...] = 0.9
+    distillation_weight: Weight | _Points = 0.9
     temperature: Annotated[float, Field(gt=0)] = 4.0
     target_weight: Weight = 1.0
     others_weight: Weight = 8.0
@@ -121,12 +118,12 @@ class LossSettings(_Section):
     reshaping: Literal["none", "class_std", "zscore"] = "none"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-    @field_validator("distillation_weight", mode="plain")
+    @field_validator("distillation_weight", mode="wrap")
     @classmethod
-    def _check_weight(cls, value: Any) -> float | tuple[tuple[float, float], ...]:
-        """A number, or points; pydantic would describe a fault once for each."""
+    def _check_weight(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """One fault where pydantic would tell one for a number and others for points."""
         try:
-            return _WEIGHT_OR_POINTS.validate_python(value)
+            return check(value)
         except ValidationError:
             raise ValueError(
                 f"loss.distillation_weight is {value!r}, but must be a number >= 0, or points "

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.errors import RecipeError
-from fastprune.recipe import load_recipe
+from fastprune.recipe import load_recipe, make_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RECIPE = """
@@ -76,11 +76,30 @@ def test_unknown_key_in_an_optional_section_is_refused(recipe_file):
         ("loss.temperature=0", r"loss\.temperature = 0: .*greater than 0"),
         ("teacher.network=resnet20", r"teacher\.checkpoint is missing"),
         ("loss.reshaping=zscore", r"loss\.reshaping needs a teacher"),
+        ("loss.feature_weight=25", r"loss\.feature_weight needs a teacher"),
+        *(
+            (
+                f"loss.distillation_weight={value}",
+                r"distillation_weight is .* points \[\[keep ratio",
+            )
+            for value in ("-1", "nan", "[]", "[[0, 1]]", "[[0.5, 1], [0.5, 2]]", "[[0.5, -1]]", "x")
+        ),
     ],
 )
 def test_value_outside_its_domain_is_named(recipe_file, override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_file, [override])
+
+
+def test_weight_of_the_distillation_is_linear_between_its_points(recipe_file):
+    loss = load_recipe(recipe_file, ["loss.distillation_weight=[[0.4, 3], [0.8, 1]]"]).loss
+    found = [loss.distillation_weight_at(keep_ratio) for keep_ratio in (0.1, 0.5, 0.8, 1.0)]
+    assert found == pytest.approx([3, 2.5, 1, 1])
+
+
+def test_resolved_recipe_is_a_recipe(recipe_file):
+    recipe = load_recipe(recipe_file, ["loss.distillation_weight=[[0.4, 3], [0.8, 1]]"])
+    assert make_recipe(recipe.model_dump(mode="json")) == recipe
 
 
 def test_reshaping_by_class_std_needs_a_subset(recipe_file):

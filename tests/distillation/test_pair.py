@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch import nn
+
+from fastprune.distillation.pair import make_pair
+from fastprune.errors import RecipeError
+
+CPU = torch.device("cpu")
+
+
+def without_classifier(num_classes: int) -> nn.Module:
+    """A factory whose network ends in a lookup that no hook can find."""
+    return nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_weights_of_the_student_depend_on_the_seed_alone(recipe, teacher):
+    section = {"network": "resnet8", "checkpoint": teacher}
+    pairs = []
+    for settings in (recipe(), recipe(teacher=section, loss={"feature_weight": 25})):
+        torch.manual_seed(3)
+        pairs.append(make_pair(settings, num_classes=10, keep_ratio=1, device=CPU))
+    first, second = (learner.student.state_dict() for learner, _ in pairs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_keep_ratio_reaches_the_weight_of_the_distillation(recipe, teacher):
+    settings = recipe(
+        teacher={"network": "resnet8", "checkpoint": teacher},
+        loss={"distillation_weight": [[0.5, 2.0], [1.0, 1.0]]},
+    )
+    _, objective = make_pair(settings, num_classes=10, keep_ratio=0.75, device=CPU)
+    assert objective.distillation_weight == pytest.approx(1.5)
+
+
+def test_network_without_features_is_named(recipe, teacher):
+    settings = recipe(
+        student={"network": f"{__name__}:without_classifier"},
+        teacher={"network": "resnet8", "checkpoint": teacher},
+        loss={"feature_weight": 25},
+    )
+    with pytest.raises(
+        RecipeError, match=r"but Sequential has no linear layer with 10 outputs.*Take other netw"
+    ):
+        make_pair(settings, num_classes=10, keep_ratio=1, device=CPU)
