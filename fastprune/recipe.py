@@ -138,6 +138,21 @@ class LossSettings(_Section):
         return self.distillation_weight
 
 
+class PruningSettings(_Section):
+    """Rows that are skipped while the student learns, chosen anew in each epoch.
+
+    Attributes:
+        rule: "infobatch" skips rows at random whose last loss was below the mean, and lets those of
+            them that it keeps count for the skipped ones.
+        skip_probability: of a row with such a loss.
+        full_share: share of the epochs, at the end, that skip nothing.
+    """
+
+    rule: Literal["infobatch"]
+    skip_probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    full_share: Annotated[float, Field(ge=0, le=1)] = 0.125
+
+
 class ScheduleSettings(_Section):
     """How long and how fast the student learns.
 
@@ -235,6 +250,7 @@ class Recipe(_Section):
         run: where, and where to.
         teacher: the network that teaches; None trains plainly on the labels.
         loss: the weights of the loss terms.
+        pruning: which rows an epoch skips; None trains on all rows of the subset in each.
     """
 
     data: DataSettings
@@ -243,6 +259,7 @@ class Recipe(_Section):
     run: RunSettings
     teacher: NetworkSettings | None = None
     loss: LossSettings = LossSettings()
+    pruning: PruningSettings | None = None
 
     @model_validator(mode="after")
     def _check_fit(self) -> Self:
