@@ -78,11 +78,14 @@ class NetworkSettings(_Section):
 
     Attributes:
         network: a name that `fastprune.networks` knows.
-        checkpoint: weights to load; None to start from random ones.
+        checkpoint: file of weights to load.
+        weights: published weights instead, by name: such as "IMAGENET1K_V1" or "DEFAULT" for
+            torchvision's networks, "pretrained" for timm's. Without either, weights are random.
     """
 
     network: str
     checkpoint: Path | None = None
+    weights: str | None = None
 
 
 class LossSettings(_Section):
@@ -264,8 +267,14 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check_fit(self) -> Self:
         """Refuse settings that contradict each other."""
-        if self.teacher is not None and self.teacher.checkpoint is None:
-            raise ValueError("teacher.checkpoint is missing: an untrained teacher teaches nothing")
+        for name, network in (("teacher", self.teacher), ("student", self.student)):
+            if network is not None and network.checkpoint and network.weights:
+                raise ValueError(f"{name}.checkpoint and {name}.weights: leave one of them out")
+        if self.teacher and not (self.teacher.checkpoint or self.teacher.weights):
+            raise ValueError(
+                "teacher.checkpoint is missing (or teacher.weights, for published ones): an "
+                "untrained teacher teaches nothing"
+            )
         if self.teacher is None and self.loss.reshaping != "none":
             raise ValueError("loss.reshaping needs a teacher whose logits it reshapes")
         if self.teacher is None and self.loss.feature_weight > 0:
@@ -278,6 +287,9 @@ class Recipe(_Section):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a TOML recipe; relative paths in it are relative to the working folder.
 
+    A file that begins with `extends = "other.toml"` has the settings of that file, which lies
+    beside it, and replaces or adds those that it names.
+
     Args:
         path: the TOML file.
         overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
@@ -287,15 +299,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         The validated recipe.
 
     Raises:
-        RecipeError: the file cannot be read, a key is unknown, or a value is outside its domain.
+        RecipeError: a file cannot be read, files extend each other in a circle, a key is unknown,
+            or a value is outside its domain.
     """
-    path = Path(path)
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is no TOML file: {error}.") from error
+    settings = _read(Path(path))
     for override in overrides:
         _set(settings, override)
     return make_recipe(settings, name=str(path))
@@ -316,6 +323,28 @@ def make_recipe(settings: dict[str, Any], *, name: str = "recipe") -> Recipe:
     except ValidationError as error:
         faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
         raise RecipeError(f"{name} cannot be used:\n{faults}") from error
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a file, upon those of the file that it extends."""
+    if path.resolve() in extending:
+        raise RecipeError(f"{path} extends itself, through other files perhaps. Break the circle.")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is no TOML file: {error}.") from error
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends = {base!r} must be the name of a file beside it.")
+    extended = _read(path.parent / base, (*extending, path.resolve()))
+    for name, keys in settings.items():
+        is_section = isinstance(keys, dict) and isinstance(extended.get(name), dict)
+        extended[name] = {**extended[name], **keys} if is_section else keys
+    return extended
 
 
 def _describe(fault: Any) -> str:

@@ -102,6 +102,45 @@ def test_resolved_recipe_is_a_recipe(recipe_file):
     assert make_recipe(recipe.model_dump(mode="json")) == recipe
 
 
+def test_recipe_that_extends_another_replaces_and_adds_settings(tmp_path, recipe_file):
+    (tmp_path / "half.toml").write_text(
+        'extends = "recipe.toml"\n[data]\nsubset = "half.npy"\n[schedule]\nepochs = 9\n'
+    )
+    half = load_recipe(tmp_path / "half.toml", ["schedule.learning_rate=0.3"])
+    whole = load_recipe(recipe_file, ["schedule.learning_rate=0.3"])
+    assert half.data.subset == Path("half.npy")
+    assert half.schedule.epochs == 9
+    assert half.data.model_copy(update={"subset": None}) == whole.data
+    assert half.schedule.model_copy(update={"epochs": 2}) == whole.schedule
+    assert (half.student, half.run) == (whole.student, whole.run)
+
+
+def test_recipes_that_extend_each_other_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "b.toml"')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"')
+    with pytest.raises(RecipeError, match=r"a\.toml extends itself.* Break the circle"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_extended_recipe_is_named_where_it_is_missing(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "b.toml"')
+    with pytest.raises(RecipeError, match=r"b\.toml does not exist"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_only_a_file_can_be_extended(tmp_path):
+    (tmp_path / "a.toml").write_text("extends = 3")
+    with pytest.raises(RecipeError, match=r"extends = 3 must be the name of a file"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_published_weights_stand_in_for_a_checkpoint(recipe_file):
+    overrides = ["teacher.network=resnet34", "teacher.weights=DEFAULT"]
+    assert load_recipe(recipe_file, overrides).teacher.weights == "DEFAULT"
+    with pytest.raises(RecipeError, match=r"teacher\.weights: leave one of them out"):
+        load_recipe(recipe_file, [*overrides, "teacher.checkpoint=a.pt"])
+
+
 def test_reshaping_by_class_std_needs_a_subset(recipe_file):
     overrides = ["teacher.network=a", "teacher.checkpoint=b", "loss.reshaping=class_std"]
     with pytest.raises(RecipeError, match=r"needs data\.subset"):

@@ -51,8 +51,8 @@ def make_pair(
 
 
 def _build(settings: NetworkSettings, num_classes: int) -> nn.Module:
-    """A network, with its checkpoint where it has one."""
-    network = build_network(settings.network, num_classes=num_classes)
+    """A network, with published weights or its checkpoint where it has any."""
+    network = build_network(settings.network, num_classes=num_classes, weights=settings.weights)
     if settings.checkpoint is not None:
         load_weights(network, settings.checkpoint)
     return network
