@@ -14,6 +14,7 @@ from fastprune.distillation.checkpoint import Checkpoints
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.evaluation import Evaluation, evaluate
 from fastprune.distillation.faults import Signals, stopped
+from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.interval import Interval
 from fastprune.distillation.processes import Agreement, gathered, share_buffers
 from fastprune.distillation.runlog import RunLog
@@ -50,6 +51,7 @@ class TrainingLoop:
         train_loader: Loader,
         val_loader: Loader,
         interval: Interval,
+        pruning: InfoBatch | None,
         checkpoints: Checkpoints,
         identity: dict[str, Any],
         ranks: Ranks,
@@ -65,6 +67,7 @@ class TrainingLoop:
             train_loader: yields (images, labels, rows).
             val_loader: yields (images, labels), this process's share.
             interval: examines the losses.
+            pruning: chooses the rows of each pass, and weighs them in the stepper; None for all.
             checkpoints: where the first process saves.
             identity: of the run, kept in its checkpoints.
             ranks: the processes that train together.
@@ -81,6 +84,7 @@ class TrainingLoop:
         self._train_loader = train_loader
         self._val_loader = val_loader
         self._interval = interval
+        self._pruning = pruning
         self._checkpoints = checkpoints
         self._identity = identity
         self._ranks = ranks
@@ -118,6 +122,7 @@ class TrainingLoop:
         self._stepper.train()
         self._train_loader.set_epoch(epoch)
         first = self._train_loader.state_dict()["batches"]
+        self._prune(epoch, is_new=first == 0)
         num_batches = len(self._train_loader)
         self._clocks.switch("train")
         for index, (images, labels, rows) in enumerate(self._watched(epoch, first), first):
@@ -125,15 +130,26 @@ class TrainingLoop:
             self._learning_rate = learning_rate(self._recipe.schedule, progress)
             self.steps += 1
             losses = self._stepper.update(
-                images, labels, step=self.steps, learning_rate=self._learning_rate
+                images, labels, rows, step=self.steps, learning_rate=self._learning_rate
             )
             self._interval.add(step=self.steps, epoch=epoch, batch=index, losses=losses, rows=rows)
             if self.steps % self._recipe.run.log_every == 0:
                 self._write_losses()
             self._heed(self._agreement.ask(self._request()))
         self._write_losses()
+        if self._pruning is not None:
+            self._pruning.end_epoch()
         self.epochs_done += 1
         self._save()
+
+    def _prune(self, epoch: int, *, is_new: bool) -> None:
+        """Choose the rows of a pass; those of a pass that is gone on with are what they were."""
+        if self._pruning is None:
+            return
+        rows = self._pruning.begin_epoch(epoch)
+        self._train_loader.set_rows(rows)
+        if self._log is not None and is_new:
+            self._log.write(step=self.steps, epoch=epoch, rows=len(rows))
 
     def _watched(self, epoch: int, first: int) -> Iterator[tuple[Tensor, ...]]:
         """The batches of a pass, with a bar on the first process."""
@@ -211,8 +227,9 @@ class TrainingLoop:
         is_saved = True
         with self._clocks.phase("checkpoint"):
             generators = gathered(_generators(self._device), self._ranks)
+            pruning = self._pruning.state_dict() if self._pruning is not None else None
             if self._ranks.is_first:
-                state = self.state_dict() | {"generators": generators}
+                state = self.state_dict() | {"generators": generators, "pruning": pruning}
                 is_saved = self._checkpoints.save(state, step=self.steps)
         self._saved_step, self._saved_at = self.steps, time.monotonic()
         return is_saved
@@ -254,7 +271,7 @@ class TrainingLoop:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, but the random generators."""
+        """What the rest of the run depends on, but for what all processes must be asked for."""
         return {
             "identity": self._identity,
             "steps": self.steps,
@@ -272,7 +289,8 @@ class TrainingLoop:
         """Go on where the run was that wrote a checkpoint.
 
         Args:
-            state: what `state_dict` returned, and the generators of all processes.
+            state: what `state_dict` returned, the generators of all processes, and the losses that
+                they prune by.
         """
         self.steps, self.epochs_done = state["steps"], state["epochs_done"]
         self.evaluations = [Evaluation(**fields) for fields in state["evaluations"]]
@@ -281,6 +299,8 @@ class TrainingLoop:
         self._clocks.load_state_dict(state["clocks"])
         self._train_loader.load_state_dict(state["loader"])
         self._stepper.load_state_dict(state["stepper"])
+        if self._pruning is not None:
+            self._pruning.load_state_dict(state["pruning"])
         _set_generators(state["generators"][self._ranks.rank], self._device)
 
 

@@ -23,7 +23,8 @@ class Result:
             tells, else as it is.
         metric: what the subset's rows were ranked by; None where nothing tells.
         strategy: the rule that chose them; None where nothing tells.
-        images_per_epoch: images of an epoch; the last few rows, drawn anew, fill no batch.
+        images_per_epoch: images of an epoch, on average where epochs skip rows; the last few rows,
+            drawn anew, fill no batch.
         epochs: passes over them.
         steps: optimiser steps.
         batch_size: images per step, over all processes.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.averaging import WeightAverage
 from fastprune.distillation.clocks import Clocks
+from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.learner import Learner
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.processes import distribute, synchronize_batchnorm
@@ -26,6 +27,7 @@ class Stepper:
         recipe: Recipe,
         learner: Learner,
         objective: Objective,
+        pruning: InfoBatch | None = None,
         *,
         ranks: Ranks,
         device: torch.device,
@@ -37,6 +39,7 @@ class Stepper:
             recipe: schedule, precision and the like.
             learner: trained in place.
             objective: what is minimised.
+            pruning: weighs the losses of rows; None lets each count once.
             ranks: the processes that train together.
             device: where learner, objective and batches are.
             clocks: told of the parts of each step.
@@ -46,6 +49,7 @@ class Stepper:
         """
         self._recipe = recipe
         self._objective = objective
+        self._pruning = pruning
         self._device = device
         self._clocks = clocks
         if recipe.run.sync_batchnorm:
@@ -69,19 +73,22 @@ class Stepper:
         """Put the learner into training mode."""
         self._wrapped.train()
 
-    def update(self, images: Tensor, labels: Tensor, *, step: int, learning_rate: float) -> Tensor:
+    def update(
+        self, images: Tensor, labels: Tensor, rows: Tensor, *, step: int, learning_rate: float
+    ) -> Tensor:
         """Take a step.
 
         Args:
             images: (B, 3, S, S) on the device.
             labels: (B,) int64 on the device.
+            rows: (B,) int64 on the device, of the beton.
             step: optimiser steps done, this one included.
             learning_rate: of this step.
 
         Returns:
             (B,) float32 on the device: the loss of every row, detached.
         """
-        losses = self._backward(images, labels)
+        losses = self._backward(images, labels, rows)
         with self._clocks.part("optimizer"):
             if self._recipe.schedule.clip_norm is not None:
                 nn.utils.clip_grad_norm_(
@@ -95,14 +102,17 @@ class Stepper:
                 self._average.update(self._learner.student, step=step)
         return losses
 
-    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The gradients of the batch; returns the loss of every row."""
+    def _backward(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The gradients of the batch; returns the loss of every row, not weighed."""
         with self.autocast(), self._clocks.part("teacher"):
             targets = self._objective.teach(images, labels)
         with self._clocks.part("student"):
             with self.autocast():
                 losses: Tensor = self._objective(self._wrapped(images), targets, labels)
-            losses.mean().backward()
+            if self._pruning is None or rows is None:
+                losses.mean().backward()
+            else:
+                self._pruning.weigh(losses, rows).mean().backward()
         return losses.detach()
 
     def rehearse(self, *, num_classes: int) -> None:

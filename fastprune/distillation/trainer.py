@@ -14,6 +14,7 @@ from fastprune.difficulty.ranks import Ranks, device_of_rank
 from fastprune.distillation.checkpoint import Checkpoints
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.faults import naming_memory
+from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.interval import Interval
 from fastprune.distillation.loop import TrainingLoop
 from fastprune.distillation.opening import (
@@ -103,14 +104,16 @@ class _Run:
         )
         train_loader.warm_up()
         val_loader.warm_up()
+        self._epochs = self._num_passes()
+        self._rows = train_loader.rows
+        pruning = self._pruning(device)
         self._stepper = Stepper(
-            recipe, learner, objective, ranks=ranks, device=device, clocks=clocks
+            recipe, learner, objective, pruning, ranks=ranks, device=device, clocks=clocks
         )
         self._stepper.rehearse(num_classes=train_loader.num_classes)
         clocks.forget_parts()
         # Processes differ, as in the rows that they see.
         torch.manual_seed(recipe.run.seed + ranks.rank)
-        self._epochs = self._num_passes()
         self._checkpoints = Checkpoints(
             self._folder / "checkpoints", keep=recipe.run.keep_checkpoints
         )
@@ -121,6 +124,7 @@ class _Run:
             train_loader=train_loader,
             val_loader=val_loader,
             interval=self._interval(),
+            pruning=pruning,
             checkpoints=self._checkpoints,
             identity=self._identity,
             ranks=ranks,
@@ -171,6 +175,20 @@ class _Run:
             steps_of_all=loader.beton.num_rows // stride,
         )
 
+    def _pruning(self, device: torch.device) -> InfoBatch | None:
+        """What chooses the rows of each pass, where the recipe asks for it."""
+        if self._recipe.pruning is None:
+            return None
+        return InfoBatch(
+            self._recipe.pruning,
+            self._rows,
+            epochs=self._epochs,
+            seed=self._recipe.run.seed,
+            min_rows=self._train_loader.batch_size * self._ranks.world,
+            device=device,
+            ranks=self._ranks,
+        )
+
     def _interval(self) -> Interval:
         """What examines the losses."""
         return Interval(
@@ -196,11 +214,11 @@ class _Run:
         return Result(
             name=self._recipe.run.name or self._folder.resolve().name,
             seed=self._recipe.run.seed,
-            rows=len(loader.rows),
-            keep_ratio=asked or len(loader.rows) / loader.beton.num_rows,
+            rows=len(self._rows),
+            keep_ratio=asked or len(self._rows) / loader.beton.num_rows,
             metric=subset.metric if subset else None,
             strategy=subset.strategy if subset else None,
-            images_per_epoch=len(loader) * loader.batch_size * self._ranks.world,
+            images_per_epoch=loop.steps * loader.batch_size * self._ranks.world // self._epochs,
             epochs=self._epochs,
             steps=loop.steps,
             batch_size=loader.batch_size * self._ranks.world,
