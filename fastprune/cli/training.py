@@ -34,16 +34,18 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iteratio
     from fastprune.errors import PeerError, TrainingStopped
     from fastprune.recipe import load_recipe
 
+    is_first = os.environ.get("RANK", "0") == "0"
     if fixed_iterations:
         overrides = (*overrides, "schedule.fixed_iterations=true")
     try:
         result = distill(load_recipe(recipe, overrides), resume=resume)
     except TrainingStopped as stop:
-        click.echo(str(stop), err=True)
+        if is_first:
+            click.echo(str(stop), err=True)
         sys.exit(stop.exit_code)
     except PeerError:
         sys.exit(1)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first:
         return
     click.echo(
         f"trained on {result.rows:,} rows for {result.epochs} epochs in "

@@ -14,6 +14,7 @@ from fastprune.distillation.checkpoint import Checkpoints
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.evaluation import Evaluation, evaluate
 from fastprune.distillation.faults import Signals, stopped
+from fastprune.distillation.growth import GrowingLoader
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.interval import Interval
 from fastprune.distillation.processes import Agreement, gathered, share_buffers
@@ -48,7 +49,7 @@ class TrainingLoop:
         stepper: Stepper,
         *,
         epochs: int,
-        train_loader: Loader,
+        train_loader: Loader | GrowingLoader,
         val_loader: Loader,
         interval: Interval,
         pruning: InfoBatch | None,
@@ -167,7 +168,7 @@ class TrainingLoop:
             note=self._outlook,
         )
 
-    def _timed(self, loader: Loader) -> Iterator[tuple[Tensor, ...]]:
+    def _timed(self, loader: Loader | GrowingLoader) -> Iterator[tuple[Tensor, ...]]:
         """The batches of a pass; the time until each arrives is waiting time."""
         asked = time.perf_counter()
         for batch in loader:
@@ -211,7 +212,11 @@ class TrainingLoop:
         is_due = every is not None and self.steps - self._saved_step >= every
         # Clocks differ among processes, so the first one's counts.
         is_late = self._ranks.is_first and time.monotonic() - self._saved_at >= 60 * minutes
-        return _CHECKPOINT if is_due or is_late else 0
+        if not (is_due or is_late):
+            return 0
+        # The answer comes a step later; until then nothing more is due.
+        self._saved_step, self._saved_at = self.steps, time.monotonic()
+        return _CHECKPOINT
 
     def _heed(self, request: int) -> None:
         """Do what was asked for."""

@@ -12,7 +12,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastprune.difficulty.ranks import Ranks
-from fastprune.errors import PeerError, RecipeError, TrainingError
+from fastprune.errors import PeerError, RecipeError, TrainingError, TrainingStopped
 
 _FAILED = "fastprune/failed"
 
@@ -67,6 +67,8 @@ def _ending_together(ranks: Ranks, store: Any) -> Iterator[None]:
     """Let the first process that fails say so, and the others end without a word of their own."""
     try:
         yield
+    except TrainingStopped:
+        raise  # all of them stop, after the same step
     except Exception as error:
         first = str(ranks.rank)
         if store is not None:
@@ -75,9 +77,8 @@ def _ending_together(ranks: Ranks, store: Any) -> Iterator[None]:
             raise PeerError(f"rank {first} of the run failed first, and tells why.") from error
         if _is_lost_connection(error):
             raise TrainingError(
-                f"rank {ranks.rank} lost the other ranks ({str(error).splitlines()[0]}). One of "
-                "them died without a message, out of memory perhaps: see the system's log. Go on "
-                "with --resume."
+                f"rank {ranks.rank} lost the other ranks: one of them died without a message, out "
+                "of memory perhaps (see the system's log). Go on with --resume."
             ) from error
         raise
 

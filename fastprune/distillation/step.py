@@ -127,22 +127,21 @@ class Stepper:
             (data.batch_size, 3, data.image_size, data.image_size), device=self._device
         ).to(memory_format=torch.channels_last)
         labels = torch.zeros(data.batch_size, dtype=torch.int64, device=self._device)
-        self._require_logits(images, labels, num_classes)
+        self._require_logits(images[:1], num_classes)
         self.train()
         self._backward(images, labels)
         self._optimizer.zero_grad(set_to_none=True)
         self._learner.load_state_dict(before)
 
     @torch.no_grad()
-    def _require_logits(self, images: Tensor, labels: Tensor, num_classes: int) -> None:
-        """Refuse networks whose outputs are not (B, C)."""
-        del labels
+    def _require_logits(self, images: Tensor, num_classes: int) -> None:
+        """Refuse networks whose outputs for one image are not (1, C)."""
         networks = {"student": self._learner.student.eval(), "teacher": self._objective.teacher}
         for name, network in networks.items():
             if network is None:
                 continue
             with self.autocast():
-                answer = network(images[:1])
+                answer = network(images)
             logits = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else answer
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             if shape != (1, num_classes):
