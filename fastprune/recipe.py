@@ -52,7 +52,12 @@ class DataSettings(_Section):
         train: beton to train on.
         val: beton to evaluate on.
         subset: index file of the rows to train on; None for all rows.
-        image_size: side of a view in pixels.
+        image_size: side of a training view in pixels; with `first_image_size` that of the last
+            epochs.
+        first_image_size: side in the first epochs, from where it rises to `image_size` in steps of
+            `image_size_step`, each size for an equal part of the epochs; None for one size.
+        image_size_step: pixels between two sizes.
+        val_image_size: side of a validation view in pixels; None for `image_size`.
         augment: how a training view is taken; None for the loader's default at this size.
         batch_size: images per step and process.
         backend: the loader's engine; "auto" is DALI where CUDA and DALI are there, else FFCV.
@@ -65,12 +70,25 @@ class DataSettings(_Section):
     val: Path
     subset: Path | None = None
     image_size: Count = 224
+    first_image_size: Count | None = None
+    image_size_step: Count = 32
+    val_image_size: Count | None = None
     augment: Literal["rrc", "pad_crop", "center", "none"] | None = None
     batch_size: Count = 256
     backend: Literal["auto", "ffcv", "dali"] = "auto"
     mean: Channels = (0.485, 0.456, 0.406)
     std: Deviations = (0.229, 0.224, 0.225)
     num_workers: Count | None = None
+
+    @model_validator(mode="after")
+    def _check_growth(self) -> Self:
+        """Refuse images that would shrink."""
+        if self.first_image_size is not None and self.first_image_size > self.image_size:
+            raise ValueError(
+                f"data.first_image_size = {self.first_image_size} must not be above "
+                f"data.image_size = {self.image_size}"
+            )
+        return self
 
 
 class NetworkSettings(_Section):

@@ -73,6 +73,8 @@ def test_unknown_key_in_an_optional_section_is_refused(recipe_file):
         ("schedule.epochs=0", r"schedule\.epochs = 0: .*greater than or equal to 1"),
         ("schedule.policy=warp", r"schedule\.policy = 'warp': .*'step', 'cosine' or 'one_cycle'"),
         ("schedule.learning_rate=inf", r"schedule\.learning_rate = inf: .*finite number"),
+        ("data.first_image_size=256", r"first_image_size = 256 must not be above data\.image_size"),
+        ("pruning.rule=random", r"pruning\.rule = 'random': .*'infobatch'"),
         ("loss.temperature=0", r"loss\.temperature = 0: .*greater than 0"),
         ("teacher.network=resnet20", r"teacher\.checkpoint is missing"),
         ("loss.reshaping=zscore", r"loss\.reshaping needs a teacher"),

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from fastprune.distillation.growth import GrowingLoader, image_sizes
 from fastprune.distillation.objective import Objective
 from fastprune.errors import ArtifactMismatch, RecipeError
+from fastprune.loading.augment import Recipe as Views
 from fastprune.loading.loader import Loader
 from fastprune.networks import weights_digest, weights_metadata
 from fastprune.recipe import Recipe
@@ -45,29 +47,73 @@ def open_loaders(recipe: Recipe, device: torch.device) -> tuple[Loader, Loader]:
         ArtifactMismatch: subset, train and val beton or the teacher do not belong together.
         InvalidValueError: the subset fills no batch.
     """
+    train = open_train_loader(recipe, recipe.data.image_size, device=device)
+    val_size = recipe.data.val_image_size or recipe.data.image_size
+    val = Loader(recipe.data.val, train=False, image_size=val_size, **_shared(recipe, device))
+    _require_same_classes(train, val)
+    _require_teacher_of_classes(recipe, train)
+    return train, val
+
+
+def open_train_loader(recipe: Recipe, image_size: int, *, device: torch.device) -> Loader:
+    """This process's share of the rows to train on: batches of (images, labels, rows).
+
+    Args:
+        recipe: its section `data`, and the seed.
+        image_size: side of the images; the kind of views is that of the recipe's size.
+        device: where batches go.
+    """
     data = recipe.data
-    shared: dict[str, Any] = {
+    views = Views.make(data.augment, image_size=data.image_size, train=True)
+    return Loader(
+        data.train,
+        data.subset,
+        train=True,
+        augment=views.kind,
+        image_size=image_size,
+        seed=recipe.run.seed,
+        layout="xyi",
+        **_shared(recipe, device),
+    )
+
+
+def make_batches(
+    recipe: Recipe, train: Loader, *, epochs: int, device: torch.device
+) -> Loader | GrowingLoader:
+    """What the loop iterates over: the train loader, or loaders of one size after the other.
+
+    Args:
+        recipe: its section `data`, and the seed.
+        train: a loader of the recipe's image size.
+        epochs: passes of the run.
+        device: where batches go.
+    """
+    first, last = recipe.data.first_image_size, recipe.data.image_size
+    if first is None or first == last:
+        return train
+    sizes = image_sizes(first, last, step=recipe.data.image_size_step)
+
+    def of_size(size: int) -> Loader:
+        if size == last:
+            return train
+        loader = open_train_loader(recipe, size, device=device)
+        loader.warm_up()
+        return loader
+
+    return GrowingLoader(of_size, sizes, epochs=epochs)
+
+
+def _shared(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What both loaders have in common."""
+    data = recipe.data
+    return {
         "batch_size": data.batch_size,
         "backend": data.backend,
         "device": device,
-        "image_size": data.image_size,
         "mean": data.mean,
         "std": data.std,
         "num_workers": data.num_workers,
     }
-    train = Loader(
-        data.train,
-        data.subset,
-        train=True,
-        augment=data.augment,
-        seed=recipe.run.seed,
-        layout="xyi",
-        **shared,
-    )
-    val = Loader(data.val, train=False, **shared)
-    _require_same_classes(train, val)
-    _require_teacher_of_classes(recipe, train)
-    return train, val
 
 
 def student_metadata(recipe: Recipe, loader: Loader) -> dict[str, str]:
@@ -75,7 +121,7 @@ def student_metadata(recipe: Recipe, loader: Loader) -> dict[str, str]:
     metadata = {
         "network": recipe.student.network,
         "num_classes": str(loader.num_classes),
-        "image_size": str(recipe.data.image_size),
+        "image_size": str(recipe.data.val_image_size or recipe.data.image_size),
         "mean": json.dumps(recipe.data.mean),
         "std": json.dumps(recipe.data.std),
     }

@@ -19,6 +19,7 @@ from fastprune.distillation.interval import Interval
 from fastprune.distillation.loop import TrainingLoop
 from fastprune.distillation.opening import (
     identity,
+    make_batches,
     open_loaders,
     require_same_run,
     student_metadata,
@@ -106,6 +107,7 @@ class _Run:
         val_loader.warm_up()
         self._epochs = self._num_passes()
         self._rows = train_loader.rows
+        self._batches = make_batches(recipe, train_loader, epochs=self._epochs, device=device)
         pruning = self._pruning(device)
         self._stepper = Stepper(
             recipe, learner, objective, pruning, ranks=ranks, device=device, clocks=clocks
@@ -121,7 +123,7 @@ class _Run:
             recipe,
             self._stepper,
             epochs=self._epochs,
-            train_loader=train_loader,
+            train_loader=self._batches,
             val_loader=val_loader,
             interval=self._interval(),
             pruning=pruning,
@@ -201,7 +203,7 @@ class _Run:
 
     def _batch_again(self, epoch: int, batch: int) -> tuple[torch.Tensor, ...]:
         """The batch that was this one of an epoch."""
-        loader = self._train_loader
+        loader = self._batches
         loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batches": batch})
         again: tuple[torch.Tensor, ...] = next(iter(loader))
         return again
