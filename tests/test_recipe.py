@@ -76,6 +76,8 @@ def test_unknown_key_in_an_optional_section_is_refused(recipe_file):
         ("data.first_image_size=256", r"first_image_size = 256 must not be above data\.image_size"),
         ("pruning.rule=random", r"pruning\.rule = 'random': .*'infobatch'"),
         ("loss.temperature=0", r"loss\.temperature = 0: .*greater than 0"),
+        ("schedule.warmup_epochs=2", r"warmup_epochs = 2 must be below schedule\.epochs = 2"),
+        ("data.std=[1, 0, 1]", r"data\.std\.1 = 0: .*greater than 0"),
         ("teacher.network=resnet20", r"teacher\.checkpoint is missing"),
         ("loss.reshaping=zscore", r"loss\.reshaping needs a teacher"),
         ("loss.feature_weight=25", r"loss\.feature_weight needs a teacher"),
@@ -171,3 +173,9 @@ def test_recipe_cannot_be_changed(recipe_file):
     recipe = load_recipe(recipe_file)
     with pytest.raises(ValueError, match="frozen"):
         recipe.schedule.epochs = 3
+
+
+def test_one_cycle_has_a_rise_of_its_own(recipe_file):
+    overrides = ["schedule.policy=one_cycle", "schedule.warmup_epochs=1"]
+    with pytest.raises(RecipeError, match="one_cycle rises over warmup_share"):
+        load_recipe(recipe_file, overrides)

@@ -29,6 +29,8 @@ class Result:
         steps: optimiser steps.
         batch_size: images per step, over all processes.
         processes: how many trained together.
+        backend: the loader's engine.
+        device: kind of device of the first process.
         startup_seconds: opening files, compiling the decoder, loading the teacher.
         train_seconds: the epochs, without validation, checkpoints and compilation.
         wait_seconds: the part of train_seconds in which the host waited for a batch.
@@ -57,6 +59,8 @@ class Result:
     steps: int
     batch_size: int
     processes: int
+    backend: str
+    device: str
     startup_seconds: float
     train_seconds: float
     wait_seconds: float

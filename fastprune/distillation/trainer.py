@@ -225,6 +225,8 @@ class _Run:
             steps=loop.steps,
             batch_size=loader.batch_size * self._ranks.world,
             processes=self._ranks.world,
+            backend=loader.backend,
+            device=loader.device.type,
             startup_seconds=seconds["startup"],
             train_seconds=seconds["train"],
             wait_seconds=seconds["wait"],
