@@ -140,7 +140,7 @@ class LogitReshaper(nn.Module):
         return logits * torch.where(usable, target / std, 1.0)
 
 
-def standardize(logits: Tensor) -> Tensor:
+def standardize_logits(logits: Tensor) -> Tensor:
     """Logits with mean zero and standard deviation one in every row.
 
     Args:

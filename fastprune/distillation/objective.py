@@ -12,7 +12,7 @@ from fastprune.distillation.losses import (
     decoupled_distillation_loss,
     distillation_loss,
     feature_loss,
-    standardize,
+    standardize_logits,
 )
 from fastprune.networks import FeatureNetwork
 from fastprune.recipe import LossSettings
@@ -122,7 +122,7 @@ class Objective(nn.Module):
         """The distance between the logits that the recipe chooses: (B,)."""
         settings, student, teacher = self.settings, outputs.logits, targets.logits
         if settings.reshaping == "zscore":
-            student, teacher = standardize(student), standardize(teacher)
+            student, teacher = standardize_logits(student), standardize_logits(teacher)
         if settings.distillation == "kd":
             return distillation_loss(student, teacher, temperature=settings.temperature)
         return decoupled_distillation_loss(

@@ -8,7 +8,7 @@ from fastprune.distillation.losses import (
     decoupled_distillation_loss,
     distillation_loss,
     feature_loss,
-    standardize,
+    standardize_logits,
 )
 from fastprune.errors import InvalidValueError
 
@@ -67,14 +67,14 @@ def test_reshaper_refuses_impossible_standard_deviations(class_std, message):
 
 
 def test_standardized_logits_have_mean_zero_and_deviation_one():
-    logits = standardize(torch.randn(4, 100) * 7 + 3)
+    logits = standardize_logits(torch.randn(4, 100) * 7 + 3)
     torch.testing.assert_close(logits.mean(dim=1), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits.std(dim=1), torch.ones(4), atol=1e-4, rtol=0)
 
 
 def test_standardizing_constant_logits_gives_no_nan_gradient():
     logits = torch.ones(2, 5, requires_grad=True)
-    standardize(logits).square().sum().backward()
+    standardize_logits(logits).square().sum().backward()
     assert torch.isfinite(logits.grad).all()
 
 
