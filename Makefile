@@ -56,6 +56,7 @@ study: setup ## Distil on all rows, halves and more, over seeds (IMAGES=folder w
 	@test -n '$(IMAGES)' || { echo "name a folder that holds train/ and test/: make study IMAGES=folder" >&2; exit 2; }
 	$(BIN)/python benchmarks/wallclock.py --images '$(IMAGES)' $(ARGS)
 	$(BIN)/python tools/measured.py
+	$(BIN)/fastprune report build/wallclock-cifar10/runs -o build/wallclock-cifar10/report.html
 
 bench-gpu: setup ## Run the tests and benchmarks that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
