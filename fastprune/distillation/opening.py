@@ -10,7 +10,7 @@ from fastprune.distillation.objective import Objective
 from fastprune.errors import ArtifactMismatch, RecipeError
 from fastprune.loading.augment import Recipe as Views
 from fastprune.loading.loader import Loader
-from fastprune.networks import weights_digest, weights_metadata
+from fastprune.networks import published_view, published_weights, weights_digest, weights_metadata
 from fastprune.recipe import Recipe
 
 # What may change between two parts of a run. Files may lie elsewhere: what they hold is compared.
@@ -193,9 +193,16 @@ def _require_same_classes(train: Loader, val: Loader) -> None:
 
 def _require_teacher_of_classes(recipe: Recipe, train: Loader) -> None:
     """Refuse a teacher of other classes or of images with other values, as far as it tells."""
-    if recipe.teacher is None or recipe.teacher.checkpoint is None:
+    if recipe.teacher is None:
         return
     checkpoint = recipe.teacher.checkpoint
+    if checkpoint is None:
+        assert recipe.teacher.weights is not None, "the recipe is validated"
+        if published_weights(recipe.teacher.network) is not None:
+            view = published_view(recipe.teacher.network, recipe.teacher.weights)
+            values = {"mean": json.dumps(view.mean), "std": json.dumps(view.std)}
+            _require_same_values(recipe, values)
+        return
     told = weights_metadata(checkpoint)
     names = tuple(json.loads(told.get("class_names", "null")) or ())
     count = int(told.get("num_classes", train.num_classes))
@@ -219,7 +226,8 @@ def _require_same_values(recipe: Recipe, told: dict[str, str]) -> None:
         theirs = json.loads(told.get(name, json.dumps(ours)))
         if list(theirs) != list(ours):
             raise ArtifactMismatch(
-                f"{recipe.teacher.checkpoint} was trained with data.{name} = {theirs}, but this "
+                f"{recipe.teacher.checkpoint or recipe.teacher.weights} was trained with "
+                f"data.{name} = {theirs}, but this "
                 f"recipe has {list(ours)}, and teacher and student see the same images. Set "
                 f"data.{name} to the teacher's."
             )

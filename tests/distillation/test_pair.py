@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from fastprune.distillation.pair import make_pair
-from fastprune.errors import RecipeError
+from fastprune.distillation.trainer import distill
+from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
 
 CPU = torch.device("cpu")
 
@@ -42,3 +43,29 @@ def test_network_without_features_is_named(recipe, teacher):
         RecipeError, match=r"but Sequential has no linear layer with 10 outputs.*Take other netw"
     ):
         make_pair(settings, num_classes=10, keep_ratio=1, device=CPU)
+
+
+def test_published_teacher_of_images_with_other_values_is_refused(recipe):
+    settings = recipe(
+        data={"mean": [0.5, 0.5, 0.5]},
+        teacher={"network": "resnet18", "weights": "IMAGENET1K_V1"},
+    )
+    with pytest.raises(
+        ArtifactMismatch, match=r"IMAGENET1K_V1 was trained with data\.mean = \[0\.485"
+    ):
+        distill(settings)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("resnet20", "resnet20 has no published weights"),
+        ("resnet18", "weights 'V3' are not among those of resnet18: IMAGENET1K_V1"),
+        ("resnet1", "network 'resnet1' is not known"),
+        (f"{__name__}:without_classifier", "without_classifier has no published weights"),
+    ],
+)
+def test_published_weights_that_are_not_there_are_refused(recipe, network, message):
+    settings = recipe(teacher={"network": network, "weights": "V3"})
+    with pytest.raises(InvalidValueError, match=message):
+        distill(settings)
