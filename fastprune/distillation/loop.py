@@ -95,7 +95,8 @@ class TrainingLoop:
         self._log: RunLog | None = None
         self._signals = Signals()
         self._learning_rate = 0.0
-        self._saved_step, self._saved_at = 0, time.monotonic()
+        self._is_saved = True
+        self._saved_at = time.monotonic()
         self._began_at, self._began_step = time.monotonic(), 0
 
     def run(self, log: RunLog | None) -> None:
@@ -110,7 +111,7 @@ class TrainingLoop:
         """
         self._log = log
         self._saved_at = self._began_at = time.monotonic()
-        self._saved_step = self._began_step = self.steps
+        self._began_step = self.steps
         with self._signals:
             self._validate_where_due()
             while self.epochs_done < self._epochs:
@@ -209,35 +210,33 @@ class TrainingLoop:
         if self._signals.number:
             return self._signals.number
         every, minutes = self._recipe.run.checkpoint_every, self._recipe.run.checkpoint_minutes
-        is_due = every is not None and self.steps - self._saved_step >= every
+        is_due = every is not None and self.steps % every == 0
         # Clocks differ among processes, so the first one's counts.
         is_late = self._ranks.is_first and time.monotonic() - self._saved_at >= 60 * minutes
         if not (is_due or is_late):
             return 0
         # The answer comes a step later; until then nothing more is due.
-        self._saved_step, self._saved_at = self.steps, time.monotonic()
+        self._saved_at = time.monotonic()
         return _CHECKPOINT
 
     def _heed(self, request: int) -> None:
         """Do what was asked for."""
         if request:
-            is_saved = self._save()
+            self._save()
             if request != _CHECKPOINT:
-                raise stopped(request, step=self.steps, is_saved=is_saved)
+                raise stopped(request, step=self.steps, is_saved=self._is_saved)
 
-    def _save(self) -> bool:
-        """Write a checkpoint, and tell whether it was."""
+    def _save(self) -> None:
+        """Write a checkpoint."""
         # Losses first: a checkpoint of a run that went wrong would push out the good ones.
         self._examine()
-        is_saved = True
         with self._clocks.phase("checkpoint"):
             generators = gathered(_generators(self._device), self._ranks)
             pruning = self._pruning.state_dict() if self._pruning is not None else None
             if self._ranks.is_first:
                 state = self.state_dict() | {"generators": generators, "pruning": pruning}
-                is_saved = self._checkpoints.save(state, step=self.steps)
-        self._saved_step, self._saved_at = self.steps, time.monotonic()
-        return is_saved
+                self._is_saved = self._checkpoints.save(state, step=self.steps)
+        self._saved_at = time.monotonic()
 
     def _validate_where_due(self) -> None:
         """Evaluate the student after the last pass, and after each that the recipe names."""
@@ -269,10 +268,10 @@ class TrainingLoop:
             )
 
     def _until_signal(self, batches: Loader) -> Iterator[tuple[Tensor, ...]]:
-        """Batches of a validation, which a signal ends at once: its checkpoint is written."""
+        """Batches of a validation, which a signal ends at once: a checkpoint stands before it."""
         for batch in batches:
             if self._signals.number:
-                raise stopped(self._signals.number, step=self.steps, is_saved=True)
+                raise stopped(self._signals.number, step=self.steps, is_saved=self._is_saved)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
