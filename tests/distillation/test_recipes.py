@@ -1,6 +1,9 @@
 """The recipes that are shipped: all name what there is, and those of small images run."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,14 @@ def test_recipe_of_small_images_runs(path, betons, half, tmp_path):
         save_weights(build_network(recipe.teacher.network, num_classes=10), checkpoint)
         overrides.append(f"teacher.checkpoint={checkpoint}")
     assert distill(load_recipe(path, overrides)).steps == (2 if recipe.data.subset else 4)
+
+
+@pytest.mark.full
+def test_commands_of_the_smoke_recipe_run_as_printed(tmp_path):
+    (tmp_path / "recipes").symlink_to(RECIPES[0].parent)
+    header = (RECIPES[0].parent / "smoke.toml").read_text()
+    commands = "\n".join(re.findall(r"^#   (.*)$", header, re.MULTILINE))
+    folder = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "smoke" / "result.json").exists()
