@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 IMAGES ?=
 ARGS ?=
 
-.PHONY: setup demo test test-full check bench bench-gpu docker image image-test docs package help
+.PHONY: setup demo test test-full check bench bench-gpu study docker image image-test docs package help
 
 setup: $(INSTALLED) ## Create .venv with fastprune, ffcv and DALI (TORCH_INDEX=URL: torch from there)
 
@@ -49,7 +49,14 @@ check: setup ## Format, lint, types, import floors, docs, Dockerfile, known vuln
 
 bench: setup ## Run every CPU benchmark (IMAGES=folder of JPEGs, required); JSON in benchmarks/results
 	@test -n '$(IMAGES)' || { echo "name a folder of JPEG files: make bench IMAGES=folder" >&2; exit 2; }
-	for script in benchmarks/[!_]*.py; do $(BIN)/python "$$script" --images '$(IMAGES)' || exit 1; done
+	for script in $(filter-out benchmarks/wallclock.py,$(wildcard benchmarks/[!_]*.py)); do \
+	    $(BIN)/python "$$script" --images '$(IMAGES)' || exit 1; done
+
+study: setup ## Distil on all rows, halves and more, over seeds (IMAGES=folder with train/ and test/)
+	@test -n '$(IMAGES)' || { echo "name a folder that holds train/ and test/: make study IMAGES=folder" >&2; exit 2; }
+	$(BIN)/python benchmarks/wallclock.py --images '$(IMAGES)' $(ARGS)
+	$(BIN)/python tools/measured.py
+	$(BIN)/fastprune report build/wallclock-cifar10/runs -o build/wallclock-cifar10/report.html
 
 bench-gpu: setup ## Run the tests and benchmarks that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fastprune.artifacts.atomic import write_text
 from fastprune.environment import describe_machine, describe_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,19 +70,23 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
         **result,
         "machine": describe_machine(),
         "versions": describe_versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
     return path
 
 
-def _commit() -> str:
-    """The commit of the working tree, marked where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+def commit() -> str:
+    """The commit of the working tree, marked where files other than results differ from it."""
+    git = ["git", "-C", str(ROOT)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        changes = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+        is_dirty = bool(head) and subprocess.run(changes, check=False).returncode != 0
     except FileNotFoundError:  # a measurement must not be lost for want of git
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return f"{head}-dirty" if is_dirty else head or "unknown"

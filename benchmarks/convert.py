@@ -3,8 +3,8 @@
     python benchmarks/convert.py --images folder-of-jpegs
 
 The files are repeated to at least 10,000 rows. Every candidate ends with its bytes on the disk: the
-copy with `sync`, FFCV's beton with an fsync that its writer does not do itself, ours as it always
-does. Rates are in rows per second.
+copy with `sync`, FFCV's beton with an fsync that its writer does not do itself, ours, of original bytes
+and in the fast layout, as it always does. Rates are in rows per second.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ def main() -> None:
             "bytes_on_disk": {name: bytes_on_disk(out / name) for name in seconds},
             "ours_over_ffcv": compare(seconds, "ffcv None"),
             "ours_over_ffcv_500": compare(seconds, "ffcv 500"),
+            "ours_fast_over_ffcv": compare(seconds, "ffcv None", "ours fast"),
+            "ours_fast_over_original": compare(seconds, "ours", "ours fast"),
             "ours_over_cp": {
                 f"{workers} workers": ratios(seconds["cp"], seconds[f"ours {workers} workers"])
                 for workers in (1, 2)
@@ -94,7 +97,9 @@ def candidates(images: Path, names: list[str], out: Path) -> dict:
     runs = {"clean": clean, "cp": lambda: copy(images, out / "cp")}
     for workers in (1, 2):
         path = out / f"ours {workers} workers"
-        runs[path.name] = lambda path=path, workers=workers: convert(images, path, workers=workers)
+        runs[path.name] = partial(convert, images, path, workers=workers, jpeg="original")
+        path = out / f"ours fast {workers} workers"
+        runs[path.name] = partial(convert, images, path, workers=workers, jpeg="fast")
     for resolution in RESOLUTIONS:
         for workers in (1, 2):
             path = out / f"ffcv {resolution} {workers} workers"
@@ -136,11 +141,11 @@ def write_ffcv(dataset: Decoded, path: Path, resolution: int | None, workers: in
         os.fsync(file.fileno())
 
 
-def compare(seconds: dict[str, list[float]], peer: str) -> dict:
-    """FFCV's time over ours, with the same number of workers."""
+def compare(seconds: dict[str, list[float]], peer: str, ours: str = "ours") -> dict:
+    """A peer's time over ours, with the same number of workers."""
     return {
         f"{workers} workers": ratios(
-            seconds[f"{peer} {workers} workers"], seconds[f"ours {workers} workers"]
+            seconds[f"{peer} {workers} workers"], seconds[f"{ours} {workers} workers"]
         )
         for workers in (1, 2)
     }
@@ -181,6 +186,7 @@ def psnr_db(reference: np.ndarray, other: np.ndarray) -> float:
 def peak_memory(images: Path, path: Path) -> int:
     """Most RssAnon + RssShmem of the command and its two workers together, in bytes."""
     command = [sys.executable, "-m", "fastprune", "convert", str(images), str(path)]
+    command += ["--jpeg", "original"]
     process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
     peak, stop = [0], threading.Event()
 

@@ -22,7 +22,8 @@ from torch.optim import SGD
 from fastprune.beton.reader import open_beton
 from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
-from fastprune.distillation.objective import teacher_objective
+from fastprune.distillation.learner import Learner
+from fastprune.distillation.objective import Objective
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network
@@ -98,13 +99,14 @@ def make_step(
         network = build_network(name, num_classes=num_classes)
         return network.to(device).to(memory_format=torch.channels_last)
 
-    student, teacher = build(arguments.student), build(arguments.teacher).eval()
-    objective = teacher_objective(teacher, LossSettings(), None)
-    optimizer = SGD(student.parameters(), lr=0.01, momentum=0.9)
+    learner = Learner(build(arguments.student))
+    objective = Objective(LossSettings(), build(arguments.teacher))
+    optimizer = SGD(learner.parameters(), lr=0.01, momentum=0.9)
 
     def step(images: Tensor, labels: Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = objective(images, student(images), labels)
+            targets = objective.teach(images, labels)
+            loss = objective(learner(images), targets, labels).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

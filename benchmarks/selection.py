@@ -6,7 +6,6 @@ The classes have ImageNet's sizes: 1,000 of 732 to 1,300 images, in random row o
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from _harness import spread, take_turns, write_result
 
 from fastprune.artifacts.fingerprint import Fingerprint
 from fastprune.artifacts.scores import ScoreTable
+from fastprune.cpus import usable_cpus
 from fastprune.selection.strategies import STRATEGIES
 from fastprune.selection.subsets import make_subset
 
@@ -52,7 +52,7 @@ def main():
     result = {
         "rows": table.num_rows,
         "classes": len(table.class_counts),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cpus(),
         "table_bytes": table_bytes,
         "seconds": {name: spread(values) for name, values in seconds.items()},
     }

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from fastprune.beton.writer import convert
     from fastprune.difficulty.kernels import centroid_distances
     from fastprune.difficulty.teacher import score
-    from fastprune.distillation.losses import LogitReshaper
+    from fastprune.distillation.losses import (
+        LogitReshaper,
+        decoupled_distillation_loss,
+        distillation_loss,
+        feature_loss,
+        standardize_logits,
+    )
+    from fastprune.distillation.projectors import ProjectorEnsemble
     from fastprune.distillation.trainer import distill
     from fastprune.jpeg.decode import decode_view
     from fastprune.loading.loader import Loader
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Loader",
     "LogitReshaper",
+    "ProjectorEnsemble",
     "ScoreTable",
     "Subset",
     "__version__",
@@ -39,15 +47,20 @@ __all__ = [
     "compact",
     "convert",
     "decode_view",
+    "decoupled_distillation_loss",
     "distill",
+    "distillation_loss",
+    "feature_loss",
     "open_beton",
     "score",
     "select_rows",
+    "standardize_logits",
 ]
 
 _HOMES = {
     "LogitReshaper": "fastprune.distillation.losses",
     "Loader": "fastprune.loading.loader",
+    "ProjectorEnsemble": "fastprune.distillation.projectors",
     "ScoreTable": "fastprune.artifacts.scores",
     "Subset": "fastprune.artifacts.subset",
     "centroid_distances": "fastprune.difficulty.kernels",
@@ -55,10 +68,14 @@ _HOMES = {
     "compact": "fastprune.beton.compact",
     "convert": "fastprune.beton.writer",
     "decode_view": "fastprune.jpeg.decode",
+    "decoupled_distillation_loss": "fastprune.distillation.losses",
     "distill": "fastprune.distillation.trainer",
+    "distillation_loss": "fastprune.distillation.losses",
+    "feature_loss": "fastprune.distillation.losses",
     "open_beton": "fastprune.beton.reader",
     "score": "fastprune.difficulty.teacher",
     "select_rows": "fastprune.selection.strategies",
+    "standardize_logits": "fastprune.distillation.losses",
 }
 
 

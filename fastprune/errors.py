@@ -43,3 +43,19 @@ class LoadingError(FastpruneError):
 
 class TrainingError(FastpruneError):
     """A training or scoring run cannot go on."""
+
+
+class TrainingStopped(TrainingError):  # noqa: N818 - nothing went wrong
+    """A signal ended a training run, which can go on from its checkpoint.
+
+    Attributes:
+        exit_code: what a program ends with that was ended by the signal: 128 + its number.
+    """
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class PeerError(TrainingError):
+    """Another process of the run failed, and tells why."""

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -14,7 +14,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def track(
-    items: Iterable[Item], *, description: str, total: int, unit: str, step: int = 1
+    items: Iterable[Item],
+    *,
+    description: str,
+    total: int,
+    unit: str,
+    step: int = 1,
+    done: int = 0,
+    note: Callable[[], str] | None = None,
 ) -> Iterator[Item]:
     """Yield the items and show how far the work has come.
 
@@ -24,40 +31,56 @@ def track(
         total: the number of units in all of the items together.
         unit: what is counted, such as "images".
         step: units per item; the last item may hold fewer.
+        done: units that were done before.
+        note: gives further words to show, asked when they are shown.
 
     Yields:
         The items, unchanged and in order.
     """
     if sys.stderr.isatty():
-        yield from _with_bar(items, description, total, unit, step)
+        yield from _with_bar(items, description, total, unit, step, done, note)
     else:
-        yield from _with_lines(items, description, total, unit, step)
+        yield from _with_lines(items, description, total, unit, step, done, note)
 
 
 def _with_bar(
-    items: Iterable[Item], description: str, total: int, unit: str, step: int
+    items: Iterable[Item],
+    description: str,
+    total: int,
+    unit: str,
+    step: int,
+    done: int,
+    note: Callable[[], str] | None,
 ) -> Iterator[Item]:
     """A tqdm bar, shown only when the work takes longer than a second."""
     options = {"delay": _SECONDS_BEFORE_BAR, "leave": False, "unit_scale": True}
-    with tqdm(total=total, desc=description, unit=f" {unit}", **options) as bar:
+    with tqdm(total=total, initial=done, desc=description, unit=f" {unit}", **options) as bar:
         for item in items:
             yield item
-            bar.update(min(step, total - bar.n))
+            if bar.update(min(step, total - bar.n)) and note is not None:
+                bar.set_postfix_str(note(), refresh=False)
 
 
 def _with_lines(
-    items: Iterable[Item], description: str, total: int, unit: str, step: int
+    items: Iterable[Item],
+    description: str,
+    total: int,
+    unit: str,
+    step: int,
+    done: int,
+    note: Callable[[], str] | None,
 ) -> Iterator[Item]:
     """One line every ten seconds, for logs."""
     start = last = time.monotonic()
-    done = 0
+    before = done
     for item in items:
         yield item
         done = min(done + step, total)
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES:
             last = now
-            rate = done / (now - start)
+            rate = (done - before) / (now - start)
             remaining_seconds = (total - done) / rate
             line = f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f}/s"
-            print(f"{line}, {remaining_seconds:.0f} s left", file=sys.stderr)  # noqa: T201
+            words = f", {note()}" if note is not None else ""
+            print(f"{line}, {remaining_seconds:.0f} s left{words}", file=sys.stderr)  # noqa: T201

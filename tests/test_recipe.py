@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.errors import RecipeError
-from fastprune.recipe import load_recipe
+from fastprune.recipe import load_recipe, make_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RECIPE = """
@@ -73,14 +73,76 @@ def test_unknown_key_in_an_optional_section_is_refused(recipe_file):
         ("schedule.epochs=0", r"schedule\.epochs = 0: .*greater than or equal to 1"),
         ("schedule.policy=warp", r"schedule\.policy = 'warp': .*'step', 'cosine' or 'one_cycle'"),
         ("schedule.learning_rate=inf", r"schedule\.learning_rate = inf: .*finite number"),
+        ("data.first_image_size=256", r"first_image_size = 256 must not be above data\.image_size"),
+        ("pruning.rule=random", r"pruning\.rule = 'random': .*'infobatch'"),
         ("loss.temperature=0", r"loss\.temperature = 0: .*greater than 0"),
+        ("schedule.warmup_epochs=2", r"warmup_epochs = 2 must be below schedule\.epochs = 2"),
+        ("data.std=[1, 0, 1]", r"data\.std\.1 = 0: .*greater than 0"),
         ("teacher.network=resnet20", r"teacher\.checkpoint is missing"),
         ("loss.reshaping=zscore", r"loss\.reshaping needs a teacher"),
+        ("loss.feature_weight=25", r"loss\.feature_weight needs a teacher"),
+        *(
+            (
+                f"loss.distillation_weight={value}",
+                r"distillation_weight is .* points \[\[keep ratio",
+            )
+            for value in ("-1", "nan", "[]", "[[0, 1]]", "[[0.5, 1], [0.5, 2]]", "[[0.5, -1]]", "x")
+        ),
     ],
 )
 def test_value_outside_its_domain_is_named(recipe_file, override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_file, [override])
+
+
+def test_weight_of_the_distillation_is_linear_between_its_points(recipe_file):
+    loss = load_recipe(recipe_file, ["loss.distillation_weight=[[0.4, 3], [0.8, 1]]"]).loss
+    found = [loss.distillation_weight_at(keep_ratio) for keep_ratio in (0.1, 0.5, 0.8, 1.0)]
+    assert found == pytest.approx([3, 2.5, 1, 1])
+
+
+def test_resolved_recipe_is_a_recipe(recipe_file):
+    recipe = load_recipe(recipe_file, ["loss.distillation_weight=[[0.4, 3], [0.8, 1]]"])
+    assert make_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_recipe_that_extends_another_replaces_and_adds_settings(tmp_path, recipe_file):
+    (tmp_path / "half.toml").write_text(
+        'extends = "recipe.toml"\n[data]\nsubset = "half.npy"\n[schedule]\nepochs = 9\n'
+    )
+    half = load_recipe(tmp_path / "half.toml", ["schedule.learning_rate=0.3"])
+    whole = load_recipe(recipe_file, ["schedule.learning_rate=0.3"])
+    assert half.data.subset == Path("half.npy")
+    assert half.schedule.epochs == 9
+    assert half.data.model_copy(update={"subset": None}) == whole.data
+    assert half.schedule.model_copy(update={"epochs": 2}) == whole.schedule
+    assert (half.student, half.run) == (whole.student, whole.run)
+
+
+def test_recipes_that_extend_each_other_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "b.toml"')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"')
+    with pytest.raises(RecipeError, match=r"a\.toml extends itself.* Break the circle"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_extended_recipe_is_named_where_it_is_missing(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "b.toml"')
+    with pytest.raises(RecipeError, match=r"b\.toml does not exist"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_only_a_file_can_be_extended(tmp_path):
+    (tmp_path / "a.toml").write_text("extends = 3")
+    with pytest.raises(RecipeError, match=r"extends = 3 must be the name of a file"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_published_weights_stand_in_for_a_checkpoint(recipe_file):
+    overrides = ["teacher.network=resnet34", "teacher.weights=DEFAULT"]
+    assert load_recipe(recipe_file, overrides).teacher.weights == "DEFAULT"
+    with pytest.raises(RecipeError, match=r"teacher\.weights: leave one of them out"):
+        load_recipe(recipe_file, [*overrides, "teacher.checkpoint=a.pt"])
 
 
 def test_reshaping_by_class_std_needs_a_subset(recipe_file):
@@ -111,3 +173,9 @@ def test_recipe_cannot_be_changed(recipe_file):
     recipe = load_recipe(recipe_file)
     with pytest.raises(ValueError, match="frozen"):
         recipe.schedule.epochs = 3
+
+
+def test_one_cycle_has_a_rise_of_its_own(recipe_file):
+    overrides = ["schedule.policy=one_cycle", "schedule.warmup_epochs=1"]
+    with pytest.raises(RecipeError, match="one_cycle rises over warmup_share"):
+        load_recipe(recipe_file, overrides)

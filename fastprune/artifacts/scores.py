@@ -32,6 +32,7 @@ class ScoreTable:
         fingerprint: the images that were scored.
         teacher: what identifies the teacher: network name, checkpoint, weights hash.
         view: what identifies the view that was scored: image size, augmentation, mean, std.
+        seconds: that the pass took, start-up included; None where nobody measured it.
     """
 
     labels: NDArray[np.int64]
@@ -42,6 +43,7 @@ class ScoreTable:
     fingerprint: Fingerprint
     teacher: dict[str, Any] = field(default_factory=dict)
     view: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
 
     @property
     def num_rows(self) -> int:
@@ -77,6 +79,7 @@ class ScoreTable:
             "view": self.view,
             "class_std": [None if np.isnan(std) else float(std) for std in self.class_std],
             "class_counts": self.class_counts.tolist(),
+            "seconds": self.seconds,
         }
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
         with atomic_path(path) as temporary:
@@ -105,6 +108,7 @@ class ScoreTable:
                 fingerprint=fingerprint,
                 teacher=metadata["teacher"],
                 view=metadata["view"],
+                seconds=metadata.get("seconds"),
             )
         except FileNotFoundError as error:
             raise ArtifactError(

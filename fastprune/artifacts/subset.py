@@ -29,6 +29,7 @@ class Subset:
         class_counts: kept rows per class, C entries.
         class_std: (C,) float64, as in `ScoreTable.class_std`; None for a bare index file.
         command: the command that made it.
+        score_seconds: that the scoring pass behind it took; None where nobody measured it.
     """
 
     rows: NDArray[np.int64]
@@ -41,6 +42,7 @@ class Subset:
     class_counts: list[int] | None = None
     class_std: NDArray[np.float64] | None = None
     command: str | None = None
+    score_seconds: float | None = None
 
     def save(self, path: str | Path) -> None:
         """Write `path` (the bare rows) and, beside it, the sidecar with the suffix .json.
@@ -106,6 +108,7 @@ class Subset:
             "parameters": self.parameters,
             "seed": self.seed,
             "command": self.command,
+            "score_seconds": self.score_seconds,
             "fingerprint": self.fingerprint.to_dict() if self.fingerprint else None,
             "rows_digest": _rows_digest(self.rows),
             "class_counts": self.class_counts,
@@ -134,6 +137,7 @@ class Subset:
             class_counts=sidecar["class_counts"],
             class_std=None if class_std is None else np.array(class_std, dtype=np.float64),
             command=sidecar["command"],
+            score_seconds=sidecar.get("score_seconds"),
         )
 
 

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from fastprune.beton import layout
 from fastprune.beton.row_check import Placement
 from fastprune.beton.structure import Fault, Tables
-from fastprune.beton.transcode import decode
 from fastprune.cpus import usable_cpus
-from fastprune.errors import ConversionError, JpegError
+from fastprune.errors import JpegError
 from fastprune.jpeg.headers import read_header
 from fastprune.progress import track
 
 _ROWS_PER_TASK = 64
+_VIEW_SIDE = 32
 
 
 def image_faults(
@@ -47,7 +47,7 @@ def image_faults(
                 found.append(fault)
         return found
 
-    # PIL decodes without the interpreter's lock. Its warnings (of size, of metadata) are no faults;
+    # Images are decoded without the interpreter's lock. PIL's warnings of metadata are no faults;
     # they are silenced here, once, because doing so is not safe in the threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(usable_cpus()) as pool:
         warnings.simplefilter("ignore")
@@ -74,13 +74,17 @@ def _fault(row: int, stored: bytes, record: np.void, crcs: dict[int, int] | None
         return Fault("crc", "its bytes are not those that were written (CRC-32C)", row)
     if record["mode"] == layout.RAW:
         return None
+    # Numba is loaded for a deep check alone.
+    from fastprune.jpeg.decode import decode_view
+
     width, height = int(record["width"]), int(record["height"])
     try:
         header = read_header(stored)
         if (header.width, header.height) != (width, height):
             actual = f"its JPEG has {header.width} x {header.height} pixels"
             return Fault("extent", f"{actual}, but the metadata says {width} x {height}", row)
-        decode(stored)
-    except (JpegError, ConversionError) as error:
+        # Stricter than libjpeg, which makes up what is damaged: as the loader is.
+        decode_view(stored, box=(0, 0, height, width), size=(_VIEW_SIDE, _VIEW_SIDE))
+    except JpegError as error:
         return Fault("image", f"its image is damaged: {error}", row)
     return None

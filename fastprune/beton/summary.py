@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
 from fastprune.beton import layout
+from fastprune.beton.manifest import Manifest
 from fastprune.beton.reader import open_beton
+from fastprune.beton.transcode import ACTIONS, COPIED, FEWEST_BYTES_TO_REWRITE, REWRITTEN
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def _scores(path: Path) -> dict[str, Any]:
         "teacher_accuracy": float(np.mean(table.predictions == table.labels)),
         "teacher": table.teacher,
         "view": table.view,
+        "seconds": table.seconds,
         "made_for": table.fingerprint.to_dict(),
     }
 
@@ -96,6 +100,19 @@ def _beton(path: Path) -> dict[str, Any]:
         "images": None if manifest is None else manifest.counts,
         "settings": None if manifest is None else manifest.settings,
     }
+
+
+def jpeg_layouts(manifest: Manifest) -> str:
+    """Which JPEGs a conversion rewrote, and why not the others; for one made to rewrite."""
+    table = manifest.table(["action", "reason"])
+    copied = table.filter(pc.equal(table["action"], ACTIONS[COPIED]))["reason"]
+    small = copied.null_count
+    parts = [f"{manifest.counts[ACTIONS[REWRITTEN]]:,} JPEGs in the fast layout"]
+    if small:
+        parts.append(f"{small:,} below {FEWEST_BYTES_TO_REWRITE >> 10} KiB as they were")
+    kinds = pc.value_counts(copied.drop_null()).to_pylist()
+    parts += [f"{kind['counts']:,} as they were ({kind['values']})" for kind in kinds]
+    return f"--jpeg {manifest.settings['jpeg']}: {', '.join(parts)}"
 
 
 def _spread(values: Any) -> dict[str, float]:

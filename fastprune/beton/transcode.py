@@ -1,7 +1,7 @@
 """One image on its way into a beton: copied as it is where possible, else made a JPEG."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastprune.errors import ConversionError, JpegError
 from fastprune.jpeg.headers import MAX_SIDE, JpegHeader, is_jpeg, read_header
 
-COPIED, TRANSCODED, SKIPPED, FOUND = range(4)
-ACTIONS = ("copied", "transcoded", "skipped", "found")
+COPIED, TRANSCODED, SKIPPED, FOUND, REWRITTEN = range(5)
+ACTIONS = ("copied", "transcoded", "skipped", "found", "rewritten")
+
+LAYOUTS = ("auto", "fast", "original")
+#: In smaller files the markers cost more than they save; measured in docs/decisions/0044.
+FEWEST_BYTES_TO_REWRITE = 32 << 10
 
 # EPS and the like are left out on purpose: reading them runs other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -26,7 +30,9 @@ class ImageSettings:
     """What is done to images; the same settings give the same bytes.
 
     Attributes:
-        jpeg: "original" copies the bytes of a JPEG that every decoder here reads.
+        jpeg: "original" copies the bytes of a JPEG that every decoder here reads; "fast" rewrites
+            it without loss with a restart marker after each row of units; "auto" rewrites files
+            of at least `FEWEST_BYTES_TO_REWRITE` and copies smaller ones.
         quality: JPEG quality of transcoded images, [1, 100].
         max_side: images with a longer side, in pixels, are shrunk by area; None for no limit.
         exif: "ignore" leaves the EXIF orientation in the bytes, as FFCV and torchvision expect;
@@ -34,7 +40,7 @@ class ImageSettings:
         verify: whether every copied image is decoded once.
     """
 
-    jpeg: str = "original"
+    jpeg: str = "auto"
     quality: int = 95
     max_side: int | None = None
     exif: str = "ignore"
@@ -49,8 +55,8 @@ class Prepared:
         data: a whole JPEG file.
         width: in pixels.
         height: in pixels.
-        action: `COPIED` or `TRANSCODED`.
-        reason: why it was transcoded; empty for a copy.
+        action: `COPIED`, `REWRITTEN` or `TRANSCODED`.
+        reason: why it was transcoded, or copied although a rewrite was asked for; else empty.
     """
 
     data: bytes
@@ -61,7 +67,7 @@ class Prepared:
 
 
 def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
-    """Copy an image's bytes where every reader of a beton understands them, else transcode.
+    """Keep a JPEG's coefficients where every reader of a beton understands it, else transcode.
 
     Args:
         content: the bytes of an image file, a PIL image, or (H, W, 3) or (H, W) uint8 pixels.
@@ -74,6 +80,16 @@ def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
         ConversionError: the image is damaged, of an unknown format, or too large; the text says
             why but not where, which the caller knows.
     """
+    prepared = _in_a_jpeg(content, settings)
+    if settings.jpeg == "original" or (
+        settings.jpeg == "auto" and len(prepared.data) < FEWEST_BYTES_TO_REWRITE
+    ):
+        return prepared
+    return _with_restart_rows(prepared)
+
+
+def _in_a_jpeg(content: Content, settings: ImageSettings) -> Prepared:
+    """An image as a JPEG: its own where that will do."""
     if not isinstance(content, bytes):
         return _transcode(_as_picture(content), settings, "pixels", subsampled=False)
     if not content:
@@ -94,6 +110,24 @@ def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
     if settings.verify:
         decode(content)
     return Prepared(content, header.width, header.height, COPIED, "")
+
+
+def _with_restart_rows(prepared: Prepared) -> Prepared:
+    """The same image in the fast layout, if its kind of JPEG can have it."""
+    # Numba is loaded where it is needed alone.
+    from fastprune.jpeg.rewrite import to_restart_rows
+
+    try:
+        data = to_restart_rows(prepared.data)
+    except JpegError as error:
+        raise ConversionError(str(error).rstrip(".")) from error
+    if prepared.action == TRANSCODED:
+        return prepared if data is None else replace(prepared, data=data)
+    if data is None:
+        process = read_header(prepared.data).process
+        kind = process if process != "baseline" else "unusual"
+        return replace(prepared, reason=f"{kind} JPEG, which has no fast layout")
+    return replace(prepared, data=data, action=REWRITTEN)
 
 
 def decode(content: bytes) -> Image.Image:

@@ -1,6 +1,7 @@
 """Supervised processes that prepare images and write them: none hangs, none fails unheard."""
 
 import contextlib
+import errno
 import mmap
 import multiprocessing
 import os
@@ -241,6 +242,8 @@ def _prepare(
         try:
             stored, record, reason = _prepare_one(location, label, task)
         except ConversionError as error:
+            if cure := _cure_of_machine(error):
+                raise WorkerError(cure, item) from error
             if not task.skip_errors:
                 raise WorkerError(str(error), item) from error
             stored, reason = b"", str(error)
@@ -279,6 +282,17 @@ def _prepare_one(location: Any, label: int, task: Task) -> tuple[bytes, tuple[in
         prepared.action,
     )
     return prepared.data, record, prepared.reason
+
+
+def _cure_of_machine(error: BaseException | None) -> str:
+    """What to do where the machine, not the image, is to blame; empty where it is the image."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return "memory ran out. Use fewer workers with --workers"
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return f"{os.strerror(error.errno)}. Raise the limit with `ulimit -n`"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _write(descriptor: int, data: list[bytes], offsets: list[int], path: Path) -> None:

@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 from fastprune import __version__
 from fastprune.beton import layout
 from fastprune.beton.assembly import Assembly, fill, frame, manifest_lines, place, start_assembly
+from fastprune.beton.classes import class_names_of, renumbered
 from fastprune.beton.journal import Journal, intact_rows
 from fastprune.beton.manifest import Manifest, manifest_path, write_parquet
 from fastprune.beton.output import sync
 from fastprune.beton.sources import Listing
 from fastprune.beton.sources.choose import source_for
 from fastprune.beton.sources.parquet import ParquetSource
-from fastprune.beton.transcode import ACTIONS, COPIED, SKIPPED, TRANSCODED, ImageSettings
+from fastprune.beton.transcode import (
+    ACTIONS,
+    COPIED,
+    LAYOUTS,
+    REWRITTEN,
+    SKIPPED,
+    TRANSCODED,
+    ImageSettings,
+)
 from fastprune.beton.workers import Task, WorkerError, WorkerPool
 from fastprune.cpus import usable_cpus
 from fastprune.errors import ConversionError, InvalidValueError
@@ -28,6 +37,7 @@ from fastprune.jpeg.headers import MAX_SIDE
 from fastprune.progress import track
 
 _MOST_WORKERS = 16
+_DONE = (COPIED, REWRITTEN, TRANSCODED, SKIPPED)
 
 
 def convert(
@@ -36,17 +46,18 @@ def convert(
     *,
     labels: str | Path | None = None,
     workers: int | None = None,
-    jpeg: str = "original",
+    jpeg: str = "auto",
     on_error: str = "stop",
     quality: int = 95,
     max_side: int | None = None,
     exif: str = "ignore",
     verify: bool = False,
+    classes_from: str | Path | None = None,
     shuffle_seed: int | None = None,
     resume: bool = False,
     keep_partial: bool = False,
 ) -> Manifest:
-    """Write a beton and its manifest; JPEG bytes are copied wherever every reader takes them.
+    """Write a beton and its manifest; JPEGs keep their coefficients, copied or rewritten.
 
     The same images and settings give the same bytes, whatever the number of workers and however
     often the conversion was interrupted and resumed. While it is being written the beton is called
@@ -62,12 +73,17 @@ def convert(
         labels: for a flat folder, a text file with a line "name class" per image.
         workers: processes; by default one per CPU that affinity and cgroup quota leave, at
             most 16.
-        jpeg: "original" copies the bytes of 8-bit baseline and progressive JPEGs, gray or YCbCr.
+        jpeg: what becomes of 8-bit baseline and progressive JPEGs, gray or YCbCr. "original" copies
+            their bytes. "fast" rewrites baseline ones without loss, with a restart marker after
+            each row of units, at which a loader enters them; others keep their bytes. "auto" does
+            so for files of at least 32 KiB, where it pays, and copies smaller ones.
         on_error: "stop" at the first unreadable image, or "skip" it and list it in the manifest.
         quality: JPEG quality of images that must be transcoded, [1, 100].
         max_side: shrink images with a longer side, in pixels, by area; None keeps all sizes.
         exif: "ignore" the orientation, as FFCV and torchvision do, or "apply" it by transcoding.
         verify: decode every copied image once, to find damage inside its data too.
+        classes_from: a beton or manifest whose class names number the classes here, so that a
+            folder that lacks a class numbers the others as the training set does.
         shuffle_seed: put the rows in a random order; the manifest has the map.
         resume: go on with the partial file of an interrupted run, if there is one.
         keep_partial: leave the partial file for a later `resume` when the conversion fails.
@@ -77,8 +93,10 @@ def convert(
 
     Raises:
         InvalidValueError: a setting is outside its domain.
-        ConversionError: an image or the folder cannot be read, the beton cannot be written, or a
+        ConversionError: an image or the folder cannot be read, a class is not among those of
+            `classes_from`, the beton cannot be written, memory or file descriptors ran out, or a
             worker died. Nothing is left behind, unless a partial file was asked for.
+        ArtifactError: `classes_from` cannot be read or has no class names.
     """
     settings = _checked_settings(jpeg, quality, max_side, exif, verify)
     num_workers = _checked_workers(workers)
@@ -86,6 +104,7 @@ def convert(
         raise InvalidValueError(f"on_error must be 'stop' or 'skip', but is {on_error!r}.")
     if shuffle_seed is not None and shuffle_seed < 0:
         raise InvalidValueError(f"shuffle_seed must be >= 0, but is {shuffle_seed}.")
+    names = None if classes_from is None else class_names_of(classes_from)
     path = Path(beton_path)
     if path.is_dir():
         raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
@@ -97,6 +116,8 @@ def convert(
         WorkerPool(num_workers, task) as pool,
     ):
         listing = source.list_images()
+        if names is not None:
+            listing = renumbered(listing, names)
         if shuffle_seed is not None and isinstance(source, ParquetSource):
             raise InvalidValueError(
                 "shuffle_seed cannot be used with Parquet files, which are read row group by row "
@@ -116,8 +137,8 @@ def _checked_settings(
     jpeg: str, quality: int, max_side: int | None, exif: str, verify: bool
 ) -> ImageSettings:
     """The image settings, each in its domain."""
-    if jpeg != "original":
-        raise InvalidValueError(f"jpeg must be 'original', but is {jpeg!r}.")
+    if jpeg not in LAYOUTS:
+        raise InvalidValueError(f"jpeg must be one of {', '.join(LAYOUTS)}, but is {jpeg!r}.")
     if exif not in ("ignore", "apply"):
         raise InvalidValueError(f"exif must be 'ignore' or 'apply', but is {exif!r}.")
     if not 1 <= quality <= 100:
@@ -234,12 +255,12 @@ def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, A
         )
     with _named_write_errors(partial):
         fingerprint = frame(assembly, partial)
-    actions = np.bincount(assembly.records["action"], minlength=SKIPPED + 1)
+    actions = np.bincount(assembly.records["action"], minlength=len(ACTIONS))
     manifest = Manifest(
         path=manifest_path(path),
         fingerprint=fingerprint,
         class_names=assembly.listing.class_names,
-        counts={ACTIONS[action]: int(actions[action]) for action in (COPIED, TRANSCODED, SKIPPED)},
+        counts={ACTIONS[action]: int(actions[action]) for action in _DONE},
         settings=settings,
     )
     unnamed = manifest_path(partial)

@@ -18,9 +18,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--workers", type=int, help="Processes.  [default: one per usable CPU, at most 16]")
 @click.option(
     "--jpeg",
-    type=click.Choice(["original"]),
-    default="original",
-    help="original: copy the bytes of every JPEG that can stay as it is.",
+    type=click.Choice(["auto", "fast", "original"]),
+    default="auto",
+    help="original: copy the bytes of JPEGs; fast: rewrite them without loss, so that views of "
+    "them decode faster; auto: fast for files of at least 32 KiB.  [default: auto]",
 )
 @click.option(
     "--on-error",
@@ -36,6 +37,7 @@ _FILE = click.Path(path_type=Path)
     default="ignore",
     help="EXIF orientation: ignore it as FFCV and torchvision do, or turn the pixels.",
 )
+@click.option("--classes-from", type=_FILE, help="Number the classes as in this beton.")
 @click.option("--verify", is_flag=True, help="Decode every image once to find damage in its data.")
 @click.option("--shuffle-rows", type=int, metavar="SEED", help="Put the rows in a random order.")
 @click.option("--resume", is_flag=True, help="Go on with the partial file of an interrupted run.")
@@ -50,16 +52,18 @@ def convert(
     quality: int,
     max_side: int | None,
     exif: str,
+    classes_from: Path | None,
     verify: bool,
     shuffle_rows: int | None,
     resume: bool,
     keep_partial: bool,
 ) -> None:
-    """Write images into a beton, byte for byte where they are JPEGs.
+    """Write images into a beton, without loss where they are JPEGs.
 
     IMAGES is a folder with one subfolder per class; a folder of WebDataset tars or of Parquet
     files, or a pattern of them; or, with --labels, a folder of images.
     """
+    from fastprune.beton.summary import jpeg_layouts
     from fastprune.beton.writer import convert as convert_images
 
     start = time.monotonic()
@@ -73,6 +77,7 @@ def convert(
         quality=quality,
         max_side=max_side,
         exif=exif,
+        classes_from=classes_from,
         verify=verify,
         shuffle_seed=shuffle_rows,
         resume=resume,
@@ -83,6 +88,8 @@ def convert(
     click.echo(
         f"wrote {manifest.fingerprint.num_rows:,} rows ({counts}) in {seconds:.1f} s -> {beton}"
     )
+    if jpeg != "original":
+        click.echo(jpeg_layouts(manifest))
 
 
 @click.command()

@@ -174,34 +174,6 @@ def export(
     click.echo(f"exported {len(loaded.rows):,} rows -> {', '.join(map(str, written))}")
 
 
-@click.command()
-@click.argument("scores", type=click.Path(path_type=Path))
-@click.argument("subset", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--out",
-    default="report.html",
-    type=click.Path(path_type=Path),
-    help="Page to write.",
-)
-@click.option(
-    "--beton", type=click.Path(path_type=Path), help="Images, for contact sheets of the classes."
-)
-@click.option(
-    "--metric", help="Difficulty to show.  [default: the one SUBSET was made by, or centroid]"
-)
-@click.option("--classes", "num_classes", default=10, help="Classes with a contact sheet.")
-@click.option("--images", "per_strip", default=8, help="Images in each strip of a sheet.")
-def report(
-    scores: Path, subset: Path | None, out: Path, beton: Path | None, **options: Any
-) -> None:
-    """Show what is easy, kept and hard in SCORES, with what SUBSET keeps, as an HTML page."""
-    from fastprune.report.scores import report_scores
-
-    report_scores(scores, out, subset_path=subset, beton_path=beton, **options)
-    click.echo(f"reported on {scores} -> {out}")
-
-
 def _load_scores(path: Path, beton: Path | None) -> "ScoreTable":
     """A score table, or another tool's scores of a beton."""
     from fastprune.artifacts.scores import ScoreTable
@@ -226,4 +198,4 @@ def _kept(subset: "Subset") -> str:
     return f"kept {kept:,} of {num_rows:,} rows ({kept / num_rows:.2%})"
 
 
-COMMANDS: tuple[click.Command, ...] = (select, import_, export, report)
+COMMANDS: tuple[click.Command, ...] = (select, import_, export)

@@ -1,5 +1,7 @@
 """Subcommands around the student."""
 
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -15,12 +17,36 @@ import click
     metavar="SECTION.KEY=VALUE",
     help="Replace a setting of the recipe, or take it away (KEY=); may be given several times.",
 )
-def train(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Train a student as RECIPE, a TOML file, says."""
+@click.option(
+    "--resume", is_flag=True, help="Go on from the newest checkpoint in the run's folder, if any."
+)
+@click.option(
+    "--fixed-iterations",
+    is_flag=True,
+    help="Take the steps of all rows, so more passes over a subset (schedule.fixed_iterations).",
+)
+def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iterations: bool) -> None:
+    """Train a student as RECIPE, a TOML file, says.
+
+    Several GPUs: torchrun --nproc-per-node 8 -m fastprune train RECIPE
+    """
     from fastprune.distillation.trainer import distill
+    from fastprune.errors import PeerError, TrainingStopped
     from fastprune.recipe import load_recipe
 
-    result = distill(load_recipe(recipe, overrides))
+    is_first = os.environ.get("RANK", "0") == "0"
+    if fixed_iterations:
+        overrides = (*overrides, "schedule.fixed_iterations=true")
+    try:
+        result = distill(load_recipe(recipe, overrides), resume=resume)
+    except TrainingStopped as stop:
+        if is_first:
+            click.echo(str(stop), err=True)
+        sys.exit(stop.exit_code)
+    except PeerError:
+        sys.exit(1)
+    if not is_first:
+        return
     click.echo(
         f"trained on {result.rows:,} rows for {result.epochs} epochs in "
         f"{result.train_seconds:.1f} s ({result.total_seconds:.1f} s in all): "

@@ -34,7 +34,15 @@ class PassJournal:
         rows_done: rows 0 .. rows_done - 1 are on disk.
     """
 
-    def __init__(self, out_path: Path, *, num_rows: int, identity: dict[str, Any], resume: bool):
+    def __init__(
+        self,
+        out_path: Path,
+        *,
+        num_rows: int,
+        identity: dict[str, Any],
+        resume: bool,
+        started: float | None = None,
+    ):
         """Go on with a pass of the same identity, or start one.
 
         Args:
@@ -42,6 +50,7 @@ class PassJournal:
             num_rows: N.
             identity: what decides the result: images, teacher, view. JSON values.
             resume: False to start anew whatever is there.
+            started: when this process began on the pass, by `time.monotonic`; None for now.
 
         Raises:
             ArtifactError: the folder cannot be written, or another process is writing it.
@@ -53,6 +62,8 @@ class PassJournal:
         self._identity = identity
         self._features: np.memmap[Any, Any] | None = None
         self._committed_at = time.monotonic()
+        self._started = self._committed_at if started is None else started
+        self._earlier_seconds = 0.0
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
@@ -64,6 +75,11 @@ class PassJournal:
         self._take_lock()
         if not (resume and self._go_on()):
             self._start()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the pass: by this process, and by those before it up to their last commit."""
+        return self._earlier_seconds + time.monotonic() - self._started
 
     @property
     def features(self) -> np.memmap[Any, Any]:
@@ -102,6 +118,7 @@ class PassJournal:
         state = {
             "identity": self._identity,
             "rows_done": self.rows_done,
+            "seconds": self.seconds,
             "features": None if self._features is None else self._features_path.name,
         }
         write_text(self.folder / "pass.json", json.dumps(state))
@@ -153,6 +170,7 @@ class PassJournal:
             if state["features"] is not None:
                 self._features_path = self.folder / state["features"]
                 self._features = np.load(self._features_path, mmap_mode="r+")
+            self._earlier_seconds = state.get("seconds", 0.0)
             self.rows_done = state["rows_done"]
         except (OSError, ValueError, KeyError, TypeError):
             return False

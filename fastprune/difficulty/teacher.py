@@ -1,5 +1,6 @@
 """One pass of a teacher over a beton, and everything that is known of each row after it."""
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ def score(
         BetonError: the beton cannot be read.
         LoadingError: an image cannot be decoded.
     """
+    started = time.monotonic()
     require_at_least("batch_size", batch_size, 1)
     out_path, beton = Path(out_path), open_beton(beton_path)
     classes = beton.num_classes if num_classes is None else num_classes
@@ -174,7 +176,13 @@ def score(
                 "view": view.to_dict(),
             }
             with (
-                PassJournal(out_path, num_rows=beton.num_rows, identity=identity, resume=resume)
+                PassJournal(
+                    out_path,
+                    num_rows=beton.num_rows,
+                    identity=identity,
+                    resume=resume,
+                    started=started,
+                )
                 if ranks.is_first
                 else nullcontext()
             ) as journal:
@@ -249,6 +257,7 @@ def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: View
         fingerprint=beton.fingerprint,
         teacher=teacher.identity,
         view=view.to_dict(),
+        seconds=journal.seconds,
     )
 
 

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastprune.difficulty.ranks import Ranks
+from fastprune.distillation.processes import summed
 from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
+from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fastprune.networks import build_network, load_weights, told_network, weights_metadata
 
 
@@ -44,7 +47,8 @@ def evaluate_checkpoint(
     """Measure a network in a file on every row of a beton, centre-cropped.
 
     Args:
-        checkpoint: weights; a student.safetensors of `distill` tells its network and image size.
+        checkpoint: weights; a student.safetensors of `distill` tells its network, image size, mean
+            and standard deviation (else ImageNet's are taken).
         beton: the images.
         network: name of the network; None for what the checkpoint tells.
         image_size: side of the crop in pixels; None for what the checkpoint tells.
@@ -66,7 +70,16 @@ def evaluate_checkpoint(
     assert network is not None
     assert size is not None
     place = choose_device(device)
-    loader = Loader(beton, train=False, batch_size=batch_size, image_size=int(size), device=place)
+    loader = Loader(
+        beton,
+        train=False,
+        batch_size=batch_size,
+        image_size=int(size),
+        device=place,
+        mean=json.loads(told["mean"]) if "mean" in told else IMAGENET_MEAN,
+        std=json.loads(told["std"]) if "std" in told else IMAGENET_STD,
+        distributed=None,
+    )
     num_classes = int(told.get("num_classes", loader.num_classes))
     if loader.num_classes > num_classes:
         raise ArtifactMismatch(
@@ -86,12 +99,15 @@ def evaluate_checkpoint(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], *, ranks: Ranks | None = None
+) -> Evaluation:
     """Run a network over batches, in eval mode and without gradients.
 
     Args:
         model: maps (B, 3, S, S) to (B, C) logits; its mode is restored afterwards.
         batches: pairs of images (B, 3, S, S) and labels (B,) int64 on the model's device.
+        ranks: the processes that share the rows; None for this one alone.
 
     Returns:
         The shares and the mean loss; counted on the device, fetched once.
@@ -102,15 +118,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> Evaluat
     was_training = model.training
     model.eval()
     try:
-        totals: Tensor | None = None
+        totals = torch.zeros(4, dtype=torch.float64)
         for images, labels in batches:
-            counts = _counts(model(images).float(), labels)
-            totals = counts if totals is None else totals + counts
+            # The first sum takes the totals to the device; there they stay until the end.
+            totals = totals.to(labels.device) + _counts(model(images).float(), labels)
     finally:
         model.train(was_training)
-    if totals is None:
+    rows, top1, top5, loss = summed(totals.cpu(), ranks or Ranks()).tolist()
+    if rows == 0:
         raise InvalidValueError("there is no batch to evaluate; the loader yields none.")
-    rows, top1, top5, loss = totals.tolist()
     return Evaluation(top1=top1 / rows, top5=top5 / rows, loss=loss / rows, rows=int(rows))
 
 
@@ -119,5 +135,5 @@ def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = guesses == labels.unsqueeze(1)
     loss = functional.cross_entropy(logits, labels, reduction="sum")
-    rows = torch.tensor(len(labels), device=labels.device)
+    rows = torch.full((), len(labels), device=labels.device)
     return torch.stack([rows, hits[:, 0].sum(), hits.sum(), loss]).double()

@@ -1,43 +1,44 @@
-"""The training loop: epochs, steps, and the clocks that say where the time went."""
+"""The training loop: epochs, validations, checkpoints, and what is told of them."""
 
-import copy
 import logging
-import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastprune.difficulty.ranks import Ranks
+from fastprune.distillation.checkpoint import Checkpoints
+from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.evaluation import Evaluation, evaluate
-from fastprune.distillation.objective import Objective
+from fastprune.distillation.faults import Signals, stopped
+from fastprune.distillation.growth import GrowingLoader
+from fastprune.distillation.infobatch import InfoBatch
+from fastprune.distillation.interval import Interval
+from fastprune.distillation.processes import Agreement, gathered, share_buffers
 from fastprune.distillation.runlog import RunLog
-from fastprune.distillation.schedule import make_optimizer, make_scheduler
-from fastprune.errors import TrainingError
+from fastprune.distillation.schedule import learning_rate
+from fastprune.distillation.step import Stepper
 from fastprune.loading.loader import Loader
 from fastprune.progress import track
 from fastprune.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINT = 1  # below the number of any signal that is noticed
+
 
 class TrainingLoop:
-    """A student on its way through the epochs of a recipe.
+    """A student on its way through the passes of a recipe.
 
-    Args:
-        recipe: schedule, precision and intervals.
-        student: trained in place.
-        objective: what is minimised.
-        train_loader: yields (images, labels).
-        val_loader: yields (images, labels), every row once.
-        device: where the student and the batches are.
-        log: receives the metrics.
+    Every process of a run has one. The first writes the log and the checkpoints; all of them
+    validate, each on its share of the rows.
 
     Attributes:
-        train_seconds: spent in epochs so far, validation apart.
-        wait_seconds: the part of train_seconds that was spent waiting for batches.
-        validation_seconds: spent in validations so far.
+        steps: optimiser steps done.
+        epochs_done: passes that are complete.
         evaluations: one per validation.
         curve: one dict per validation: epoch, train_seconds so far, top1, val_loss.
     """
@@ -45,136 +46,278 @@ class TrainingLoop:
     def __init__(
         self,
         recipe: Recipe,
-        student: nn.Module,
-        objective: Objective,
+        stepper: Stepper,
         *,
-        train_loader: Loader,
+        epochs: int,
+        train_loader: Loader | GrowingLoader,
         val_loader: Loader,
+        interval: Interval,
+        pruning: InfoBatch | None,
+        checkpoints: Checkpoints,
+        identity: dict[str, Any],
+        ranks: Ranks,
         device: torch.device,
-        log: RunLog,
+        clocks: Clocks,
     ) -> None:
-        self.train_seconds = 0.0
-        self.wait_seconds = 0.0
-        self.validation_seconds = 0.0
+        """Begin before the first step.
+
+        Args:
+            recipe: schedule and intervals.
+            stepper: takes the steps.
+            epochs: passes over the rows.
+            train_loader: yields (images, labels, rows).
+            val_loader: yields (images, labels), this process's share.
+            interval: examines the losses.
+            pruning: chooses the rows of each pass, and weighs them in the stepper; None for all.
+            checkpoints: where the first process saves.
+            identity: of the run, kept in its checkpoints.
+            ranks: the processes that train together.
+            device: of this process.
+            clocks: told what the run does.
+        """
+        self.steps = 0
+        self.epochs_done = 0
         self.evaluations: list[Evaluation] = []
         self.curve: list[dict[str, float]] = []
         self._recipe = recipe
-        self._student = student
-        self._objective = objective
+        self._stepper = stepper
+        self._epochs = epochs
         self._train_loader = train_loader
         self._val_loader = val_loader
+        self._interval = interval
+        self._pruning = pruning
+        self._checkpoints = checkpoints
+        self._identity = identity
+        self._ranks = ranks
         self._device = device
-        self._log = log
-        self._step = 0
-        self._learning_rate = recipe.schedule.learning_rate
-        self._optimizer = make_optimizer(student, recipe.schedule)
-        self._scheduler = make_scheduler(
-            self._optimizer, recipe.schedule, steps_per_epoch=len(train_loader)
-        )
+        self._clocks = clocks
+        self._agreement = Agreement(ranks)
+        self._log: RunLog | None = None
+        self._signals = Signals()
+        self._learning_rate = 0.0
+        self._is_saved = True
+        self._saved_at = time.monotonic()
+        self._began_at, self._began_step = time.monotonic(), 0
 
-    def run(self) -> None:
-        """Train for all epochs of the recipe.
+    def run(self, log: RunLog | None) -> None:
+        """Train until the last pass is done and validated.
+
+        Args:
+            log: receives the metrics; the first process alone has one.
 
         Raises:
             TrainingError: the loss is no longer a finite number.
+            TrainingStopped: a signal came, and a checkpoint is written.
         """
-        epochs = self._recipe.schedule.epochs
-        for epoch in range(epochs):
-            self._train_epoch(epoch)
-            if epoch + 1 == epochs or (epoch + 1) % self._recipe.run.validate_every == 0:
-                self._validate(epoch)
-
-    def rehearse(self) -> None:
-        """Run a step on a copy that is thrown away, so that no clock counts what happens once."""
-        data = self._recipe.data
-        student = copy.deepcopy(self._student).train()
-        images = torch.zeros(
-            (data.batch_size, 3, data.image_size, data.image_size), device=self._device
-        ).to(memory_format=torch.channels_last)
-        labels = torch.zeros(data.batch_size, dtype=torch.int64, device=self._device)
-        with self._autocast():
-            loss = self._objective(images, student(images), labels)
-        loss.backward()
+        self._log = log
+        self._saved_at = self._began_at = time.monotonic()
+        self._began_step = self.steps
+        with self._signals:
+            self._validate_where_due()
+            while self.epochs_done < self._epochs:
+                self._train_epoch(self.epochs_done)
+                self._validate_where_due()
+        self._agreement.close()
 
     def _train_epoch(self, epoch: int) -> None:
-        """One pass over the rows; losses stay on the device between two lines of the log."""
-        self._student.train()
+        """The batches of a pass that are left, and a checkpoint behind them."""
+        self._stepper.train()
         self._train_loader.set_epoch(epoch)
-        started = time.perf_counter()
-        losses: list[Tensor] = []
-        batches = track(
-            self._timed_batches(),
-            description=f"epoch {epoch + 1}/{self._recipe.schedule.epochs}",
-            total=len(self._train_loader) * self._train_loader.batch_size,
-            unit="images",
-            step=self._train_loader.batch_size,
-        )
-        for images, labels in batches:
-            losses.append(self._update(images, labels))
-            self._step += 1
-            if self._step % self._recipe.run.log_every == 0:
-                self._log_losses(epoch, losses)
-        self._log_losses(epoch, losses)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.train_seconds += time.perf_counter() - started
+        first = self._train_loader.state_dict()["batches"]
+        self._prune(epoch, is_new=first == 0)
+        num_batches = len(self._train_loader)
+        self._clocks.switch("train")
+        for index, (images, labels, rows) in enumerate(self._watched(epoch, first), first):
+            progress = (epoch + index / num_batches) / self._epochs
+            self._learning_rate = learning_rate(self._recipe.schedule, progress)
+            self.steps += 1
+            losses = self._stepper.update(
+                images, labels, rows, step=self.steps, learning_rate=self._learning_rate
+            )
+            self._interval.add(step=self.steps, epoch=epoch, batch=index, losses=losses, rows=rows)
+            if self.steps % self._recipe.run.log_every == 0:
+                self._write_losses()
+            self._heed(self._agreement.ask(self._request()))
+        self._write_losses()
+        if self._pruning is not None:
+            self._pruning.end_epoch()
+        self.epochs_done += 1
+        self._save()
 
-    def _timed_batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of an epoch; the time until each arrives is waiting time."""
+    def _prune(self, epoch: int, *, is_new: bool) -> None:
+        """Choose the rows of a pass; those of a pass that is gone on with are what they were."""
+        if self._pruning is None:
+            return
+        rows = self._pruning.begin_epoch(epoch)
+        self._train_loader.set_rows(rows)
+        if self._log is not None and is_new:
+            self._log.write(step=self.steps, epoch=epoch, rows=len(rows))
+
+    def _watched(self, epoch: int, first: int) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of a pass, with a bar on the first process."""
+        batches = self._timed(self._train_loader)
+        if not self._ranks.is_first:
+            return batches
+        images_per_step = self._train_loader.batch_size * self._ranks.world
+        return track(
+            batches,
+            description=f"epoch {epoch + 1}/{self._epochs}",
+            total=len(self._train_loader) * images_per_step,
+            done=first * images_per_step,
+            unit="images",
+            step=images_per_step,
+            note=self._outlook,
+        )
+
+    def _timed(self, loader: Loader | GrowingLoader) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of a pass; the time until each arrives is waiting time."""
         asked = time.perf_counter()
-        for batch in self._train_loader:
-            self.wait_seconds += time.perf_counter() - asked
+        for batch in loader:
+            self._clocks.add_wait(time.perf_counter() - asked)
             yield batch
             asked = time.perf_counter()
-        self.wait_seconds += time.perf_counter() - asked
+        self._clocks.add_wait(time.perf_counter() - asked)
 
-    def _update(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step; returns the loss, still on the device."""
-        with self._autocast():
-            loss = self._objective(images, self._student(images), labels)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._optimizer.step()
-        self._learning_rate = float(self._scheduler.get_last_lr()[0])
-        self._scheduler.step()
-        return loss.detach()
+    def _outlook(self) -> str:
+        """How much of the time goes into waiting, and when the run will be over."""
+        seconds = time.monotonic() - self._began_at
+        done = self.steps - self._began_step
+        left = len(self._train_loader) * self._epochs - self.steps
+        minutes = seconds / max(done, 1) * left / 60
+        return f"{self._clocks.waiting_share():.0%} waiting, run {minutes:,.0f} min left"
 
-    def _log_losses(self, epoch: int, losses: list[Tensor]) -> None:
-        """Write the mean of the losses since the last line, and forget them."""
-        if not losses:
+    def _write_losses(self) -> None:
+        """Write a line with the mean loss since the last one."""
+        self._examine()
+        if not self._interval.means:
             return
-        mean = float(torch.stack(losses).mean())
-        losses.clear()
-        if not math.isfinite(mean):
-            rate = self._recipe.schedule.learning_rate
-            raise TrainingError(
-                f"the loss became {mean} by step {self._step} (epoch {epoch + 1}). Lower "
-                f"schedule.learning_rate ({rate}), and look whether the images are as expected."
+        mean = self._interval.mean()
+        if self._log is not None:
+            self._log.write(
+                step=self.steps,
+                epoch=self.epochs_done,
+                loss=mean,
+                learning_rate=self._learning_rate,
             )
-        self._log.write(step=self._step, epoch=epoch, loss=mean, learning_rate=self._learning_rate)
 
-    def _validate(self, epoch: int) -> None:
-        """Evaluate the student and add a point to the curve."""
-        started = time.perf_counter()
-        with self._autocast():
-            evaluation = evaluate(self._student, self._val_loader)
-        self.validation_seconds += time.perf_counter() - started
+    def _examine(self) -> None:
+        """Bring losses and clocks to the host."""
+        self._interval.fetch()
+        self._clocks.read()
+
+    def _request(self) -> int:
+        """What this process asks for: a signal's number, a checkpoint, or nothing."""
+        if self._signals.number:
+            return self._signals.number
+        every, minutes = self._recipe.run.checkpoint_every, self._recipe.run.checkpoint_minutes
+        is_due = every is not None and self.steps % every == 0
+        # Clocks differ among processes, so the first one's counts.
+        is_late = self._ranks.is_first and time.monotonic() - self._saved_at >= 60 * minutes
+        if not (is_due or is_late):
+            return 0
+        # The answer comes a step later; until then nothing more is due.
+        self._saved_at = time.monotonic()
+        return _CHECKPOINT
+
+    def _heed(self, request: int) -> None:
+        """Do what was asked for."""
+        if request:
+            self._save()
+            if request != _CHECKPOINT:
+                raise stopped(request, step=self.steps, is_saved=self._is_saved)
+
+    def _save(self) -> None:
+        """Write a checkpoint."""
+        # Losses first: a checkpoint of a run that went wrong would push out the good ones.
+        self._examine()
+        with self._clocks.phase("checkpoint"):
+            generators = gathered(_generators(self._device), self._ranks)
+            pruning = self._pruning.state_dict() if self._pruning is not None else None
+            if self._ranks.is_first:
+                state = self.state_dict() | {"generators": generators, "pruning": pruning}
+                self._is_saved = self._checkpoints.save(state, step=self.steps)
+        self._saved_at = time.monotonic()
+
+    def _validate_where_due(self) -> None:
+        """Evaluate the student after the last pass, and after each that the recipe names."""
+        epoch = self.epochs_done
+        is_last = epoch == self._epochs
+        is_validated = bool(self.curve) and self.curve[-1]["epoch"] == epoch
+        if (
+            epoch == 0
+            or is_validated
+            or not (is_last or epoch % self._recipe.run.validate_every == 0)
+        ):
+            return
+        train_seconds = self._clocks.seconds["train"]
+        with self._clocks.phase("validation"), self._stepper.autocast():
+            share_buffers(self._stepper.student, self._ranks)
+            batches = self._until_signal(self._val_loader)
+            evaluation = evaluate(self._stepper.student, batches, ranks=self._ranks)
         self.evaluations.append(evaluation)
         point = {"top1": evaluation.top1, "val_loss": evaluation.loss}
-        self.curve.append({"epoch": epoch + 1, "train_seconds": self.train_seconds, **point})
-        self._log.write(step=self._step, epoch=epoch + 1, **point)
-        logger.info(
-            "epoch %d/%d: top-1 %.1f%%, %.0f s of training",
-            epoch + 1,
-            self._recipe.schedule.epochs,
-            100 * evaluation.top1,
-            self.train_seconds,
-        )
+        self.curve.append({"epoch": epoch, "train_seconds": train_seconds, **point})
+        if self._log is not None:
+            self._log.write(step=self.steps, epoch=epoch, **point)
+            logger.info(
+                "epoch %d/%d: top-1 %.1f%%, %.0f s of training",
+                epoch,
+                self._epochs,
+                100 * evaluation.top1,
+                train_seconds,
+            )
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        """bf16 where the recipe asks for it and CUDA has it; else plain float32."""
-        precision = self._recipe.run.precision
-        enabled = self._device.type == "cuda" and (
-            precision == "bf16" or (precision == "auto" and torch.cuda.is_bf16_supported())
-        )
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+    def _until_signal(self, batches: Loader) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of a validation, which a signal ends at once: a checkpoint stands before it."""
+        for batch in batches:
+            if self._signals.number:
+                raise stopped(self._signals.number, step=self.steps, is_saved=self._is_saved)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rest of the run depends on, but for what all processes must be asked for."""
+        return {
+            "identity": self._identity,
+            "steps": self.steps,
+            "epochs_done": self.epochs_done,
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "curve": self.curve,
+            "means": self._interval.means,
+            "log_bytes": self._log.num_bytes if self._log is not None else 0,
+            "clocks": self._clocks.state_dict(),
+            "loader": self._train_loader.state_dict(),
+            "stepper": self._stepper.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the run was that wrote a checkpoint.
+
+        Args:
+            state: what `state_dict` returned, the generators of all processes, and the losses that
+                they prune by.
+        """
+        self.steps, self.epochs_done = state["steps"], state["epochs_done"]
+        self.evaluations = [Evaluation(**fields) for fields in state["evaluations"]]
+        self.curve = state["curve"]
+        self._interval.means = state["means"]
+        self._clocks.load_state_dict(state["clocks"])
+        self._train_loader.load_state_dict(state["loader"])
+        self._stepper.load_state_dict(state["stepper"])
+        if self._pruning is not None:
+            self._pruning.load_state_dict(state["pruning"])
+        _set_generators(state["generators"][self._ranks.rank], self._device)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's random generators, of the CPU and of the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    """Go on with random numbers; on another kind of device as its seed has it."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

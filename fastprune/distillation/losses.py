@@ -1,4 +1,4 @@
-"""What the student is pulled towards: labels, and the teacher's softened and reshaped logits."""
+"""How far a student is from its teacher, row by row, and what is done to logits beforehand."""
 
 import torch
 from numpy.typing import ArrayLike
@@ -19,15 +19,71 @@ def distillation_loss(
         temperature: T > 0.
 
     Returns:
-        Scalar float32: T² · KL(softmax(teacher / T) ‖ softmax(student / T)), summed over classes,
-        averaged over the batch.
+        (B,) float32: T² · KL(softmax(teacher / T) ‖ softmax(student / T)) of every row, summed
+        over classes.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """
     student = functional.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-    divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
+    return _divergence(student, teacher) * temperature**2
+
+
+def decoupled_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    target_weight: float = 1.0,
+    others_weight: float = 8.0,
+) -> Tensor:
+    """How far the student is from the teacher, in two parts that are weighted apart.
+
+    The first part compares how sure both are of the label (the label against all other classes
+    together), the second how they share what is left among the other classes. In
+    `distillation_loss` the second is weighted by the teacher's doubt, so that a sure teacher
+    hardly teaches it.
+
+    Args:
+        student_logits: (B, C) floating, C >= 2.
+        teacher_logits: (B, C) floating; no gradient flows into it.
+        labels: (B,) int64, each in [0, C).
+        temperature: T > 0.
+        target_weight: of the first part, called α in the paper.
+        others_weight: of the second part, called β in the paper.
+
+    Returns:
+        (B,) float32: T² times the weighted sum of both divergences of every row.
+
+    Source: Zhao et al. 2022, "Decoupled Knowledge Distillation".
+    """
+    student_binary, student_others = _decoupled(student_logits.float() / temperature, labels)
+    teacher_binary, teacher_others = _decoupled(
+        teacher_logits.detach().float() / temperature, labels
+    )
+    target = _divergence(student_binary, teacher_binary)
+    others = _divergence(student_others, teacher_others)
+    return (target_weight * target + others_weight * others) * temperature**2
+
+
+def feature_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    """How far the direction of the student's features is from that of the teacher's.
+
+    Args:
+        student_features: (B, D) floating, in the teacher's space (see `ProjectorEnsemble`).
+        teacher_features: (B, D) floating; no gradient flows into it.
+
+    Returns:
+        (B,) float32 in [0, 2]: one minus the cosine of the angle between them; 1 where one of them
+        is zero.
+
+    Source: Chen et al. 2022, "Improved Feature Distillation via Projector Ensemble".
+    """
+    cosine = functional.cosine_similarity(
+        student_features.float(), teacher_features.detach().float(), dim=1
+    )
+    return 1 - cosine
 
 
 class LogitReshaper(nn.Module):
@@ -84,7 +140,7 @@ class LogitReshaper(nn.Module):
         return logits * torch.where(usable, target / std, 1.0)
 
 
-def standardize(logits: Tensor) -> Tensor:
+def standardize_logits(logits: Tensor) -> Tensor:
     """Logits with mean zero and standard deviation one in every row.
 
     Args:
@@ -99,3 +155,20 @@ def standardize(logits: Tensor) -> Tensor:
     # Inside the root, so that a row of constant logits has a gradient.
     std = (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
     return (logits - logits.mean(dim=1, keepdim=True)) / std
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of every row of two (B, C) tables of log-probabilities: (B,)."""
+    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+
+
+def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of label and not label (B, 2), and among the other classes (B, C - 1)."""
+    log_shares = functional.log_softmax(logits, dim=1)
+    # The columns but the label's, by index: a mask would need the host, or a number for log 0.
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    others = columns + (columns >= labels.unsqueeze(1))
+    log_others = log_shares.gather(1, others)
+    log_rest = log_others.logsumexp(dim=1, keepdim=True)
+    binary = torch.cat([log_shares.gather(1, labels.unsqueeze(1)), log_rest], dim=1)
+    return binary, log_others - log_rest

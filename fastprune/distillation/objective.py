@@ -1,50 +1,135 @@
-"""What the student minimises: cross-entropy, and the distance from a teacher's logits."""
+"""What the student minimises: cross-entropy, and the distance from what a teacher says."""
 
-from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.distillation.losses import LogitReshaper, distillation_loss, standardize
+from fastprune.distillation.learner import Outputs
+from fastprune.distillation.losses import (
+    LogitReshaper,
+    decoupled_distillation_loss,
+    distillation_loss,
+    feature_loss,
+    standardize_logits,
+)
+from fastprune.networks import FeatureNetwork
 from fastprune.recipe import LossSettings
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps images (B, 3, S, S), the student's logits (B, C) and labels (B,) to a scalar loss."""
 
+class Targets(NamedTuple):
+    """What a teacher says of a batch.
 
-def plain_objective(loss: LossSettings) -> Objective:
-    """Cross-entropy against the labels alone."""
-
-    def objective(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        del images
-        return functional.cross_entropy(logits, labels, label_smoothing=loss.label_smoothing)
-
-    return objective
-
-
-def teacher_objective(
-    teacher: nn.Module, loss: LossSettings, reshaper: LogitReshaper | None
-) -> Objective:
-    """Cross-entropy and distillation, weighted.
-
-    Args:
-        teacher: frozen, in eval mode; it sees the same view as the student.
-        loss: weights, temperature and reshaping.
-        reshaper: applied to the teacher's logits; None leaves them.
+    Attributes:
+        logits: (B, C) floating, reshaped where the recipe asks for it.
+        features: (B, D) floating; None where no loss looks at them.
     """
 
-    def objective(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            targets = teacher(images)
-            if reshaper is not None:
-                targets = reshaper(targets, labels)
-        cross_entropy = functional.cross_entropy(
-            logits, labels, label_smoothing=loss.label_smoothing
-        )
-        if loss.reshaping == "zscore":
-            logits, targets = standardize(logits), standardize(targets)
-        distillation = distillation_loss(logits, targets, temperature=loss.temperature)
-        return loss.cross_entropy_weight * cross_entropy + loss.distillation_weight * distillation
+    logits: Tensor
+    features: Tensor | None = None
 
-    return objective
+
+class Objective(nn.Module):
+    """The loss of every row: weighted cross-entropy, distillation and feature loss.
+
+    Asking the teacher (`teach`) and comparing with it (`forward`) are two calls, so that the time
+    of each can be told. Nothing in here is trained, and the teacher stays in eval mode.
+    """
+
+    def __init__(
+        self,
+        settings: LossSettings,
+        teacher: nn.Module | None = None,
+        reshaper: LogitReshaper | None = None,
+        *,
+        keep_ratio: float = 1.0,
+    ) -> None:
+        """Freeze the teacher.
+
+        Args:
+            settings: weights, temperature and reshaping.
+            teacher: maps (B, 3, H, W) images to (B, C) logits, or as a `FeatureNetwork` to features
+                and logits; it sees the same view as the student. None minimises the cross-entropy
+                alone, whatever its weight.
+            reshaper: applied to the teacher's logits; None leaves them.
+            keep_ratio: share of the rows that is trained on, which `distillation_weight` may depend
+                on.
+        """
+        super().__init__()
+        assert isinstance(teacher, FeatureNetwork) == (settings.feature_weight > 0)
+        self.settings = settings
+        self.teacher = teacher
+        self.reshaper = reshaper
+        self.distillation_weight = settings.distillation_weight_at(keep_ratio)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing but what `eval` does: a teacher in training mode would change."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def teach(self, images: Tensor, labels: Tensor) -> Targets | None:
+        """Ask the teacher.
+
+        Args:
+            images: (B, 3, H, W), the student's view.
+            labels: (B,) int64.
+
+        Returns:
+            What it says, without gradients; None without a teacher.
+        """
+        if self.teacher is None:
+            return None
+        answer = self.teacher(images)
+        features, logits = answer if isinstance(answer, tuple) else (None, answer)
+        if self.reshaper is not None:
+            logits = self.reshaper(logits, labels)
+        return Targets(logits, features)
+
+    def forward(self, outputs: Outputs, targets: Targets | None, labels: Tensor) -> Tensor:
+        """Compare a learner's outputs with labels and targets.
+
+        Args:
+            outputs: of the learner.
+            targets: of `teach`, for the same batch.
+            labels: (B,) int64.
+
+        Returns:
+            (B,) float32, the loss of every row; the caller takes the mean.
+        """
+        settings = self.settings
+        cross_entropy = functional.cross_entropy(
+            outputs.logits.float(),
+            labels,
+            reduction="none",
+            label_smoothing=settings.label_smoothing,
+        )
+        if targets is None:
+            return cross_entropy
+        loss = settings.cross_entropy_weight * cross_entropy
+        if self.distillation_weight > 0:
+            loss = loss + self.distillation_weight * self._distillation(outputs, targets, labels)
+        if settings.feature_weight > 0:
+            assert outputs.features is not None
+            assert targets.features is not None
+            loss = loss + settings.feature_weight * feature_loss(outputs.features, targets.features)
+        return loss
+
+    def _distillation(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
+        """The distance between the logits that the recipe chooses: (B,)."""
+        settings, student, teacher = self.settings, outputs.logits, targets.logits
+        if settings.reshaping == "zscore":
+            student, teacher = standardize_logits(student), standardize_logits(teacher)
+        if settings.distillation == "kd":
+            return distillation_loss(student, teacher, temperature=settings.temperature)
+        return decoupled_distillation_loss(
+            student,
+            teacher,
+            labels,
+            temperature=settings.temperature,
+            target_weight=settings.target_weight,
+            others_weight=settings.others_weight,
+        )

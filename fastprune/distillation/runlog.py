@@ -1,6 +1,7 @@
 """What a run writes while it goes: metrics.jsonl for programs, TensorBoard events for people."""
 
 import json
+import logging
 import time
 from pathlib import Path
 from types import TracebackType
@@ -8,24 +9,42 @@ from typing import Self
 
 from torch.utils.tensorboard import SummaryWriter
 
+logger = logging.getLogger(__name__)
+
 
 class RunLog:
     """Numbers over steps, written as they come.
 
-    Every line of metrics.jsonl is a JSON object with `step`, `epoch`, `seconds` since the log was
-    opened, and the metrics.
+    Every line of metrics.jsonl is a JSON object with `step`, `epoch`, `seconds` since the run was
+    begun or gone on with, and the metrics. A disk that is full ends the log, not the run.
 
-    Args:
-        folder: an existing folder; a log that stands there is replaced.
+    Attributes:
+        num_bytes: of metrics.jsonl so far.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, num_bytes: int = 0, step: int = 0) -> None:
+        """Open the log, cut back to where a run goes on.
+
+        Args:
+            folder: an existing folder.
+            num_bytes: of metrics.jsonl that stay; 0 begins it anew.
+            step: the last one whose events stay.
+        """
         self._start = time.perf_counter()
-        self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        # TensorBoard would draw the events of an earlier, unfinished run into the same curves.
-        for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
-            old.unlink()
-        self._events = SummaryWriter(folder / "tensorboard")
+        path = folder / "metrics.jsonl"
+        path.touch()
+        # A file that lost its end with the power must not be filled up with zeros.
+        self.num_bytes = min(num_bytes, path.stat().st_size)
+        self._lines = path.open("r+b")
+        self._lines.truncate(self.num_bytes)
+        self._lines.seek(self.num_bytes)
+        if step == 0:
+            # TensorBoard would draw the events of an earlier run into the same curves.
+            for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                old.unlink()
+        # It leaves out what an interrupted run wrote at or behind this step.
+        self._events = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        self._is_full = False
 
     def __enter__(self) -> Self:
         return self
@@ -36,8 +55,11 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._lines.close()
-        self._events.close()
+        try:
+            self._lines.close()
+            self._events.close()
+        except OSError as full:
+            self._tell(full)
 
     def write(self, *, step: int, epoch: int, **metrics: float) -> None:
         """Write one line and one event per metric.
@@ -48,8 +70,20 @@ class RunLog:
             metrics: name -> value; a slash in TensorBoard's sense groups them.
         """
         seconds = round(time.perf_counter() - self._start, 4)
-        line = {"step": step, "epoch": epoch, "seconds": seconds, **metrics}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        line = json.dumps({"step": step, "epoch": epoch, "seconds": seconds, **metrics}) + "\n"
+        if self._is_full:
+            return
+        try:
+            self._lines.write(line.encode())
+            self._lines.flush()
+            self.num_bytes += len(line)
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        """Warn once that the log ends here."""
+        if not self._is_full:
+            logger.warning("the log of the run ends here: %s. Training goes on.", error)
+        self._is_full = True

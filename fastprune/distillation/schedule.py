@@ -1,15 +1,15 @@
-"""The optimiser and its learning rate, step by step."""
+"""The optimiser, its learning rate from step to step, and how many passes a run makes."""
 
 import math
-from functools import partial
 
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
 from fastprune.recipe import ScheduleSettings
 
 _FIRST_SHARE = 0.04
+# Positions are quotients; a milestone must not be missed by a rounding.
+_TOLERANCE = 1e-9
 
 
 def make_optimizer(model: nn.Module, settings: ScheduleSettings) -> SGD:
@@ -23,30 +23,52 @@ def make_optimizer(model: nn.Module, settings: ScheduleSettings) -> SGD:
     )
 
 
-def make_scheduler(
-    optimizer: SGD, settings: ScheduleSettings, *, steps_per_epoch: int
-) -> LRScheduler:
-    """The learning rate's course; `step()` is called after every optimiser step.
+def num_passes(settings: ScheduleSettings, *, steps_of_pass: int, steps_of_all: int) -> int:
+    """How often a run sees the rows that it trains on.
 
     Args:
-        optimizer: what is steered.
-        settings: policy, epochs and milestones.
-        steps_per_epoch: batches in an epoch.
+        settings: epochs, and whether their steps are fixed.
+        steps_of_pass: batches of these rows.
+        steps_of_all: batches of all rows of the beton.
+
+    Returns:
+        The epochs; with fixed iterations the whole number of passes whose steps are nearest to
+        those of as many epochs over all rows.
     """
-    total_steps = settings.epochs * steps_per_epoch
+    if not settings.fixed_iterations:
+        return settings.epochs
+    return max(1, round(settings.epochs * steps_of_all / steps_of_pass))
+
+
+def learning_rate(settings: ScheduleSettings, progress: float) -> float:
+    """The learning rate of a step; it depends on nothing else, so there is no state to keep.
+
+    Args:
+        settings: policy, milestones and warm-up.
+        progress: share in [0, 1) of the run that lies before the step.
+    """
+    return settings.learning_rate * _factor(settings, progress)
+
+
+def _factor(settings: ScheduleSettings, progress: float) -> float:
+    """What the recipe's rate is multiplied by."""
     if settings.policy == "one_cycle":
-        # torch's OneCycleLR divides by zero where the rise takes a single step.
-        factor = partial(_one_cycle, total=total_steps, warmup_share=settings.warmup_share)
-        return LambdaLR(optimizer, factor)
+        return _rise_and_fall(progress, settings.warmup_share)
     if settings.policy == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=total_steps)
-    milestones = [epoch * steps_per_epoch for epoch in settings.milestones]
-    return MultiStepLR(optimizer, milestones=milestones, gamma=settings.gamma)
+        return _rise_and_fall(progress, settings.warmup_epochs / settings.epochs)
+    epoch = progress * settings.epochs + _TOLERANCE
+    if epoch < settings.warmup_epochs:
+        return _rise(epoch / settings.warmup_epochs)
+    return settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
 
 
-def _one_cycle(step: int, *, total: int, warmup_share: float) -> float:
-    """Share of the highest rate: rises linearly from 4%, then falls to zero along a cosine."""
-    rise = max(round(total * warmup_share), 1)
-    if step < rise:
-        return _FIRST_SHARE + (1 - _FIRST_SHARE) * step / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
+def _rise_and_fall(progress: float, rise_share: float) -> float:
+    """Rises linearly, then falls to zero along a cosine."""
+    if progress < rise_share:
+        return _rise(progress / rise_share)
+    return 0.5 * (1 + math.cos(math.pi * (progress - rise_share) / (1 - rise_share)))
+
+
+def _rise(share: float) -> float:
+    """From 4% to all of the rate."""
+    return _FIRST_SHARE + (1 - _FIRST_SHARE) * share

@@ -1,102 +1,253 @@
 """From a recipe to a student: opens what the recipe names, trains, writes the run's folder."""
 
-import json
-import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
 from fastprune.artifacts.subset import Subset
+from fastprune.difficulty.ranks import Ranks, device_of_rank
+from fastprune.distillation.checkpoint import Checkpoints
+from fastprune.distillation.clocks import Clocks
+from fastprune.distillation.faults import naming_memory
+from fastprune.distillation.infobatch import InfoBatch
+from fastprune.distillation.interval import Interval
 from fastprune.distillation.loop import TrainingLoop
-from fastprune.distillation.losses import LogitReshaper
-from fastprune.distillation.objective import Objective, plain_objective, teacher_objective
+from fastprune.distillation.opening import (
+    identity,
+    make_batches,
+    open_loaders,
+    require_same_run,
+    student_metadata,
+)
+from fastprune.distillation.pair import make_pair
+from fastprune.distillation.processes import join_processes
 from fastprune.distillation.result import Result
 from fastprune.distillation.runlog import RunLog
-from fastprune.errors import ArtifactMismatch, RecipeError
+from fastprune.distillation.schedule import num_passes
+from fastprune.distillation.step import Stepper
+from fastprune.errors import RecipeError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.networks import build_network, load_weights, save_weights
-from fastprune.recipe import NetworkSettings, Recipe, load_recipe
+from fastprune.networks import save_weights
+from fastprune.recipe import Recipe, load_recipe
 
 
-def distill(recipe: Recipe | str | Path) -> Result:
+def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
     """Train a student as a recipe says, and write the run's folder.
 
-    The folder gets recipe.json (as resolved), metrics.jsonl, TensorBoard events,
-    student.safetensors and, last, result.json.
+    The folder gets recipe.json (as resolved), metrics.jsonl, TensorBoard events, checkpoints while
+    the run lasts, student.safetensors and, last, result.json. Under torchrun, or with a process
+    group of the caller's, the processes train together and the first one writes.
 
     Args:
         recipe: settings, or the TOML file that holds them.
+        resume: go on from the newest checkpoint in the folder, if there is one; on the CPU the
+            weights at the end are those of a run that was never interrupted, to the bit.
 
     Returns:
-        What the run cost and what it reached; the same as in result.json.
+        What the run cost and what it reached; the same as in result.json. Every process has it.
 
     Raises:
-        RecipeError: a setting does not fit the data, or the folder holds a finished run.
-        ArtifactMismatch: subset, train and val beton do not belong together.
-        TrainingError: the loss is no longer a finite number.
+        RecipeError: a setting does not fit the data or the run to go on with, or the folder holds
+            a finished run, or an unfinished one without `resume`.
+        ArtifactMismatch: subset, train and val beton or the teacher do not belong together.
+        ArtifactError: another process is at work in the folder, or it cannot be written.
+        TrainingError: the loss is no longer a finite number, or the memory is used up.
+        TrainingStopped: SIGTERM or SIGINT came; the run can be gone on with.
+        PeerError: another process of the run failed first.
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            f"train runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}. "
-            "Start it without torchrun."
-        )
-    device = choose_device(recipe.run.device)
-    train_loader, val_loader = _open_loaders(recipe, device)
-    with _run_folder(recipe) as folder:
+    device = device_of_rank(choose_device(recipe.run.device))
+    memory = naming_memory(
+        batch_size=recipe.data.batch_size, image_size=recipe.data.image_size, device=device
+    )
+    with join_processes(device) as ranks, memory:
+        train_loader, val_loader = open_loaders(recipe, device)
+        with _run_folder(recipe, resume=resume) if ranks.is_first else nullcontext():
+            clocks = Clocks(device, began=began)
+            run = _Run(recipe, train_loader, val_loader, ranks=ranks, device=device, clocks=clocks)
+            return run.finish(resume=resume)
+
+
+class _Run:
+    """A run between its opening and its result."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train_loader: Loader,
+        val_loader: Loader,
+        *,
+        ranks: Ranks,
+        device: torch.device,
+        clocks: Clocks,
+    ) -> None:
+        """Build what trains, and do once what happens once."""
+        self._recipe, self._ranks, self._clocks = recipe, ranks, clocks
+        self._folder = recipe.run.out
+        self._train_loader = train_loader
         # The student's weights depend on the seed alone, whatever was built before.
         torch.manual_seed(recipe.run.seed)
-        student = _build(recipe.student, train_loader.num_classes, recipe, device)
-        objective = _make_objective(recipe, train_loader.num_classes, device)
+        learner, objective = make_pair(
+            recipe,
+            num_classes=train_loader.num_classes,
+            keep_ratio=len(train_loader.rows) / train_loader.beton.num_rows,
+            device=device,
+        )
+        self._identity = identity(
+            recipe, train_loader, val_loader, objective, processes=ranks.world
+        )
         train_loader.warm_up()
         val_loader.warm_up()
-        with RunLog(folder) as log:
-            loop = TrainingLoop(
-                recipe,
-                student,
-                objective,
-                train_loader=train_loader,
-                val_loader=val_loader,
-                device=device,
-                log=log,
-            )
-            loop.rehearse()
-            torch.manual_seed(recipe.run.seed)
-            startup_seconds = time.perf_counter() - started
-            loop.run()
-        student_path = folder / "student.safetensors"
-        _save_student(student, student_path, recipe, train_loader)
-        result = Result(
-            name=recipe.run.name or folder.resolve().name,
-            seed=recipe.run.seed,
-            rows=len(train_loader.rows),
-            images_per_epoch=len(train_loader) * train_loader.batch_size,
-            epochs=recipe.schedule.epochs,
-            startup_seconds=startup_seconds,
-            train_seconds=loop.train_seconds,
-            validation_seconds=loop.validation_seconds,
-            total_seconds=time.perf_counter() - started,
-            data_wait_share=loop.wait_seconds / loop.train_seconds,
+        self._epochs = self._num_passes()
+        self._rows = train_loader.rows
+        self._batches = make_batches(recipe, train_loader, epochs=self._epochs, device=device)
+        pruning = self._pruning(device)
+        self._stepper = Stepper(
+            recipe, learner, objective, pruning, ranks=ranks, device=device, clocks=clocks
+        )
+        self._stepper.rehearse(num_classes=train_loader.num_classes)
+        clocks.forget_parts()
+        # Processes differ, as in the rows that they see.
+        torch.manual_seed(recipe.run.seed + ranks.rank)
+        self._checkpoints = Checkpoints(
+            self._folder / "checkpoints", keep=recipe.run.keep_checkpoints
+        )
+        self._loop = TrainingLoop(
+            recipe,
+            self._stepper,
+            epochs=self._epochs,
+            train_loader=self._batches,
+            val_loader=val_loader,
+            interval=self._interval(),
+            pruning=pruning,
+            checkpoints=self._checkpoints,
+            identity=self._identity,
+            ranks=ranks,
+            device=device,
+            clocks=clocks,
+        )
+
+    def finish(self, *, resume: bool) -> Result:
+        """Train, save the student, and tell what it cost."""
+        state = self._resumed() if resume else None
+        kept = state or {"log_bytes": 0, "steps": 0}
+        del state
+        with (
+            RunLog(self._folder, num_bytes=kept["log_bytes"], step=kept["steps"])
+            if self._ranks.is_first
+            else nullcontext()
+        ) as log:
+            self._loop.run(log)
+        self._clocks.switch("closing")
+        student = self._folder / "student.safetensors"
+        if self._ranks.is_first:
+            with atomic_path(student) as temporary:
+                metadata = student_metadata(self._recipe, self._train_loader)
+                save_weights(self._stepper.student, temporary, metadata=metadata)
+        self._clocks.switch("closing")
+        result = self._result(student)
+        if self._ranks.is_first:
+            result.save(self._folder)
+            self._checkpoints.remove()
+        return result
+
+    def _resumed(self) -> dict[str, Any] | None:
+        """The checkpoint that the run goes on from; None where it begins."""
+        newest = (self._checkpoints.newest(),) if self._ranks.is_first else None
+        (state,) = self._ranks.from_first(newest)
+        if state is not None:
+            require_same_run(state["identity"], self._identity, folder=str(self._folder))
+            self._loop.load_state_dict(state)
+        return state
+
+    def _num_passes(self) -> int:
+        """How often the rows are seen."""
+        loader = self._train_loader
+        stride = loader.batch_size * self._ranks.world
+        return num_passes(
+            self._recipe.schedule,
+            steps_of_pass=len(loader),
+            steps_of_all=loader.beton.num_rows // stride,
+        )
+
+    def _pruning(self, device: torch.device) -> InfoBatch | None:
+        """What chooses the rows of each pass, where the recipe asks for it."""
+        if self._recipe.pruning is None:
+            return None
+        return InfoBatch(
+            self._recipe.pruning,
+            self._rows,
+            epochs=self._epochs,
+            seed=self._recipe.run.seed,
+            min_rows=self._train_loader.batch_size * self._ranks.world,
+            device=device,
+            ranks=self._ranks,
+        )
+
+    def _interval(self) -> Interval:
+        """What examines the losses."""
+        return Interval(
+            folder=self._folder,
+            ranks=self._ranks,
+            batch_again=self._batch_again,
+            cure=f"Lower schedule.learning_rate ({self._recipe.schedule.learning_rate}) or set "
+            "schedule.clip_norm, and see whether the images are as expected.",
+        )
+
+    def _batch_again(self, epoch: int, batch: int) -> tuple[torch.Tensor, ...]:
+        """The batch that was this one of an epoch."""
+        loader = self._batches
+        loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batches": batch})
+        again: tuple[torch.Tensor, ...] = next(iter(loader))
+        return again
+
+    def _result(self, student: Path) -> Result:
+        """What the run cost and what it reached."""
+        loader, loop, seconds = self._train_loader, self._loop, self._clocks.seconds
+        subset = Subset.load(self._recipe.data.subset) if self._recipe.data.subset else None
+        asked = subset.keep_ratio if subset else None
+        return Result(
+            name=self._recipe.run.name or self._folder.resolve().name,
+            seed=self._recipe.run.seed,
+            rows=len(self._rows),
+            keep_ratio=asked or len(self._rows) / loader.beton.num_rows,
+            metric=subset.metric if subset else None,
+            strategy=subset.strategy if subset else None,
+            images_per_epoch=loop.steps * loader.batch_size * self._ranks.world // self._epochs,
+            epochs=self._epochs,
+            steps=loop.steps,
+            batch_size=loader.batch_size * self._ranks.world,
+            processes=self._ranks.world,
+            backend=loader.backend,
+            device=loader.device.type,
+            startup_seconds=seconds["startup"],
+            train_seconds=seconds["train"],
+            wait_seconds=seconds["wait"],
+            teacher_seconds=seconds["teacher"],
+            student_seconds=seconds["student"],
+            optimizer_seconds=seconds["optimizer"],
+            validation_seconds=seconds["validation"],
+            checkpoint_seconds=seconds["checkpoint"],
+            total_seconds=self._clocks.total,
+            data_wait_share=seconds["wait"] / seconds["train"],
             top1_last=loop.evaluations[-1].top1,
             top1_best=max(evaluation.top1 for evaluation in loop.evaluations),
             top5_last=loop.evaluations[-1].top5,
             curve=loop.curve,
-            student=student_path,
+            student=student,
         )
-        result.save(folder)
-    return result
 
 
 @contextmanager
-def _run_folder(recipe: Recipe) -> Iterator[Path]:
-    """The run's folder, held against other processes, with the resolved recipe in it."""
+def _run_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
+    """Hold the run's folder against other processes, and put the resolved recipe into it."""
     folder = recipe.run.out
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,103 +258,10 @@ def _run_folder(recipe: Recipe) -> Iterator[Path]:
             raise RecipeError(
                 f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
             )
+        if not resume and Checkpoints(folder / "checkpoints", keep=1).exist():
+            raise RecipeError(
+                f"{folder} holds an unfinished run. Go on with it (--resume), name another folder "
+                "(run.out), or remove this one."
+            )
         write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
-        yield folder
-
-
-def _open_loaders(recipe: Recipe, device: torch.device) -> tuple[Loader, Loader]:
-    """The loaders of both betons, which must have the same classes."""
-    data = recipe.data
-    train = Loader(
-        data.train,
-        data.subset,
-        batch_size=data.batch_size,
-        train=True,
-        device=device,
-        image_size=data.image_size,
-        augment=data.augment,
-        seed=recipe.run.seed,
-        num_workers=data.num_workers,
-    )
-    val = Loader(
-        data.val,
-        batch_size=data.batch_size,
-        train=False,
-        device=device,
-        image_size=data.image_size,
-        num_workers=data.num_workers,
-    )
-    _require_same_classes(train, val)
-    return train, val
-
-
-def _require_same_classes(train: Loader, val: Loader) -> None:
-    """Refuse betons whose labels do not mean the same, as far as they tell."""
-    ours, theirs = train.class_names, val.class_names
-    if ours is not None and theirs is not None and ours != theirs:
-        pairs = zip(ours, theirs, strict=False)
-        differing = [i for i, (a, b) in enumerate(pairs) if a != b]
-        detail = (
-            f"class {differing[0]} is {ours[differing[0]]!r} and {theirs[differing[0]]!r}"
-            if differing
-            else f"{len(ours)} and {len(theirs)} classes"
-        )
-    elif train.num_classes != val.num_classes:
-        detail = f"{train.num_classes} and {val.num_classes} classes"
-    else:
-        return
-    raise ArtifactMismatch(
-        f"{train.beton.path} and {val.beton.path} have different classes: {detail}. "
-        "Convert both from folders with the same class names."
-    )
-
-
-def _build(
-    settings: NetworkSettings, num_classes: int, recipe: Recipe, device: torch.device
-) -> nn.Module:
-    """A network on the device, with its checkpoint where it has one."""
-    network = build_network(settings.network, num_classes=num_classes)
-    if settings.checkpoint is not None:
-        load_weights(network, settings.checkpoint)
-    layout = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    return network.to(device).to(memory_format=layout)
-
-
-def _save_student(student: nn.Module, path: Path, recipe: Recipe, loader: Loader) -> None:
-    """Write the weights, with what a reader needs to build the network and to name its classes."""
-    metadata = {
-        "network": recipe.student.network,
-        "num_classes": str(loader.num_classes),
-        "image_size": str(recipe.data.image_size),
-    }
-    if loader.class_names is not None:
-        metadata["class_names"] = json.dumps(loader.class_names)
-    with atomic_path(path) as temporary:
-        save_weights(student, temporary, metadata=metadata)
-
-
-def _make_objective(recipe: Recipe, num_classes: int, device: torch.device) -> Objective:
-    """What the recipe minimises, with its teacher loaded and frozen."""
-    if recipe.teacher is None:
-        return plain_objective(recipe.loss)
-    teacher = _build(recipe.teacher, num_classes, recipe, device).eval().requires_grad_(False)
-    return teacher_objective(teacher, recipe.loss, _make_reshaper(recipe, num_classes, device))
-
-
-def _make_reshaper(recipe: Recipe, num_classes: int, device: torch.device) -> LogitReshaper | None:
-    """The reshaper with the class std that the subset carries, where the recipe asks for it."""
-    if recipe.loss.reshaping != "class_std":
-        return None
-    assert recipe.data.subset is not None, "the recipe is validated"
-    class_std = Subset.load(recipe.data.subset).class_std
-    if class_std is None:
-        raise RecipeError(
-            f"loss.reshaping = 'class_std', but {recipe.data.subset} carries no class std. "
-            "Make the subset with `fastprune select`, or set loss.reshaping to 'none'."
-        )
-    if len(class_std) != num_classes:
-        raise ArtifactMismatch(
-            f"{recipe.data.subset} has the class std of {len(class_std)} classes, but "
-            f"{recipe.data.train} has {num_classes}. Select again from scores of this beton."
-        )
-    return LogitReshaper(class_std).to(device)
+        yield

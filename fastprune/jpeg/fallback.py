@@ -1,11 +1,11 @@
 """Views of the JPEGs that the view decoder does not know, decoded whole by Pillow."""
 
 import io
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from fastprune.errors import JpegError
 
@@ -20,20 +20,18 @@ def decode_whole(
     """
     top, left, height, width = box
     try:
-        with warnings.catch_warnings():
-            # A large image is no attack: the user's own data set holds it.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(jpeg_bytes), formats=["JPEG"]) as image:
-                if top + height > image.height or left + width > image.width:
-                    return image.height, image.width
-                whole = image.convert("RGB")
+        # Image.open would warn of a large image, which is no attack: the user's own data set holds
+        # it. Warnings cannot be silenced in one thread alone.
+        with JpegImageFile(io.BytesIO(jpeg_bytes)) as image:
+            if top + height > image.height or left + width > image.width:
+                return image.height, image.width
+            whole = np.asarray(image.convert("RGB"))
     # What Pillow raises for a damaged file is not bounded: OSError, SyntaxError, ValueError, ...
     except Exception as error:
         raise JpegError(
             f"Pillow cannot decode the image ({type(error).__name__}: {error}). "
             "Get the file again, or leave it out."
         ) from error
-    view = whole.crop((left, top, left + width, top + height))
-    view = view.resize(size[::-1], Image.Resampling.BILINEAR)
-    pixels = np.asarray(view)
+    view = Image.fromarray(whole[top : top + height, left : left + width])
+    pixels = np.asarray(view.resize(size[::-1], Image.Resampling.BILINEAR))
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels.copy()

@@ -53,7 +53,7 @@ class RowFaults:
 
     Attributes:
         num_skipped: rows left out so far.
-        num_warnings: rows so far of which the decoder complained and that it decoded all the same.
+        num_decoded_whole: views so far of JPEGs that the view decoder does not know.
     """
 
     def __init__(self, beton: Beton, *, skip: bool, verify_crc: bool):
@@ -68,7 +68,7 @@ class RowFaults:
             InvalidValueError: there is no manifest to compare with.
         """
         self.num_skipped = 0
-        self.num_warnings = 0
+        self.num_decoded_whole = 0
         self._beton = beton
         self._skip = skip
         self._crcs = _stored_crcs(beton) if verify_crc else None

@@ -239,9 +239,12 @@ class Loader:
         return self._plan().num_repeated()
 
     @property
-    def num_warnings(self) -> int:
-        """Images so far that the decoder complained of and decoded all the same."""
-        return self._faults.num_warnings
+    def num_decoded_whole(self) -> int:
+        """Views so far of JPEGs that the FFCV engine's view decoder does not know, and Pillow does.
+
+        Progressive JPEGs above all; the log says once of each loader how many there are.
+        """
+        return self._faults.num_decoded_whole
 
     @property
     def num_skipped(self) -> int:

@@ -122,6 +122,9 @@ def published_view(name: str, weights: str) -> PublishedView:
     Args:
         name: a torchvision or timm network.
         weights: as `build_network` takes them.
+
+    Raises:
+        InvalidValueError: no such network of torchvision, or no such weights.
     """
     source, _, rest = name.rpartition(":")
     if source == "timm":
@@ -129,9 +132,7 @@ def published_view(name: str, weights: str) -> PublishedView:
 
         config: Any = timm.get_pretrained_cfg(rest)
         return PublishedView(config.input_size[-1], tuple(config.mean), tuple(config.std))
-    from torchvision import models
-
-    transforms = models.get_model_weights(rest)[weights].transforms()
+    transforms = _published_member(rest, weights).transforms()
     return PublishedView(
         int(transforms.crop_size[0]), tuple(transforms.mean), tuple(transforms.std)
     )
@@ -155,9 +156,7 @@ def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn
     """A classifier of torchvision."""
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        raise InvalidValueError(f"network {name!r} is not known.{_nearest(name, known)}")
+    _require_torchvision(name)
     options: dict[str, Any] = {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary classifiers would make forward() return more than the logits.
@@ -165,15 +164,32 @@ def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn
     if weights is None:
         network: nn.Module = models.get_model(name, weights=None, **options)
         return network
+    published = _published_member(name, weights)
+    _require_classes(name, weights, len(published.meta["categories"]), num_classes)
+    with _named_download(name):
+        return models.get_model(name, weights=published)  # type: ignore[no-any-return]
+
+
+def _require_torchvision(name: str) -> None:
+    """Refuse what is no classifier of torchvision."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise InvalidValueError(f"network {name!r} is not known.{_nearest(name, known)}")
+
+
+def _published_member(name: str, weights: str) -> Any:
+    """Published weights of a torchvision network, by their name in its enum."""
+    from torchvision import models
+
+    _require_torchvision(name)
     members = models.get_model_weights(name)
     if weights not in members.__members__:
         raise InvalidValueError(
             f"weights {weights!r} are not among those of {name}: {', '.join(members.__members__)}."
         )
-    published = members[weights]
-    _require_classes(name, weights, len(published.meta["categories"]), num_classes)
-    with _named_download(name):
-        return models.get_model(name, weights=published)  # type: ignore[no-any-return]
+    return members[weights]
 
 
 def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module:

@@ -82,6 +82,14 @@ class FeatureNetwork(nn.Module):
                 f"layers are {', '.join(name for name, _ in network.named_children())}."
             )
 
+    @property
+    def classifier_width(self) -> int:
+        """D, the numbers in a feature, where the features are the classifier's input."""
+        layer = self.network.get_submodule(self.layer)
+        width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        assert isinstance(width, int)
+        return width
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> features (B, D), logits (B, C)."""
         logits = self.network(images)

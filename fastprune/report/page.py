@@ -1,7 +1,7 @@
 """An HTML page in one file: its pictures are in it."""
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 _STYLE = """
@@ -12,6 +12,9 @@ h3 { font-size: 1rem; margin: 1.4rem 0 0.2rem; }
 img { max-width: 100%; display: block; }
 table { border-collapse: collapse; } td, th { padding: 0.15rem 1rem 0.15rem 0; text-align: left; }
 th { font-weight: normal; color: #777; white-space: nowrap; vertical-align: top; }
+.wide { overflow-x: auto; } .wide td, .wide th { white-space: nowrap; font-size: 0.9rem; }
+.numbers td:not(:first-child) { font-variant-numeric: tabular-nums; }
+.numbers td { border-top: 1px solid #eee; }
 p.note { color: #777; font-size: 0.9rem; }
 """
 
@@ -58,3 +61,11 @@ def facts(pairs: Mapping[str, str]) -> str:
     """Names and values, plain text, as a table."""
     lines = (f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in pairs.items())
     return f"<table>{''.join(lines)}</table>"
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Lines of plain text under headings; a wide table scrolls by itself."""
+    top = "".join(f"<th>{escape(text)}</th>" for text in headings)
+    cells = ("".join(f"<td>{escape(text)}</td>" for text in line) for line in lines)
+    rows = "".join(f"<tr>{line}</tr>" for line in cells)
+    return f'<div class="wide"><table class="numbers"><tr>{top}</tr>{rows}</table></div>'

@@ -96,6 +96,7 @@ def make_subset(
         class_counts=class_counts.tolist(),
         class_std=None if np.isnan(table.class_std).all() else table.class_std,
         command=command,
+        score_seconds=table.seconds,
     )
 
 

@@ -22,6 +22,7 @@ def table():
         fingerprint=Fingerprint(3, "a" * 32, "b" * 32),
         teacher={"network": "resnet20"},
         view={"image_size": 64},
+        seconds=12.5,
     )
 
 
@@ -41,6 +42,7 @@ def test_table_comes_back_bit_for_bit(tmp_path, table):
         table.teacher,
         table.view,
     )
+    assert loaded.seconds == 12.5
 
 
 def test_ordinary_tools_read_the_columns(tmp_path, table):

@@ -22,6 +22,7 @@ def subset():
         class_counts=[2, 1],
         class_std=np.array([1.5, np.nan]),
         command="fastprune select scores.parquet --keep 0.3 -o subset.npy",
+        score_seconds=12.5,
     )
 
 

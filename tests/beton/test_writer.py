@@ -1,5 +1,6 @@
 """The writer's promises: the same bytes however it was run, and never half a beton."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -100,7 +101,7 @@ def test_the_page_grows_with_the_largest_image(tmp_path):
     picture_path = root / "class_00" / "big.jpg"
     Image.fromarray(noise).save(picture_path, quality=95, subsampling=0)
     assert picture_path.stat().st_size > layout.DEFAULT_PAGE_BYTES
-    convert(root, tmp_path / "a.beton")
+    convert(root, tmp_path / "a.beton", jpeg="original")
     beton = open_beton(tmp_path / "a.beton")
     assert beton.page_bytes == 1 << (picture_path.stat().st_size - 1).bit_length()
     assert beton.image_bytes(4).tobytes() == picture_path.read_bytes()
@@ -155,7 +156,7 @@ def test_the_manifest_holds_what_was_done(tmp_path):
     root = write_image_folder(tmp_path / "images")
     manifest = convert(root, tmp_path / "a.beton", quality=80)
     assert manifest.class_names == ("class_00", "class_01", "class_02")
-    assert manifest.counts == {"copied": 12, "transcoded": 0, "skipped": 0}
+    assert manifest.counts == {"copied": 12, "rewritten": 0, "transcoded": 0, "skipped": 0}
     assert manifest.settings["quality"] == 80
     line = manifest.table().to_pylist()[5]
     assert line["source"] == "class_01/001.jpg"
@@ -463,7 +464,7 @@ def test_a_folder_in_the_betons_place_is_named(images, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
-        ({"jpeg": "best"}, "jpeg must be 'original', but is 'best'"),
+        ({"jpeg": "best"}, "jpeg must be one of auto, fast, original, but is 'best'"),
         ({"exif": "turn"}, "exif must be 'ignore' or 'apply', but is 'turn'"),
         ({"quality": 0}, r"quality must lie in \[1, 100\], but is 0"),
         ({"max_side": 70_000}, r"max_side must lie in \[1, 65,500\], but is 70,000"),
@@ -475,3 +476,19 @@ def test_a_folder_in_the_betons_place_is_named(images, tmp_path):
 def test_a_setting_outside_its_domain_is_named(tmp_path, setting, match):
     with pytest.raises(InvalidValueError, match=match):
         convert(tmp_path, tmp_path / "a.beton", **setting)
+
+
+@pytest.mark.parametrize(
+    ("fault", "cure"),
+    [
+        (MemoryError(), r"memory ran out\. Use fewer workers with --workers"),
+        (OSError(errno.EMFILE, "Too many open files"), r"Too many open files\. .*`ulimit -n`"),
+    ],
+)
+def test_a_fault_of_the_machine_ends_it_though_bad_images_are_skipped(tmp_path, fault, cure):
+    def act():
+        raise fault
+
+    with pytest.raises(ConversionError, match=cure):
+        convert(Misbehaving(act), tmp_path / "a.beton", workers=1, on_error="skip")
+    assert leaves_nothing(tmp_path)

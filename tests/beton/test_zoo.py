@@ -134,7 +134,12 @@ def test_all_that_is_refused_is_skipped_on_request(tmp_path):
         (folder / name).write_bytes(content)
     (folder / "good.jpg").write_bytes(jpeg_bytes(0))
     manifest = convert(tmp_path / "images", tmp_path / "a.beton", on_error="skip")
-    assert manifest.counts == {"copied": 1, "transcoded": 0, "skipped": len(REFUSED)}
+    assert manifest.counts == {
+        "copied": 1,
+        "rewritten": 0,
+        "transcoded": 0,
+        "skipped": len(REFUSED),
+    }
     lines = manifest.table().to_pylist()
     assert [line["row"] for line in lines] == [0] + [None] * len(REFUSED)
     assert sorted(line["source_index"] for line in lines) == list(range(len(lines)))

@@ -34,8 +34,10 @@ def beton(images, tmp_path):
 def test_convert_prints_one_line_of_what_it_did(images, tmp_path):
     result = run("convert", images, tmp_path / "a.beton", "--workers", 1)
     assert result.exit_code == 0
-    assert result.stdout.startswith("wrote 12 rows (12 copied, 0 transcoded, 0 skipped) in ")
-    assert result.stdout.endswith(f"-> {tmp_path / 'a.beton'}\n")
+    assert result.stdout.startswith(
+        "wrote 12 rows (12 copied, 0 rewritten, 0 transcoded, 0 skipped) in "
+    )
+    assert result.stdout.splitlines()[0].endswith(f"-> {tmp_path / 'a.beton'}")
 
 
 def test_every_option_of_convert_reaches_the_writer(images, tmp_path):
@@ -184,7 +186,7 @@ def test_info_shows_a_beton(beton):
     facts = json.loads(run("info", beton, "--json").stdout)
     assert facts["fields"] == {"image": "image", "label": "int"}
     assert facts["modes"] == {"jpg": 12, "raw": 0}
-    assert facts["images"] == {"copied": 12, "transcoded": 0, "skipped": 0}
+    assert facts["images"] == {"copied": 12, "rewritten": 0, "transcoded": 0, "skipped": 0}
     assert facts["fingerprint"] == open_beton(beton).fingerprint.to_dict()
     assert facts["pages"] == 1
 

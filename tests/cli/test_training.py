@@ -54,3 +54,16 @@ def test_train_names_a_beton_that_does_not_exist(recipe_file, tmp_path):
     assert result.exit_code == 1
     assert "no.beton" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_train_that_is_stopped_exits_with_the_signal_and_goes_on(recipe_file, monkeypatch):
+    words = ["train", str(recipe_file), "--fixed-iterations", "--set"]
+    words.append("student.network=tests.distillation.networks:signalled")
+    monkeypatch.setenv("SMALL_SIGNAL", "SIGTERM:3")
+    stopped = CliRunner().invoke(main, words)
+    assert stopped.exit_code == 143
+    assert stopped.stderr.endswith("step 2. Go on from there with --resume.\n")
+    monkeypatch.delenv("SMALL_SIGNAL")
+    resumed = CliRunner().invoke(main, [*words, "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    assert resumed.stdout.startswith("trained on 80 rows")

@@ -40,6 +40,17 @@ def test_journal_goes_on_with_the_rows_that_were_done(tmp_path):
         assert journal.rows["loss"].tolist() == [1.5, 1.5, 7, 7, 0, 0]
 
 
+def test_seconds_of_earlier_processes_are_counted_and_those_between_are_not(tmp_path):
+    with open_journal(tmp_path) as journal:
+        append(journal, 1.5)
+    path = tmp_path / "s.parquet.partial" / "pass.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["seconds"] < 60
+    path.write_text(json.dumps({**state, "seconds": 3600.0}))
+    with open_journal(tmp_path) as journal:
+        assert 3600 < journal.seconds < 3660
+
+
 def test_features_that_outgrow_float16_are_copied_to_float32(tmp_path):
     with open_journal(tmp_path) as journal:
         append(journal, 1.5)

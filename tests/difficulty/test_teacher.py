@@ -75,6 +75,7 @@ def test_scores_are_what_the_teacher_says_of_every_row(beton, tmp_path):
         rtol=1e-4,
     )
     assert np.array_equal(table.predictions, logits.argmax(dim=1))
+    assert table.seconds > 0
     # The features are kept in float16, so distances agree to its precision.
     for name, kernel in (
         ("centroid", centroid_distances),

@@ -92,6 +92,7 @@ def test_the_quick_start_runs_as_printed(small_images):
         _run(words)
     assert Path("run_random/student.safetensors").exists()
     assert Path("report.html").exists()
+    assert Path("runs.html").exists()
 
 
 @pytest.mark.full

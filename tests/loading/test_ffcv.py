@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from fastprune.beton.reader import open_beton
+from fastprune.beton.writer import convert
 from fastprune.errors import LoadingError
+from fastprune.jpeg.decode import decode_view
 from fastprune.loading.augment import (
     FLIP,
     HEIGHT,
@@ -24,7 +26,7 @@ from fastprune.loading.augment import (
 )
 from fastprune.loading.faults import RowFaults
 from tests.conftest import require_library
-from tests.images import jpeg_bytes
+from tests.images import picture
 
 require_library("ffcv")
 
@@ -51,22 +53,45 @@ def _views(beton, kind):
 
 
 def _reference(beton, row, view):
-    """Decode the whole image with PIL, crop and resize with FFCV's function, shift, flip."""
-    from ffcv.libffcv import resize_crop
+    """The box by `decode_view`, then moved over a black border."""
+    box = tuple(view[[TOP, LEFT, HEIGHT, WIDTH]].tolist())
+    pixels = decode_view(beton.image_bytes(row), box=box, size=(32, 32), flip=bool(view[FLIP]))
+    return _shifted(pixels, view)
 
-    whole = np.array(Image.open(io.BytesIO(beton.image_bytes(row))))
-    top, left = view[TOP], view[LEFT]
-    resized = np.empty((32, 32, 3), np.uint8)
-    box = (int(top), int(top + view[HEIGHT]), int(left), int(left + view[WIDTH]))
-    resize_crop(whole, *box, resized)
-    bordered = np.pad(resized, ((4, 4), (4, 4), (0, 0)))
-    down, right = 4 - view[SHIFT_DOWN], 4 - view[SHIFT_RIGHT]
-    shifted = bordered[down : down + 32, right : right + 32]
-    return shifted[:, ::-1] if view[FLIP] else shifted
+
+def _shifted(pixels, view):
+    """Flipped pixels, moved as the view says before the flip."""
+    bordered = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
+    down, right = 4 - view[SHIFT_DOWN], 4 - view[SHIFT_RIGHT] * (-1 if view[FLIP] else 1)
+    return bordered[down : down + 32, right : right + 32]
+
+
+def _pillow(whole, view):
+    """The same by Pillow, from a whole picture."""
+    box = whole.crop(
+        (view[LEFT], view[TOP], view[LEFT] + view[WIDTH], view[TOP] + view[HEIGHT])
+    ).resize((32, 32), Image.Resampling.BILINEAR)
+    pixels = np.asarray(box.convert("RGB"))
+    return _shifted(pixels[:, ::-1] if view[FLIP] else pixels, view)
+
+
+def _beton_of(folder, *pictures):
+    """A beton of these pictures: bytes of image files."""
+    (folder / "images" / "class_00").mkdir(parents=True)
+    for number, content in enumerate(pictures):
+        (folder / "images" / "class_00" / f"{number:03d}.jpg").write_bytes(content)
+    convert(folder / "images", folder / "pictures.beton", workers=1)
+    return folder / "pictures.beton"
+
+
+def _encoded(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center", "none"])
-def test_pixels_are_those_of_the_plain_way_to_the_bit(stock_beton, kind):
+def test_pixels_are_those_of_the_view_decoder_to_the_bit(stock_beton, kind):
     beton = open_beton(stock_beton)
     draw = _views(beton, kind)
     ((pixels, rows),) = _engine(stock_beton).decode([np.arange(30)], draw)
@@ -74,7 +99,39 @@ def test_pixels_are_those_of_the_plain_way_to_the_bit(stock_beton, kind):
         assert (image == _reference(beton, row, draw(rows)[row])).all()
 
 
-def test_raw_pixels_are_read_as_they_are(tmp_path):
+@pytest.mark.parametrize("kind", ["pad_crop", "center", "none"])
+def test_a_whole_picture_of_the_views_size_is_not_blurred(tmp_path, kind):
+    gray = [picture(seed, width=32, height=32, mode="L") for seed in range(6)]
+    path = _beton_of(tmp_path, *(_encoded(image) for image in gray))
+    beton, rows = open_beton(path), np.arange(6)
+    draw = _views(beton, kind)
+    ((pixels, _),) = _engine(path).decode([rows], draw)
+    for row, image in enumerate(pixels.numpy()):
+        whole = Image.open(io.BytesIO(beton.image_bytes(row)))
+        assert (image == _pillow(whole, draw(rows)[row])).all()
+
+
+@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center", "none"])
+def test_progressive_pictures_are_decoded_whole_and_counted(tmp_path, kind, caplog):
+    pictures = [_encoded(picture(seed), progressive=seed < 4) for seed in range(6)]
+    path = _beton_of(tmp_path, *pictures)
+    beton, rows = open_beton(path), np.arange(6)
+    draw, engine = _views(beton, kind), _engine(path)
+    for _ in range(2):
+        ((pixels, _),) = engine.decode([rows], draw)
+    for row, image in enumerate(pixels.numpy()[:4]):
+        whole = Image.open(io.BytesIO(beton.image_bytes(row))).convert("RGB")
+        assert (image == _pillow(whole, draw(rows)[row])).all()
+    assert engine.faults.num_decoded_whole == 8
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "4 of the first 6 views (66.7%)" in record.message
+    assert "(4 progressive)" in record.message
+    assert "jpegtran -copy all" in record.message
+
+
+@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center"])
+def test_raw_pixels_are_cropped_and_resized_as_pillow_does(tmp_path, kind):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -83,15 +140,43 @@ def test_raw_pixels_are_read_as_they_are(tmp_path):
     writer = DatasetWriter(
         str(path), {"image": RGBImageField(write_mode="raw"), "label": IntField()}, num_workers=1
     )
-    writer.from_indexed_dataset([(picture, 0) for picture in pictures])
-    whole = np.array([[0, 0, 32, 32, 0, 0, 0]] * 4, np.int32)
-    ((pixels, _),) = _engine(path).decode([np.arange(4)], lambda rows: whole)
-    assert (pixels.numpy() == pictures[:, :32, :32]).all()
+    writer.from_indexed_dataset([(pixels, 0) for pixels in pictures])
+    draw = _views(open_beton(path), kind)
+    ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)
+    for row, image in enumerate(pixels.numpy()):
+        assert (image == _pillow(Image.fromarray(pictures[row]), draw(rows)[row])).all()
+
+
+def test_pictures_that_take_much_memory_are_decoded_one_by_one(tmp_path, monkeypatch):
+    sides = [(3000, 40), (40, 3000), (48, 64), (1, 1)]
+    shapes = [picture(seed, width=w, height=h) for seed, (w, h) in enumerate(sides)]
+    path = _beton_of(tmp_path, *map(_encoded, shapes))
+    monkeypatch.setattr("fastprune.loading.decoding.MOST_KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr("fastprune.loading._ffcv.MOST_KEPT_BYTES", 1 << 20)
+    beton = open_beton(path)
+    draw = _views(beton, "none")
+    ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)
+    for row, image in zip(rows, pixels.numpy(), strict=True):
+        assert (image == _reference(beton, row, draw(rows)[row])).all()
+
+
+def test_a_row_damaged_in_one_of_its_views_is_left_out_of_both(beton_copy, damage_row):
+    beton = open_beton(beton_copy)
+    damage_row(beton_copy, 13, b"\xff\xd9" * 50, int(beton.sizes[13]) - 100)
+    top, whole = [0, 0, 8, 8, 0, 0, 0], [0, 0, int(beton.heights[13]), 96, 0, 0, 0]
+    engine = _engine(beton_copy, skip=True)
+    views = np.array([top, top, whole, top], np.int32)
+    ((_, rows),) = engine.decode([np.array([12, 13, 13, 12])], lambda rows: views)
+    assert rows.tolist() == [12, 12]
+    assert engine.faults.num_skipped == 1
 
 
 @pytest.mark.parametrize(
     ("data", "start", "reason"),
-    [(b"\0\0\0\0", 0, "Not a JPEG file"), (b"\xff\xd9" * 200, 900, "remature end")],
+    [
+        (b"\0\0\0\0", 0, "does not start with a JPEG's marker"),
+        (b"\xff\xd9" * 200, 900, "entropy-coded data ends too early"),
+    ],
 )
 def test_an_undecodable_row_is_named(beton_copy, damage_row, data, start, reason):
     damage_row(beton_copy, 13, data, start)
@@ -110,17 +195,6 @@ def test_an_undecodable_row_is_left_out_and_counted(beton_copy, damage_row):
     assert rows.tolist() == [10, 11, 12, 14]
     assert len(pixels) == 4
     assert engine.faults.num_skipped == 1
-
-
-def test_a_warning_of_the_decoder_is_counted_and_the_row_kept(beton_copy, damage_row):
-    beton = open_beton(beton_copy)
-    width, height, size = (int(column[13]) for column in (beton.widths, beton.heights, beton.sizes))
-    smaller = jpeg_bytes(13, quality=50, width=width, height=height)
-    damage_row(beton_copy, 13, smaller[:-2] + bytes(size - len(smaller)) + smaller[-2:])
-    engine = _engine(beton_copy)
-    ((_, rows),) = engine.decode([np.arange(10, 15)], _views(beton, "rrc"))
-    assert rows.tolist() == [10, 11, 12, 13, 14]
-    assert engine.faults.num_warnings == 1
 
 
 def test_a_file_cut_while_it_is_read_is_noticed(beton_copy):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -22,6 +24,11 @@ def test_subset_holds_the_selected_rows_and_how_they_were_chosen():
     assert subset.fingerprint == table.fingerprint
     assert np.array_equal(subset.class_std, table.class_std)
     assert subset.command == "select x"
+
+
+def test_subset_tells_what_its_scores_cost():
+    table = dataclasses.replace(score_table(), seconds=12.5)
+    assert make_subset(table, keep_ratio=0.4).score_seconds == 12.5
 
 
 def test_same_seed_gives_the_same_file(tmp_path):

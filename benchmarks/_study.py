@@ -1,0 +1,209 @@
+"""What every run of a study starts from: betons, a teacher, its scores, and the subsets.
+
+All of it is made in a work folder, once, and its seconds are kept in prepared.json, so that a study
+that was killed goes on with what is there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastprune.artifacts.atomic import write_text
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.beton.writer import convert
+from fastprune.selection.subsets import make_subset
+
+RECIPE = Path(__file__).parent / "wallclock.toml"
+_LOG_LINES = 12
+_TEACHER_SEED = 0
+
+
+class Preparation:
+    """The work folder of a study.
+
+    Attributes:
+        folder: where everything is.
+        facts: seconds of every step, rows, and what the teacher reached; JSON values.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._record = folder / "prepared.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.facts: dict[str, Any] = (
+            json.loads(self._record.read_text()) if self._record.exists() else {}
+        )
+
+    @property
+    def train(self) -> Path:
+        """The beton that is trained on."""
+        return self.folder / "train.beton"
+
+    @property
+    def val(self) -> Path:
+        """The beton that students are evaluated on."""
+        return self.folder / "val.beton"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher's weights."""
+        return self.folder / "teacher" / "student.safetensors"
+
+    @property
+    def scores(self) -> Path:
+        """The score table."""
+        return self.folder / "scores.parquet"
+
+    def step(self, name: str, run: Callable[[], Mapping[str, Any]]) -> None:
+        """Run a step, unless an earlier process came to its end, and keep what it tells."""
+        if name in self.facts:
+            return
+        print(f"{name} ...", flush=True)
+        started = time.perf_counter()
+        told = run()
+        self.facts[name] = {"seconds": time.perf_counter() - started, **told}
+        write_text(self._record, json.dumps(self.facts, indent=2) + "\n")
+
+    def convert(self, images: Path, per_class: int | None, val_per_class: int | None) -> None:
+        """Make both betons of `images/train` and `images/test`, or of some images per class."""
+
+        def run() -> dict[str, Any]:
+            rows = {}
+            for split, beton, count in (
+                ("train", self.train, per_class),
+                ("test", self.val, val_per_class),
+            ):
+                folder = images / split
+                if count is not None:
+                    folder = link_some(folder, self.folder / "images" / split, count)
+                manifest = convert(folder, beton)
+                rows[f"{beton.stem}_rows"] = manifest.fingerprint.num_rows
+                rows["classes"] = len(manifest.class_names or ())
+            return rows
+
+        self.step("convert", run)
+
+    def train_teacher(self, network: str, epochs: int, device: str) -> None:
+        """Train the teacher on all rows and their labels."""
+
+        def run() -> dict[str, Any]:
+            result, _ = train_process(
+                self.folder / "teacher",
+                {
+                    **self.betons(),
+                    "student.network": network,
+                    "schedule.epochs": epochs,
+                    "loss.label_smoothing": 0.05,
+                    "run.seed": _TEACHER_SEED,
+                    "run.device": device,
+                },
+            )
+            return {
+                "network": network,
+                "epochs": epochs,
+                "top1_last": result["top1_last"],
+                "train_seconds": result["train_seconds"],
+            }
+
+        self.step("teacher", run)
+
+    def take_teacher(self, network: str, checkpoint: Path) -> None:
+        """Use weights that are there already."""
+        self.teacher.parent.mkdir(exist_ok=True)
+        self.teacher.unlink(missing_ok=True)
+        self.teacher.symlink_to(checkpoint.resolve())
+        self.step("teacher", lambda: {"network": network, "given": checkpoint.name})
+
+    def score(self, network: str, device: str) -> None:
+        """Score all rows by one pass of the teacher, in a process of its own.
+
+        What a machine compiles once for all passes is compiled before, by a pass over the smaller
+        beton: the step "compile". `pass_seconds` is what the pass took, `seconds` has the start of
+        the process too.
+        """
+
+        def run(beton: Path, out: Path) -> dict[str, Any]:
+            words = ["score", str(beton), "-o", str(out), "--restart"]
+            words += ["--teacher", network, "--teacher-checkpoint", str(self.teacher)]
+            words += ["--image-size", "32", "--device", device]
+            run_fastprune(words, out.with_suffix(".log"))
+            table = ScoreTable.load(out)
+            top1 = float((table.predictions == table.labels).mean())
+            return {"pass_seconds": table.seconds, "teacher_top1": top1}
+
+        self.step("compile", lambda: run(self.val, self.folder / "compile.parquet"))
+        self.step("score", lambda: run(self.train, self.scores))
+
+    def select(self, name: str, **choice: Any) -> tuple[Path, float]:
+        """Make a subset; give its path and the seconds that it took."""
+        path = self.folder / "subsets" / f"{name}.npy"
+        path.parent.mkdir(exist_ok=True)
+        started = time.perf_counter()
+        make_subset(ScoreTable.load(self.scores), **choice).save(path)
+        return path, time.perf_counter() - started
+
+    def betons(self) -> dict[str, Any]:
+        """Settings of a recipe that name the data."""
+        return {"data.train": self.train, "data.val": self.val}
+
+
+def link_some(source: Path, target: Path, per_class: int) -> Path:
+    """An ImageFolder of links to so many images of every class, the same ones each time."""
+    generator = np.random.default_rng(0)
+    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+        (target / folder.name).mkdir(parents=True, exist_ok=True)
+        files = sorted(folder.iterdir())
+        for index in generator.permutation(len(files))[:per_class]:
+            link = target / folder.name / files[index].name
+            link.unlink(missing_ok=True)
+            link.symlink_to(files[index].resolve())
+    return target
+
+
+def train_process(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """Train in a process of its own; what an interrupted one left in the folder is removed.
+
+    Returns:
+        result.json, and the seconds from the start of the process to its end.
+    """
+    if folder.exists():
+        remove_run(folder)
+    words = ["train", str(RECIPE)]
+    for key, value in {**settings, "run.out": folder}.items():
+        text = json.dumps(value) if isinstance(value, int | float | bool) else str(value)
+        words += ["--set", f"{key}={text}"]
+    seconds = run_fastprune(words, folder.with_name(f"{folder.name}.log"))
+    return json.loads((folder / "result.json").read_text()), seconds
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run's folder; only what is in it and one level below."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def run_fastprune(words: list[str], log: Path) -> float:
+    """Run a command with its output in a log; give the seconds from start to end."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastprune", *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"COLUMNS": "100"},
+            check=False,
+        )
+    seconds = time.perf_counter() - started
+    if done.returncode != 0:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-_LOG_LINES:])
+        sys.exit(f"fastprune {words[0]} failed with exit code {done.returncode}:\n{tail}")
+    return seconds

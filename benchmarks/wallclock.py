@@ -1,0 +1,291 @@
+"""What do students on half of the rows reach, and what do they cost, against one on all of them?
+
+    python benchmarks/wallclock.py --images cifar10          # folders train/ and test/ in it
+
+A teacher is trained once on all rows and scores them once. Then every variant distils a student for
+every seed, each in a process of its own with the same set-up, seed by seed, so that a machine that
+slows down slows all variants. The JSON is written after every run; the script goes on where it was
+stopped.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _harness import RESULTS, ROOT, commit, write_result
+from _study import Preparation, train_process
+
+LONG_SCHEDULE = 100
+KEPT_OF_RESULT = (
+    "rows",
+    "images_per_epoch",
+    "epochs",
+    "steps",
+    "train_seconds",
+    "startup_seconds",
+    "validation_seconds",
+    "wait_seconds",
+    "teacher_seconds",
+    "student_seconds",
+    "optimizer_seconds",
+    "checkpoint_seconds",
+    "data_wait_share",
+    "top1_last",
+    "top1_best",
+    "curve",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train the student.
+
+    Attributes:
+        keep_ratio: share of the rows; None for all.
+        strategy: how they are chosen.
+        metric: what they are ranked by; None where no difficulty is looked at.
+        reshaping: whether the teacher's logits are reshaped by class.
+        settings: further settings of the recipe.
+    """
+
+    keep_ratio: float | None = None
+    strategy: str = "medium"
+    metric: str | None = None
+    reshaping: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a pass of the teacher must come before."""
+        return self.metric is not None or self.reshaping
+
+
+VARIANTS = {
+    "full": Variant(),
+    "random50": Variant(0.5, "random"),
+    "medium50-centroid": Variant(0.5, "medium", "centroid"),
+    "medium50-loss": Variant(0.5, "medium", "loss"),
+    "random50+reshape": Variant(0.5, "random", reshaping=True),
+    "medium50-centroid+reshape": Variant(0.5, "medium", "centroid", reshaping=True),
+    "medium50-loss+reshape": Variant(0.5, "medium", "loss", reshaping=True),
+    "medium70-centroid": Variant(0.7, "medium", "centroid"),
+    "hard50-centroid": Variant(0.5, "hard", "centroid"),
+    "easy50-centroid": Variant(0.5, "easy", "centroid"),
+    "infobatch": Variant(settings={"pruning.rule": "infobatch"}),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    name = f"wallclock-{arguments.name}"
+    work = arguments.work or ROOT / "build" / name
+    if arguments.restart:
+        shutil.rmtree(work, ignore_errors=True)
+        (RESULTS / f"{name}.json").unlink(missing_ok=True)
+    study = Study(arguments, name, work)
+    study.prepare()
+    for seed in range(arguments.seeds):
+        for variant in arguments.variants:
+            if not study.has(variant, seed):
+                study.run(variant, seed)
+    print(f"{len(study.runs)} runs -> {RESULTS / name}.json")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, required=True, help="has folders train and test")
+    parser.add_argument("--name", default="cifar10", help="of the result: wallclock-NAME.json")
+    parser.add_argument("--per-class", type=int, default=700, help="training images; 0 for all")
+    parser.add_argument("--val-per-class", type=int, default=0, help="test images; 0 for all")
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--validate-every", type=int, default=7)
+    parser.add_argument("--teacher", default="resnet20", help="network of the teacher")
+    parser.add_argument("--teacher-checkpoint", type=Path, help="its weights; default: trained")
+    parser.add_argument("--teacher-epochs", type=int, default=14)
+    parser.add_argument("--student", default="resnet8", help="network of the students")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, help="folder for betons and runs; default: build/")
+    parser.add_argument("--restart", action="store_true", help="forget what was measured")
+    parser.add_argument(
+        "--variants", type=known_variants, default=",".join(VARIANTS), metavar="NAME,NAME"
+    )
+    return parser.parse_args()
+
+
+def known_variants(text: str) -> list[str]:
+    """The names between commas."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is not known. Known: {', '.join(VARIANTS)}."
+        )
+    return names
+
+
+class Study:
+    """The runs so far, on disk after each.
+
+    Attributes:
+        runs: as in the JSON.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, name: str, work: Path) -> None:
+        self._arguments = arguments
+        self._name = name
+        self._prepared = Preparation(work)
+        self.runs: list[dict[str, Any]] = []
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            if earlier["settings"] != self._settings():
+                sys.exit(
+                    f"{path} was measured with other settings: {earlier['settings']}, and now "
+                    f"{self._settings()}. Repeat the command as it was, give another --name, or "
+                    "--restart to measure anew."
+                )
+            self.runs = earlier["runs"]
+
+    def prepare(self) -> None:
+        """Make what all runs start from."""
+        asked, prepared = self._arguments, self._prepared
+        prepared.convert(asked.images, asked.per_class or None, asked.val_per_class or None)
+        if asked.teacher_checkpoint is None:
+            prepared.train_teacher(asked.teacher, asked.teacher_epochs, asked.device)
+        else:
+            prepared.take_teacher(asked.teacher, asked.teacher_checkpoint)
+        prepared.score(asked.teacher, asked.device)
+
+    def has(self, name: str, seed: int) -> bool:
+        """Whether this run is done."""
+        return any(run["name"] == name and run["seed"] == seed for run in self.runs)
+
+    def run(self, name: str, seed: int) -> None:
+        """Distil a student, and write the JSON."""
+        variant, asked, prepared = VARIANTS[name], self._arguments, self._prepared
+        print(f"{name}, seed {seed} ...", flush=True)
+        settings = {
+            **prepared.betons(),
+            "student.network": asked.student,
+            "teacher.network": asked.teacher,
+            "teacher.checkpoint": prepared.teacher,
+            "schedule.epochs": asked.epochs,
+            "run.name": name,
+            "run.seed": seed,
+            "run.device": asked.device,
+            "run.validate_every": asked.validate_every,
+            "loss.reshaping": "class_std" if variant.reshaping else "none",
+            **variant.settings,
+        }
+        select_seconds = 0.0
+        if variant.keep_ratio is not None:
+            settings["data.subset"], select_seconds = prepared.select(
+                f"{name}-{seed}",
+                keep_ratio=variant.keep_ratio,
+                strategy=variant.strategy,
+                metric=variant.metric,
+                seed=seed,
+            )
+        result, process_seconds = train_process(
+            prepared.folder / "runs" / f"{name}-{seed}", settings
+        )
+        scored = prepared.facts["score"]["pass_seconds"] if variant.needs_scores else 0.0
+        score_seconds = scored + select_seconds
+        self.runs.append(
+            {
+                "name": name,
+                "seed": seed,
+                "keep_ratio": variant.keep_ratio,
+                "strategy": None if variant.keep_ratio is None else variant.strategy,
+                "metric": variant.metric,
+                "reshaping": variant.reshaping,
+                "score_seconds": score_seconds,
+                "process_seconds": process_seconds,
+                "total_seconds": score_seconds + process_seconds,
+                "commit": commit(),
+                **{key: result[key] for key in KEPT_OF_RESULT if key in result},
+            }
+        )
+        self._write()
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for runs to stand in one table."""
+        left_out = ("images", "name", "work", "restart", "variants", "seeds", "teacher_checkpoint")
+        settings = {key: v for key, v in vars(self._arguments).items() if key not in left_out}
+        threads = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+        return settings | {key: value for key, value in threads.items() if value is not None}
+
+    def _write(self) -> None:
+        """Write everything that is known so far."""
+        facts = self._prepared.facts
+        result = {
+            "question": "accuracy and cost of distilling on some of the rows, against all of them",
+            "settings": self._settings(),
+            "prepared": facts,
+            "chance": 1 / facts["convert"]["classes"],
+            "runs": self.runs,
+            "summary": summarize(self.runs),
+            "arithmetic": (
+                "with_scoring_at_100_epochs = (score_seconds + 100 * train_seconds / epochs) / "
+                "(100 * train_seconds of full / epochs), seed by seed"
+            ),
+        }
+        write_result(self._name, result)
+
+
+def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of every variant, and ratios seed by seed."""
+    names = dict.fromkeys(run["name"] for run in runs)
+    return {name: summarize_variant(name, runs) for name in names}
+
+
+def summarize_variant(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One line of the table."""
+    ours = {run["seed"]: run for run in runs if run["name"] == name}
+    full = {run["seed"]: run for run in runs if run["name"] == "full"}
+    random = {run["seed"]: run for run in runs if run["name"] == "random50"}
+    both = [(run, full[seed]) for seed, run in ours.items() if seed in full]
+    keys = ("top1_last", "top1_best", "train_seconds", "score_seconds", "total_seconds")
+    keys += ("data_wait_share",)
+    return {
+        **{key: mean_and_sd(run[key] for run in ours.values()) for key in keys},
+        "train_over_full": mean_and_sd(a["train_seconds"] / b["train_seconds"] for a, b in both),
+        "with_scoring_over_full": mean_and_sd(
+            (a["score_seconds"] + a["train_seconds"]) / b["train_seconds"] for a, b in both
+        ),
+        "with_scoring_at_100_epochs": mean_and_sd(at_long_schedule(a, b) for a, b in both),
+        "total_over_full": mean_and_sd(a["total_seconds"] / b["total_seconds"] for a, b in both),
+        "top1_last_over_random50": mean_and_sd(
+            run["top1_last"] - random[seed]["top1_last"]
+            for seed, run in ours.items()
+            if seed in random
+        ),
+    }
+
+
+def at_long_schedule(ours: Mapping[str, Any], full: Mapping[str, Any]) -> float:
+    """Scoring and training over the full run's training, both for 100 epochs."""
+    epoch, full_epoch = (run["train_seconds"] / run["epochs"] for run in (ours, full))
+    return (ours["score_seconds"] + LONG_SCHEDULE * epoch) / (LONG_SCHEDULE * full_epoch)
+
+
+def mean_and_sd(values: Iterable[float]) -> dict[str, Any]:
+    """Mean, standard deviation (null for a single value) and count."""
+    known = list(values)
+    return {
+        "mean": statistics.mean(known) if known else None,
+        "sd": statistics.stdev(known) if len(known) > 1 else None,
+        "n": len(known),
+    }
+
+
+if __name__ == "__main__":
+    main()

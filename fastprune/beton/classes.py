@@ -1,0 +1,59 @@
+"""Classes numbered as in another beton, whatever classes a folder lacks."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastprune.beton.manifest import manifest_path, read_manifest
+from fastprune.beton.sources import Listing
+from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
+
+
+def class_names_of(path: str | Path) -> tuple[str, ...]:
+    """The class names in a beton's manifest, in the order of their numbers.
+
+    Args:
+        path: a beton with its manifest beside it, or a manifest.
+
+    Raises:
+        ArtifactError: there is no manifest, or it has no class names.
+    """
+    path = Path(path)
+    manifest = read_manifest(path if path.suffix == ".parquet" else manifest_path(path))
+    if manifest.class_names is None:
+        raise ArtifactError(
+            f"{manifest.path} tells no class names, so it cannot number classes. Name a beton that "
+            "was converted from folders or names of classes."
+        )
+    return manifest.class_names
+
+
+def renumbered(listing: Listing, names: tuple[str, ...]) -> Listing:
+    """The same images, their classes numbered by the position of their names in `names`.
+
+    Raises:
+        InvalidValueError: the images' classes have no names, or are not known before reading.
+        ConversionError: a class is not among the names.
+    """
+    if listing.class_names is None or listing.labels is None:
+        raise InvalidValueError(
+            f"classes_from numbers named classes, but {listing.root} has numbers. Leave it out."
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in listing.class_names if name not in numbers]
+    if unknown:
+        raise ConversionError(
+            f"{listing.root} has the class {unknown[0]} (and {len(unknown) - 1:,} more) that "
+            f"classes_from does not name among its {len(names):,}. Name the beton of the same "
+            "classes, or leave it out."
+        )
+    lookup = np.array([numbers[name] for name in listing.class_names], np.int64)
+    digest = hashlib.blake2b(repr((listing.identity, names)).encode(), digest_size=16)
+    return replace(
+        listing,
+        labels=lookup[listing.labels],
+        class_names=names,
+        identity=digest.hexdigest(),
+    )

@@ -1,0 +1,89 @@
+"""The subcommand that draws: training runs, or a score table."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_SUFFIXES = (".parquet", ".npy")
+_OF_SCORES = ("beton", "metric", "num_classes", "per_strip")
+_OF_RUNS = ("reference", "convert_seconds", "score_seconds")
+
+
+@click.command()
+@click.argument(
+    "paths",
+    nargs=-1,
+    required=True,
+    metavar="RUN... | SCORES [SUBSET]",
+    type=click.Path(path_type=Path),
+)
+@click.option(
+    "-o",
+    "--out",
+    default="report.html",
+    type=click.Path(path_type=Path),
+    help="Page to write.",
+)
+@click.option("--reference", help="Runs: name that ratios are of.  [default: those on all rows]")
+@click.option("--convert-seconds", type=float, help="Runs: count so many seconds of conversion.")
+@click.option(
+    "--score-seconds", type=float, help="Runs: what scoring took, where the subset does not tell."
+)
+@click.option(
+    "--beton",
+    type=click.Path(path_type=Path),
+    help="Scores: images, for contact sheets of the classes.",
+)
+@click.option(
+    "--metric",
+    help="Scores: difficulty to show.  [default: the one SUBSET was made by, or centroid]",
+)
+@click.option(
+    "--classes", "num_classes", type=int, help="Scores: classes with a sheet.  [default: 10]"
+)
+@click.option(
+    "--images", "per_strip", type=int, help="Scores: images in each strip of a sheet.  [default: 8]"
+)
+def report(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
+    """Draw training runs, or a score table, as an HTML page.
+
+    RUN is a folder that `train` wrote, or one with such folders in it: accuracy over time and over
+    epochs, costs and where the time went, seeds of one name taken together; the charts are written
+    beside the page too. SCORES is a score table: what is easy, what SUBSET keeps, what is hard.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    of_scores = any(path.is_file() or path.suffix in _SUFFIXES for path in paths)
+    foreign = [name for name in given if name not in (_OF_SCORES if of_scores else _OF_RUNS)]
+    if foreign:
+        kind = "runs" if of_scores else "score tables"
+        option = {"num_classes": "classes", "per_strip": "images"}.get(foreign[0], foreign[0])
+        raise click.UsageError(f"--{option.replace('_', '-')} is for {kind}. Leave it out.")
+    if of_scores:
+        _report_scores(paths, out, given)
+    else:
+        _report_runs(paths, out, given)
+
+
+def _report_runs(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) -> None:
+    """The page about runs."""
+    from fastprune.report.training import report_runs
+
+    runs = report_runs(paths, out, **options)
+    finished = sum(run.is_finished for run in runs)
+    click.echo(f"reported on {len(runs)} runs ({finished} finished) -> {out}")
+
+
+def _report_scores(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) -> None:
+    """The page about a score table."""
+    from fastprune.report.scores import report_scores
+
+    if len(paths) > 2 or any(path.is_dir() for path in paths):
+        raise click.UsageError("give folders of runs, or one score table and at most one subset.")
+    beton = options.pop("beton", None)
+    subset = paths[1] if len(paths) == 2 else None
+    report_scores(paths[0], out, subset_path=subset, beton_path=beton, **options)
+    click.echo(f"reported on {paths[0]} -> {out}")
+
+
+COMMANDS: tuple[click.Command, ...] = (report,)

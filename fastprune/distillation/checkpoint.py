@@ -1,0 +1,132 @@
+"""Checkpoints in a folder: whole or not there, checked by a digest in their names."""
+
+import hashlib
+import io
+import logging
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprune.artifacts.atomic import atomic_path
+from fastprune.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A checkpoint is not what was written; the one before it is taken."""
+
+
+class Checkpoints:
+    """The newest checkpoints of a run.
+
+    A file is called `step-000001200-9f3c12ab41aa90de.pt`, after the optimiser steps done and the
+    BLAKE2b digest of its bytes. It is what `torch.save` writes, read without running pickles.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Look into a folder.
+
+        Args:
+            folder: the checkpoints' own; made when the first is saved.
+            keep: how many of the newest ones to keep.
+        """
+        self._folder = folder
+        self._keep = keep
+
+    def save(self, state: dict[str, Any], *, step: int) -> bool:
+        """Write a checkpoint, then remove those that are too many.
+
+        Where it cannot be written, the run is told so and goes on, and the older ones stay.
+
+        Args:
+            state: tensors and plain values.
+            step: optimiser steps done.
+
+        Returns:
+            Whether it was written.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        path = self._folder / f"step-{step:09d}-{_digest(data)}.pt"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._sweep()
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(data)
+        except (ArtifactError, OSError) as error:
+            kept = self._newest_first()
+            logger.warning(
+                "NO CHECKPOINT at step %d: %s Training goes on; a resumed run would start from %s.",
+                step,
+                error,
+                kept[0] if kept else "the beginning",
+            )
+            return False
+        for old in [old for old in self._newest_first() if old != path][self._keep - 1 :]:
+            old.unlink(missing_ok=True)
+        return True
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, on the CPU; None without one.
+
+        Warns:
+            DamagedCheckpointWarning: a newer one is damaged.
+        """
+        for path in self._newest_first():
+            try:
+                return _load(path)
+            except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                warnings.warn(
+                    f"the checkpoint {path} is damaged ({error}); the one before it is taken.",
+                    DamagedCheckpointWarning,
+                    stacklevel=2,
+                )
+        return None
+
+    def exist(self) -> bool:
+        """Whether there is any."""
+        return bool(self._newest_first())
+
+    def remove(self) -> None:
+        """Remove them all; those of a finished run lead nowhere."""
+        for path in self._newest_first():
+            path.unlink(missing_ok=True)
+        self._sweep()
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+    def _sweep(self) -> None:
+        """Remove what a kill in the midst of writing left behind."""
+        for path in self._folder.glob(".step-*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _newest_first(self) -> list[Path]:
+        """The files that are checkpoints by name."""
+        if not self._folder.is_dir():
+            return []
+        found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; ValueError where its bytes are not those that were written."""
+    data = path.read_bytes()
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    if _digest(data) != match[2]:
+        raise ValueError(f"its {len(data):,} bytes have another digest than its name tells")
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return state
+
+
+def _digest(data: bytes) -> str:
+    """BLAKE2b-64."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,95 @@
+"""What can end a run from outside: signals, and memory that is used up."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+
+from fastprune.errors import TrainingError, TrainingStopped
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """Takes note of SIGTERM and SIGINT, so that a run can end with a checkpoint.
+
+    The second signal acts as it would have without us. Python delivers signals to the main thread
+    alone; in others nothing is noticed.
+
+    Attributes:
+        number: of the signal that came; 0 without one.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal."""
+        del frame
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        """Put back what was there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def stopped(number: int, *, step: int, is_saved: bool) -> TrainingStopped:
+    """The error that ends a run which a signal stopped."""
+    name = signal.Signals(number).name
+    where = "from there" if is_saved else "from the last checkpoint"
+    return TrainingStopped(
+        f"{name} stopped the run after step {step}. Go on {where} with --resume.",
+        exit_code=128 + number,
+    )
+
+
+@contextmanager
+def naming_memory(*, batch_size: int, image_size: int, device: torch.device) -> Iterator[None]:
+    """Turn a failed allocation into an error that tells which batch size to try.
+
+    Raises:
+        TrainingError: the device's memory is used up.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        cure = (
+            f"Try data.batch_size = {batch_size // 2}, and schedule.learning_rate lowered as much"
+            if batch_size > 1
+            else "Use a smaller network, or data.image_size"
+        )
+        raise TrainingError(
+            f"out of memory on {device} with data.batch_size = {batch_size} at {image_size} "
+            f"pixels ({str(error).splitlines()[0]}). {cure}; run.precision = 'bf16' saves memory "
+            "as well."
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch has no class of its own for the CPU's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error)
+    )

@@ -1,0 +1,161 @@
+"""Dynamic pruning: rows that the student finds easy are skipped at random, anew in each epoch."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastprune.difficulty.ranks import Ranks
+from fastprune.distillation.processes import summed
+from fastprune.recipe import PruningSettings
+from fastprune.selection.chance import row_keys
+
+
+def infobatch_weights(
+    losses: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    *,
+    skip_probability: float,
+    seed: int,
+    epoch: int,
+) -> NDArray[np.float32]:
+    """Which rows an epoch trains on, and how much the gradient of each counts.
+
+    Rows whose last loss is below the mean are skipped with a probability r; those among them that
+    are kept count 1 / (1 - r) times, so that the expected gradient is that of all rows.
+
+    Args:
+        losses: (K,) float32, of each row when it was last trained on; NaN if it never was, and such
+            a row is always kept.
+        rows: (K,) int64, rows of the beton.
+        skip_probability: r, in (0, 1).
+        seed: of the draw, which is a pure function of (seed, epoch, row).
+        epoch: in [0, 2**63).
+
+    Returns:
+        (K,) float32: 0 for a row that is skipped, else 1 or 1 / (1 - r).
+
+    Source: Qin et al. 2024, "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data
+    Pruning".
+    """
+    seen = losses[~np.isnan(losses)]
+    # A loss that is NaN is below no mean.
+    is_easy = losses < seen.mean(dtype=np.float64) if len(seen) else np.zeros(len(rows), bool)
+    epoch_seed = int(row_keys(seed, np.array([epoch]))[0])
+    is_unlucky = row_keys(epoch_seed, rows) < np.uint64(int(skip_probability * 2**64))
+    weights = np.where(is_easy, 1 / (1 - skip_probability), 1.0)
+    return np.where(is_easy & is_unlucky, 0.0, weights).astype(np.float32)
+
+
+def is_pruned_epoch(epoch: int, *, epochs: int, full_share: float) -> bool:
+    """Whether an epoch may skip rows: the last `full_share` of the epochs train on all of them."""
+    return epoch + 1 <= epochs * (1 - full_share)
+
+
+class InfoBatch:
+    """The last loss of every row, and the weights of the epoch that runs.
+
+    All processes of a run hold the same losses when an epoch begins, so all of them choose the same
+    rows. In the midst of an epoch each knows those of its own batches.
+    """
+
+    def __init__(
+        self,
+        settings: PruningSettings,
+        rows: NDArray[np.int64],
+        *,
+        epochs: int,
+        seed: int,
+        min_rows: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Begin with rows that no epoch has seen.
+
+        Args:
+            settings: how many rows are skipped, and when.
+            rows: (K,) int64, sorted: the rows that the run trains on.
+            epochs: of the run.
+            seed: of what is skipped.
+            min_rows: an epoch that would be left with fewer trains on all of them.
+            device: where batches are.
+            ranks: the processes that share an epoch; None for this one alone.
+        """
+        self._settings = settings
+        self._rows = rows
+        self._epochs = epochs
+        self._seed = seed
+        self._min_rows = min_rows
+        self._ranks = ranks or Ranks()
+        # By row of the beton, so that a batch's rows find their places without a search.
+        places = int(rows[-1]) + 1
+        self._losses = np.full(places, np.nan, np.float32)
+        self._fresh = torch.full((places,), torch.nan, device=device)
+        self._weights = torch.ones(places, device=device)
+
+    def begin_epoch(self, epoch: int) -> NDArray[np.int64]:
+        """Choose the rows of an epoch, by the losses that earlier epochs told.
+
+        Args:
+            epoch: counted from 0.
+
+        Returns:
+            The rows to train on: sorted int64, a part of the run's.
+        """
+        weights = np.ones(len(self._rows), np.float32)
+        settings = self._settings
+        if is_pruned_epoch(epoch, epochs=self._epochs, full_share=settings.full_share):
+            drawn = infobatch_weights(
+                self._losses[self._rows],
+                self._rows,
+                skip_probability=settings.skip_probability,
+                seed=self._seed,
+                epoch=epoch,
+            )
+            if np.count_nonzero(drawn) >= self._min_rows:
+                weights = drawn
+        by_row = np.zeros(len(self._losses), np.float32)
+        by_row[self._rows] = weights
+        self._weights.copy_(torch.from_numpy(by_row))
+        return self._rows[weights > 0]
+
+    def weigh(self, losses: Tensor, rows: Tensor) -> Tensor:
+        """Note the losses of a batch, and weigh them.
+
+        Args:
+            losses: (B,) float32, with a gradient.
+            rows: (B,) int64, on the device.
+
+        Returns:
+            (B,) float32; its mean is what the step minimises.
+        """
+        self._fresh[rows] = losses.detach()
+        return losses * self._weights[rows]
+
+    def end_epoch(self) -> None:
+        """Share what the processes noted; rows that were skipped keep the loss they had."""
+        fresh = self._shared()
+        self._losses = np.where(np.isnan(fresh), self._losses, fresh)
+        self._fresh.fill_(torch.nan)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is needed to go on; every process must ask for it, in the midst of an epoch too."""
+        return {
+            "losses": torch.from_numpy(self._losses.copy()),
+            "fresh": torch.from_numpy(self._shared()),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was asked; a half-done epoch is begun again first."""
+        self._losses = state["losses"].numpy().copy()
+        # The first process keeps what all of them noted, lest it be added up.
+        if self._ranks.is_first:
+            self._fresh.copy_(state["fresh"])
+
+    def _shared(self) -> NDArray[np.float32]:
+        """The losses that any process noted in this epoch; NaN where none did."""
+        fresh = self._fresh.cpu()
+        noted = torch.stack([fresh.nan_to_num(nan=0.0), (~fresh.isnan()).float()])
+        total, count = summed(noted, self._ranks).numpy()
+        shared: NDArray[np.float32] = np.where(count > 0, total, np.float32(np.nan))
+        return shared

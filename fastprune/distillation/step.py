@@ -1,0 +1,177 @@
+"""One optimiser step: the teacher, the student there and back, the optimiser."""
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.difficulty.ranks import Ranks
+from fastprune.distillation.averaging import WeightAverage
+from fastprune.distillation.clocks import Clocks
+from fastprune.distillation.infobatch import InfoBatch
+from fastprune.distillation.learner import Learner
+from fastprune.distillation.objective import Objective
+from fastprune.distillation.processes import distribute, synchronize_batchnorm
+from fastprune.distillation.schedule import make_optimizer
+from fastprune.errors import InvalidValueError
+from fastprune.recipe import Recipe
+
+
+class Stepper:
+    """Takes optimiser steps; nothing in them makes the host wait for the device."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        learner: Learner,
+        objective: Objective,
+        pruning: InfoBatch | None = None,
+        *,
+        ranks: Ranks,
+        device: torch.device,
+        clocks: Clocks,
+    ) -> None:
+        """Wrap what is trained as the recipe says.
+
+        Args:
+            recipe: schedule, precision and the like.
+            learner: trained in place.
+            objective: what is minimised.
+            pruning: weighs the losses of rows; None lets each count once.
+            ranks: the processes that train together.
+            device: where learner, objective and batches are.
+            clocks: told of the parts of each step.
+
+        Raises:
+            RecipeError: run.sync_batchnorm away from CUDA.
+        """
+        self._recipe = recipe
+        self._objective = objective
+        self._pruning = pruning
+        self._device = device
+        self._clocks = clocks
+        if recipe.run.sync_batchnorm:
+            synchronize_batchnorm(learner, ranks, device)
+        if recipe.run.compile:
+            learner.compile()
+            if objective.teacher is not None:
+                objective.teacher.compile()
+        self._learner = learner
+        self._wrapped = distribute(learner, ranks, device)
+        self._optimizer = make_optimizer(learner, recipe.schedule)
+        decay = recipe.schedule.ema_decay
+        self._average = None if decay is None else WeightAverage(learner.student, decay=decay)
+
+    @property
+    def student(self) -> nn.Module:
+        """What is evaluated and kept: the average of the weights where there is one."""
+        return self._learner.student if self._average is None else self._average.student
+
+    def train(self) -> None:
+        """Put the learner into training mode."""
+        self._wrapped.train()
+
+    def update(
+        self, images: Tensor, labels: Tensor, rows: Tensor, *, step: int, learning_rate: float
+    ) -> Tensor:
+        """Take a step.
+
+        Args:
+            images: (B, 3, S, S) on the device.
+            labels: (B,) int64 on the device.
+            rows: (B,) int64 on the device, of the beton.
+            step: optimiser steps done, this one included.
+            learning_rate: of this step.
+
+        Returns:
+            (B,) float32 on the device: the loss of every row, detached.
+        """
+        losses = self._backward(images, labels, rows)
+        with self._clocks.part("optimizer"):
+            if self._recipe.schedule.clip_norm is not None:
+                nn.utils.clip_grad_norm_(
+                    self._learner.parameters(), self._recipe.schedule.clip_norm
+                )
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            if self._average is not None:
+                self._average.update(self._learner.student, step=step)
+        return losses
+
+    def _backward(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The gradients of the batch; returns the loss of every row, not weighed."""
+        with self.autocast(), self._clocks.part("teacher"):
+            targets = self._objective.teach(images, labels)
+        with self._clocks.part("student"):
+            with self.autocast():
+                losses: Tensor = self._objective(self._wrapped(images), targets, labels)
+            if self._pruning is None or rows is None:
+                losses.mean().backward()
+            else:
+                self._pruning.weigh(losses, rows).mean().backward()
+        return losses.detach()
+
+    def rehearse(self, *, num_classes: int) -> None:
+        """Run a step on empty images and undo it, so that no clock counts what happens once.
+
+        Raises:
+            InvalidValueError: a network gives no logits of these classes.
+        """
+        data = self._recipe.data
+        before = copy.deepcopy(self._learner.state_dict())
+        images = torch.zeros(
+            (data.batch_size, 3, data.image_size, data.image_size), device=self._device
+        ).to(memory_format=torch.channels_last)
+        labels = torch.zeros(data.batch_size, dtype=torch.int64, device=self._device)
+        self._require_logits(images[:1], num_classes)
+        self.train()
+        self._backward(images, labels)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._learner.load_state_dict(before)
+
+    @torch.no_grad()
+    def _require_logits(self, images: Tensor, num_classes: int) -> None:
+        """Refuse networks whose outputs for one image are not (1, C)."""
+        networks = {"student": self._learner.student.eval(), "teacher": self._objective.teacher}
+        for name, network in networks.items():
+            if network is None:
+                continue
+            with self.autocast():
+                answer = network(images)
+            logits = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else answer
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            if shape != (1, num_classes):
+                raise InvalidValueError(
+                    f"the {name} returned {shape} for one image, not logits of shape "
+                    f"(1, {num_classes}). Take a network with an output for each class."
+                )
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 where the recipe asks for it, or leaves it open and CUDA has it; else float32."""
+        precision = self._recipe.run.precision
+        enabled = precision == "bf16" or (
+            precision == "auto"
+            and self._device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, momentum and average."""
+        average = None if self._average is None else self._average.student.state_dict()
+        return {
+            "learner": self._learner.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": average,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `state_dict` returned."""
+        self._learner.load_state_dict(state["learner"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._average is not None:
+            self._average.student.load_state_dict(state["average"])

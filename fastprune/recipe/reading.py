@@ -1,0 +1,125 @@
+"""From TOML files and the command line to a recipe."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fastprune.errors import RecipeError
+from fastprune.recipe.settings import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a TOML recipe; relative paths in it are relative to the working folder.
+
+    A file that begins with `extends = "other.toml"` has the settings of that file, which lies
+    beside it, and replaces or adds those that it names.
+
+    Args:
+        path: the TOML file.
+        overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
+            word; an empty value takes the key away.
+
+    Returns:
+        The validated recipe.
+
+    Raises:
+        RecipeError: a file cannot be read, files extend each other in a circle, a key is unknown,
+            or a value is outside its domain.
+    """
+    settings = _read(Path(path))
+    for override in overrides:
+        _set(settings, override)
+    return make_recipe(settings, name=str(path))
+
+
+def make_recipe(settings: dict[str, Any], *, name: str = "recipe") -> Recipe:
+    """Validate settings that are already in memory.
+
+    Args:
+        settings: section -> key -> value.
+        name: where they come from, for the message.
+
+    Raises:
+        RecipeError: a key is unknown (the nearest known one is named) or a value does not fit.
+    """
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        raise RecipeError(f"{name} cannot be used:\n{faults}") from error
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a file, upon those of the file that it extends."""
+    if path.resolve() in extending:
+        raise RecipeError(f"{path} extends itself, through other files perhaps. Break the circle.")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is no TOML file: {error}.") from error
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends = {base!r} must be the name of a file beside it.")
+    extended = _read(path.parent / base, (*extending, path.resolve()))
+    for name, keys in settings.items():
+        is_section = isinstance(keys, dict) and isinstance(extended.get(name), dict)
+        extended[name] = {**extended[name], **keys} if is_section else keys
+    return extended
+
+
+def _describe(fault: Any) -> str:
+    """One line for one fault, such as: data.imagesize is unknown; did you mean image_size?"""
+    *sections, key = [str(part) for part in fault["loc"]] or ["recipe"]
+    where = ".".join([*sections, key])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(sections)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"{where} is unknown; did you mean {near[0]}? Known: {', '.join(known)}."
+    if fault["type"] == "missing":
+        return f"{where} is missing."
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{message}."
+    return f"{where} = {fault['input']!r}: {message}."
+
+
+def _known_keys(sections: list[str]) -> list[str]:
+    """The keys that a section of the recipe has."""
+    model: type[BaseModel] = Recipe
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _set(settings: dict[str, Any], override: str) -> None:
+    """Apply one "section.key=value" to the settings."""
+    dotted, separator, text = override.partition("=")
+    text = text.strip()
+    sections = dotted.strip().split(".")
+    if not separator or len(sections) != 2 or not all(sections):
+        raise RecipeError(f"--set {override!r} is not of the form section.key=value.")
+    section = settings.setdefault(sections[0], {})
+    if not isinstance(section, dict):
+        raise RecipeError(f"--set {override!r}: {sections[0]} is no section of the recipe.")
+    if text:
+        section[sections[1]] = _parse(text)
+    else:
+        section.pop(sections[1], None)
+
+
+def _parse(text: str) -> Any:
+    """A value in TOML's notation, or else the bare word."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

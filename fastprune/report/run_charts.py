@@ -1,0 +1,124 @@
+"""Charts of training runs: accuracy over time and over epochs, and where the time went."""
+
+import io
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastprune.report.costs import PARTS, time_parts
+from fastprune.report.groups import Group
+from fastprune.report.runs import Run
+
+_TEN = 10
+_BAR_INCHES = 0.34
+
+
+def accuracy_png(groups: Sequence[Group]) -> bytes:
+    """Top-1 over the seconds that were paid for it, and over epochs.
+
+    A thin line is a run, a thick one the mean of a group's seeds. An unfinished run is dashed.
+
+    Args:
+        groups: at least one.
+
+    Returns:
+        A PNG.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    over_time, over_epochs = figure.subplots(1, 2, sharey=True)
+    colors = _colors(len(groups))
+    for group, color in zip(groups, colors, strict=True):
+        _draw_group(over_time, group, color, by_epoch=False)
+        _draw_group(over_epochs, group, color, by_epoch=True)
+    over_time.set_xlabel("seconds of scoring and training")
+    over_time.set_ylabel("top-1 on the validation set, %")
+    over_epochs.set_xlabel("epochs")
+    for axes in (over_time, over_epochs):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    handles, labels = over_time.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return _png(figure)
+
+
+def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> bytes:
+    """What the seconds of each group were spent on, the mean of its runs.
+
+    Args:
+        groups: finished ones, at least one.
+        convert_seconds: what converting the images took; None to leave it out.
+
+    Returns:
+        A PNG.
+    """
+    figure = Figure(figsize=(11, 1.5 + _BAR_INCHES * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    spent = [_mean_parts(group, convert_seconds) for group in groups]
+    shown = [name for name in PARTS if any(name in parts for parts in spent)]
+    left = np.zeros(len(groups))
+    for name, color in zip(shown, _colors(len(shown)), strict=True):
+        widths = np.array([parts.get(name, 0.0) for parts in spent])
+        axes.barh(
+            [_plain(group.name) for group in groups], widths, left=left, color=color, label=name
+        )
+        left += widths
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return _png(figure)
+
+
+def _draw_group(axes: Axes, group: Group, color: object, *, by_epoch: bool) -> None:
+    """The lines of a group's runs, and the mean of those validations that all of them have."""
+    runs = [run for run in group.runs if run.curve]
+    style = "-" if group.is_finished else "--"
+    bold: dict[str, Any] = {"color": color, "lw": 1.8, "label": _plain(group.name)}
+    thin: dict[str, Any] = {"color": color, "lw": 0.7, "alpha": 0.4}
+    for run in runs:
+        x, y = _curve([run], by_epoch=by_epoch)
+        axes.plot(x, y, style, marker=".", markersize=4, **(thin if len(runs) > 1 else bold))
+    if len(runs) > 1:
+        axes.plot(*_curve(runs, by_epoch=by_epoch), style, **bold)
+
+
+def _curve(runs: Sequence[Run], *, by_epoch: bool) -> tuple[list[float], list[float]]:
+    """Epochs or mean paid seconds, and mean accuracy in percent, of what all runs validated."""
+    validated = [{point.epoch: point for point in run.curve} for run in runs]
+    epochs = [epoch for epoch in validated[0] if all(epoch in points for points in validated)]
+    paid = fmean(run.score_seconds or 0.0 for run in runs)
+    seconds = [paid + fmean(points[epoch].seconds for points in validated) for epoch in epochs]
+    percent = [100 * fmean(points[epoch].top1 for points in validated) for epoch in epochs]
+    return epochs if by_epoch else seconds, percent
+
+
+def _mean_parts(group: Group, convert_seconds: float | None) -> Mapping[str, float]:
+    """Part -> seconds, the mean of a group's runs."""
+    spent = [time_parts(run, convert_seconds=convert_seconds) for run in group.runs]
+    names = dict.fromkeys(name for parts in spent for name in parts)
+    return {name: fmean(parts.get(name, 0.0) for parts in spent) for name in names}
+
+
+def _plain(name: str) -> str:
+    """A name as it is: dollar signs would make a formula of it."""
+    return name.replace("$", r"\$")
+
+
+def _colors(count: int) -> list[object]:
+    """So many colors that can be told apart, up to twenty."""
+    palette = mpl.colormaps["tab10" if count <= _TEN else "tab20"]
+    return [palette(number % palette.N) for number in range(count)]
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure as PNG bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,111 @@
+"""The study's arithmetic and its resuming; that it runs at all is a test of `make test-full`."""
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastprune.report.runs import read_runs
+from tests.conftest import require_library
+from tests.images import write_image_folder
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def wallclock(monkeypatch, tmp_path):
+    """The script as a module, which writes its result to the test's folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("wallclock")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys.modules["_harness"], "RESULTS", tmp_path)
+    return module
+
+
+def run(name, seed, **numbers):
+    defaults = {"train_seconds": 10.0, "score_seconds": 0.0, "total_seconds": 20.0, "epochs": 10}
+    defaults |= {"top1_last": 0.5, "top1_best": 0.6, "data_wait_share": 0.01}
+    return {"name": name, "seed": seed, **defaults, **numbers}
+
+
+def test_ratios_are_formed_seed_by_seed(wallclock):
+    runs = [
+        run("full", 0, train_seconds=10.0),
+        run("full", 1, train_seconds=20.0),
+        run("medium50-centroid", 0, train_seconds=5.0, score_seconds=1.0),
+        run("medium50-centroid", 1, train_seconds=10.0, score_seconds=1.0),
+    ]
+    summary = wallclock.summarize(runs)["medium50-centroid"]
+    assert summary["train_over_full"] == {"mean": 0.5, "sd": 0.0, "n": 2}
+    assert summary["with_scoring_over_full"]["mean"] == pytest.approx((0.6 + 0.55) / 2)
+    # A tenth of the study's seconds an epoch: (1 + 100 * 0.5) / (100 * 1), (1 + 100) / 200.
+    assert summary["with_scoring_at_100_epochs"]["mean"] == pytest.approx((0.51 + 0.505) / 2)
+
+
+def test_distance_from_random_is_formed_seed_by_seed(wallclock):
+    runs = [
+        run("random50", 0, top1_last=0.50),
+        run("random50", 1, top1_last=0.60),
+        run("hard50-centroid", 0, top1_last=0.40),
+        run("hard50-centroid", 1, top1_last=0.48),
+    ]
+    distance = wallclock.summarize(runs)["hard50-centroid"]["top1_last_over_random50"]
+    assert distance["mean"] == pytest.approx(-0.11)
+    assert distance["sd"] == pytest.approx(0.01 * 2**0.5)
+
+
+def test_single_seed_has_no_spread_and_a_missing_reference_no_ratio(wallclock):
+    summary = wallclock.summarize([run("easy50-centroid", 0)])["easy50-centroid"]
+    assert summary["top1_last"] == {"mean": 0.5, "sd": None, "n": 1}
+    assert summary["train_over_full"] == {"mean": None, "sd": None, "n": 0}
+
+
+def test_unknown_variant_is_refused_with_the_known_ones(wallclock):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'medium51' is not known\. Known: full,"):
+        wallclock.known_variants("full,medium51")
+
+
+def test_only_variants_that_look_at_the_teacher_pay_for_scores(wallclock):
+    paying = {name for name, variant in wallclock.VARIANTS.items() if variant.needs_scores}
+    assert set(wallclock.VARIANTS) - paying == {"full", "random50", "infobatch"}
+
+
+@pytest.mark.full
+def test_study_runs_goes_on_and_refuses_other_settings(wallclock, monkeypatch, tmp_path, capsys):
+    require_library("ffcv")
+    images, work = tmp_path / "images", tmp_path / "work"
+    for split in ("train", "test"):
+        write_image_folder(images / split, classes=2, per_class=140, same_size=True)
+    words = ["wallclock.py", "--images", str(images), "--work", str(work), "--name", "small"]
+    words += ["--per-class", "130", "--epochs", "2", "--seeds", "1", "--teacher-epochs", "1"]
+    words += ["--teacher", "resnet8"]
+
+    def study(*more):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        wallclock.main()
+        return json.loads((tmp_path / "wallclock-small.json").read_text())
+
+    result = study("--variants", "full,medium50-centroid+reshape")
+    assert {"chance", "machine", "commit", "summary", "arithmetic"} <= set(result)
+    assert result["chance"] == 0.5
+    half = result["runs"][1]
+    assert (half["name"], half["rows"]) == ("medium50-centroid+reshape", 130)
+    assert (half["keep_ratio"], half["metric"], half["reshaping"]) == (0.5, "centroid", True)
+    assert half["total_seconds"] > half["train_seconds"] + half["score_seconds"]
+    assert result["runs"][0]["score_seconds"] == 0
+
+    shutil.rmtree(work / "runs" / "full-0")
+    again = study("--variants", "full,random50,infobatch")
+    assert again["runs"][:2] == result["runs"]
+    assert [run["name"] for run in again["runs"][2:]] == ["random50", "infobatch"]
+    assert {run.name for run in read_runs([work / "runs"])} == {
+        "medium50-centroid+reshape",
+        "random50",
+        "infobatch",
+    }
+    with pytest.raises(SystemExit, match="was measured with other settings"):
+        study("--epochs", "3")

@@ -1,0 +1,66 @@
+"""Classes numbered as in another beton."""
+
+import numpy as np
+import pytest
+
+from fastprune import convert, open_beton
+from fastprune.beton.adopt import adopt
+from fastprune.beton.manifest import manifest_path
+from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
+from tests.images import jpeg_bytes, write_image_folder
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Three classes."""
+    convert(write_image_folder(tmp_path / "train"), tmp_path / "train.beton", jpeg="original")
+    return tmp_path / "train.beton"
+
+
+def flat(tmp_path, classes):
+    """A flat folder with an image of each of these classes."""
+    (tmp_path / "val").mkdir()
+    for number in range(len(classes)):
+        (tmp_path / "val" / f"{number}.jpg").write_bytes(jpeg_bytes(number))
+    text = "".join(f"{number}.jpg {name}\n" for number, name in enumerate(classes))
+    (tmp_path / "val.txt").write_text(text)
+    return {"images": tmp_path / "val", "labels": tmp_path / "val.txt"}
+
+
+@pytest.mark.parametrize("suffix", ["", ".manifest.parquet"])
+def test_a_flat_folder_that_lacks_a_class_is_numbered_as_the_training_set(train, tmp_path, suffix):
+    folder = flat(tmp_path, ["class_02", "class_00", "class_02"])
+    names_from = train.with_name(train.name + suffix)
+    convert(beton_path=tmp_path / "val.beton", classes_from=names_from, **folder)
+    val = open_beton(tmp_path / "val.beton")
+    assert val.labels.tolist() == [2, 0, 2]
+    assert val.class_names == open_beton(train).class_names
+
+
+def test_a_folder_that_lacks_a_class_is_numbered_as_the_training_set(train, tmp_path):
+    folder = write_image_folder(tmp_path / "val")
+    (folder / "class_01").rename(tmp_path / "elsewhere")
+    convert(folder, tmp_path / "val.beton", classes_from=train)
+    assert np.unique(open_beton(tmp_path / "val.beton").labels).tolist() == [0, 2]
+
+
+def test_a_class_that_the_training_set_lacks_is_refused(train, tmp_path):
+    folder = flat(tmp_path, ["class_02", "class_07"])
+    with pytest.raises(
+        ConversionError, match=r"class class_07 .* Name the beton of the same classes"
+    ):
+        convert(beton_path=tmp_path / "val.beton", classes_from=train, **folder)
+
+
+def test_numbers_are_no_names(train, tmp_path):
+    folder = flat(tmp_path, ["0", "2"])
+    with pytest.raises(InvalidValueError, match=r"has numbers\. Leave it out"):
+        convert(beton_path=tmp_path / "val.beton", classes_from=train, **folder)
+
+
+def test_a_manifest_without_names_cannot_number_classes(train, tmp_path):
+    manifest_path(train).unlink()
+    adopt(train)
+    folder = flat(tmp_path, ["class_02"])
+    with pytest.raises(ArtifactError, match=r"tells no class names.* Name a beton that"):
+        convert(beton_path=tmp_path / "val.beton", classes_from=train, **folder)

@@ -1,0 +1,141 @@
+"""What ends a run, and what does not."""
+
+import json
+import logging
+import os
+import re
+import resource
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastprune.difficulty.ranks import Ranks
+from fastprune.distillation.faults import Signals, naming_memory
+from fastprune.distillation.interval import Interval
+from fastprune.distillation.trainer import distill
+from fastprune.errors import InvalidValueError, TrainingError, TrainingStopped
+
+NETWORKS = "tests.distillation.networks"
+
+
+def test_loss_that_is_no_number_stops_the_run_with_step_rows_and_the_batch(recipe, tmp_path):
+    with pytest.raises(TrainingError) as error:
+        distill(recipe(schedule={"learning_rate": 1e30, "epochs": 2}, run={"log_every": 3}))
+    message = str(error.value)
+    found = re.fullmatch(
+        r"the loss became (?:nan|inf) at step 2 \(epoch 1\), in rows ([\d, ]+) and 12 more; look "
+        r"at the batch: (.*)\. Lower schedule\.learning_rate \(1e\+30\) or set .*",
+        message,
+    )
+    assert found, message
+    batch = load_file(found[2])
+    assert {name: len(tensor) for name, tensor in batch.items()} == dict.fromkeys(
+        ("images", "labels", "rows", "losses"), 20
+    )
+    assert {int(row) for row in found[1].split(", ")} < set(batch["rows"].tolist())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_one_bad_row_of_an_interval_is_named_and_its_batch_made_again(tmp_path):
+    asked = []
+
+    def batch_again(epoch, batch):
+        asked.append((epoch, batch))
+        return torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.tensor([7, 1234])
+
+    interval = Interval(folder=tmp_path, ranks=Ranks(), batch_again=batch_again, cure="Sleep.")
+    for step, second in ((5, 0.1), (6, float("nan")), (7, 0.1)):
+        interval.add(
+            step=step,
+            epoch=2,
+            batch=step - 5,
+            losses=torch.tensor([0.2, second]),
+            rows=torch.tensor([7, 1234]),
+        )
+    with pytest.raises(TrainingError, match=r"nan at step 6 \(epoch 3\), in rows 1,234; .* Sleep"):
+        interval.fetch()
+    assert asked == [(2, 1)]
+    assert load_file(tmp_path / "bad-batch-step-6.safetensors")["losses"][0] == pytest.approx(0.2)
+
+
+def test_batch_that_cannot_be_saved_does_not_hide_the_bad_loss(tmp_path):
+    def batch_again(epoch, batch):
+        return tuple(torch.zeros(1) for _ in range(3))
+
+    interval = Interval(folder=tmp_path / "gone", ranks=Ranks(), batch_again=batch_again, cure="")
+    interval.add(step=1, epoch=0, batch=0, losses=torch.tensor([torch.inf]), rows=torch.tensor([3]))
+    with pytest.raises(TrainingError, match="in rows 3; look at the batch: not saved"):
+        interval.fetch()
+
+
+def test_memory_that_is_used_up_names_the_batch_size_to_try(recipe):
+    greedy = recipe(student={"network": f"{NETWORKS}:greedy"})
+    with pytest.raises(TrainingError, match=r"batch_size = 20 at 32 pixels .*batch_size = 10"):
+        distill(greedy)
+
+
+def test_last_image_of_a_batch_cannot_be_left_out():
+    with (
+        pytest.raises(TrainingError, match="Use a smaller network"),
+        naming_memory(batch_size=1, image_size=32, device=torch.device("cpu")),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_other_errors_are_not_taken_for_memory():
+    with (
+        pytest.raises(RuntimeError, match="something else"),
+        naming_memory(batch_size=1, image_size=32, device=torch.device("cpu")),
+    ):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signal_stops_the_run_with_a_checkpoint(recipe, monkeypatch, name, exit_code):
+    settings = recipe(student={"network": f"{NETWORKS}:signalled"}, schedule={"epochs": 3})
+    monkeypatch.setenv("SMALL_SIGNAL", f"{name}:3")
+    message = f"{name} stopped the run after step 2. Go on from there with --resume"
+    with pytest.raises(TrainingStopped, match=message) as stop:
+        distill(settings)
+    assert stop.value.exit_code == exit_code
+    assert len(list((settings.run.out / "checkpoints").iterdir())) == 1
+
+
+def test_second_signal_acts_as_it_would_have():
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_full_disk_costs_the_checkpoint_and_not_the_run(recipe, monkeypatch, caplog):
+    settings = recipe(student={"network": f"{NETWORKS}:signalled"}, schedule={"epochs": 3})
+    monkeypatch.setenv("SMALL_SIGNAL", "SIGTERM:3")
+    with pytest.raises(TrainingStopped):
+        distill(settings)
+    (old,) = (settings.run.out / "checkpoints").iterdir()
+    monkeypatch.setenv("SMALL_SIGNAL", "SIGTERM:9")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (old.stat().st_size // 2, before[1]))
+    try:
+        with pytest.raises(TrainingStopped, match=r"step 10\. Go on from the last checkpoint"):
+            distill(settings, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert all(text.startswith("NO CHECKPOINT at step") and str(old) in text for text in warnings)
+    assert len(warnings) == 3
+    assert list((settings.run.out / "checkpoints").iterdir()) == [old]
+    monkeypatch.delenv("SMALL_SIGNAL")
+    assert distill(settings, resume=True).steps == 12
+    assert json.loads((settings.run.out / "result.json").read_text())["steps"] == 12
+
+
+def test_network_without_an_output_for_each_class_is_refused_before_the_first_step(recipe):
+    wrong = recipe(student={"network": f"{NETWORKS}:wrong_shape"})
+    with pytest.raises(InvalidValueError, match=r"student returned \(1, 10, 30, 30\).*\(1, 10\)"):
+        distill(wrong)

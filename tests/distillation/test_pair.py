@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import nn
+
+from fastprune.distillation.pair import make_pair
+from fastprune.distillation.trainer import distill
+from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
+
+CPU = torch.device("cpu")
+
+
+def without_classifier(num_classes: int) -> nn.Module:
+    """A factory whose network ends in a lookup that no hook can find."""
+    return nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_weights_of_the_student_depend_on_the_seed_alone(recipe, teacher):
+    section = {"network": "resnet8", "checkpoint": teacher}
+    pairs = []
+    for settings in (recipe(), recipe(teacher=section, loss={"feature_weight": 25})):
+        torch.manual_seed(3)
+        pairs.append(make_pair(settings, num_classes=10, keep_ratio=1, device=CPU))
+    first, second = (learner.student.state_dict() for learner, _ in pairs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_keep_ratio_reaches_the_weight_of_the_distillation(recipe, teacher):
+    settings = recipe(
+        teacher={"network": "resnet8", "checkpoint": teacher},
+        loss={"distillation_weight": [[0.5, 2.0], [1.0, 1.0]]},
+    )
+    _, objective = make_pair(settings, num_classes=10, keep_ratio=0.75, device=CPU)
+    assert objective.distillation_weight == pytest.approx(1.5)
+
+
+def test_network_without_features_is_named(recipe, teacher):
+    settings = recipe(
+        student={"network": f"{__name__}:without_classifier"},
+        teacher={"network": "resnet8", "checkpoint": teacher},
+        loss={"feature_weight": 25},
+    )
+    with pytest.raises(
+        RecipeError, match=r"but Sequential has no linear layer with 10 outputs.*Take other netw"
+    ):
+        make_pair(settings, num_classes=10, keep_ratio=1, device=CPU)
+
+
+def test_published_teacher_of_images_with_other_values_is_refused(recipe):
+    settings = recipe(
+        data={"mean": [0.5, 0.5, 0.5]},
+        teacher={"network": "resnet18", "weights": "IMAGENET1K_V1"},
+    )
+    with pytest.raises(
+        ArtifactMismatch, match=r"IMAGENET1K_V1 was trained with data\.mean = \[0\.485"
+    ):
+        distill(settings)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("resnet20", "resnet20 has no published weights"),
+        ("resnet18", "weights 'V3' are not among those of resnet18: IMAGENET1K_V1"),
+        ("resnet1", "network 'resnet1' is not known"),
+        (f"{__name__}:without_classifier", "without_classifier has no published weights"),
+    ],
+)
+def test_published_weights_that_are_not_there_are_refused(recipe, network, message):
+    settings = recipe(teacher={"network": network, "weights": "V3"})
+    with pytest.raises(InvalidValueError, match=message):
+        distill(settings)

@@ -1,0 +1,126 @@
+"""Write what was measured into README and docs: tables, sentences and a chart, from the JSON files.
+
+    python tools/measured.py
+
+What it writes stands between `<!-- numbers: NAME -->` and `<!-- end -->`; a test holds the pages
+equal to benchmarks/results/.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _study_page import draw_study, study_in_choosing, study_in_log, study_in_readme
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "choosing.md", ROOT / "docs" / "log.md")
+IMAGES = ROOT / "docs" / "images"
+STUDY = "wallclock-cifar10"
+BLOCK = re.compile(r"(<!-- numbers: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Write every page, and draw the study."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(updated(text), encoding="utf-8")
+    study = load(STUDY)
+    if study is not None:
+        draw_study(study, IMAGES / f"{STUDY}.png")
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A result; None where it was not measured yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def updated(text: str) -> str:
+    """A page with its blocks written anew."""
+    return BLOCK.sub(lambda match: match[1] + block(match[2]) + match[3], text)
+
+
+def block(name: str) -> str:
+    """What stands between two marks; nothing where a study was not measured yet."""
+    if name == "measured":
+        return measured()
+    study = load(STUDY)
+    return "" if study is None else STUDY_BLOCKS[name](study)
+
+
+def measured() -> str:
+    """The table of the README: one line per question that was measured."""
+    lines = [line for result, make in MEASURED if (line := _line(result, make))]
+    return "| question | answer |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _line(name: str, make: Callable[[dict[str, Any]], str]) -> str | None:
+    result = load(name)
+    return None if result is None else f"| {make(result)} |"
+
+
+def _converting(result: dict[str, Any]) -> str:
+    one, two = (result["ours_over_ffcv"][f"{n} workers"]["median"] for n in (1, 2))
+    rows, pixels = result["settings"]["rows"], result["pixels"]
+    same = pixels["ours_bytes_identical_to_the_source"] == pixels["rows"]
+    return (
+        f"converting {rows:,} ImageNet JPEGs, over `ffcv.writer` at full size | {one:.1f}× with "
+        f"one worker, {two:.1f}× with two" + ("; every byte identical" if same else "")
+    )
+
+
+def _viewing(result: dict[str, Any]) -> str:
+    ratio = result["ratios"]["full"]["ours ffcv over stock ffcv"]["median"]
+    return f"views per second, over stock FFCV on the same bytes | {ratio:.2f}×"
+
+
+def _starting(result: dict[str, Any]) -> str:
+    ours, stock = (result["first_batch_seconds"][n]["median"] for n in ("ours ffcv", "stock ffcv"))
+    return (
+        f"first batch of a new process, compiled code cached | {ours:.1f} s (stock FFCV: "
+        f"{stock:.1f} s)"
+    )
+
+
+def _half_epoch(result: dict[str, Any]) -> str:
+    ratio = result["half_over_full"]["median"]
+    return f"a distillation epoch on half of the rows, over one on all | {ratio:.3f}"
+
+
+def _centroids(result: dict[str, Any]) -> str:
+    share = result["share_of_ceiling_per_pass"]["fastprune float32"]["median"]
+    return f"centroid kernel, share of streaming-read speed per pass, fp32 | {share:.2f}"
+
+
+def _selecting(result: dict[str, Any]) -> str:
+    made = [
+        v["median"] for k, v in result["seconds"].items() if k not in ("write table", "read table")
+    ]
+    return (
+        f"selecting from {result['rows']:,} rows, file to file, one core | "
+        f"{min(made):.1f}–{max(made):.1f} s"
+    )
+
+
+MEASURED = (
+    ("convert", _converting),
+    ("loader", _viewing),
+    ("loader", _starting),
+    ("epoch-cpu", _half_epoch),
+    ("kernel", _centroids),
+    ("selection", _selecting),
+)
+
+
+STUDY_BLOCKS = {
+    "study": study_in_readme,
+    "study-choosing": study_in_choosing,
+    "study-log": study_in_log,
+}
+
+
+if __name__ == "__main__":
+    main()
