@@ -3,40 +3,61 @@
     python benchmarks/decode.py --images folder-of-jpegs
 
 Every candidate makes the same random resized crops of the same files, which are in memory, on one
-and on two threads: FFCV's own functions (whole decode, area resize of the crop), torchvision and
-Pillow over the original bytes; ours over the original bytes and over their lossless rewrite to
-restart rows. Shares of the time go to the stages of ours by running it up to each of them.
+and on two threads: ours over the original bytes, over their lossless rewrite to restart rows, and
+over FFCV's re-encoding to 500 pixels at quality 90 in both layouts; FFCV's own functions over the
+original and over its own bytes, and its decoder alone; DALI, torchvision, Pillow and, where it is
+installed, SPDL over the original bytes. Shares of our time go to stages by running up to each of
+them. How fast batches come from a beton is benchmarks/loader.py's question.
 """
 
 import argparse
-import io
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ffcv.libffcv
 import numpy as np
 import torch
 from _harness import ratios, spread, take_turns, write_result
+from _view_peers import (
+    SIZE,
+    Run,
+    dali,
+    in_threads,
+    joined,
+    pillow,
+    pillow_view,
+    reencoded,
+    spdl,
+    spdl_fault,
+    stock_ffcv,
+    torchvision,
+)
 from numba import njit
-from PIL import Image
-from torchvision.io import decode_jpeg
-from torchvision.transforms.v2 import functional
 
 from fastprune.jpeg import scan
-from fastprune.jpeg.frame import ACROSS, DOWN, SCAN, read_frame
+from fastprune.jpeg.frame import ACROSS, DOWN, RESTART, SCAN, WIDTH, read_frame
 from fastprune.jpeg.headers import read_header
 from fastprune.jpeg.rewrite import to_restart_rows
 from fastprune.jpeg.stream import unstuff
 from fastprune.jpeg.view import read_view
 from fastprune.jpeg.workspace import make_workspace
 
-SIZE = 224
 STAGES = ("header", "tables", "unstuffing", "entropy and IDCT", "resize and color")
-_imdecode, _resize_crop = njit(ffcv.libffcv.imdecode), njit(ffcv.libffcv.resize_crop)
+# Each pair's ratio is one of speed: the first over the second.
+PAIRS = (
+    ("ours", "stock ffcv"),
+    ("ours, restart rows", "stock ffcv"),
+    ("ours, q90-500", "stock ffcv, q90-500"),
+    ("ours, q90-500 restart rows", "stock ffcv, q90-500"),
+    ("ours", "dali cpu"),
+    ("ours, restart rows", "dali cpu"),
+    ("ours", "torchvision"),
+    ("ours, restart rows", "torchvision"),
+    ("ours", "spdl"),
+    ("ours, restart rows", "spdl"),
+    ("ours", "libjpeg-turbo, no resize"),
+)
 
 
 def main() -> None:
@@ -47,17 +68,30 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     files = known_files(arguments.images, arguments.limit)
-    boxes = np.array([random_box(content, n) for n, content in enumerate(files)])
-    rewritten = [to_restart_rows(content) for content in files]
+    small = [reencoded(content) for content in files]
+    contents = {
+        "original": files,
+        "restart rows": [to_restart_rows(content) for content in files],
+        "q90-500": small,
+        "q90-500 restart rows": [to_restart_rows(content) for content in small],
+    }
+    boxes, small_boxes = (
+        np.array([random_box(content, n) for n, content in enumerate(of)]) for of in (files, small)
+    )
     result: dict[str, Any] = {
         "question": "views of 224 pixels per second, ours against whole decodes",
         "settings": {"files": len(files), "rounds": arguments.rounds},
-        "bytes": {"original": sum(map(len, files)), "restart rows": sum(map(len, rewritten))},
+        "bytes": {name: sum(map(len, of)) for name, of in contents.items()},
         "threads": {},
-        "stages": stage_seconds(files, boxes, arguments.rounds),
+        "stage_microseconds": {
+            name: stage_microseconds(contents[name], boxes, arguments.rounds)
+            for name in ("original", "restart rows")
+        },
+        "levels_from_pillow": levels_from_pillow(files, contents["restart rows"], boxes),
     }
     for threads in (1, 2):
-        result["threads"][threads] = measure(files, rewritten, boxes, threads, arguments.rounds)
+        runs = candidates(contents, boxes, small_boxes, threads)
+        result["threads"][threads] = measure(runs, len(files), arguments.rounds)
     print(write_result("decode", result))
 
 
@@ -81,88 +115,49 @@ def random_box(content: bytes, seed: int) -> tuple[int, int, int, int]:
     return 0, 0, header.height, header.width
 
 
-def measure(
-    files: list[bytes], rewritten: list[bytes], boxes: np.ndarray, threads: int, rounds: int
-) -> dict[str, Any]:
-    """Images per second of every candidate, and their ratios to stock FFCV."""
-    parts = [slice(n, None, threads) for n in range(threads)]
-    makers: dict[str, tuple[Callable[..., Callable[[], None]], list[bytes]]] = {
-        "stock ffcv": (stock_ffcv, files),
-        "torchvision": (torchvision, files),
-        "pillow": (pillow, files),
-        "ours": (ours, files),
-        "ours, restart rows": (ours, rewritten),
+def candidates(
+    contents: dict[str, list[bytes]], boxes: np.ndarray, small_boxes: np.ndarray, threads: int
+) -> dict[str, Run]:
+    """What makes all views once, by name."""
+    files, small = contents["original"], contents["q90-500"]
+    threaded = {
+        "stock ffcv": (stock_ffcv, files, boxes),
+        "ours": (ours, files, boxes),
+        "ours, restart rows": (ours, contents["restart rows"], boxes),
+        "stock ffcv, q90-500": (stock_ffcv, small, small_boxes),
+        "ours, q90-500": (ours, small, small_boxes),
+        "ours, q90-500 restart rows": (ours, contents["q90-500 restart rows"], small_boxes),
+        "libjpeg-turbo, no resize": (partial(stock_ffcv, resized=False), files, boxes),
+        "torchvision": (torchvision, files, boxes),
+        "pillow": (pillow, files, boxes),
     }
-    pool = ThreadPoolExecutor(threads)
-    candidates = {}
-    for name, (make, contents) in makers.items():
-        runs = [make(contents[part], boxes[part]) for part in parts]
-        candidates[name] = partial(run_all, pool, runs)
-    seconds = take_turns(candidates, rounds=rounds)
-    stock = seconds["stock ffcv"]
+    fault = spdl_fault(files[0])
+    if fault is None:
+        threaded["spdl"] = (spdl, files, boxes)
+    else:
+        print(f"without SPDL, which is not installed or does not work ({fault})")
+    runs = {name: in_threads(*made, threads) for name, made in threaded.items()}
+    return {**runs, "dali cpu": dali(files, boxes, threads)}
+
+
+def measure(runs: dict[str, Run], num_files: int, rounds: int) -> dict[str, Any]:
+    """Images per second of every candidate, and the ratios of some."""
+    seconds = take_turns(runs, rounds=rounds)
     return {
-        name: {
-            "images_per_second": spread([len(files) / s for s in values]),
-            "times_stock_ffcv": ratios(stock, values),
-        }
-        for name, values in seconds.items()
+        "images_per_second": {
+            name: spread([num_files / s for s in values]) for name, values in seconds.items()
+        },
+        "ratios": {
+            f"{faster} over {slower}": ratios(seconds[slower], seconds[faster])
+            for faster, slower in PAIRS
+            if slower in seconds
+        },
     }
 
 
-def run_all(pool: ThreadPoolExecutor, runs: list[Callable[[], None]]) -> None:
-    """Run each part in a thread of its own."""
-    for done in [pool.submit(run) for run in runs]:
-        done.result()
-
-
-def joined(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """All files as one read-only array, and where each begins."""
-    return np.frombuffer(b"".join(contents), np.uint8), np.cumsum([0, *map(len, contents)])
-
-
-def stock_ffcv(contents: list[bytes], boxes: np.ndarray) -> Callable[[], None]:
-    headers = [read_header(content) for content in contents]
-    sizes = np.array([(h.height, h.width) for h in headers])
-    frame = np.empty(int(sizes.prod(axis=1).max()) * 3, np.uint8)
-    view = np.empty((SIZE, SIZE, 3), np.uint8)
-    return partial(_stock_ffcv, *joined(contents), sizes, boxes, frame, view)
-
-
-@njit(nogil=True)
-def _stock_ffcv(data, starts, sizes, boxes, frame, view):
-    for i in range(len(boxes)):
-        height, width = sizes[i]
-        top, left, rows, columns = boxes[i]
-        image = frame[: height * width * 3].reshape(height, width, 3)
-        content = data[starts[i] : starts[i + 1]]
-        _imdecode(content, image, height, width, height, width, 0, 0, 1, 1, False, False)
-        _resize_crop(image, top, top + rows, left, left + columns, view)
-
-
-def torchvision(contents: list[bytes], boxes: np.ndarray) -> Callable[[], None]:
-    tensors = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
-
-    def run() -> None:
-        for tensor, box in zip(tensors, boxes.tolist(), strict=True):
-            image = decode_jpeg(tensor, mode="RGB")
-            functional.resized_crop(image, *box, [SIZE, SIZE], antialias=True)
-
-    return run
-
-
-def pillow(contents: list[bytes], boxes: np.ndarray) -> Callable[[], None]:
-    def run() -> None:
-        for content, (top, left, height, width) in zip(contents, boxes.tolist(), strict=True):
-            image = Image.open(io.BytesIO(content)).convert("RGB")
-            crop = image.crop((left, top, left + width, top + height))
-            crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-
-    return run
-
-
-def workspace_for(contents: list[bytes], boxes: np.ndarray):
+def workspace_for(files: list[bytes], boxes: np.ndarray):
     return make_workspace(
-        file_bytes=max(map(len, contents)),
+        file_bytes=max(map(len, files)),
         width=int(boxes[:, 3].max()),
         height=int(boxes[:, 2].max()),
         output_height=SIZE,
@@ -170,9 +165,9 @@ def workspace_for(contents: list[bytes], boxes: np.ndarray):
     )
 
 
-def ours(contents: list[bytes], boxes: np.ndarray) -> Callable[[], None]:
+def ours(files: list[bytes], boxes: np.ndarray) -> Run:
     pixels = np.empty(SIZE * SIZE * 3, np.uint8)
-    arguments = (*joined(contents), boxes, workspace_for(contents, boxes), pixels)
+    arguments = (*joined(files), boxes, workspace_for(files, boxes), pixels)
 
     def run() -> None:
         assert _ours(*arguments) == 0
@@ -192,15 +187,34 @@ def _ours(data, starts, boxes, work, pixels):
     return codes
 
 
-def stage_seconds(files: list[bytes], boxes: np.ndarray, rounds: int) -> dict[str, float]:
-    """Median seconds per image that each stage of ours takes on one thread."""
+def levels_from_pillow(
+    files: list[bytes], rewritten: list[bytes], boxes: np.ndarray
+) -> dict[str, float]:
+    """How far our views are from Pillow's crop and resize; both layouts give the same pixels."""
+    pixels, means, worst = np.empty((SIZE, SIZE, 3), np.uint8), [], 0
+    for content, fast, box in zip(files, rewritten, boxes, strict=True):
+        views = []
+        for data in (content, fast):
+            one = joined([data])
+            work = workspace_for([data], box[None])
+            assert _ours(*one, box[None], work, pixels.reshape(-1)) == 0
+            views.append(pixels.copy())
+        assert np.array_equal(*views)
+        levels = np.abs(views[0].astype(np.int16) - pillow_view(content, box.tolist()))
+        means.append(float(levels.mean()))
+        worst = max(worst, int(levels.max()))
+    return {"mean": float(np.mean(means)), "worst_view_mean": max(means), "worst_pixel": worst}
+
+
+def stage_microseconds(files: list[bytes], boxes: np.ndarray, rounds: int) -> dict[str, float]:
+    """Median microseconds per image that each stage of ours takes on one thread."""
     arguments = (*joined(files), boxes, workspace_for(files, boxes))
-    candidates: dict[str, Callable[[], Any]] = {
+    runs: dict[str, Run] = {
         stage: partial(_up_to, *arguments, n) for n, stage in enumerate(STAGES[:4])
     }
-    candidates[STAGES[4]] = ours(files, boxes)
-    seconds = take_turns(candidates, rounds=rounds)
-    total = [spread(seconds[stage])["median"] / len(files) for stage in STAGES]
+    runs[STAGES[4]] = ours(files, boxes)
+    seconds = take_turns(runs, rounds=rounds)
+    total = [spread(seconds[stage])["median"] / len(files) * 1e6 for stage in STAGES]
     # Entropy decoding unstuffs for itself, so each figure holds those before it.
     differences = np.diff([0.0, *total])
     return dict(zip(STAGES, differences.tolist(), strict=True))
@@ -214,13 +228,18 @@ def _up_to(data, starts, boxes, work, stage):
         read_frame(content, work)
         if stage >= 1:
             scan.prepare_tables(work)
+        frame = work.frame
+        unit_height, unit_width = 8 * frame[DOWN], 8 * frame[ACROSS]
+        row, column = top // unit_height, left // unit_width
+        rows = (top + height - 1) // unit_height - row + 1
+        columns = (left + width - 1) // unit_width - column + 1
         if stage == 2:
-            unstuff(content, work.frame[SCAN], work.stream, work.starts, 0, 0)
+            unit_columns = -(-frame[WIDTH] // unit_width)
+            restart = frame[RESTART] if frame[RESTART] > 0 else 1 << 30
+            first = row * unit_columns // restart
+            last = (row + rows - 1) * unit_columns // restart
+            unstuff(content, frame[SCAN], work.stream, work.starts, first, last)
         if stage == 3:
-            unit_height, unit_width = 8 * work.frame[DOWN], 8 * work.frame[ACROSS]
-            row, column = top // unit_height, left // unit_width
-            rows = (top + height - 1) // unit_height - row + 1
-            columns = (left + width - 1) // unit_width - column + 1
             scan.decode_units(content, work, row, rows, column, columns)
 
 
