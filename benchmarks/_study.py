@@ -6,6 +6,7 @@ that was killed goes on with what is there.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -173,21 +174,13 @@ def train_process(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, 
     Returns:
         result.json, and the seconds from the start of the process to its end.
     """
-    if folder.exists():
-        remove_run(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     words = ["train", str(RECIPE)]
     for key, value in {**settings, "run.out": folder}.items():
         text = json.dumps(value) if isinstance(value, int | float | bool) else str(value)
         words += ["--set", f"{key}={text}"]
     seconds = run_fastprune(words, folder.with_name(f"{folder.name}.log"))
     return json.loads((folder / "result.json").read_text()), seconds
-
-
-def remove_run(folder: Path) -> None:
-    """Delete a run's folder; only what is in it and one level below."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
 
 
 def run_fastprune(words: list[str], log: Path) -> float:

@@ -121,3 +121,16 @@ def test_pages_name_no_study_that_was_not_measured(tools, monkeypatch, tmp_path)
     (tmp_path / "epoch-cpu.json").write_text(json.dumps({"half_over_full": {"median": 0.4951}}))
     lines = measured.block("measured").splitlines()
     assert lines[2:] == ["| a distillation epoch on half of the rows, over one on all | 0.495 |"]
+
+
+def test_loader_is_told_with_most_threads_and_by_layout(tools):
+    ratios = {
+        "full, 1 threads": {},
+        "half, 2 threads": {},
+        "full, 2 threads": {
+            "ours original over dali files": {"median": 2.5},
+            "ours fast over dali files": {"median": 3.25},
+        },
+    }
+    line = tools("measured")._over_dali({"ratios": ratios})
+    assert line.endswith("| 2.50×, 3.25× in the fast layout")
