@@ -121,7 +121,7 @@ class TrainingLoop:
 
     def _train_epoch(self, epoch: int) -> None:
         """The batches of a pass that are left, and a checkpoint behind them."""
-        self._stepper.train()
+        self._stepper.begin_epoch(epoch)
         self._train_loader.set_epoch(epoch)
         first = self._train_loader.state_dict()["batches"]
         self._prune(epoch, is_new=first == 0)
