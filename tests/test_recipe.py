@@ -157,7 +157,9 @@ def test_reshaping_by_class_std_needs_a_subset(recipe_file):
         load_recipe(recipe_file, overrides)
 
 
-@pytest.mark.parametrize("override", ["epochs=3", "schedule.epochs", "a.b.c=3", ".x=1"])
+@pytest.mark.parametrize(
+    "override", ["epochs=3", "schedule.epochs", "a.b.c=3", ".x=1", "teachr=", "="]
+)
 def test_malformed_override_is_refused(recipe_file, override):
     with pytest.raises(RecipeError, match="not of the form section"):
         load_recipe(recipe_file, [override])

@@ -106,7 +106,7 @@ def _set(settings: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     text = text.strip()
     sections = dotted.strip().split(".")
-    if separator and len(sections) == 1 and not text:
+    if separator and sections[0] in Recipe.model_fields and len(sections) == 1 and not text:
         settings.pop(sections[0], None)
         return
     if not separator or len(sections) != 2 or not all(sections):
