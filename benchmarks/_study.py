@@ -4,9 +4,11 @@ All of it is made in a work folder, once, and its seconds are kept in prepared.j
 that was killed goes on with what is there.
 """
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from fastprune.selection.subsets import make_subset
 RECIPE = Path(__file__).parent / "wallclock.toml"
 _LOG_LINES = 12
 _TEACHER_SEED = 0
+_PR_SET_PDEATHSIG = 1
 
 
 class Preparation:
@@ -183,6 +186,11 @@ def train_process(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, 
     return json.loads((folder / "result.json").read_text()), seconds
 
 
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with the script: no run goes on when the study is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run_fastprune(words: list[str], log: Path) -> float:
     """Run a command with its output in a log; give the seconds from start to end."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +201,7 @@ def run_fastprune(words: list[str], log: Path) -> float:
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"COLUMNS": "100"},
+            preexec_fn=_end_with_parent,
             check=False,
         )
     seconds = time.perf_counter() - started
