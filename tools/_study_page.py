@@ -62,7 +62,8 @@ def study_in_log(study: Study) -> str:
 
 def _markdown(*parts: str) -> str:
     """Paragraphs, wrapped where they are sentences."""
-    return "\n\n".join(p if p[0] in "|#!" else textwrap.fill(p, _LINE) for p in parts) + "\n"
+    wrapper = textwrap.TextWrapper(_LINE, break_on_hyphens=False, break_long_words=False)
+    return "\n\n".join(p if p[0] in "|#!" else wrapper.fill(p) for p in parts) + "\n"
 
 
 def _picture(folder: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _decode_page import decode_in_readme, decode_line, draw_decode
 from _study_page import draw_study, study_in_choosing, study_in_log, study_in_readme
 
 ROOT = Path(__file__).parent.parent
@@ -28,13 +29,14 @@ BLOCK = re.compile(r"(<!-- numbers: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Write every page, and draw the study."""
+    """Write every page, and draw the charts."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         page.write_text(updated(text), encoding="utf-8")
-    study = load(STUDY)
-    if study is not None:
-        draw_study(study, IMAGES / f"{STUDY}.png")
+    for name, draw in ((STUDY, draw_study), ("decode", draw_decode)):
+        result = load(name)
+        if result is not None:
+            draw(result, IMAGES / f"{name}.png")
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -49,11 +51,12 @@ def updated(text: str) -> str:
 
 
 def block(name: str) -> str:
-    """What stands between two marks; nothing where a study was not measured yet."""
+    """What stands between two marks; nothing where it was not measured yet."""
     if name == "measured":
         return measured()
-    study = load(STUDY)
-    return "" if study is None else STUDY_BLOCKS[name](study)
+    source, write = BLOCKS[name]
+    result = load(source)
+    return "" if result is None else write(result)
 
 
 def measured() -> str:
@@ -134,6 +137,7 @@ def _selecting(result: dict[str, Any]) -> str:
 
 MEASURED = (
     ("convert", _converting),
+    ("decode", decode_line),
     ("loader", _over_ffcv),
     ("loader", _over_dali),
     ("loader", _starting),
@@ -143,10 +147,11 @@ MEASURED = (
 )
 
 
-STUDY_BLOCKS = {
-    "study": study_in_readme,
-    "study-choosing": study_in_choosing,
-    "study-log": study_in_log,
+BLOCKS = {
+    "decode": ("decode", decode_in_readme),
+    "study": (STUDY, study_in_readme),
+    "study-choosing": (STUDY, study_in_choosing),
+    "study-log": (STUDY, study_in_log),
 }
 
 

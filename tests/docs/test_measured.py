@@ -94,6 +94,7 @@ def test_ratio_at_a_long_schedule_is_shown_with_its_arithmetic(tools, study):
     shown = " ".join(text.split())
     assert "(4.00 + 100 × 5.000) / (100 × 10.000) = 0.504" in shown
     assert text.startswith("## 2026-01-02: students on some of the rows\n")
+    assert not [line for line in text.splitlines() if line.count("`") % 2]
 
 
 def test_study_that_has_only_begun_is_shown_without_findings(tools, study):
@@ -134,3 +135,16 @@ def test_loader_is_told_with_most_threads_and_by_layout(tools):
     }
     line = tools("measured")._over_dali({"ratios": ratios})
     assert line.endswith("| 2.50×, 3.25× in the fast layout")
+
+
+def test_decoding_is_told_and_drawn_with_most_threads(tools, tmp_path):
+    page = tools("_decode_page")
+    ratios = {"ours over stock ffcv": {"median": 3.0}}
+    ratios["ours, restart rows over stock ffcv"] = {"median": 4.5}
+    rates = {name: {"median": rate} for name, rate in (("stock ffcv", 900), ("ours", 2700))}
+    result = {"threads": {"1": {}, "2": {"ratios": ratios, "images_per_second": rates}}}
+    assert page.decode_line(result).endswith("| 3.00×, 4.50× with restart rows")
+    assert "on 2 threads" in page.decode_in_readme(result)
+    page.draw_decode(result, tmp_path / "decode.png")
+    with Image.open(tmp_path / "decode.png") as image:
+        assert np.asarray(image.convert("L")).std() > 10
