@@ -82,6 +82,7 @@ def test_table_has_a_line_per_variant_with_mean_and_spread(tools, study):
     [
         ((0.6, 0.62), (0.5, 0.54), "at 61.0 ± 1.4%, number 1 of 2; the best of the others"),
         ((0.5, 0.54), (0.6, 0.62), "at 52.0 ± 2.8%, number 2 of 2; the best of the others"),
+        ((0.5, 0.54), (0.5, 0.54), "at 52.0 ± 2.8%, number 1 of 2; the best of the others"),
     ],
 )
 def test_sentences_follow_the_numbers_whoever_wins(tools, study, random, medium, sentence):
