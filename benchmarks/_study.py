@@ -4,8 +4,11 @@ All of it is made in a work folder, once, and its seconds are kept in prepared.j
 that was killed goes on with what is there.
 """
 
+import ctypes
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ from fastprune.selection.subsets import make_subset
 RECIPE = Path(__file__).parent / "wallclock.toml"
 _LOG_LINES = 12
 _TEACHER_SEED = 0
+_PR_SET_PDEATHSIG = 1
 
 
 class Preparation:
@@ -173,8 +177,7 @@ def train_process(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, 
     Returns:
         result.json, and the seconds from the start of the process to its end.
     """
-    if folder.exists():
-        remove_run(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     words = ["train", str(RECIPE)]
     for key, value in {**settings, "run.out": folder}.items():
         text = json.dumps(value) if isinstance(value, int | float | bool) else str(value)
@@ -183,11 +186,9 @@ def train_process(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, 
     return json.loads((folder / "result.json").read_text()), seconds
 
 
-def remove_run(folder: Path) -> None:
-    """Delete a run's folder; only what is in it and one level below."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with the script: no run goes on when the study is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_fastprune(words: list[str], log: Path) -> float:
@@ -200,6 +201,7 @@ def run_fastprune(words: list[str], log: Path) -> float:
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"COLUMNS": "100"},
+            preexec_fn=_end_with_parent,
             check=False,
         )
     seconds = time.perf_counter() - started

@@ -3,8 +3,8 @@
     python benchmarks/convert.py --images folder-of-jpegs
 
 The files are repeated to at least 10,000 rows. Every candidate ends with its bytes on the disk: the
-copy with `sync`, FFCV's beton with an fsync that its writer does not do itself, ours, of original bytes
-and in the fast layout, as it always does. Rates are in rows per second.
+copy with `sync`, FFCV's beton with an fsync that its writer does not do itself, ours, of original
+bytes and in the fast layout, as it always does. Rates are in rows per second.
 """
 
 import argparse

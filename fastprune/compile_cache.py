@@ -1,6 +1,7 @@
 """A place for Numba's compiled code where its usual ones cannot be written."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -17,7 +18,8 @@ def ensure_compile_cache() -> None:
     Numba keeps compiled code in NUMBA_CACHE_DIR, else beside the source, else in the user's cache
     folder. In a container with a read-only root or without a home, none can be written. The folder
     is new and private: cached code is executed, so it must not come from where others can write.
-    It is removed at exit; set NUMBA_CACHE_DIR to a folder that lasts to compile only once.
+    It is removed at exit; set NUMBA_CACHE_DIR to a folder that lasts to compile only once. What a
+    read-only NUMBA_CACHE_DIR holds, in an image that was built with it, is taken along.
     """
     named = [Path(name)] if (name := os.environ.get("NUMBA_CACHE_DIR")) else []
     beside_source = Path(__file__).parent / "__pycache__"
@@ -29,8 +31,20 @@ def ensure_compile_cache() -> None:
     if scratch is None:
         return  # Numba will say what it tried.
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=scratch)
+    with contextlib.suppress(OSError):  # it may be missing, or unreadable too
+        for compiled in named:
+            _copy_files(compiled, Path(folder))
     os.environ["NUMBA_CACHE_DIR"] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy a tree's files, but not its modes: the copy is private and can be written."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _is_writable(folder: Path) -> bool:

@@ -33,6 +33,20 @@ def test_folder_that_cannot_be_written_is_replaced(nothing_writable, monkeypatch
     assert Path(os.environ["NUMBA_CACHE_DIR"]).name.startswith("fastprune-numba-")
 
 
+def test_compiled_code_in_a_read_only_folder_is_taken_along(
+    nothing_writable, tmp_path, monkeypatch
+):
+    (tmp_path / "fastprune_1").mkdir()
+    (tmp_path / "fastprune_1" / "decode.nbi").write_bytes(b"code")
+    tmp_path.chmod(0o555)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    ensure_compile_cache()
+    folder = Path(os.environ["NUMBA_CACHE_DIR"])
+    assert folder != tmp_path
+    assert (folder / "fastprune_1" / "decode.nbi").read_bytes() == b"code"
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_usual_places_are_used_where_they_can_be_written(monkeypatch, tmp_path):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "missing" / "cache"))

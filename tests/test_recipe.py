@@ -50,6 +50,12 @@ def test_empty_override_takes_a_key_away(recipe_file):
     assert load_recipe(recipe_file, ["data.subset=half.npy", "data.subset="]).data.subset is None
 
 
+def test_empty_override_takes_a_section_away(recipe_file):
+    overrides = ["pruning.rule=infobatch", "pruning.full_share=0.2"]
+    assert load_recipe(recipe_file, overrides).pruning is not None
+    assert load_recipe(recipe_file, [*overrides, "pruning="]).pruning is None
+
+
 def test_unknown_key_is_refused_with_the_nearest_known_name(recipe_file):
     with pytest.raises(RecipeError, match=r"data\.imagesize is unknown; did you mean image_size\?"):
         load_recipe(recipe_file, ["data.imagesize=64"])
@@ -151,7 +157,9 @@ def test_reshaping_by_class_std_needs_a_subset(recipe_file):
         load_recipe(recipe_file, overrides)
 
 
-@pytest.mark.parametrize("override", ["epochs=3", "schedule.epochs", "a.b.c=3", ".x=1"])
+@pytest.mark.parametrize(
+    "override", ["epochs=3", "schedule.epochs", "a.b.c=3", ".x=1", "teachr=", "="]
+)
 def test_malformed_override_is_refused(recipe_file, override):
     with pytest.raises(RecipeError, match="not of the form section"):
         load_recipe(recipe_file, [override])

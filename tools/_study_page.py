@@ -62,7 +62,8 @@ def study_in_log(study: Study) -> str:
 
 def _markdown(*parts: str) -> str:
     """Paragraphs, wrapped where they are sentences."""
-    return "\n\n".join(p if p[0] in "|#!" else textwrap.fill(p, _LINE) for p in parts) + "\n"
+    wrapper = textwrap.TextWrapper(_LINE, break_on_hyphens=False, break_long_words=False)
+    return "\n\n".join(p if p[0] in "|#!" else wrapper.fill(p) for p in parts) + "\n"
 
 
 def _picture(folder: str) -> str:
@@ -130,14 +131,15 @@ def findings(study: Study) -> list[str]:
 def _accuracy_findings(study: Study) -> list[str]:
     """Who reached what on half of the rows, with the random half beside it."""
     summary = study["summary"]
-    halves = {run["name"] for run in study["runs"] if run["keep_ratio"] == HALF}
+    halves = dict.fromkeys(run["name"] for run in study["runs"] if run["keep_ratio"] == HALF)
     ranked = sorted(halves, key=lambda name: -summary[name]["top1_last"]["mean"])
     if FULL not in summary or RANDOM not in halves or len(ranked) < 2:
         return []
     top = {name: in_words(summary[name]["top1_last"], 1, scale=100) for name in summary}
     first = next(name for name in ranked if name != "random50")
     gap = in_words(summary[first]["top1_last_over_random50"], 1, scale=100, sign=True)
-    place = ranked.index("random50") + 1
+    means = [summary[name]["top1_last"]["mean"] for name in halves]
+    place = 1 + sum(mean > summary[RANDOM]["top1_last"]["mean"] for mean in means)
     return [
         f"After the last epoch `full` is at {top['full']}%. On half of the rows `random50` is at "
         f"{top['random50']}%, number {place} of {len(ranked)}; the best of the others, `{first}`, "

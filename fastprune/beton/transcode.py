@@ -16,7 +16,7 @@ ACTIONS = ("copied", "transcoded", "skipped", "found", "rewritten")
 
 LAYOUTS = ("auto", "fast", "original")
 #: In smaller files the markers cost more than they save; measured in docs/decisions/0044.
-FEWEST_BYTES_TO_REWRITE = 32 << 10
+FEWEST_BYTES_TO_REWRITE = 16 << 10
 
 # EPS and the like are left out on purpose: reading them runs other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -76,7 +76,7 @@ def convert(
         jpeg: what becomes of 8-bit baseline and progressive JPEGs, gray or YCbCr. "original" copies
             their bytes. "fast" rewrites baseline ones without loss, with a restart marker after
             each row of units, at which a loader enters them; others keep their bytes. "auto" does
-            so for files of at least 32 KiB, where it pays, and copies smaller ones.
+            so for files of at least 16 KiB, where it pays, and copies smaller ones.
         on_error: "stop" at the first unreadable image, or "skip" it and list it in the manifest.
         quality: JPEG quality of images that must be transcoded, [1, 100].
         max_side: shrink images with a longer side, in pixels, by area; None keeps all sizes.

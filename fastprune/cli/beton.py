@@ -21,7 +21,7 @@ _FILE = click.Path(path_type=Path)
     type=click.Choice(["auto", "fast", "original"]),
     default="auto",
     help="original: copy the bytes of JPEGs; fast: rewrite them without loss, so that views of "
-    "them decode faster; auto: fast for files of at least 32 KiB.  [default: auto]",
+    "them decode faster; auto: fast for files of at least 16 KiB.  [default: auto]",
 )
 @click.option(
     "--on-error",

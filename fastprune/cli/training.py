@@ -1,8 +1,10 @@
 """Subcommands around the student."""
 
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import click
@@ -35,6 +37,9 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iteratio
     from fastprune.recipe import load_recipe
 
     is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:  # the first process speaks for all
+        logging.getLogger("fastprune").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     if fixed_iterations:
         overrides = (*overrides, "schedule.fixed_iterations=true")
     try:

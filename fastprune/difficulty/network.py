@@ -1,5 +1,6 @@
 """The teacher of a pass: a network with its weights, and what identifies it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Teacher:
         num_classes: C.
         identity: network, checkpoint, published weights and digest of the weights, for the record.
         image_size: side of the images it was trained on, in pixels; None where nothing tells.
-        published: the view of its published weights; None where it has others.
+        published: the view that its weights were made for, where they tell all of it.
     """
 
     network: nn.Module
@@ -87,7 +88,16 @@ def make_teacher(
         num_classes,
         checkpoint=Path(checkpoint).name,
         image_size=None if size is None else int(size),
+        published=_told_view(told),
     )
+
+
+def _told_view(told: dict[str, str]) -> PublishedView | None:
+    """The view that the header of a file tells, as the students of `distill` do."""
+    if not {"image_size", "mean", "std"} <= told.keys():
+        return None
+    mean, std = (json.loads(told[name]) for name in ("mean", "std"))
+    return PublishedView(int(told["image_size"]), tuple(mean), tuple(std))
 
 
 def _published(name: str | None, weights: str | None, num_classes: int) -> Teacher:

@@ -14,6 +14,7 @@ from fastprune.distillation.checkpoint import Checkpoints
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.evaluation import Evaluation, evaluate
 from fastprune.distillation.faults import Signals, stopped
+from fastprune.distillation.generators import generator_states, set_generator_states
 from fastprune.distillation.growth import GrowingLoader
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.interval import Interval
@@ -21,8 +22,8 @@ from fastprune.distillation.processes import Agreement, gathered, share_buffers
 from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import learning_rate
 from fastprune.distillation.step import Stepper
+from fastprune.distillation.watching import Watch
 from fastprune.loading.loader import Loader
-from fastprune.progress import track
 from fastprune.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -91,13 +92,13 @@ class TrainingLoop:
         self._ranks = ranks
         self._device = device
         self._clocks = clocks
+        self._watch = Watch(epochs=epochs, ranks=ranks, clocks=clocks)
         self._agreement = Agreement(ranks)
         self._log: RunLog | None = None
         self._signals = Signals()
         self._learning_rate = 0.0
         self._is_saved = True
         self._saved_at = time.monotonic()
-        self._began_at, self._began_step = time.monotonic(), 0
 
     def run(self, log: RunLog | None) -> None:
         """Train until the last pass is done and validated.
@@ -110,8 +111,7 @@ class TrainingLoop:
             TrainingStopped: a signal came, and a checkpoint is written.
         """
         self._log = log
-        self._saved_at = self._began_at = time.monotonic()
-        self._began_step = self.steps
+        self._saved_at = time.monotonic()
         with self._signals:
             self._validate_where_due()
             while self.epochs_done < self._epochs:
@@ -121,13 +121,14 @@ class TrainingLoop:
 
     def _train_epoch(self, epoch: int) -> None:
         """The batches of a pass that are left, and a checkpoint behind them."""
-        self._stepper.train()
+        self._stepper.begin_epoch(epoch)
         self._train_loader.set_epoch(epoch)
         first = self._train_loader.state_dict()["batches"]
         self._prune(epoch, is_new=first == 0)
         num_batches = len(self._train_loader)
+        batches = self._watch.over(self._train_loader, epoch=epoch, first=first)
         self._clocks.switch("train")
-        for index, (images, labels, rows) in enumerate(self._watched(epoch, first), first):
+        for index, (images, labels, rows) in enumerate(batches, first):
             progress = (epoch + index / num_batches) / self._epochs
             self._learning_rate = learning_rate(self._recipe.schedule, progress)
             self.steps += 1
@@ -152,39 +153,6 @@ class TrainingLoop:
         self._train_loader.set_rows(rows)
         if self._log is not None and is_new:
             self._log.write(step=self.steps, epoch=epoch, rows=len(rows))
-
-    def _watched(self, epoch: int, first: int) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of a pass, with a bar on the first process."""
-        batches = self._timed(self._train_loader)
-        if not self._ranks.is_first:
-            return batches
-        images_per_step = self._train_loader.batch_size * self._ranks.world
-        return track(
-            batches,
-            description=f"epoch {epoch + 1}/{self._epochs}",
-            total=len(self._train_loader) * images_per_step,
-            done=first * images_per_step,
-            unit="images",
-            step=images_per_step,
-            note=self._outlook,
-        )
-
-    def _timed(self, loader: Loader | GrowingLoader) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of a pass; the time until each arrives is waiting time."""
-        asked = time.perf_counter()
-        for batch in loader:
-            self._clocks.add_wait(time.perf_counter() - asked)
-            yield batch
-            asked = time.perf_counter()
-        self._clocks.add_wait(time.perf_counter() - asked)
-
-    def _outlook(self) -> str:
-        """How much of the time goes into waiting, and when the run will be over."""
-        seconds = time.monotonic() - self._began_at
-        done = self.steps - self._began_step
-        left = len(self._train_loader) * self._epochs - self.steps
-        minutes = seconds / max(done, 1) * left / 60
-        return f"{self._clocks.waiting_share():.0%} waiting, run {minutes:,.0f} min left"
 
     def _write_losses(self) -> None:
         """Write a line with the mean loss since the last one."""
@@ -231,7 +199,7 @@ class TrainingLoop:
         # Losses first: a checkpoint of a run that went wrong would push out the good ones.
         self._examine()
         with self._clocks.phase("checkpoint"):
-            generators = gathered(_generators(self._device), self._ranks)
+            generators = gathered(generator_states(self._device), self._ranks)
             pruning = self._pruning.state_dict() if self._pruning is not None else None
             if self._ranks.is_first:
                 state = self.state_dict() | {"generators": generators, "pruning": pruning}
@@ -305,19 +273,4 @@ class TrainingLoop:
         self._stepper.load_state_dict(state["stepper"])
         if self._pruning is not None:
             self._pruning.load_state_dict(state["pruning"])
-        _set_generators(state["generators"][self._ranks.rank], self._device)
-
-
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's random generators, of the CPU and of the device."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    """Go on with random numbers; on another kind of device as its seed has it."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+        set_generator_states(state["generators"][self._ranks.rank], self._device)

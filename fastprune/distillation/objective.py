@@ -62,6 +62,7 @@ class Objective(nn.Module):
         self.teacher = teacher
         self.reshaper = reshaper
         self.distillation_weight = settings.distillation_weight_at(keep_ratio)
+        self._share = 1.0
         self.requires_grad_(False)
         self.train(False)
 
@@ -69,6 +70,11 @@ class Objective(nn.Module):
         """Do nothing but what `eval` does: a teacher in training mode would change."""
         del mode
         return super().train(False)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Let the distillation count as much as it should in an epoch, counted from 0."""
+        warmup_epochs = max(self.settings.distillation_warmup_epochs, 1)
+        self._share = min((epoch + 1) / warmup_epochs, 1.0)
 
     @torch.no_grad()
     def teach(self, images: Tensor, labels: Tensor) -> Targets | None:
@@ -110,8 +116,9 @@ class Objective(nn.Module):
         if targets is None:
             return cross_entropy
         loss = settings.cross_entropy_weight * cross_entropy
-        if self.distillation_weight > 0:
-            loss = loss + self.distillation_weight * self._distillation(outputs, targets, labels)
+        weight = self.distillation_weight * self._share
+        if weight > 0:
+            loss = loss + weight * self._distillation(outputs, targets, labels)
         if settings.feature_weight > 0:
             assert outputs.features is not None
             assert targets.features is not None

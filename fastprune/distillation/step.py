@@ -69,9 +69,10 @@ class Stepper:
         """What is evaluated and kept: the average of the weights where there is one."""
         return self._learner.student if self._average is None else self._average.student
 
-    def train(self) -> None:
-        """Put the learner into training mode."""
+    def begin_epoch(self, epoch: int) -> None:
+        """Put the learner into training mode, and the loss into its weights of an epoch."""
         self._wrapped.train()
+        self._objective.begin_epoch(epoch)
 
     def update(
         self, images: Tensor, labels: Tensor, rows: Tensor, *, step: int, learning_rate: float
@@ -128,7 +129,7 @@ class Stepper:
         ).to(memory_format=torch.channels_last)
         labels = torch.zeros(data.batch_size, dtype=torch.int64, device=self._device)
         self._require_logits(images[:1], num_classes)
-        self.train()
+        self._wrapped.train()
         self._backward(images, labels)
         self._optimizer.zero_grad(set_to_none=True)
         self._learner.load_state_dict(before)

@@ -1,22 +1,42 @@
 """The lossless rewrite to restart rows: the same coefficients, a restart marker after each row.
 
 A decoder that wants some rows of the picture finds them without decoding those above; any other
-decoder reads the file as before. Huffman tables are made for the image, which pays for the markers.
+decoder reads the file as before. AC symbols are copied bit for bit. DC values are coded anew, since
+a row begins without a value to differ from, with tables made for the image.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.errors import JpegError
+from fastprune.jpeg.blocks import (
+    NUM_SIZES,
+    are_same,
+    count_sizes,
+    find_blocks,
+    units_of,
+    write_rows,
+)
 from fastprune.jpeg.codes import LACKS_ROOM, MEANINGS, OK, UNSUPPORTED
-from fastprune.jpeg.coefficients import count_symbols, read_coefficients, units_of, write_scan
 from fastprune.jpeg.compiled import cached, source_digest
-from fastprune.jpeg.frame import read_frame
+from fastprune.jpeg.frame import AC_TABLE, COMPONENTS, read_frame
 from fastprune.jpeg.huffman import best_table
 from fastprune.jpeg.scan import prepare_tables
-from fastprune.jpeg.workspace import Workspace, make_workspace
+from fastprune.jpeg.workspace import SPEC_BYTES, Workspace, make_workspace
 
-_SPARE_BYTES = 4_096
+_MOST_DC_BYTES = 4  # a code of 16 bits, a number of 15
+
+Table = tuple[list[int], list[int]]
+
+
+class _Blocks(NamedTuple):
+    """All blocks of a scan, see `blocks.find_blocks`; (n,) int64 each."""
+
+    values: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
 
 def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
@@ -34,23 +54,49 @@ def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
         JpegError: its entropy-coded data is damaged or truncated.
     """
     data = np.frombuffer(jpeg_bytes, np.uint8)
-    work = make_workspace(
-        file_bytes=2 * len(data) + _SPARE_BYTES, width=8, height=8, output_height=8, output_width=8
-    )
-    if _prepare(data, work) != OK or _units(work)[2] > len(data) * 8:
+    work = _workspace(data)
+    if _prepare(data, work) != OK:
         return None
-    coefficients = _coefficients(data, work)
-    tables = _tables(coefficients, work.frame)
-    scan = _scan(coefficients, work.frame, tables, len(data)) if tables else None
-    if tables is None or scan is None:
+    unit_columns, _, num_blocks = _units(work)
+    if num_blocks > len(data) * 8:
         return None
-    rewritten = _header(jpeg_bytes, tables, _units(work)[0]) + scan + b"\xff\xd9"
-    again = np.frombuffer(rewritten, np.uint8)
-    assert len(again) <= 2 * len(data) + _SPARE_BYTES
-    code = _prepare(again, work)
-    assert code == OK
-    assert np.array_equal(_coefficients(again, work), coefficients)
-    return rewritten
+    blocks = _blocks(num_blocks)
+    code = _find(data, work, *blocks)
+    if code == UNSUPPORTED:
+        return None
+    assert code != LACKS_ROOM
+    if code != OK:
+        raise JpegError(
+            f"the image cannot be rewritten: {MEANINGS[code]}. Get the file again, or leave it "
+            "out with --on-error skip."
+        )
+    counts = np.zeros((2, 256), np.int64)
+    if _count(blocks.values, work.frame, counts) != OK:
+        return None
+    tables = [best_table(row.tolist()) for row in counts if row.any()]
+    scan = _scan(work, blocks, tables, len(data))
+    rewritten = _header(jpeg_bytes, work, tables, unit_columns) + scan + b"\xff\xd9"
+    return rewritten if _is_same(rewritten, work, blocks) else None
+
+
+def _is_same(rewritten: bytes, work: Workspace, blocks: _Blocks) -> bool:
+    """Whether the new file has the old one's blocks; one that repeats a symbol's code has not."""
+    data = np.frombuffer(rewritten, np.uint8)
+    again, found = _workspace(data), _blocks(len(blocks.values))
+    if _prepare(data, again) != OK or _find(data, again, *found) != OK:
+        return False
+    same: bool = _compare(work, blocks.begins, blocks.ends, again, found.begins, found.ends)
+    return same and np.array_equal(blocks.values, found.values)
+
+
+def _workspace(data: NDArray[np.uint8]) -> Workspace:
+    """Room for a file's data."""
+    return make_workspace(file_bytes=len(data), width=8, height=8, output_height=8, output_width=8)
+
+
+def _blocks(count: int) -> _Blocks:
+    """Room for so many blocks."""
+    return _Blocks(*(np.empty(count, np.int64) for _ in range(3)))
 
 
 def _entries(digest: int):  # type: ignore[no-untyped-def]
@@ -64,52 +110,31 @@ def _entries(digest: int):  # type: ignore[no-untyped-def]
         columns, rows, blocks = units_of(work.frame)
         return columns, rows, columns * rows * blocks + (digest == 0)
 
-    def read(data, work, coefficients):  # type: ignore[no-untyped-def]
-        return read_coefficients(data, work, coefficients) if digest != 0 else UNSUPPORTED
+    def find(data, work, values, begins, ends):  # type: ignore[no-untyped-def]
+        return find_blocks(data, work, values, begins, ends) if digest != 0 else UNSUPPORTED
 
-    def count(coefficients, frame, counts):  # type: ignore[no-untyped-def]
-        return count_symbols(coefficients, frame, counts) if digest != 0 else UNSUPPORTED
+    def count(values, frame, counts):  # type: ignore[no-untyped-def]
+        return count_sizes(values, frame, counts) if digest != 0 else UNSUPPORTED
 
-    def write(coefficients, frame, codes, lengths, out):  # type: ignore[no-untyped-def]
-        return write_scan(coefficients, frame, codes, lengths, out) if digest != 0 else -1
+    def write(work, values, begins, ends, codes, lengths, out):  # type: ignore[no-untyped-def]
+        if digest == 0:
+            return -1
+        return write_rows(work.stream, work.frame, values, begins, ends, codes, lengths, out)
 
-    return tuple(cached(entry) for entry in (prepare, units, read, count, write))
+    def compare(work, begins, ends, again, other_begins, other_ends):  # type: ignore[no-untyped-def]
+        if digest == 0:
+            return False
+        return are_same(work.stream, begins, ends, again.stream, other_begins, other_ends)
 
-
-_prepare, _units, _read, _count, _write = _entries(source_digest())
-
-
-def _coefficients(data: NDArray[np.uint8], work: Workspace) -> NDArray[np.int16]:
-    """All coefficients of a file whose header has been read."""
-    coefficients = np.empty(_units(work)[2] * 64, np.int16)
-    code = _read(data, work, coefficients)
-    assert code != LACKS_ROOM
-    if code != OK:
-        raise JpegError(
-            f"the image cannot be rewritten: {MEANINGS[code]}. Get the file again, or leave it "
-            "out with --on-error skip."
-        )
-    return coefficients
+    return tuple(cached(entry) for entry in (prepare, units, find, count, write, compare))
 
 
-def _tables(
-    coefficients: NDArray[np.int16], frame: NDArray[np.int64]
-) -> list[tuple[list[int], list[int]]] | None:
-    """The best DC and AC tables of the first component, then of the others if there are any."""
-    counts = np.zeros((4, 256), np.int64)
-    if _count(coefficients, frame, counts) != OK:
-        return None
-    return [best_table(row.tolist()) for row in counts if row.any()]
+_prepare, _units, _find, _count, _write, _compare = _entries(source_digest())
 
 
-def _scan(
-    coefficients: NDArray[np.int16],
-    frame: NDArray[np.int64],
-    tables: list[tuple[list[int], list[int]]],
-    num_bytes: int,
-) -> bytes | None:
-    """The scan's data; None where it is out of all proportion to the original's."""
-    codes, lengths = np.zeros((4, 256), np.int64), np.zeros((4, 256), np.int64)
+def _scan(work: Workspace, blocks: _Blocks, tables: list[Table], num_bytes: int) -> bytes:
+    """The scan's data."""
+    codes, lengths = np.zeros((2, NUM_SIZES), np.int64), np.zeros((2, NUM_SIZES), np.int64)
     for number, (histogram, symbols) in enumerate(tables):
         code, place = 0, 0
         for length, count in enumerate(histogram, start=1):
@@ -118,15 +143,16 @@ def _scan(
                 code += 1
             place += count
             code <<= 1
-    out = np.empty(2 * num_bytes + _SPARE_BYTES // 2, np.uint8)
-    written = _write(coefficients, frame, codes, lengths, out)
-    return None if written < 0 else out[:written].tobytes()
+    # Any byte may have to be stuffed; memory that is not touched costs nothing.
+    out = np.empty(2 * (num_bytes + (_MOST_DC_BYTES + 16) * len(blocks.values)), np.uint8)
+    written = _write(work, *blocks, codes, lengths, out)
+    assert written >= 0
+    scan: bytes = out[:written].tobytes()
+    return scan
 
 
-def _header(
-    jpeg_bytes: bytes, tables: list[tuple[list[int], list[int]]], unit_columns: int
-) -> bytes:
-    """The original's segments up to the scan, with other Huffman tables and a restart interval."""
+def _header(jpeg_bytes: bytes, work: Workspace, tables: list[Table], unit_columns: int) -> bytes:
+    """The original's segments up to the scan, with new DC tables and a restart interval."""
     parts, at = [b"\xff\xd8"], 2
     while True:
         while jpeg_bytes[at + 1] == 0xFF:
@@ -139,12 +165,16 @@ def _header(
             parts.append(jpeg_bytes[at:end])
         at = end
     content = b"".join(
-        bytes([(number % 2) << 4 | number // 2, *histogram, *symbols])
-        for number, (histogram, symbols) in enumerate(tables)
+        bytes([number, *histogram, *symbols]) for number, (histogram, symbols) in enumerate(tables)
     )
+    ac_tables = work.frame[AC_TABLE : AC_TABLE + work.frame[COMPONENTS]].tolist()
+    for table in sorted(set(ac_tables)):
+        spec = work.specs[table * SPEC_BYTES : (table + 1) * SPEC_BYTES]
+        num_symbols = int(spec[:16].sum(dtype=np.int64))
+        content += bytes([0x10 | (table - 4)]) + spec[: 16 + num_symbols].tobytes()
     parts.append(b"\xff\xc4" + (len(content) + 2).to_bytes(2) + content)
     parts.append(b"\xff\xdd\x00\x04" + unit_columns.to_bytes(2))
     scan = bytearray(jpeg_bytes[at:end])
-    for component in range(scan[4]):
-        scan[6 + 2 * component] = 0x11 if component else 0x00
+    for component, table in enumerate(ac_tables):
+        scan[6 + 2 * component] = min(component, 1) << 4 | (table - 4)
     return b"".join(parts) + bytes(scan)

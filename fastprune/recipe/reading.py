@@ -21,7 +21,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         path: the TOML file.
         overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
-            word; an empty value takes the key away.
+            word; an empty value takes the key away, and "section=" the whole section.
 
     Returns:
         The validated recipe.
@@ -106,6 +106,9 @@ def _set(settings: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     text = text.strip()
     sections = dotted.strip().split(".")
+    if separator and sections[0] in Recipe.model_fields and len(sections) == 1 and not text:
+        settings.pop(sections[0], None)
+        return
     if not separator or len(sections) != 2 or not all(sections):
         raise RecipeError(f"--set {override!r} is not of the form section.key=value.")
     section = settings.setdefault(sections[0], {})

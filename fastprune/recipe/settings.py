@@ -111,6 +111,7 @@ class LossSettings(_Section):
             the other classes apart.
         distillation_weight: of that distance; a number, or points [keep ratio, weight] between
             which the weight is linear in the keep ratio, and beyond which it is constant.
+        distillation_warmup_epochs: w; the weight is e/w of itself in epoch e = 1, 2, ... up to w.
         temperature: T, softens both distributions.
         target_weight: α of "dkd", of the part about the label.
         others_weight: β of "dkd", of the part about the other classes.
@@ -126,6 +127,7 @@ class LossSettings(_Section):
     cross_entropy_weight: Weight = 0.1
     distillation: Literal["kd", "dkd"] = "kd"
     distillation_weight: Weight | _Points = 0.9
+    distillation_warmup_epochs: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(gt=0)] = 4.0
     target_weight: Weight = 1.0
     others_weight: Weight = 8.0

@@ -218,8 +218,11 @@ def _origin(runs: Sequence[Run]) -> list[str]:
 
 
 def _machine(run: Run) -> str:
-    """Such as: AMD EPYC, 2 cores, torch 2.14.1."""
+    """Such as: AMD EPYC, 2 cores, torch 2.14.1, on cpu with ffcv."""
     told = run.result or {}
     machine, versions = told.get("machine", {}), told.get("versions", {})
     words = [machine.get("cpu", "unknown"), f"{machine.get('cores', '?')} cores"]
-    return ", ".join([*words, *machine.get("gpus", []), f"torch {versions.get('torch', '?')}"])
+    words += [*machine.get("gpus", []), f"torch {versions.get('torch', '?')}"]
+    if "device" in told:
+        words.append(f"on {told['device']} with {told.get('backend', 'an unknown engine')}")
+    return ", ".join(words)

@@ -32,7 +32,7 @@ def images(tmp_path_factory):
         "b.jpg": jpeg_bytes(1, **LARGE),
         "c.jpg": encoded(picture(2, width=400, height=300), quality=95, progressive=True),
     }
-    assert len(contents["a.jpg"]) < 32 << 10 <= min(len(contents[n]) for n in ("b.jpg", "c.jpg"))
+    assert len(contents["a.jpg"]) < 16 << 10 <= min(len(contents[n]) for n in ("b.jpg", "c.jpg"))
     for name, content in contents.items():
         (root / "only" / name).write_bytes(content)
     picture(3, width=400, height=300).save(root / "only" / "d.png")
@@ -133,7 +133,7 @@ def test_the_command_says_which_layout_was_chosen_and_why(images, tmp_path):
     arguments = ["convert", str(images), str(tmp_path / "a.beton")]
     result = CliRunner().invoke(main, arguments)
     assert result.stdout.splitlines()[1] == (
-        "--jpeg auto: 1 JPEGs in the fast layout, 1 below 32 KiB as they were, 1 as they were "
+        "--jpeg auto: 1 JPEGs in the fast layout, 1 below 16 KiB as they were, 1 as they were "
         "(progressive JPEG, which has no fast layout)"
     )
     result = CliRunner().invoke(main, [*arguments, "--jpeg", "original"])

@@ -62,9 +62,10 @@ def batches(path, decoder, **kwargs):
     return np.concatenate(images), np.concatenate(labels)[:, 0]
 
 
-def test_stock_loader_decodes_the_source_files_pixels_under_the_right_labels(tmp_path):
+@pytest.mark.parametrize("jpeg", ["original", "fast"])
+def test_stock_loader_decodes_the_source_files_pixels_under_the_right_labels(tmp_path, jpeg):
     root = write_image_folder(tmp_path / "images", same_size=True)
-    convert(root, tmp_path / "a.beton", workers=2)
+    convert(root, tmp_path / "a.beton", workers=2, jpeg=jpeg)
     images, labels = batches(tmp_path / "a.beton", decoders.SimpleRGBImageDecoder())
     samples = ImageFolder(str(root)).samples
     assert labels.tolist() == [label for _, label in samples]

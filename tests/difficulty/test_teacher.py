@@ -145,6 +145,19 @@ def test_named_teacher_with_a_checkpoint_scores_as_the_network_does(beton, tmp_p
     assert named.teacher["checkpoint"] == "teacher.safetensors"
 
 
+def test_checkpoint_that_tells_how_its_images_were_normalised_sees_them_so(beton, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    told = {
+        "network": "resnet8",
+        "image_size": str(SIDE),
+        "mean": "[0.1, 0, 0]",
+        "std": "[1, 2, 3]",
+    }
+    save_weights(build_network("resnet8", num_classes=3), path, metadata=told)
+    table = run(beton, None, tmp_path / "scores.parquet", checkpoint=path, image_size=None)
+    assert (table.view["mean"], table.view["std"]) == ([0.1, 0, 0], [1, 2, 3])
+
+
 def test_views_are_averaged(beton, tmp_path):
     teacher = small_teacher()
     table = run(beton, teacher, tmp_path / "scores.parquet", views=3, seed=5)

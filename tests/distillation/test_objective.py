@@ -58,6 +58,20 @@ def test_weight_of_the_distillation_follows_the_keep_ratio(labels, teacher):
     torch.testing.assert_close(losses[0.6], 1.5 * losses[1.0])
 
 
+def test_distillation_counts_more_from_epoch_to_epoch_until_it_counts_whole(labels, teacher):
+    settings = LossSettings(
+        cross_entropy_weight=0, distillation_weight=1, distillation_warmup_epochs=4
+    )
+    objective = Objective(settings, teacher)
+    student, answer = torch.randn(2, 4, CLASSES)
+    whole = objective(Outputs(student), Targets(answer), labels)
+    for epoch, share in enumerate((0.25, 0.5, 0.75, 1.0, 1.0)):
+        objective.begin_epoch(epoch)
+        torch.testing.assert_close(
+            objective(Outputs(student), Targets(answer), labels), share * whole
+        )
+
+
 def test_zscore_standardises_both(labels, teacher):
     student, answer = torch.randn(2, 4, CLASSES)
     settings = LossSettings(cross_entropy_weight=0, distillation_weight=1, reshaping="zscore")

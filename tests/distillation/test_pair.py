@@ -5,6 +5,7 @@ from torch import nn
 from fastprune.distillation.pair import make_pair
 from fastprune.distillation.trainer import distill
 from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
+from fastprune.networks import build_network, load_weights
 
 CPU = torch.device("cpu")
 
@@ -69,3 +70,15 @@ def test_published_weights_that_are_not_there_are_refused(recipe, network, messa
     settings = recipe(teacher={"network": network, "weights": "V3"})
     with pytest.raises(InvalidValueError, match=message):
         distill(settings)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_run_with_a_feature_loss_keeps_the_student_alone(recipe, teacher, ema_decay):
+    result = distill(
+        recipe(
+            teacher={"network": "resnet8", "checkpoint": teacher},
+            loss={"feature_weight": 25, "distillation_weight": 0},
+            schedule={"ema_decay": ema_decay},
+        )
+    )
+    load_weights(build_network("resnet8", num_classes=10), result.student)

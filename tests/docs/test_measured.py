@@ -82,6 +82,7 @@ def test_table_has_a_line_per_variant_with_mean_and_spread(tools, study):
     [
         ((0.6, 0.62), (0.5, 0.54), "at 61.0 ± 1.4%, number 1 of 2; the best of the others"),
         ((0.5, 0.54), (0.6, 0.62), "at 52.0 ± 2.8%, number 2 of 2; the best of the others"),
+        ((0.5, 0.54), (0.5, 0.54), "at 52.0 ± 2.8%, number 1 of 2; the best of the others"),
     ],
 )
 def test_sentences_follow_the_numbers_whoever_wins(tools, study, random, medium, sentence):
@@ -94,6 +95,7 @@ def test_ratio_at_a_long_schedule_is_shown_with_its_arithmetic(tools, study):
     shown = " ".join(text.split())
     assert "(4.00 + 100 × 5.000) / (100 × 10.000) = 0.504" in shown
     assert text.startswith("## 2026-01-02: students on some of the rows\n")
+    assert not [line for line in text.splitlines() if line.count("`") % 2]
 
 
 def test_study_that_has_only_begun_is_shown_without_findings(tools, study):
@@ -121,3 +123,29 @@ def test_pages_name_no_study_that_was_not_measured(tools, monkeypatch, tmp_path)
     (tmp_path / "epoch-cpu.json").write_text(json.dumps({"half_over_full": {"median": 0.4951}}))
     lines = measured.block("measured").splitlines()
     assert lines[2:] == ["| a distillation epoch on half of the rows, over one on all | 0.495 |"]
+
+
+def test_loader_is_told_with_most_threads_and_by_layout(tools):
+    ratios = {
+        "full, 1 threads": {},
+        "half, 2 threads": {},
+        "full, 2 threads": {
+            "ours original over dali files": {"median": 2.5},
+            "ours fast over dali files": {"median": 3.25},
+        },
+    }
+    line = tools("measured")._over_dali({"ratios": ratios})
+    assert line.endswith("| 2.50×, 3.25× in the fast layout")
+
+
+def test_decoding_is_told_and_drawn_with_most_threads(tools, tmp_path):
+    page = tools("_decode_page")
+    ratios = {"ours over stock ffcv": {"median": 3.0}}
+    ratios["ours, restart rows over stock ffcv"] = {"median": 4.5}
+    rates = {name: {"median": rate} for name, rate in (("stock ffcv", 900), ("ours", 2700))}
+    result = {"threads": {"1": {}, "2": {"ratios": ratios, "images_per_second": rates}}}
+    assert page.decode_line(result).endswith("| 3.00×, 4.50× with restart rows")
+    assert "on 2 threads" in page.decode_in_readme(result)
+    page.draw_decode(result, tmp_path / "decode.png")
+    with Image.open(tmp_path / "decode.png") as image:
+        assert np.asarray(image.convert("L")).std() > 10

@@ -1,5 +1,7 @@
 """Training on a CUDA device; run by `make bench-gpu`, skipped where there is none."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,13 @@ from safetensors.numpy import load_file
 
 from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
+from fastprune.difficulty.ranks import Ranks
+from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.losses import LogitReshaper
+from fastprune.distillation.pair import make_pair
+from fastprune.distillation.step import Stepper
 from fastprune.distillation.trainer import distill
+from fastprune.errors import TrainingStopped
 from fastprune.recipe import make_recipe
 
 pytestmark = [
@@ -17,12 +24,15 @@ pytestmark = [
 ]
 
 
-def test_plain_training_learns_in_bf16(tmp_path):
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe of eight short epochs on drawn pictures; keyword arguments replace keys."""
     write_demo_images(tmp_path / "images", train_per_class=20, val_per_class=5, seed=0)
     for split in ("train", "val"):
         convert(tmp_path / "images" / split, tmp_path / f"{split}.beton")
-    recipe = make_recipe(
-        {
+
+    def make(name, **sections):
+        settings = {
             "data": {
                 "train": tmp_path / "train.beton",
                 "val": tmp_path / "val.beton",
@@ -31,12 +41,63 @@ def test_plain_training_learns_in_bf16(tmp_path):
             },
             "student": {"network": "resnet8"},
             "schedule": {"epochs": 8, "learning_rate": 0.1, "policy": "one_cycle"},
-            "run": {"out": tmp_path / "run", "device": "cuda", "precision": "bf16"},
+            "run": {"out": tmp_path / name, "device": "cuda", "precision": "bf16"},
         }
-    )
-    result = distill(recipe)
-    assert result.curve[-1]["val_loss"] < np.log(10)
+        for section, keys in sections.items():
+            settings[section] = settings.get(section, {}) | keys
+        return make_recipe(settings)
+
+    return make
+
+
+def test_plain_training_learns_in_bf16(recipe):
+    result = distill(recipe("run", run={"log_every": 10}))
+    lines = (result.student.parent / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert losses[-1] < losses[0] - 0.2
     assert load_file(result.student)["conv1.weight"].dtype == np.float32
+
+
+def test_run_that_a_signal_stopped_ends_close_to_an_uninterrupted_one(recipe, monkeypatch):
+    settings = {
+        "student": {"network": "tests.distillation.networks:signalled"},
+        "run": {"precision": "fp32", "checkpoint_every": 5},
+        "schedule": {"ema_decay": 0.9},
+    }
+    monkeypatch.setenv("SMALL_SIGNAL", "SIGTERM:20")
+    with pytest.raises(TrainingStopped):
+        distill(recipe("stopped", **settings))
+    monkeypatch.delenv("SMALL_SIGNAL")
+    resumed = distill(recipe("stopped", **settings), resume=True)
+    whole = distill(recipe("whole", **settings))
+    assert resumed.steps == whole.steps == 80
+    first, second = load_file(resumed.student), load_file(whole.student)
+    assert all(np.allclose(first[name], second[name], atol=1e-2) for name in first)
+
+
+def test_no_step_waits_for_the_device(recipe):
+    settings = recipe("run", schedule={"clip_norm": 1.0, "ema_decay": 0.9})
+    device = torch.device("cuda")
+    learner, objective = make_pair(settings, num_classes=10, keep_ratio=1.0, device=device)
+    clocks = Clocks(device, began=0.0)
+    stepper = Stepper(settings, learner, objective, ranks=Ranks(), device=device, clocks=clocks)
+    stepper.rehearse(num_classes=10)
+    images = torch.randn(20, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.arange(20, device=device) % 10
+    stepper.begin_epoch(0)
+    stepper.update(images, labels, labels, step=1, learning_rate=0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stepper.update(images, labels, labels, step=2, learning_rate=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    clocks.read()
+    assert clocks.seconds["student"] > 0
+
+
+def test_compiled_networks_train(recipe):
+    result = distill(recipe("run", run={"compile": True}, schedule={"epochs": 2}))
+    assert result.steps == 20
 
 
 def test_reshaper_gives_on_cuda_what_it_gives_on_the_cpu():

@@ -56,9 +56,31 @@ def test_there_is_a_restart_marker_after_each_row_of_units():
     assert markers == [0xD0 + n % 8 for n in range(12)]  # ceil(200 / 16) rows
 
 
-def test_own_tables_pay_for_the_markers():
+def test_own_dc_tables_pay_for_the_markers():
     jpeg = encode(picture(2, width=400, height=300))
     assert len(to_restart_rows(jpeg)) < len(jpeg)
+
+
+def test_each_component_keeps_its_ac_table():
+    jpeg = KINDS["4:2:0"]
+    scan = jpeg.index(b"\xff\xda")
+    table = jpeg.index(b"\x11", jpeg.index(b"\xff\xc4", jpeg.index(b"\xff\xc4") + 30))
+    while jpeg[table + 1 : table + 4] != b"\x00\x02\x01":  # the standard's table for chroma
+        table = jpeg.index(b"\x11", table + 1)
+    spec = jpeg[table + 1 : table + 17 + sum(jpeg[table + 1 : table + 17])]
+    third = b"\xff\xc4" + (len(spec) + 3).to_bytes(2) + b"\x12" + spec
+    cr = scan + 5 + 2 * 2 + 1
+    other = jpeg[:scan] + third + jpeg[scan:cr] + b"\x12" + jpeg[cr + 1 :]
+    rewritten = to_restart_rows(other)
+    assert rewritten[rewritten.index(b"\xff\xda") + 5 :][:6] == b"\x01\x00\x02\x11\x03\x12"
+    np.testing.assert_array_equal(pixels(rewritten), pixels(jpeg))
+
+
+def test_rows_of_another_restart_interval_are_cut_anew():
+    source = encode(picture(3, width=90, height=70), restart_marker_blocks=4)
+    rewritten = to_restart_rows(source)
+    assert b"\xff\xdd\x00\x04\x00\x06" in rewritten  # ceil(90 / 16)
+    np.testing.assert_array_equal(pixels(rewritten), pixels(source))
 
 
 def test_metadata_is_kept_and_what_follows_the_image_is_not():

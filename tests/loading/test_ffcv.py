@@ -26,7 +26,7 @@ from fastprune.loading.augment import (
 )
 from fastprune.loading.faults import RowFaults
 from tests.conftest import require_library
-from tests.images import picture
+from tests.images import picture, write_image_folder
 
 require_library("ffcv")
 
@@ -128,6 +128,18 @@ def test_progressive_pictures_are_decoded_whole_and_counted(tmp_path, kind, capl
     assert "4 of the first 6 views (66.7%)" in record.message
     assert "(4 progressive)" in record.message
     assert "jpegtran -copy all" in record.message
+
+
+def test_views_of_both_layouts_are_equal_to_the_bit(tmp_path):
+    folder = write_image_folder(tmp_path / "images")
+    views = []
+    for jpeg in ("original", "fast"):
+        path = tmp_path / f"{jpeg}.beton"
+        convert(folder, path, jpeg=jpeg, workers=1)
+        draw = _views(open_beton(path), "rrc")
+        ((pixels, _),) = _engine(path).decode([np.arange(12)], draw)
+        views.append(pixels)
+    assert (views[0] == views[1]).all()
 
 
 @pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center"])

@@ -104,3 +104,11 @@ class _Skips(nn.Module):
 def test_layer_that_is_not_used_is_refused():
     with pytest.raises(InvalidValueError, match=r"layer 'fc' was not used.*--feature-layer"):
         features_and_logits(_Skips())
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet8x4", 256), ("squeezenet1_1", 512)])
+def test_width_of_the_features_is_that_of_the_classifiers_input(name, width):
+    network = build_network(name, num_classes=10).eval()
+    with FeatureNetwork(network, num_classes=10) as hooked, torch.no_grad():
+        features, _ = hooked(torch.randn(2, 3, 64, 64))
+        assert features.shape == (2, hooked.classifier_width) == (2, width)
