@@ -41,7 +41,7 @@ from fastprune.loading.threads import ThreadDiedError, WorkerThreads
 _BATCHES_AHEAD = 3
 _FFCV_BATCH_SIZE = 1  # its loader wants one, and cuts no batches here
 _CHUNKS_PER_WORKER = 4
-_MIN_CHUNK_ROWS = 8
+_MIN_CHUNK_PIXELS = 8 * 224 * 224  # less is done sooner than handed over
 
 
 @contextlib.contextmanager
@@ -200,7 +200,9 @@ class FfcvEngine:
         else:
             pixels = self._memory.take(shape, torch.uint8)
         batch = _Batch(rows, views, pixels)
-        chunk_rows = max(_MIN_CHUNK_ROWS, -(-len(rows) // (_CHUNKS_PER_WORKER * self._num_workers)))
+        most, least = self._num_workers * _CHUNKS_PER_WORKER, self._num_workers
+        worthwhile = -(-_MIN_CHUNK_PIXELS // self._image_size**2)
+        chunk_rows = max(-(-len(rows) // most), min(-(-len(rows) // least), worthwhile))
         for start in range(0, len(rows), chunk_rows):
             part = slice(start, start + chunk_rows)
             batch.chunks.append(threads.submit(self._decode_part, kept, batch, part))

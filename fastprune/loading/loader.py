@@ -454,6 +454,8 @@ class Loader:
 
     def _views_in_batch(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
         """The views of rows that come once for each view."""
+        if self._deliver.num_views == 1:
+            return self.views(rows, epoch=epoch)
         parts = np.split(rows, self._deliver.num_views)
         return np.concatenate([self.views(part, epoch=epoch, k=k) for k, part in enumerate(parts)])
 
