@@ -48,7 +48,7 @@ class Variant:
     """A way to train the student.
 
     Attributes:
-        keep_ratio: share of the rows; None for all.
+        keep_ratio: share of the rows; None for all, which the JSON calls 1.
         strategy: how they are chosen.
         metric: what they are ranked by; None where no difficulty is looked at.
         reshaping: whether the teacher's logits are reshaped by class.
@@ -203,7 +203,7 @@ class Study:
             {
                 "name": name,
                 "seed": seed,
-                "keep_ratio": variant.keep_ratio,
+                "keep_ratio": variant.keep_ratio or 1.0,
                 "strategy": None if variant.keep_ratio is None else variant.strategy,
                 "metric": variant.metric,
                 "reshaping": variant.reshaping,

@@ -30,7 +30,7 @@ def study(tools):
             {
                 "name": name,
                 "seed": seed,
-                "keep_ratio": None if name == "full" else 0.5,
+                "keep_ratio": 1.0 if name == "full" else 0.5,
                 "epochs": 10,
                 "train_seconds": 100.0 if name == "full" else 50.0,
                 "score_seconds": 4.0 if name == "medium50-centroid" else 0.0,
