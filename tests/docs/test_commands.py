@@ -22,7 +22,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def _blocks(page, language):
     """The fenced blocks of a language in a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in blocks if name == language]
 
 
 def _commands(page):
@@ -66,18 +67,43 @@ def small_images(tmp_path, monkeypatch):
     """The folders that the pages name, with few and small images, in the working folder."""
     for name in ("cifar10/train", "cifar10/test", "imagenet/train", "imagenet/val"):
         write_image_folder(tmp_path / name, classes=2, per_class=70, same_size=True)
+    _write_flat_folder(tmp_path / "imagenet/val", tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
+
+
+def _write_flat_folder(folder, root):
+    """The images of a folder without class folders, and a file that tells their classes."""
+    (root / "ILSVRC2012_img_val").mkdir()
+    lines = []
+    for number, file in enumerate(sorted(folder.rglob("*.*"))):
+        name = f"{number:08d}{file.suffix}"
+        shutil.copyfile(file, root / "ILSVRC2012_img_val" / name)
+        lines.append(f"{name} {file.parent.name}\n")
+    (root / "val.txt").write_text("".join(lines))
 
 
 def small_teacher(*, num_classes):
     return build_network("resnet8", num_classes=num_classes)
 
 
+# What stands in for the networks and images of a recipe for ImageNet.
+SMALL = (
+    "teacher.network=resnet8",
+    "teacher.weights=",
+    "teacher.checkpoint=small_teacher.safetensors",
+    "student.network=resnet8",
+    "data.image_size=32",
+    "data.batch_size=32",
+)
+
+
 def _run(words):
     """Run a command as printed, but for one epoch, and with a teacher that is no download."""
     if words[0] == "train":
         words = [*words, "--set", "schedule.epochs=1"]
+        if "imagenet_" in words[1]:
+            words += itertools.chain(*(("--set", setting) for setting in SMALL))
     if "--teacher-weights" in words:
         words = [*itertools.takewhile(lambda word: word != "--teacher", words)]
         words += ["--teacher-factory", f"{__name__}:small_teacher", "--image-size", "32"]
@@ -98,9 +124,11 @@ def test_the_quick_start_runs_as_printed(small_images):
 @pytest.mark.full
 def test_the_way_through_imagenet_runs_as_printed(small_images):
     require_library("ffcv")
+    save_weights(small_teacher(num_classes=2), Path("small_teacher.safetensors"))
     for words in _commands(ROOT / "docs" / "imagenet.md"):
         _run(words)
     assert Path("half.beton").exists()
+    assert Path("runs.html").exists()
 
 
 @pytest.mark.full

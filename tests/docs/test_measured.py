@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "choosing.md", ROOT / "docs" / "log.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("imagenet.md", "choosing.md", "log.md")),
+]
 
 
 @pytest.fixture
@@ -107,6 +110,17 @@ def test_study_that_has_only_begun_is_shown_without_findings(tools, study):
     assert page.findings(begun) == []
 
 
+def test_variant_that_lacks_a_seed_says_so_and_is_no_finding(tools, study):
+    begun = study(random=(0.5, 0.52), medium=(0.6, 0.62))
+    begun["runs"] = [
+        run for run in begun["runs"] if (run["name"], run["seed"]) != ("medium50-centroid", 1)
+    ]
+    begun["summary"] = tools("wallclock").summarize(begun["runs"])
+    page = tools("_study_page")
+    assert "| `medium50-centroid` (1 of 2 seeds so far) | 60.0 |" in page.study_in_choosing(begun)
+    assert page.findings(begun) == []
+
+
 @pytest.mark.parametrize("names", [("full", "random50", "medium50-centroid"), ("random50",)])
 def test_chart_is_drawn_of_what_is_there(tools, study, tmp_path, names):
     drawn = study(random=(0.6, 0.61), medium=(0.5, 0.52))
@@ -123,6 +137,27 @@ def test_pages_name_no_study_that_was_not_measured(tools, monkeypatch, tmp_path)
     (tmp_path / "epoch-cpu.json").write_text(json.dumps({"half_over_full": {"median": 0.4951}}))
     lines = measured.block("measured").splitlines()
     assert lines[2:] == ["| a distillation epoch on half of the rows, over one on all | 0.495 |"]
+
+
+def test_conversion_is_told_with_its_images_and_what_it_means_for_imagenet(tools):
+    ratios = {f"{workers} workers": {"median": 10.0 + workers} for workers in (1, 2)}
+    result = {
+        "settings": {"rows": 10000},
+        "pixels": {"rows": 1000, "ours_bytes_identical_to_the_source": 1000},
+        "ours_over_ffcv": ratios,
+        "rows_per_second": {
+            "cp": {"median": 1000.0},
+            "ours 2 workers": {"median": 10000.0},
+            "ours fast 2 workers": {"median": 1000.0},
+        },
+    }
+    measured = tools("measured")
+    assert measured._converting(result) == (
+        "converting 10,000 rows (1,000 ImageNet JPEGs, repeated), over `ffcv.writer` at full size "
+        "| 11.0× with one worker, 12.0× with two; with `--jpeg original` every byte identical"
+    )
+    shown = " ".join(measured.converting_imagenet(result).split())
+    assert "that is 2.1 minutes, or 21.4 minutes in the fast layout *(extrapolated)*" in shown
 
 
 def test_loader_is_told_with_most_threads_and_by_layout(tools):
