@@ -19,13 +19,15 @@ def ensure_compile_cache() -> None:
     folder. In a container with a read-only root or without a home, none can be written. The folder
     is new and private: cached code is executed, so it must not come from where others can write.
     It is removed at exit; set NUMBA_CACHE_DIR to a folder that lasts to compile only once. What a
-    read-only NUMBA_CACHE_DIR holds, in an image that was built with it, is taken along.
+    NUMBA_CACHE_DIR that is filled but read-only holds, in an image that was built with it, is taken
+    along, though other places may be written: Numba would not look for it there.
     """
     named = [Path(name)] if (name := os.environ.get("NUMBA_CACHE_DIR")) else []
+    is_filled = any(not _is_writable(place) and _holds_files(place) for place in named)
     beside_source = Path(__file__).parent / "__pycache__"
     # Unlike Path.home(), this does not raise for a user who is not in /etc/passwd.
     users = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
-    if any(_is_writable(place) for place in (*named, beside_source, users)):
+    if not is_filled and any(_is_writable(place) for place in (*named, beside_source, users)):
         return
     scratch = next(scratch_folders(), None)
     if scratch is None:
@@ -47,8 +49,24 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
+def _holds_files(folder: Path) -> bool:
+    """Whether there is anything to copy in a folder."""
+    try:
+        return any(path.is_file() for path in folder.rglob("*"))
+    except OSError:
+        return False
+
+
 def _is_writable(folder: Path) -> bool:
     """Whether files can be made in a folder, or the folder itself where it is missing."""
     folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if _exists(path))
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path can be seen: what lies in a folder that others may not enter cannot."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False

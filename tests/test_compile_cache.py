@@ -47,6 +47,55 @@ def test_compiled_code_in_a_read_only_folder_is_taken_along(
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_compiled_code_is_taken_along_though_other_places_can_be_written(tmp_path, monkeypatch):
+    filled = tmp_path / "filled"
+    filled.mkdir()
+    (filled / "decode.nbi").write_bytes(b"code")
+    _forbid_writing(monkeypatch, filled)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(filled))
+    ensure_compile_cache()
+    folder = Path(os.environ["NUMBA_CACHE_DIR"])
+    assert folder != filled
+    assert (folder / "decode.nbi").read_bytes() == b"code"
+
+
+def test_an_empty_folder_that_cannot_be_written_is_left_to_numba(tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    _forbid_writing(monkeypatch, empty)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(empty))
+    ensure_compile_cache()
+    assert os.environ["NUMBA_CACHE_DIR"] == str(empty)
+
+
+def test_a_folder_that_may_not_be_entered_counts_as_not_writable(tmp_path, monkeypatch):
+    closed, exists = tmp_path / "closed", Path.exists
+    closed.mkdir()
+    _forbid_writing(monkeypatch, closed)
+
+    def refuse(path):
+        if closed in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(closed / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ensure_compile_cache()
+    assert not compile_cache._is_writable(closed / "cache")
+
+
+def _forbid_writing(monkeypatch, folder):
+    """Take away the right to write, from the superuser too."""
+    access = os.access
+    folder.chmod(0o555)
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != folder and access(path, mode)
+    )
+
+
 def test_usual_places_are_used_where_they_can_be_written(monkeypatch, tmp_path):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "missing" / "cache"))
