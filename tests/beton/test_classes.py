@@ -1,11 +1,16 @@
 """Classes numbered as in another beton."""
 
+import json
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fastprune import convert, open_beton
 from fastprune.beton.adopt import adopt
 from fastprune.beton.manifest import manifest_path
+from fastprune.beton.reader import ForeignManifestWarning
 from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
 from tests.images import jpeg_bytes, write_image_folder
 
@@ -56,6 +61,49 @@ def test_numbers_are_no_names(train, tmp_path):
     folder = flat(tmp_path, ["0", "2"])
     with pytest.raises(InvalidValueError, match=r"has numbers\. Leave it out"):
         convert(beton_path=tmp_path / "val.beton", classes_from=train, **folder)
+
+
+def test_a_split_without_labels_is_refused_and_not_given_the_last_class(train, tmp_path):
+    image = {"bytes": jpeg_bytes(0), "path": "0.jpg"}
+    names = {"names": ["class_02", "class_00"], "_type": "ClassLabel"}
+    for labels, wrong in (([0, -1], -1), ([0, 2], 2)):
+        table = pa.table({"image": [image, image], "label": labels}).replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": {"label": names}}})}
+        )
+        pq.write_table(table, tmp_path / "test.parquet")
+        match = rf"test\.parquet#1: its label is {wrong}, but .* \[0, 2\).*leave classes_from out"
+        with pytest.raises(ConversionError, match=match):
+            convert(tmp_path / "test.parquet", tmp_path / "val.beton", classes_from=train)
+
+
+def test_a_dataset_cannot_be_numbered_by_names(train, tmp_path):
+    dataset = [(jpeg_bytes(0), 0)]
+    with pytest.raises(InvalidValueError, match=r"is a dataset, .*leave it out"):
+        convert(dataset, tmp_path / "val.beton", classes_from=train)
+
+
+def test_the_manifest_of_another_beton_numbers_no_classes(train, tmp_path):
+    other = tmp_path / "other.beton"
+    convert(**flat(tmp_path, ["class_00", "class_01"]), beton_path=other)
+    manifest_path(other).replace(manifest_path(train))
+    with (
+        pytest.warns(ForeignManifestWarning, match="made for another beton"),
+        pytest.raises(ArtifactError, match=r"no manifest of its own\) tells no class names"),
+    ):
+        convert(other.parent / "val", tmp_path / "val.beton", classes_from=train)
+
+
+def test_resume_with_other_names_is_refused(train, tmp_path):
+    folder = flat(tmp_path, ["class_02", "class_00"])
+    (tmp_path / "val" / "1.jpg").write_bytes(b"")
+    other = tmp_path / "other.beton"
+    more = write_image_folder(tmp_path / "other", classes=4)
+    convert(more, other, jpeg="original")
+    job = {**folder, "beton_path": tmp_path / "val.beton"}
+    with pytest.raises(ConversionError, match="it is empty"):
+        convert(**job, classes_from=train, keep_partial=True)
+    with pytest.raises(ConversionError, match="cannot be taken up: its images were"):
+        convert(**job, classes_from=other, resume=True)
 
 
 def test_a_manifest_without_names_cannot_number_classes(train, tmp_path):
