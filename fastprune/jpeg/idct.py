@@ -143,7 +143,12 @@ def inverse_dct_pair_vector(typing_context, blocks, block, quantizers, plane, fi
             factors = both(signature.args[2], quantizers_value, places)
             product = builder.mul(coefficients, factors)
             rows.append(Lanes(builder, builder.sext(product, vector_type(32, 16))))
-        columns = _transposed(builder, [v.value for v in _eight_points(*rows, _COLUMNS_SHIFT)])
+        # Cut to 16 bits, which takes half the shuffles, and keeps the next pass within 32 bits.
+        narrow = [
+            builder.trunc(clamped(builder, v.value, -32768, 32767), vector_type(16, 16))
+            for v in _eight_points(*rows, _COLUMNS_SHIFT)
+        ]
+        columns = [builder.sext(v, vector_type(32, 16)) for v in _transposed(builder, narrow)]
         lanes = [Lanes(builder, column) for column in columns]
         for number, column in enumerate(_eight_points(*lanes, _ROWS_SHIFT)):
             levels = clamped(builder, (column + 128).value, 0, 255)

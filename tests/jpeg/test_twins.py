@@ -59,6 +59,19 @@ def test_inverse_dct():
             np.testing.assert_array_equal(*planes)
 
 
+def test_inverse_dct_of_coefficients_that_only_damaged_data_has():
+    generator = np.random.default_rng(2)
+    for largest in (2_000, 32_767):
+        for _ in range(200):
+            blocks = generator.integers(-largest, largest + 1, 300).astype(np.int16)
+            quantizers = generator.integers(1, 256, 128).astype(np.int16)
+            planes = np.zeros((2, 800), np.uint8)
+            first, second = (64, 7, 20), (3, 307, 33)
+            _idct(blocks.copy(), 5, quantizers, planes[0], first, second)
+            idct.inverse_dct_pair_plain(blocks.copy(), 5, quantizers, planes[1], first, second)
+            np.testing.assert_array_equal(*planes)
+
+
 def test_inverse_dct_is_the_transform_of_the_standard():
     generator = np.random.default_rng(1)
     block = generator.normal(0, 15, 64).astype(np.int16)
