@@ -42,6 +42,7 @@ _BATCHES_AHEAD = 3
 _FFCV_BATCH_SIZE = 1  # its loader wants one, and cuts no batches here
 _CHUNKS_PER_WORKER = 4
 _MIN_CHUNK_PIXELS = 8 * 224 * 224  # less is done sooner than handed over
+_PATCHING = threading.Lock()  # what is patched is the whole process's
 
 
 @contextlib.contextmanager
@@ -102,7 +103,11 @@ def _compiled_loader(beton: Beton, num_workers: int):
     image, _ = image_and_label(beton.fields, beton.path)
     pipelines: dict[str, Any] = {field.name: None for field in beton.fields}
     pipelines[beton.fields[image].name] = [_ViewDecoder()]
-    with _thread_counts_kept(), mock.patch("ffcv.loader.loader.OSCacheManager", _FileMap):
+    with (
+        _PATCHING,
+        _thread_counts_kept(),
+        mock.patch("ffcv.loader.loader.OSCacheManager", _FileMap),
+    ):
         # Disabled, the compiler hands on what it is given: `decode_rows` is compiled already.
         Compiler.set_enabled(False)
         try:
