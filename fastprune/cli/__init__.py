@@ -46,7 +46,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 @click.version_option(__version__, prog_name="fastprune")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 def main(debug: bool) -> None:
-    """Distil vision models on the part of a dataset that is worth training on.
+    """Distill vision models on the part of a dataset that is worth training on.
 
     \b
     images --convert--> train.beton --score--> scores --select--> subset --train--> student

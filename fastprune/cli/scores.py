@@ -80,15 +80,15 @@ def _channels(
     help="Standard deviation of pixel values.  [default: the teacher's, ImageNet's]",
 )
 @click.option(
-    "--views", type=int, help="Average so many augmented views.  [default: one centre crop]"
+    "--views", type=int, help="Average so many augmented views.  [default: one center crop]"
 )
 @click.option("--seed", default=0, help="Seed of the augmented views.")
 @click.option("--batch-size", default=256, help="Images per step and rank.")
 @click.option("--device", default="auto", help="Device of torch; auto takes CUDA if it is there.")
 @click.option("--precision", default="auto", help="auto, float32 or bfloat16.")
 @click.option("--compile", "compile_teacher", is_flag=True, help="Use torch.compile.")
-@click.option("--backend", default="auto", help="Engine of the loader.")
-@click.option("--workers", type=int, help="Decoding threads.  [default: one per CPU]")
+@click.option("--backend", default="auto", help="Engine of the loader: auto, ffcv or dali.")
+@click.option("--workers", type=int, help="Decoding threads.  [default: one per usable CPU]")
 @click.option("--restart", is_flag=True, help="Start anew where an unfinished pass could go on.")
 @click.option("--keep-features", is_flag=True, help="Leave the features beside the table (.npy).")
 def score(

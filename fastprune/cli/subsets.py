@@ -54,7 +54,7 @@ def _ratios(
 )
 @click.option("--quota", default="proportional", help="Rows per class: proportional or equal.")
 @click.option("--global", "is_global", is_flag=True, help="Take all rows as one class.")
-@click.option("--quantile", default=0.5, help="window: where its centre is, in [0, 1].")
+@click.option("--quantile", default=0.5, help="window: where its center is, in [0, 1].")
 @click.option(
     "--drop-hardest", default=0.1, help="ccs: share of the hardest rows left out, in [0, 1)."
 )

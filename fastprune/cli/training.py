@@ -25,10 +25,11 @@ import click
 @click.option(
     "--fixed-iterations",
     is_flag=True,
-    help="Take the steps of all rows, so more passes over a subset (schedule.fixed_iterations).",
+    help="Take as many steps as all rows would need, so more passes over a subset "
+    "(schedule.fixed_iterations).",
 )
 def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iterations: bool) -> None:
-    """Train a student as RECIPE, a TOML file, says.
+    """Train a student by the settings in RECIPE, a TOML file.
 
     Several GPUs: torchrun --nproc-per-node 8 -m fastprune train RECIPE
     """
@@ -65,7 +66,7 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iteratio
 @click.argument("beton", type=click.Path(path_type=Path))
 @click.option("--network", help="Name of the network, where the checkpoint does not tell.")
 @click.option(
-    "--image-size", type=int, help="Side of the centre crop, where the checkpoint does not tell."
+    "--image-size", type=int, help="Side of the center crop, where the checkpoint does not tell."
 )
 @click.option("--batch-size", default=256, help="Images per step.")
 @click.option("--device", default="auto", help="Device of torch; auto takes CUDA if it is there.")
