@@ -9,7 +9,7 @@ _WAITING, _REST_OF_TRAINING, _REST = "waiting for data", "training, other", "oth
 _STEP_NAMES = {
     "teacher_seconds": "teacher",
     "student_seconds": "student",
-    "optimizer_seconds": "optimiser",
+    "optimizer_seconds": "optimizer",
 }
 _AROUND = {
     "startup_seconds": "start-up",
