@@ -5,6 +5,7 @@ that was killed goes on with what is there.
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -65,21 +66,30 @@ class Preparation:
         """The score table."""
         return self.folder / "scores.parquet"
 
-    def step(self, name: str, run: Callable[[], Mapping[str, Any]]) -> None:
-        """Run a step, unless an earlier process came to its end, and keep what it tells."""
+    def step(self, name: str, run: Callable[[], Mapping[str, Any]], **inputs: str) -> None:
+        """Run a step, unless an earlier process came to its end, and keep what it tells.
+
+        Args:
+            name: of the step.
+            run: does it.
+            inputs: what it is made from; a step that was made from something else ends the script.
+        """
         if name in self.facts:
+            refuse_other(
+                {key: self.facts[name].get(key) for key in inputs}, inputs, made=self._record
+            )
             return
         print(f"{name} ...", flush=True)
         started = time.perf_counter()
         told = run()
-        self.facts[name] = {"seconds": time.perf_counter() - started, **told}
+        self.facts[name] = {"seconds": time.perf_counter() - started, **inputs, **told}
         write_text(self._record, json.dumps(self.facts, indent=2) + "\n")
 
     def convert(self, images: Path, per_class: int | None, val_per_class: int | None) -> None:
         """Make both betons of `images/train` and `images/test`, or of some images per class."""
 
         def run() -> dict[str, Any]:
-            rows = {}
+            rows: dict[str, Any] = {}
             for split, beton, count in (
                 ("train", self.train, per_class),
                 ("test", self.val, val_per_class),
@@ -89,10 +99,11 @@ class Preparation:
                     folder = link_some(folder, self.folder / "images" / split, count)
                 manifest = convert(folder, beton)
                 rows[f"{beton.stem}_rows"] = manifest.fingerprint.num_rows
+                rows[f"{beton.stem}_fingerprint"] = str(manifest.fingerprint)
                 rows["classes"] = len(manifest.class_names or ())
             return rows
 
-        self.step("convert", run)
+        self.step("convert", run, images=folder_digest(images))
 
     def train_teacher(self, network: str, epochs: int, device: str) -> None:
         """Train the teacher on all rows and their labels."""
@@ -110,20 +121,25 @@ class Preparation:
                 },
             )
             return {
-                "network": network,
                 "epochs": epochs,
+                "weights": file_digest(self.teacher),
                 "top1_last": result["top1_last"],
                 "train_seconds": result["train_seconds"],
             }
 
-        self.step("teacher", run)
+        self.step("teacher", run, network=network)
 
     def take_teacher(self, network: str, checkpoint: Path) -> None:
         """Use weights that are there already."""
+        self.step(
+            "teacher",
+            lambda: {"given": checkpoint.name},
+            network=network,
+            weights=file_digest(checkpoint),
+        )
         self.teacher.parent.mkdir(exist_ok=True)
         self.teacher.unlink(missing_ok=True)
         self.teacher.symlink_to(checkpoint.resolve())
-        self.step("teacher", lambda: {"network": network, "given": checkpoint.name})
 
     def score(self, network: str, device: str) -> None:
         """Score all rows by one pass of the teacher, in a process of its own.
@@ -156,6 +172,28 @@ class Preparation:
     def betons(self) -> dict[str, Any]:
         """Settings of a recipe that name the data."""
         return {"data.train": self.train, "data.val": self.val}
+
+
+def refuse_other(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, made: Path) -> None:
+    """End the script where what was measured, and what would be now, do not belong in a table."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            sys.exit(
+                f"{made} is of other {name}: {theirs.get(name)}, and now {value}. Repeat the "
+                "command as it was, give another --name, or --restart to measure anew."
+            )
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b-64 of a file's bytes."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """BLAKE2b-64 of the names and sizes of all files below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    lines = sorted(f"{path.relative_to(folder)} {path.stat().st_size}\n" for path in files)
+    return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
 
 
 def link_some(source: Path, target: Path, per_class: int) -> Path:

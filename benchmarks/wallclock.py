@@ -13,14 +13,15 @@ import json
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _harness import RESULTS, ROOT, commit, write_result
-from _study import Preparation, train_process
+from _study import Preparation, refuse_other, train_process
+
+from fastprune.environment import describe_machine
 
 LONG_SCHEDULE = 100
 KEPT_OF_RESULT = (
@@ -143,16 +144,13 @@ class Study:
         self._name = name
         self._prepared = Preparation(work)
         self.runs: list[dict[str, Any]] = []
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            if earlier["settings"] != self._settings():
-                sys.exit(
-                    f"{path} was measured with other settings: {earlier['settings']}, and now "
-                    f"{self._settings()}. Repeat the command as it was, give another --name, or "
-                    "--restart to measure anew."
-                )
-            self.runs = earlier["runs"]
+        self._path = RESULTS / f"{name}.json"
+        self._earlier: dict[str, Any] | None = None
+        if self._path.exists():
+            self._earlier = json.loads(self._path.read_text(encoding="utf-8"))
+            ours = {"settings": self._settings(), "machine": describe_machine()}
+            refuse_other(self._earlier, ours, made=self._path)
+            self.runs = self._earlier["runs"]
 
     def prepare(self) -> None:
         """Make what all runs start from."""
@@ -163,6 +161,9 @@ class Study:
         else:
             prepared.take_teacher(asked.teacher, asked.teacher_checkpoint)
         prepared.score(asked.teacher, asked.device)
+        if self._earlier is not None:
+            theirs, ours = inputs(self._earlier["prepared"]), inputs(prepared.facts)
+            refuse_other(theirs, ours, made=self._path)
 
     def has(self, name: str, seed: int) -> bool:
         """Whether this run is done."""
@@ -239,6 +240,15 @@ class Study:
             ),
         }
         write_result(self._name, result)
+
+
+def inputs(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What was prepared that all runs of a table have in common."""
+    return {
+        "training images": facts["convert"].get("train_fingerprint"),
+        "test images": facts["convert"].get("val_fingerprint"),
+        "weights of the teacher": facts["teacher"].get("weights"),
+    }
 
 
 def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _picture(folder: str) -> str:
 def set_up(study: Study) -> str:
     """What the study is of, in a sentence."""
     settings, rows = study["settings"], study["prepared"]["convert"]
-    seeds = max(summary["top1_last"]["n"] for summary in study["summary"].values())
+    seeds = num_seeds(study)
     machine = study["machine"]
     place = (
         ", ".join(machine["gpus"])
@@ -88,15 +88,28 @@ def set_up(study: Study) -> str:
     )
 
 
+def num_seeds(study: Study) -> int:
+    """Seeds of a variant that is done."""
+    return max(summary["top1_last"]["n"] for summary in study["summary"].values())
+
+
+def done(study: Study) -> dict[str, Mapping[str, Any]]:
+    """The lines of the table that have all seeds; sentences speak of these alone."""
+    seeds = num_seeds(study)
+    return {name: s for name, s in study["summary"].items() if s["top1_last"]["n"] == seeds}
+
+
 def study_table(study: Study, *, best: bool = False) -> str:
     """A line per run, in Markdown."""
     headings = ["run", "top-1 last, %", *(["top-1 best, %"] if best else [])]
-    headings += ["over random50, points", "training, s", "scoring, s"]
+    headings += [f"over {RANDOM}, points", "training, s", "scoring, s"]
     headings += ["training, ratio", "with scoring", "at 100 epochs", "waiting, %"]
     lines = [" | ".join(headings), "|".join(["---", *["--:"] * (len(headings) - 1)])]
+    seeds = num_seeds(study)
     for name, summary in study["summary"].items():
+        n = summary["top1_last"]["n"]
         cells = [
-            f"`{name}`",
+            f"`{name}`" + (f" ({n} of {seeds} seeds so far)" if n < seeds else ""),
             in_words(summary["top1_last"], 1, scale=100),
             *([in_words(summary["top1_best"], 1, scale=100)] if best else []),
             "–"
@@ -130,29 +143,31 @@ def findings(study: Study) -> list[str]:
 
 def _accuracy_findings(study: Study) -> list[str]:
     """Who reached what on half of the rows, with the random half beside it."""
-    summary = study["summary"]
-    halves = dict.fromkeys(run["name"] for run in study["runs"] if run["keep_ratio"] == HALF)
+    summary = done(study)
+    halves = dict.fromkeys(
+        run["name"] for run in study["runs"] if run["keep_ratio"] == HALF and run["name"] in summary
+    )
     ranked = sorted(halves, key=lambda name: -summary[name]["top1_last"]["mean"])
     if FULL not in summary or RANDOM not in halves or len(ranked) < 2:
         return []
     top = {name: in_words(summary[name]["top1_last"], 1, scale=100) for name in summary}
-    first = next(name for name in ranked if name != "random50")
+    first = next(name for name in ranked if name != RANDOM)
     gap = in_words(summary[first]["top1_last_over_random50"], 1, scale=100, sign=True)
     means = [summary[name]["top1_last"]["mean"] for name in halves]
     place = 1 + sum(mean > summary[RANDOM]["top1_last"]["mean"] for mean in means)
     return [
-        f"After the last epoch `full` is at {top['full']}%. On half of the rows `random50` is at "
-        f"{top['random50']}%, number {place} of {len(ranked)}; the best of the others, `{first}`, "
-        f"is at {top[first]}%, {gap} points from `random50` seed by seed."
+        f"After the last epoch `{FULL}` is at {top[FULL]}%. On half of the rows `{RANDOM}` is at "
+        f"{top[RANDOM]}%, number {place} of {len(ranked)}; the best of the others, `{first}`, "
+        f"is at {top[first]}%, {gap} points from `{RANDOM}` seed by seed."
     ]
 
 
 def _cost_findings(study: Study) -> list[str]:
     """What half of the rows cost, with the arithmetic for a long schedule."""
-    summary, name = study["summary"], OURS
+    summary, name = done(study), OURS
     if FULL not in summary or name not in summary:
         return []
-    ours, full, epochs = summary[name], summary["full"], study["settings"]["epochs"]
+    ours, full, epochs = summary[name], summary[FULL], study["settings"]["epochs"]
     score, epoch, full_epoch = (
         ours["score_seconds"]["mean"],
         ours["train_seconds"]["mean"] / epochs,
@@ -160,7 +175,7 @@ def _cost_findings(study: Study) -> list[str]:
     )
     long = (score + 100 * epoch) / (100 * full_epoch)
     return [
-        f"`{name}` trains for {in_words(ours['train_over_full'], 3)} of the seconds of `full`; "
+        f"`{name}` trains for {in_words(ours['train_over_full'], 3)} of the seconds of `{FULL}`; "
         f"with the scoring pass it is {in_words(ours['with_scoring_over_full'], 3)} at these "
         f"{epochs} epochs, and at 100 epochs ({score:.2f} + 100 × {epoch:.3f}) / "
         f"(100 × {full_epoch:.3f}) = {long:.3f}. Training is the epochs, without start-up, "
@@ -188,9 +203,9 @@ def _draw_accuracy(axes: Axes, study: Study, names: Sequence[str]) -> None:
         axes.plot(reached, [place] * len(reached), "o", color=_MUTED, markersize=5)
         mean = 100 * study["summary"][name]["top1_last"]["mean"]
         axes.plot([mean], [place], "|", color=_STRONG, markersize=16, markeredgewidth=2.5)
-    if "random50" in names:
-        mean = 100 * study["summary"]["random50"]["top1_last"]["mean"]
-        axes.axvline(mean, color=_STRONG, linestyle=":", linewidth=1, label="mean of random50")
+    if RANDOM in names:
+        mean = 100 * study["summary"][RANDOM]["top1_last"]["mean"]
+        axes.axvline(mean, color=_STRONG, linestyle=":", linewidth=1, label=f"mean of {RANDOM}")
         axes.legend(**_ABOVE)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -200,7 +215,7 @@ def _draw_accuracy(axes: Axes, study: Study, names: Sequence[str]) -> None:
 
 def _draw_cost(axes: Axes, study: Study, names: Sequence[str]) -> None:
     """Training and scoring over the training of full."""
-    full = study["summary"].get("full", {}).get("train_seconds", {}).get("mean")
+    full = study["summary"].get(FULL, {}).get("train_seconds", {}).get("mean")
     if full is None:
         axes.set_axis_off()
         return

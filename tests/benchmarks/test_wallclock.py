@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastprune.environment import describe_machine
 from fastprune.report.runs import read_runs
 from tests.conftest import require_library
 from tests.images import write_image_folder
@@ -74,6 +75,45 @@ def test_only_variants_that_look_at_the_teacher_pay_for_scores(wallclock):
     assert set(wallclock.VARIANTS) - paying == {"full", "random50", "infobatch"}
 
 
+def test_prepared_files_of_another_teacher_are_not_taken(wallclock, tmp_path):
+    preparation = sys.modules["_study"].Preparation(tmp_path / "work")
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name)
+    preparation.take_teacher("resnet8", tmp_path / "one")
+    preparation.take_teacher("resnet8", tmp_path / "one")
+    with pytest.raises(SystemExit, match=r"prepared\.json is of other weights: .* --restart"):
+        preparation.take_teacher("resnet8", tmp_path / "other")
+    assert preparation.teacher.read_text() == "one"
+
+
+def test_prepared_files_of_other_images_are_not_taken(wallclock, tmp_path):
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        write_image_folder(images / split, classes=2, per_class=2, same_size=True)
+    preparation = sys.modules["_study"].Preparation(tmp_path / "work")
+    preparation.convert(images, None, None)
+    preparation.convert(images, None, None)
+    next((images / "train").rglob("*.*")).unlink()
+    with pytest.raises(SystemExit, match=r"prepared\.json is of other images"):
+        preparation.convert(images, None, None)
+
+
+@pytest.mark.parametrize("key", ["settings", "machine"])
+def test_runs_of_other_settings_or_machines_do_not_stand_in_one_table(
+    wallclock, monkeypatch, tmp_path, key
+):
+    monkeypatch.setattr(sys, "argv", ["wallclock.py", "--images", str(tmp_path)])
+    arguments = wallclock.parse()
+    study = wallclock.Study(arguments, "wallclock-small", tmp_path / "work")
+    earlier = {"settings": study._settings(), "machine": describe_machine(), "runs": []}
+    path = tmp_path / "wallclock-small.json"
+    path.write_text(json.dumps(earlier))
+    wallclock.Study(arguments, "wallclock-small", tmp_path / "work")
+    path.write_text(json.dumps(earlier | {key: {"cpu": "another"}}))
+    with pytest.raises(SystemExit, match=f"is of other {key}: .*another"):
+        wallclock.Study(arguments, "wallclock-small", tmp_path / "work")
+
+
 @pytest.mark.full
 def test_study_runs_goes_on_and_refuses_other_settings(wallclock, monkeypatch, tmp_path, capsys):
     require_library("ffcv")
@@ -107,5 +147,9 @@ def test_study_runs_goes_on_and_refuses_other_settings(wallclock, monkeypatch, t
         "random50",
         "infobatch",
     }
-    with pytest.raises(SystemExit, match="was measured with other settings"):
+    monkeypatch.setitem(result["prepared"]["teacher"], "weights", "another")
+    (tmp_path / "wallclock-small.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match="is of other weights of the teacher: another"):
+        study()
+    with pytest.raises(SystemExit, match="is of other settings"):
         study("--epochs", "3")
