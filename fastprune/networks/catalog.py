@@ -111,7 +111,7 @@ def published_weights(name: str) -> str | None:
     if not rest and _small_network(name) is not None:
         raise InvalidValueError(
             f"{name} has no published weights, and random ones know nothing. Give a checkpoint "
-            "(--teacher-checkpoint)."
+            "(teacher.checkpoint in a recipe, --teacher-checkpoint of `fastprune score`)."
         )
     return "DEFAULT"
 
@@ -124,13 +124,12 @@ def published_view(name: str, weights: str) -> PublishedView:
         weights: as `build_network` takes them.
 
     Raises:
-        InvalidValueError: no such network of torchvision, or no such weights.
+        InvalidValueError: no such network, or no such weights.
+        MissingDependencyError: timm is asked for and not installed.
     """
     source, _, rest = name.rpartition(":")
     if source == "timm":
-        import timm
-
-        config: Any = timm.get_pretrained_cfg(rest)
+        config = _timm_config(rest, weights)
         return PublishedView(config.input_size[-1], tuple(config.mean), tuple(config.std))
     transforms = _published_member(rest, weights).transforms()
     return PublishedView(
@@ -194,26 +193,49 @@ def _published_member(name: str, weights: str) -> Any:
 
 def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
     """A classifier of timm."""
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"network timm:{name} needs timm, which is not installed. Install fastprune[timm]."
-        ) from error
-    if weights not in (None, "pretrained"):
-        raise InvalidValueError(f"weights {weights!r}: for timm networks say 'pretrained'.")
-    if name.partition(".")[0] not in timm.list_models():
-        hint = _nearest(name, timm.list_models(), prefix="timm:")
-        raise InvalidValueError(f"network 'timm:{name}' is not known.{hint}")
-    if weights is not None:
+    timm = _import_timm(name)
+    if weights is None:
+        _require_timm(name)
+    else:
         # timm itself would put a random classifier in the place of one of other classes.
-        config: Any = timm.get_pretrained_cfg(name)
+        config = _timm_config(name, weights)
         _require_classes(f"timm:{name}", weights, config.num_classes, num_classes)
     with _named_download(f"timm:{name}"):
         network: nn.Module = timm.create_model(
             name, pretrained=weights is not None, num_classes=num_classes
         )
     return network
+
+
+def _import_timm(name: str) -> Any:
+    """The package, for a network of it."""
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"network timm:{name} needs timm, which is not installed. Install fastprune[timm]."
+        ) from error
+    return timm
+
+
+def _require_timm(name: str) -> None:
+    """Refuse what is no network of timm; a tag of its weights may stand behind a dot."""
+    timm = _import_timm(name)
+    network, _, tag = name.partition(".")
+    known = timm.list_models()
+    if network in known and tag:
+        known = timm.list_pretrained(f"{network}.*")
+    if name not in known:
+        hint = _nearest(name, known, prefix="timm:") if known else ""
+        raise InvalidValueError(f"network 'timm:{name}' is not known.{hint}")
+
+
+def _timm_config(name: str, weights: str) -> Any:
+    """What timm tells of the published weights of a network."""
+    if weights != "pretrained":
+        raise InvalidValueError(f"weights {weights!r}: for timm networks say 'pretrained'.")
+    _require_timm(name)
+    return _import_timm(name).get_pretrained_cfg(name)
 
 
 def _factory_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
@@ -253,7 +275,8 @@ def _named_download(name: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # timm raises the latter where there are none
         raise ArtifactError(
             f"the published weights of {name} cannot be fetched ({error}). Fetch them where there "
-            "is a connection, or give a checkpoint (--teacher-checkpoint)."
+            "is a connection, or give a checkpoint (`checkpoint` in a recipe, --teacher-checkpoint "
+            "of `fastprune score`)."
         ) from error
 
 

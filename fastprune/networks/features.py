@@ -36,7 +36,7 @@ def classifier_name(network: nn.Module, *, num_classes: int) -> str:
         raise InvalidValueError(
             f"{type(network).__name__} has no linear layer with {num_classes:,} outputs ({found}). "
             "Take a teacher of these classes, or name the layer whose output are the features "
-            "(--feature-layer)."
+            "(--feature-layer of `fastprune score`)."
         )
     return names[-1]
 
@@ -97,7 +97,8 @@ class FeatureNetwork(nn.Module):
         if features is None:
             raise InvalidValueError(
                 f"layer {self.layer!r} was not used in the forward pass, so there are no features. "
-                "Name a layer that is (--feature-layer)."
+                "Name a layer that is (--feature-layer of `fastprune score`), or in a recipe set "
+                "loss.feature_weight to 0."
             )
         return _as_rows(features, self.layer), logits
 
@@ -131,5 +132,6 @@ def _as_rows(features: Any, layer: str) -> Tensor:
     shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
     raise InvalidValueError(
         f"the features of layer {layer!r} are {shape}; they must be (B, D) or (B, D, H, W). "
-        "Name another layer (--feature-layer)."
+        "Name another layer (--feature-layer of `fastprune score`), or in a recipe set "
+        "loss.feature_weight to 0."
     )

@@ -275,6 +275,26 @@ def test_view_of_torchvision_weights_is_that_of_their_transforms(name):
     assert (view.image_size, view.mean) == (300, (0.485, 0.456, 0.406))
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("timm:nope", "pretrained", r"network 'timm:nope' is not known\. Did you mean 'timm:"),
+        ("timm:resnet18.a1", "pretrained", r"is not known\. Did you mean 'timm:resnet18\.a"),
+        ("timm:resnet18", "DEFAULT", "for timm networks say 'pretrained'"),
+    ],
+)
+def test_view_of_timm_weights_that_are_not_there_is_refused(name, weights, message):
+    pytest.importorskip("timm")
+    with pytest.raises(InvalidValueError, match=message):
+        published_view(name, weights)
+
+
+def test_view_without_timm_names_the_cure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingDependencyError, match=r"timm:resnet18.*fastprune\[timm\]"):
+        published_view("timm:resnet18", "pretrained")
+
+
 def test_view_of_timm_weights_is_that_of_their_configuration():
     pytest.importorskip("timm")
     view = published_view("timm:vit_base_patch16_224", "pretrained")
