@@ -56,6 +56,13 @@ def test_empty_override_takes_a_section_away(recipe_file):
     assert load_recipe(recipe_file, [*overrides, "pruning="]).pruning is None
 
 
+def test_fixed_iterations_are_refused_where_epochs_skip_rows(recipe_file):
+    overrides = ["pruning.rule=infobatch", "schedule.fixed_iterations=true"]
+    message = r"fixed_iterations and \[pruning\] contradict each other: .*Leave one of them out"
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file, overrides)
+
+
 def test_unknown_key_is_refused_with_the_nearest_known_name(recipe_file):
     with pytest.raises(RecipeError, match=r"data\.imagesize is unknown; did you mean image_size\?"):
         load_recipe(recipe_file, ["data.imagesize=64"])

@@ -178,7 +178,7 @@ class ScheduleSettings(_Section):
         epochs: passes over the rows that are trained on; with `fixed_iterations` over all rows.
         fixed_iterations: whether to take as many steps as `epochs` passes over all rows of the
             beton would, so more passes over a subset: a whole number, the nearest. Milestones and
-            warm-up stretch with them.
+            warm-up stretch with them. Not with `pruning`, whose epochs differ in their steps.
         learning_rate: the first, or for "one_cycle" the highest.
         momentum: of SGD, Nesterov's where it is above zero and `nesterov` is set.
         nesterov: whether the momentum is Nesterov's.
@@ -232,7 +232,7 @@ class RunSettings(_Section):
         seed: of the student's weights, the order and the views.
         device: "auto" takes CUDA where it is there, one device per process.
         precision: "bf16" autocasts both networks; "auto" does so on CUDA devices that have it.
-        channels_last: memory format of networks and images.
+        channels_last: memory format of networks, and of images in a step.
         compile: run both networks through torch.compile.
         sync_batchnorm: share batch statistics among processes; on CUDA alone.
         log_every: steps between two lines of metrics.jsonl.
@@ -294,6 +294,11 @@ class Recipe(_Section):
             raise ValueError("loss.reshaping needs a teacher whose logits it reshapes")
         if self.teacher is None and self.loss.feature_weight > 0:
             raise ValueError("loss.feature_weight needs a teacher whose features it looks at")
+        if self.pruning is not None and self.schedule.fixed_iterations:
+            raise ValueError(
+                "schedule.fixed_iterations and [pruning] contradict each other: epochs that skip "
+                "rows have fewer steps than were asked for. Leave one of them out"
+            )
         if self.loss.reshaping == "class_std" and self.data.subset is None:
             raise ValueError("loss.reshaping = 'class_std' needs data.subset, which carries them")
         return self

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,4 +235,4 @@ def _told_apart(runs: list[Run]) -> Iterator[Run]:
         if places.count(place) == 1:
             yield run
         else:
-            yield Run(**{**vars(run), "name": f"{run.name} ({run.folder})"})
+            yield replace(run, name=f"{run.name} ({run.folder})")
