@@ -20,7 +20,7 @@ _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint is not what was written; the one before it is taken."""
+    """A checkpoint is not what was written; the one before it is tried."""
 
 
 class Checkpoints:
@@ -79,13 +79,23 @@ class Checkpoints:
 
         Warns:
             DamagedCheckpointWarning: a newer one is damaged.
+
+        Raises:
+            ArtifactError: there are some, and all of them are damaged.
         """
-        for path in self._newest_first():
+        found = self._newest_first()
+        for path in found:
             try:
                 return _load(path)
             except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                if path == found[-1]:
+                    raise ArtifactError(
+                        f"none of the {len(found)} checkpoints in {self._folder} is whole; the "
+                        f"oldest, {path.name}, is damaged too ({error}). Remove {self._folder} to "
+                        "begin anew."
+                    ) from error
                 warnings.warn(
-                    f"the checkpoint {path} is damaged ({error}); the one before it is taken.",
+                    f"the checkpoint {path} is damaged ({error}); the one before it is tried.",
                     DamagedCheckpointWarning,
                     stacklevel=2,
                 )

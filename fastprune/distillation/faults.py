@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -12,13 +13,15 @@ import torch
 from fastprune.errors import TrainingError, TrainingStopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_REPEAT_SECONDS = 5.0
 
 
 class Signals:
     """Takes note of SIGTERM and SIGINT, so that a run can end with a checkpoint.
 
-    The second signal acts as it would have without us. Python delivers signals to the main thread
-    alone; in others nothing is noticed.
+    Schedulers send a signal to every process, and launchers pass it on once more, so the same one
+    within five seconds counts as one. Any other that follows acts as it would have without us.
+    Python delivers signals to the main thread alone; in others nothing is noticed.
 
     Attributes:
         number: of the signal that came; 0 without one.
@@ -26,6 +29,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.number = 0
+        self._came_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -42,10 +46,14 @@ class Signals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal."""
+        """Remember the first signal; let one that is no repetition end the process."""
         del frame
-        self.number = number
-        self._restore()
+        now = time.monotonic()
+        if not self.number:
+            self.number, self._came_at = number, now
+        elif number != self.number or now - self._came_at >= _REPEAT_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         """Put back what was there before."""

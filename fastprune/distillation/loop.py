@@ -1,6 +1,7 @@
 """The training loop: epochs, validations, checkpoints, and what is told of them."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import learning_rate
 from fastprune.distillation.step import Stepper
 from fastprune.distillation.watching import Watch
+from fastprune.errors import TrainingError
 from fastprune.loading.loader import Loader
 from fastprune.recipe import Recipe
 
@@ -107,7 +109,7 @@ class TrainingLoop:
             log: receives the metrics; the first process alone has one.
 
         Raises:
-            TrainingError: the loss is no longer a finite number.
+            TrainingError: the loss, in training or validation, is no longer a finite number.
             TrainingStopped: a signal came, and a checkpoint is written.
         """
         self._log = log
@@ -122,7 +124,9 @@ class TrainingLoop:
     def _train_epoch(self, epoch: int) -> None:
         """The batches of a pass that are left, and a checkpoint behind them."""
         self._stepper.begin_epoch(epoch)
-        self._train_loader.set_epoch(epoch)
+        # A larger size has a loader of its own, which is opened here.
+        with self._clocks.phase("startup"):
+            self._train_loader.set_epoch(epoch)
         first = self._train_loader.state_dict()["batches"]
         self._prune(epoch, is_new=first == 0)
         num_batches = len(self._train_loader)
@@ -138,7 +142,8 @@ class TrainingLoop:
             self._interval.add(step=self.steps, epoch=epoch, batch=index, losses=losses, rows=rows)
             if self.steps % self._recipe.run.log_every == 0:
                 self._write_losses()
-            self._heed(self._agreement.ask(self._request()))
+            is_last = index + 1 == num_batches
+            self._heed(self._agreement.ask(self._request(is_last)), is_last)
         self._write_losses()
         if self._pruning is not None:
             self._pruning.end_epoch()
@@ -173,7 +178,7 @@ class TrainingLoop:
         self._interval.fetch()
         self._clocks.read()
 
-    def _request(self) -> int:
+    def _request(self, is_last: bool) -> int:
         """What this process asks for: a signal's number, a checkpoint, or nothing."""
         if self._signals.number:
             return self._signals.number
@@ -181,18 +186,20 @@ class TrainingLoop:
         is_due = every is not None and self.steps % every == 0
         # Clocks differ among processes, so the first one's counts.
         is_late = self._ranks.is_first and time.monotonic() - self._saved_at >= 60 * minutes
-        if not (is_due or is_late):
+        # Behind the last batch of a pass there is a checkpoint in any case.
+        if is_last or not (is_due or is_late):
             return 0
         # The answer comes a step later; until then nothing more is due.
         self._saved_at = time.monotonic()
         return _CHECKPOINT
 
-    def _heed(self, request: int) -> None:
+    def _heed(self, request: int, is_last: bool) -> None:
         """Do what was asked for."""
-        if request:
-            self._save()
-            if request != _CHECKPOINT:
-                raise stopped(request, step=self.steps, is_saved=self._is_saved)
+        if not request or (request == _CHECKPOINT and is_last):
+            return
+        self._save()
+        if request != _CHECKPOINT:
+            raise stopped(request, step=self.steps, is_saved=self._is_saved)
 
     def _save(self) -> None:
         """Write a checkpoint."""
@@ -201,9 +208,12 @@ class TrainingLoop:
         with self._clocks.phase("checkpoint"):
             generators = gathered(generator_states(self._device), self._ranks)
             pruning = self._pruning.state_dict() if self._pruning is not None else None
+            is_saved = None
             if self._ranks.is_first:
                 state = self.state_dict() | {"generators": generators, "pruning": pruning}
-                self._is_saved = self._checkpoints.save(state, step=self.steps)
+                is_saved = self._checkpoints.save(state, step=self.steps)
+            # None leaves before it is written: a launcher may end the others when one ends.
+            self._is_saved = self._ranks.from_first(is_saved)
         self._saved_at = time.monotonic()
 
     def _validate_where_due(self) -> None:
@@ -222,6 +232,7 @@ class TrainingLoop:
             share_buffers(self._stepper.student, self._ranks)
             batches = self._until_signal(self._val_loader)
             evaluation = evaluate(self._stepper.student, batches, ranks=self._ranks)
+        self._require_finite(evaluation)
         self.evaluations.append(evaluation)
         point = {"top1": evaluation.top1, "val_loss": evaluation.loss}
         self.curve.append({"epoch": epoch, "train_seconds": train_seconds, **point})
@@ -235,10 +246,22 @@ class TrainingLoop:
                 train_seconds,
             )
 
+    def _require_finite(self, evaluation: Evaluation) -> None:
+        """Refuse weights that went wrong in the last step, whose loss is of the step before."""
+        if not math.isfinite(evaluation.loss):
+            rate = self._recipe.schedule.learning_rate
+            raise TrainingError(
+                f"the loss became {evaluation.loss} in the validation after step {self.steps}. "
+                f"Lower schedule.learning_rate ({rate}) or set schedule.clip_norm, and begin anew."
+            )
+
     def _until_signal(self, batches: Loader) -> Iterator[tuple[Tensor, ...]]:
-        """Batches of a validation, which a signal ends at once: a checkpoint stands before it."""
+        """Batches of a validation, which a signal ends at once: a checkpoint stands before it.
+
+        Several processes could not agree in here; they heed it after the next step.
+        """
         for batch in batches:
-            if self._signals.number:
+            if self._signals.number and self._ranks.world == 1:
                 raise stopped(self._signals.number, step=self.steps, is_saved=self._is_saved)
             yield batch
 
@@ -248,6 +271,7 @@ class TrainingLoop:
             "identity": self._identity,
             "steps": self.steps,
             "epochs_done": self.epochs_done,
+            "learning_rate": self._learning_rate,
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "curve": self.curve,
             "means": self._interval.means,
@@ -265,6 +289,7 @@ class TrainingLoop:
                 they prune by.
         """
         self.steps, self.epochs_done = state["steps"], state["epochs_done"]
+        self._learning_rate = state["learning_rate"]
         self.evaluations = [Evaluation(**fields) for fields in state["evaluations"]]
         self.curve = state["curve"]
         self._interval.means = state["means"]

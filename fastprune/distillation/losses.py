@@ -95,7 +95,8 @@ class LogitReshaper(nn.Module):
 
     Args:
         class_std: (C,) mean standard deviation of the logits of each class, finite and >= 0 (NaN
-            for a class without rows, whose logits then stay as they are).
+            for a class without rows, whose logits then stay as they are). Kept in its floating
+            dtype, as float32 where it is an integer one.
 
     Raises:
         InvalidValueError: `class_std` is not one-dimensional, or a value is negative or infinite.
@@ -108,7 +109,8 @@ class LogitReshaper(nn.Module):
 
     def __init__(self, class_std: ArrayLike | Tensor) -> None:
         super().__init__()
-        std = torch.as_tensor(class_std, dtype=torch.float32).clone()
+        std = torch.as_tensor(class_std).clone()
+        std = std if std.is_floating_point() else std.float()
         if std.ndim != 1 or len(std) < 2:
             raise InvalidValueError(
                 f"class_std must have one value per class, but has shape {tuple(std.shape)}."

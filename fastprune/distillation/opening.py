@@ -77,6 +77,13 @@ def open_train_loader(recipe: Recipe, image_size: int, *, device: torch.device) 
     )
 
 
+def training_sizes(recipe: Recipe) -> tuple[int, ...]:
+    """The sides of the images that a run goes through, in pixels and in their order."""
+    data = recipe.data
+    first = data.image_size if data.first_image_size is None else data.first_image_size
+    return image_sizes(first, data.image_size, step=data.image_size_step)
+
+
 def make_batches(
     recipe: Recipe, train: Loader, *, epochs: int, device: torch.device
 ) -> Loader | GrowingLoader:
@@ -88,13 +95,12 @@ def make_batches(
         epochs: passes of the run.
         device: where batches go.
     """
-    first, last = recipe.data.first_image_size, recipe.data.image_size
-    if first is None or first == last:
+    sizes = training_sizes(recipe)
+    if len(sizes) == 1:
         return train
-    sizes = image_sizes(first, last, step=recipe.data.image_size_step)
 
     def of_size(size: int) -> Loader:
-        if size == last:
+        if size == sizes[-1]:
             return train
         loader = open_train_loader(recipe, size, device=device)
         loader.warm_up()
@@ -187,7 +193,7 @@ def _require_same_classes(train: Loader, val: Loader) -> None:
         return
     raise ArtifactMismatch(
         f"{train.beton.path} and {val.beton.path} have different classes: {detail}. "
-        "Convert both from folders with the same class names."
+        f"Convert the images of {val.beton.path} again with --classes-from {train.beton.path}."
     )
 
 

@@ -27,7 +27,7 @@ def join_processes(device: torch.device) -> Iterator[Ranks]:
     fails, the others end too, and it alone tells why.
 
     Args:
-        device: of this process.
+        device: of this process; the current one where it is a CUDA device.
 
     Raises:
         PeerError: another process failed first.
@@ -38,8 +38,6 @@ def join_processes(device: torch.device) -> Iterator[Ranks]:
     if is_ours:
         # torchrun's store outlives the processes, so that a failure can be left in it.
         store, rank, world = next(rendezvous("env://"))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("fastprune", store),

@@ -1,6 +1,7 @@
 """One optimiser step: the teacher, the student there and back, the optimiser."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -52,6 +53,7 @@ class Stepper:
         self._pruning = pruning
         self._device = device
         self._clocks = clocks
+        self._layout = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
         if recipe.run.sync_batchnorm:
             synchronize_batchnorm(learner, ranks, device)
         if recipe.run.compile:
@@ -105,6 +107,8 @@ class Stepper:
 
     def _backward(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
         """The gradients of the batch; returns the loss of every row, not weighed."""
+        # Loaders give channels_last; nothing is copied where that is asked for.
+        images = images.contiguous(memory_format=self._layout)
         with self.autocast(), self._clocks.part("teacher"):
             targets = self._objective.teach(images, labels)
         with self._clocks.part("student"):
@@ -116,27 +120,32 @@ class Stepper:
                 self._pruning.weigh(losses, rows).mean().backward()
         return losses.detach()
 
-    def rehearse(self, *, num_classes: int) -> None:
-        """Run a step on empty images and undo it, so that no clock counts what happens once.
+    def rehearse(self, *, num_classes: int, image_sizes: Sequence[int]) -> None:
+        """Run steps on empty images and undo them, so that no clock counts what happens once.
+
+        Args:
+            num_classes: C.
+            image_sizes: sides of the images that the run has, in pixels; a step for each.
 
         Raises:
             InvalidValueError: a network gives no logits of these classes.
         """
-        data = self._recipe.data
+        rows = self._recipe.data.batch_size
         before = copy.deepcopy(self._learner.state_dict())
-        images = torch.zeros(
-            (data.batch_size, 3, data.image_size, data.image_size), device=self._device
-        ).to(memory_format=torch.channels_last)
-        labels = torch.zeros(data.batch_size, dtype=torch.int64, device=self._device)
-        self._require_logits(images[:1], num_classes)
-        self._wrapped.train()
-        self._backward(images, labels)
+        labels = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        for size in image_sizes:
+            images = torch.zeros((rows, 3, size, size), device=self._device)
+            images = images.contiguous(memory_format=self._layout)
+            # A whole batch: a single image would have the compiled teacher compiled twice.
+            self._require_logits(images, num_classes)
+            self._wrapped.train()
+            self._backward(images, labels)
         self._optimizer.zero_grad(set_to_none=True)
         self._learner.load_state_dict(before)
 
     @torch.no_grad()
     def _require_logits(self, images: Tensor, num_classes: int) -> None:
-        """Refuse networks whose outputs for one image are not (1, C)."""
+        """Refuse networks whose outputs for B images are not (B, C)."""
         networks = {"student": self._learner.student.eval(), "teacher": self._objective.teacher}
         for name, network in networks.items():
             if network is None:
@@ -145,10 +154,10 @@ class Stepper:
                 answer = network(images)
             logits = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else answer
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            if shape != (1, num_classes):
+            if shape != (len(images), num_classes):
                 raise InvalidValueError(
-                    f"the {name} returned {shape} for one image, not logits of shape "
-                    f"(1, {num_classes}). Take a network with an output for each class."
+                    f"the {name} returned {shape} for {len(images)} images, not logits of shape "
+                    f"({len(images)}, {num_classes}). Take a network with an output for each class."
                 )
 
     def autocast(self) -> AbstractContextManager[None]:

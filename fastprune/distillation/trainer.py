@@ -23,6 +23,7 @@ from fastprune.distillation.opening import (
     open_loaders,
     require_same_run,
     student_metadata,
+    training_sizes,
 )
 from fastprune.distillation.pair import make_pair
 from fastprune.distillation.processes import join_processes
@@ -67,7 +68,9 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
     memory = naming_memory(
         batch_size=recipe.data.batch_size, image_size=recipe.data.image_size, device=device
     )
-    with join_processes(device) as ranks, memory:
+    # Events, streams and libraries mean the current device where they are told none.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, join_processes(device) as ranks, memory:
         train_loader, val_loader = open_loaders(recipe, device)
         with _run_folder(recipe, resume=resume) if ranks.is_first else nullcontext():
             clocks = Clocks(device, began=began)
@@ -112,7 +115,9 @@ class _Run:
         self._stepper = Stepper(
             recipe, learner, objective, pruning, ranks=ranks, device=device, clocks=clocks
         )
-        self._stepper.rehearse(num_classes=train_loader.num_classes)
+        self._stepper.rehearse(
+            num_classes=train_loader.num_classes, image_sizes=training_sizes(recipe)
+        )
         clocks.forget_parts()
         # Processes differ, as in the rows that they see.
         torch.manual_seed(recipe.run.seed + ranks.rank)
@@ -139,6 +144,9 @@ class _Run:
         state = self._resumed() if resume else None
         kept = state or {"log_bytes": 0, "steps": 0}
         del state
+        if self._ranks.is_first:
+            text = self._recipe.model_dump_json(indent=2)
+            write_text(self._folder / "recipe.json", text + "\n")
         with (
             RunLog(self._folder, num_bytes=kept["log_bytes"], step=kept["steps"])
             if self._ranks.is_first
@@ -247,7 +255,7 @@ class _Run:
 
 @contextmanager
 def _run_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
-    """Hold the run's folder against other processes, and put the resolved recipe into it."""
+    """Make the run's folder where it is missing, and hold it against other processes."""
     folder = recipe.run.out
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -263,5 +271,4 @@ def _run_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
                 f"{folder} holds an unfinished run. Go on with it (--resume), name another folder "
                 "(run.out), or remove this one."
             )
-        write_text(folder / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
         yield

@@ -37,11 +37,16 @@ class Small(nn.Module):
         if self.training:
             self._passes += 1
             self.before_pass(self._passes)
+        else:
+            self.before_validation_pass()
         features = self.convolutions(images).mean(dim=(2, 3))
         return self.classifier(self.dropout(features))
 
     def before_pass(self, number: int) -> None:
         """Called in training; number 1 is the rehearsal's."""
+
+    def before_validation_pass(self) -> None:
+        """Called in validation, and once in the rehearsal."""
 
 
 def small(*, num_classes: int) -> Small:
@@ -53,16 +58,28 @@ def frozen(*, num_classes: int) -> Small:
     return Small(num_classes, is_frozen=True)
 
 
+def _signal_where_asked(variable: str, number: int) -> None:
+    """Send this process a signal in a pass: `signal:pass`, or of one rank `signal:pass:rank`."""
+    if variable not in os.environ:
+        return
+    name, asked, *ranks = os.environ[variable].split(":")
+    if int(asked) == number and ranks in ([], [os.environ.get("RANK")]):
+        os.kill(os.getpid(), signal.Signals[name])
+
+
 class _Signalled(Small):
-    """Sends its process a signal in a pass, both named in the environment as `signal:pass`."""
+    _validation_passes = 0
 
     def before_pass(self, number: int) -> None:
-        asked = os.environ.get("SMALL_SIGNAL")
-        if asked and int(asked.split(":")[1]) == number:
-            os.kill(os.getpid(), signal.Signals[asked.split(":")[0]])
+        _signal_where_asked("SMALL_SIGNAL", number)
+
+    def before_validation_pass(self) -> None:
+        self._validation_passes += 1
+        _signal_where_asked("SMALL_SIGNAL_IN_VALIDATION", self._validation_passes)
 
 
 def signalled(*, num_classes: int) -> Small:
+    """Sends its process a signal where the environment says so."""
     return _Signalled(num_classes)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastprune.distillation.checkpoint import Checkpoints, DamagedCheckpointWarning
+from fastprune.errors import ArtifactError
 
 
 def names(folder):
@@ -42,8 +43,22 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return (pytest.fail, ("a pickle was run",))
 
     Checkpoints(tmp_path, keep=1).save({"code": Code()}, step=1)
-    with pytest.warns(DamagedCheckpointWarning, match="Weights only load failed"):
-        assert Checkpoints(tmp_path, keep=1).newest() is None
+    with pytest.raises(ArtifactError, match="Weights only load failed"):
+        Checkpoints(tmp_path, keep=1).newest()
+
+
+def test_no_whole_one_is_an_error_and_no_new_beginning(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2):
+        checkpoints.save({"step": step}, step=step)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.write_bytes(b"x")
+    message = r"none of the 2 checkpoints in .* step-000000001-.* Remove .*checkpoints to begin"
+    with (
+        pytest.warns(DamagedCheckpointWarning, match="step-000000002-.*the one before it is tried"),
+        pytest.raises(ArtifactError, match=message),
+    ):
+        checkpoints.newest()
 
 
 def test_leftovers_of_a_kill_are_swept_away(tmp_path):

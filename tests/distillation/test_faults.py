@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import time
 
 import pytest
 import torch
@@ -103,13 +104,55 @@ def test_signal_stops_the_run_with_a_checkpoint(recipe, monkeypatch, name, exit_
     assert len(list((settings.run.out / "checkpoints").iterdir())) == 1
 
 
-def test_second_signal_acts_as_it_would_have():
+def test_signal_that_is_repeated_at_once_counts_as_one():
+    with Signals() as signals:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.number == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_second_signal_that_comes_later_acts_as_it_would_have(monkeypatch):
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.number == signal.SIGINT
+        later = time.monotonic() + 6
+        monkeypatch.setattr(time, "monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signals.number == signal.SIGINT
+
+
+def test_second_signal_of_another_kind_acts_as_it_would_have():
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signals.number == signal.SIGTERM
+
+
+def test_signal_in_a_validation_stops_the_run_which_goes_on_from_the_end_of_the_epoch(
+    recipe, monkeypatch
+):
+    settings = recipe(student={"network": f"{NETWORKS}:signalled"}, schedule={"epochs": 2})
+    monkeypatch.setenv("SMALL_SIGNAL_IN_VALIDATION", "SIGTERM:2")  # number 1 is the rehearsal's
+    with pytest.raises(TrainingStopped, match=r"after step 4\. Go on from there"):
+        distill(settings)
+    monkeypatch.delenv("SMALL_SIGNAL_IN_VALIDATION")
+    result = distill(settings, resume=True)
+    assert [point["epoch"] for point in result.curve] == [1, 2]
+
+
+def test_weights_that_the_last_step_ruined_are_no_result(recipe, tmp_path):
+    ruined = recipe(
+        data={"batch_size": 80},
+        schedule={"learning_rate": 1e38, "policy": "step"},
+    )
+    with pytest.raises(
+        TrainingError, match=r"became (nan|inf) in the validation after step 1\. Lower .*1e\+38"
+    ):
+        distill(ruined)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "student.safetensors").exists()
 
 
 def test_full_disk_costs_the_checkpoint_and_not_the_run(recipe, monkeypatch, caplog):
@@ -137,5 +180,5 @@ def test_full_disk_costs_the_checkpoint_and_not_the_run(recipe, monkeypatch, cap
 
 def test_network_without_an_output_for_each_class_is_refused_before_the_first_step(recipe):
     wrong = recipe(student={"network": f"{NETWORKS}:wrong_shape"})
-    with pytest.raises(InvalidValueError, match=r"student returned \(1, 10, 30, 30\).*\(1, 10\)"):
+    with pytest.raises(InvalidValueError, match=r"student returned \(20, 10, 30, 30\).*\(20, 10\)"):
         distill(wrong)

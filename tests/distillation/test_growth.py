@@ -1,3 +1,4 @@
+import time
 from functools import partial
 
 import numpy as np
@@ -106,6 +107,27 @@ def test_run_of_growing_images_resumes_to_the_same_weights(recipe, tmp_path, mon
     resumed = distill(make(run=run), resume=True)
     weights = load_file(whole.student), load_file(resumed.student)
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_a_new_size_takes_once_is_start_up(recipe, teacher, monkeypatch):
+    sizes, backward, warm_up = [], Stepper._backward, Loader.warm_up
+
+    def slow(self, images, *arguments):
+        if images.shape[-1] not in sizes:
+            sizes.append(images.shape[-1])
+            time.sleep(1)
+        return backward(self, images, *arguments)
+
+    def slow_to_open(self):
+        time.sleep(1)
+        warm_up(self)
+
+    monkeypatch.setattr(Stepper, "_backward", slow)
+    monkeypatch.setattr(Loader, "warm_up", slow_to_open)
+    data = {"first_image_size": 16, "image_size_step": 8}
+    result = distill(recipe(data=data, schedule={"epochs": 3}))
+    assert sizes == [16, 24, 32]
+    assert result.startup_seconds > 3 + 4  # three sizes; their loaders, and one to validate
 
 
 def test_validation_may_see_larger_images(recipe):

@@ -41,6 +41,15 @@ def test_reshaper_equals_the_reference_expression(dtype):
     assert reshaped.dtype == dtype
 
 
+def test_reshaper_does_not_round_what_is_given_in_double_precision():
+    logits, labels = torch.randn(6, 10, dtype=torch.float64), torch.arange(6)
+    class_std = np.random.default_rng(0).uniform(0.5, 2, 10)
+    reshaper = LogitReshaper(class_std)
+    assert reshaper(logits, labels).std(dim=1).numpy() == pytest.approx(class_std[:6], rel=1e-14)
+    assert reshaper(logits.float(), labels).dtype == torch.float32
+    assert LogitReshaper([1, 2, 3]).class_std.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_reshaper_returns_float32_for_half_precision_logits(dtype):
     logits = torch.randn(2, 10).to(dtype)

@@ -60,7 +60,7 @@ def test_published_teacher_of_images_with_other_values_is_refused(recipe):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        ("resnet20", "resnet20 has no published weights"),
+        ("resnet20", r"resnet20 has no published weights.*teacher\.checkpoint in a recipe"),
         ("resnet18", "weights 'V3' are not among those of resnet18: IMAGENET1K_V1"),
         ("resnet1", "network 'resnet1' is not known"),
         (f"{__name__}:without_classifier", "without_classifier has no published weights"),
@@ -69,6 +69,13 @@ def test_published_teacher_of_images_with_other_values_is_refused(recipe):
 def test_published_weights_that_are_not_there_are_refused(recipe, network, message):
     settings = recipe(teacher={"network": network, "weights": "V3"})
     with pytest.raises(InvalidValueError, match=message):
+        distill(settings)
+
+
+def test_published_teacher_that_timm_does_not_know_is_refused(recipe):
+    pytest.importorskip("timm")
+    settings = recipe(teacher={"network": "timm:nope", "weights": "pretrained"})
+    with pytest.raises(InvalidValueError, match="network 'timm:nope' is not known"):
         distill(settings)
 
 

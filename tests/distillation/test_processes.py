@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -18,7 +20,7 @@ from fastprune.errors import RecipeError
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(recipe, tmp_path, *options):
+def torchrun(recipe, tmp_path, *options, **environment):
     """`fastprune train` on two ranks; its exit status is torchrun's."""
     path = tmp_path / "recipe.toml"
     lines = []
@@ -32,6 +34,7 @@ def torchrun(recipe, tmp_path, *options):
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            **environment,
         },
         capture_output=True,
         text=True,
@@ -89,6 +92,36 @@ def test_error_on_one_rank_ends_all_with_one_message(recipe, tmp_path):
     assert "lost the other ranks" not in ran.stderr
     assert "PeerError" not in ran.stderr
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_two_ranks_that_signals_stopped_go_on_as_if_they_had_not(recipe, tmp_path, teacher):
+    def make(name):
+        return recipe(
+            data={"batch_size": 10, "num_workers": 1},
+            teacher={"network": "resnet8", "checkpoint": teacher},
+            student={"network": "tests.distillation.networks:signalled"},
+            schedule={"epochs": 3, "clip_norm": 1.0},
+            run={"out": tmp_path / name, "log_every": 3},
+        )
+
+    whole, stopped = make("whole"), make("stopped")
+    assert torchrun(whole, tmp_path).returncode == 0
+    # To one rank alone, in step 6 and in the validation behind step 8; both hear a step later.
+    for variable, moment, step in (
+        ("SMALL_SIGNAL", "SIGTERM:7:1", 7),
+        ("SMALL_SIGNAL_IN_VALIDATION", "SIGTERM:2:1", 10),
+    ):
+        ran = torchrun(stopped, tmp_path, "--resume", **{variable: moment})
+        assert ran.returncode == 1
+        assert f"SIGTERM stopped the run after step {step}." in ran.stderr
+        assert "lost the other ranks" not in ran.stderr
+        assert re.search(r"exitcode\s*: 143", ran.stderr)
+        newest = max((stopped.run.out / "checkpoints").iterdir())
+        assert newest.name.startswith(f"step-{step:09d}")
+    assert torchrun(stopped, tmp_path, "--resume").returncode == 0
+    assert losses(stopped.run.out) == losses(whole.run.out)
+    ours, theirs = (load_file(r.run.out / "student.safetensors") for r in (stopped, whole))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_batchnorm_is_not_synchronised_away_from_cuda():

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from fastprune.artifacts.atomic import exclusive
-from fastprune.distillation.checkpoint import DamagedCheckpointWarning
+from fastprune.distillation.checkpoint import Checkpoints, DamagedCheckpointWarning
 from fastprune.distillation.trainer import distill
 from fastprune.errors import ArtifactError, RecipeError, TrainingStopped
 
@@ -103,14 +103,44 @@ def test_damaged_newest_checkpoint_is_noticed_and_the_one_before_taken(stopped, 
 
 
 def test_seconds_of_all_parts_of_a_run_are_added_up(stopped):
-    before = json.loads((stopped.run.out / "metrics.jsonl").read_text().splitlines()[0])
-    assert before["step"] == 3
+    folder = stopped.run.out / "checkpoints"
+    state = Checkpoints(folder, keep=1).newest()
+    names = ("startup", "train", "validation", "checkpoint", "wait", "teacher", "student")
+    planted = {name: 1000.0 * 2**number for number, name in enumerate((*names, "optimizer"))}
+    state["clocks"] |= planted
+    Checkpoints(folder, keep=1).save(state, step=state["steps"])
     result = distill(stopped, resume=True)
-    phases = ("startup", "train", "validation", "checkpoint")
-    assert sum(getattr(result, f"{name}_seconds") for name in phases) <= result.total_seconds
-    parts = ("wait", "teacher", "student", "optimizer")
-    assert sum(getattr(result, f"{name}_seconds") for name in parts) <= result.train_seconds
-    assert result.steps == 16
+    for name, seconds in planted.items():
+        assert seconds < getattr(result, f"{name}_seconds") < seconds + 500
+    assert result.total_seconds > sum(planted[name] for name in names[:4])
+
+
+@pytest.mark.parametrize(
+    ("intervals", "steps"),
+    [
+        ({"checkpoint_every": 2}, [2, 4, 6, 8, 10]),
+        ({"checkpoint_every": 4}, [4, 8, 10]),
+        ({"checkpoint_every": 100, "checkpoint_minutes": 1e-9}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_checkpoints_come_as_asked_and_once_at_the_end_of_an_epoch(
+    long_recipe, monkeypatch, intervals, steps
+):
+    settings = long_recipe("often", run={**intervals, "keep_checkpoints": 99})
+    monkeypatch.setenv("SMALL_SIGNAL", "SIGTERM:11")
+    with pytest.raises(TrainingStopped):
+        distill(settings)
+    names = sorted(path.name for path in (settings.run.out / "checkpoints").iterdir())
+    assert [int(name[5:14]) for name in names] == steps
+
+
+def test_run_that_stopped_behind_the_last_batch_of_an_epoch_logs_the_same(long_recipe, monkeypatch):
+    settings = long_recipe("stopped")
+    monkeypatch.setenv("SMALL_SIGNAL", "SIGTERM:9")  # step 8 of 16, 4 in an epoch
+    with pytest.raises(TrainingStopped, match="after step 8"):
+        distill(settings)
+    monkeypatch.delenv("SMALL_SIGNAL")
+    assert_same_run(distill(settings, resume=True), distill(long_recipe("uninterrupted")))
 
 
 def test_resume_without_a_checkpoint_begins_the_run(long_recipe):
@@ -126,8 +156,10 @@ def test_unfinished_run_is_not_begun_anew_by_mistake(stopped):
 def test_other_settings_are_refused_and_the_difference_is_named(stopped, long_recipe):
     changed = long_recipe("stopped", schedule={"learning_rate": 0.01}, run={"log_every": 1})
     message = r"other settings: schedule\.learning_rate \(0\.05 there, 0\.01 here\)\. Go on"
+    before = (stopped.run.out / "recipe.json").read_bytes()
     with pytest.raises(RecipeError, match=message):
         distill(changed, resume=True)
+    assert (stopped.run.out / "recipe.json").read_bytes() == before
 
 
 def test_other_rows_are_refused(stopped, long_recipe, half):

@@ -7,15 +7,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fastprune.artifacts.subset import Subset
+from fastprune.beton.reader import open_beton
 from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.clocks import Clocks
+from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.losses import LogitReshaper
 from fastprune.distillation.pair import make_pair
 from fastprune.distillation.step import Stepper
 from fastprune.distillation.trainer import distill
 from fastprune.errors import TrainingStopped
+from fastprune.networks import build_network, save_weights
 from fastprune.recipe import make_recipe
 
 pytestmark = [
@@ -75,13 +79,48 @@ def test_run_that_a_signal_stopped_ends_close_to_an_uninterrupted_one(recipe, mo
     assert all(np.allclose(first[name], second[name], atol=1e-2) for name in first)
 
 
-def test_no_step_waits_for_the_device(recipe):
-    settings = recipe("run", schedule={"clip_norm": 1.0, "ema_decay": 0.9})
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"loss": {"reshaping": "class_std"}},
+        {"loss": {"distillation": "dkd", "reshaping": "zscore"}},
+        {"loss": {"feature_weight": 25.0}},
+        {"pruning": {"rule": "infobatch"}},
+    ],
+    ids=["plain", "reshaped", "decoupled", "features", "infobatch"],
+)
+def test_no_step_waits_for_the_device(recipe, tmp_path, sections):
+    if "loss" in sections:
+        torch.manual_seed(0)
+        save_weights(build_network("resnet8", num_classes=10), tmp_path / "teacher.safetensors")
+        fingerprint = open_beton(tmp_path / "train.beton").fingerprint
+        subset = Subset(np.arange(200), fingerprint, class_std=np.linspace(0.5, 2, 10))
+        subset.save(tmp_path / "all.npy")
+        sections = sections | {
+            "data": {"subset": tmp_path / "all.npy"},
+            "teacher": {"network": "resnet8", "checkpoint": tmp_path / "teacher.safetensors"},
+        }
+    settings = recipe("run", schedule={"clip_norm": 1.0, "ema_decay": 0.9}, **sections)
     device = torch.device("cuda")
     learner, objective = make_pair(settings, num_classes=10, keep_ratio=1.0, device=device)
     clocks = Clocks(device, began=0.0)
-    stepper = Stepper(settings, learner, objective, ranks=Ranks(), device=device, clocks=clocks)
-    stepper.rehearse(num_classes=10)
+    pruning = None
+    if settings.pruning is not None:
+        pruning = InfoBatch(
+            settings.pruning,
+            np.arange(200),
+            epochs=8,
+            seed=0,
+            min_rows=20,
+            device=device,
+            ranks=Ranks(),
+        )
+        pruning.begin_epoch(0)
+    stepper = Stepper(
+        settings, learner, objective, pruning, ranks=Ranks(), device=device, clocks=clocks
+    )
+    stepper.rehearse(num_classes=10, image_sizes=(32,))
     images = torch.randn(20, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.arange(20, device=device) % 10
     stepper.begin_epoch(0)
