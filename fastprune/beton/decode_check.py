@@ -16,7 +16,6 @@ from fastprune.jpeg.headers import read_header
 from fastprune.progress import track
 
 _ROWS_PER_TASK = 64
-_VIEW_SIDE = 32
 
 
 def image_faults(
@@ -75,7 +74,7 @@ def _fault(row: int, stored: bytes, record: np.void, crcs: dict[int, int] | None
     if record["mode"] == layout.RAW:
         return None
     # Numba is loaded for a deep check alone.
-    from fastprune.jpeg.decode import decode_view
+    from fastprune.jpeg.decode import require_whole
 
     width, height = int(record["width"]), int(record["height"])
     try:
@@ -84,7 +83,7 @@ def _fault(row: int, stored: bytes, record: np.void, crcs: dict[int, int] | None
             actual = f"its JPEG has {header.width} x {header.height} pixels"
             return Fault("extent", f"{actual}, but the metadata says {width} x {height}", row)
         # Stricter than libjpeg, which makes up what is damaged: as the loader is.
-        decode_view(stored, box=(0, 0, height, width), size=(_VIEW_SIDE, _VIEW_SIDE))
+        require_whole(stored, height=height, width=width)
     except JpegError as error:
         return Fault("image", f"its image is damaged: {error}", row)
     return None

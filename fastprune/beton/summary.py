@@ -107,7 +107,8 @@ def jpeg_layouts(manifest: Manifest) -> str:
     table = manifest.table(["action", "reason"])
     copied = table.filter(pc.equal(table["action"], ACTIONS[COPIED]))["reason"]
     small = copied.null_count
-    parts = [f"{manifest.counts[ACTIONS[REWRITTEN]]:,} JPEGs in the fast layout"]
+    rewritten = manifest.counts[ACTIONS[REWRITTEN]]
+    parts = [f"{rewritten:,} JPEG{'s' * (rewritten != 1)} in the fast layout"]
     if small:
         parts.append(f"{small:,} below {FEWEST_BYTES_TO_REWRITE >> 10} KiB as they were")
     kinds = pc.value_counts(copied.drop_null()).to_pylist()

@@ -1,6 +1,8 @@
-"""One image on its way into a beton: copied as it is where possible, else made a JPEG."""
+"""One image on its way into a beton: a JPEG as it is or rewritten without loss, else made one."""
 
+import functools
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +24,13 @@ FEWEST_BYTES_TO_REWRITE = 16 << 10
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _GRAY_MODES = ("1", "L", "LA", "La")
 
+_CURE = "Get the file again, or leave it out with --on-error skip"
+
 Content = bytes | Image.Image | NDArray[np.uint8]
+
+
+class CompilationError(ConversionError):
+    """The compiled decoder cannot be loaded, compiled or kept; no image is to blame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ class ImageSettings:
         max_side: images with a longer side, in pixels, are shrunk by area; None for no limit.
         exif: "ignore" leaves the EXIF orientation in the bytes, as FFCV and torchvision expect;
             "apply" turns the pixels and transcodes.
-        verify: whether every copied image is decoded once.
+        verify: whether every JPEG that is kept is decoded once.
     """
 
     jpeg: str = "auto"
@@ -79,6 +87,7 @@ def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
     Raises:
         ConversionError: the image is damaged, of an unknown format, or too large; the text says
             why but not where, which the caller knows.
+        CompilationError: the machine is to blame.
     """
     prepared = _in_a_jpeg(content, settings)
     if settings.jpeg == "original" or (
@@ -100,7 +109,7 @@ def _in_a_jpeg(content: Content, settings: ImageSettings) -> Prepared:
     try:
         header = read_header(content)
     except JpegError as error:
-        raise ConversionError(str(error)) from error
+        raise ConversionError(f"{error}. {_CURE}") from error
     most = Image.MAX_IMAGE_PIXELS
     if most and header.width * header.height > 2 * most:
         raise _too_many_pixels()
@@ -108,19 +117,21 @@ def _in_a_jpeg(content: Content, settings: ImageSettings) -> Prepared:
     if reason:
         return _transcode(_open(content), settings, reason, subsampled=header.subsampled)
     if settings.verify:
-        decode(content)
+        _, require_whole = _compiled()
+        try:
+            require_whole(content, height=header.height, width=header.width)
+        except JpegError as error:
+            raise ConversionError(f"{error}. {_CURE}") from error
     return Prepared(content, header.width, header.height, COPIED, "")
 
 
 def _with_restart_rows(prepared: Prepared) -> Prepared:
     """The same image in the fast layout, if its kind of JPEG can have it."""
-    # Numba is loaded where it is needed alone.
-    from fastprune.jpeg.rewrite import to_restart_rows
-
+    to_restart_rows, _ = _compiled()
     try:
         data = to_restart_rows(prepared.data)
     except JpegError as error:
-        raise ConversionError(str(error).rstrip(".")) from error
+        raise ConversionError(f"{error}. {_CURE}") from error
     if prepared.action == TRANSCODED:
         return prepared if data is None else replace(prepared, data=data)
     if data is None:
@@ -130,15 +141,24 @@ def _with_restart_rows(prepared: Prepared) -> Prepared:
     return replace(prepared, data=data, action=REWRITTEN)
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decode an image file whole.
+@functools.cache
+def _compiled() -> tuple[Callable[[bytes], bytes | None], Callable[..., None]]:
+    """`to_restart_rows` and `require_whole`, compiled, so that no image meets what fails there."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    try:
+        # Numba is loaded where it is needed alone.
+        from fastprune.jpeg.decode import require_whole
+        from fastprune.jpeg.rewrite import to_restart_rows
 
-    Raises:
-        ConversionError: it is damaged, or no image.
-    """
-    picture = _open(content)
-    _load(picture)
-    return picture
+        to_restart_rows(buffer.getvalue())
+        require_whole(buffer.getvalue(), height=16, width=16)
+    except Exception as error:  # Numba and the file system may raise anything
+        raise CompilationError(
+            f"the decoder cannot be compiled ({error!r}). Free some space, or name a folder that "
+            "can be written in NUMBA_CACHE_DIR"
+        ) from error
+    return to_restart_rows, require_whole
 
 
 def source_bytes(content: Content) -> bytes:
@@ -212,9 +232,7 @@ def _load(picture: Image.Image) -> None:
     try:
         picture.load()
     except Exception as error:  # PIL's plugins raise anything on damaged data
-        raise ConversionError(
-            f"it cannot be decoded: {error}. Get it again, or leave it out with --on-error skip"
-        ) from error
+        raise ConversionError(f"it cannot be decoded: {error}. {_CURE}") from error
 
 
 def _transcode(

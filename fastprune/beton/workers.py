@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 
 from fastprune.beton.output import write_images
 from fastprune.beton.sources import Source
-from fastprune.beton.transcode import SKIPPED, ImageSettings, prepare_image, source_bytes
+from fastprune.beton.transcode import (
+    SKIPPED,
+    CompilationError,
+    ImageSettings,
+    prepare_image,
+    source_bytes,
+)
 from fastprune.errors import ConversionError
 
 # Chunks that a worker may hold: one in work, others waiting for their place in the file.
@@ -29,6 +35,8 @@ CHUNKS_PER_WORKER = 3
 
 _SECONDS_TO_STOP = 5.0
 _SECONDS_BETWEEN_LOOKS = 1.0
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 RECORD = np.dtype(
     [
@@ -69,7 +77,8 @@ class Prepared:
         worker: who holds the data.
         chunk: the chunk's number.
         records: (n,) of dtype `RECORD`.
-        reasons: why an image was transcoded or skipped, by its position in the chunk.
+        reasons: why an image was transcoded or skipped, or copied though it should have been
+            rewritten, by its position in the chunk.
     """
 
     worker: int
@@ -113,7 +122,8 @@ class WorkerPool:
             process = context.Process(target=_work, args=arguments, daemon=True)
             with warnings.catch_warnings():
                 # Python >= 3.12 warns of threads at a fork. The workers run only code that holds
-                # up there: no torch, no OpenMP, and pyarrow, which sets up its threads anew.
+                # up there: no torch, no OpenMP, Numba without threads of its own, and pyarrow,
+                # which sets up its threads anew.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             self._processes.append(process)
@@ -241,6 +251,8 @@ def _prepare(
         at_work_on[8 * worker : 8 * worker + 8] = item.to_bytes(8, "little")
         try:
             stored, record, reason = _prepare_one(location, label, task)
+        except CompilationError as error:
+            raise WorkerError(str(error), None) from error
         except ConversionError as error:
             if cure := _cure_of_machine(error):
                 raise WorkerError(cure, item) from error
@@ -256,7 +268,7 @@ def _prepare(
 
 
 def _prepare_one(location: Any, label: int, task: Task) -> tuple[bytes, tuple[int, ...], str]:
-    """Read and prepare one image: the bytes to store, its record, why it was transcoded."""
+    """Read and prepare one image: the bytes to store, its record, why it is not as asked."""
     try:
         content, own_label = task.source.read(location)
         prepared = prepare_image(content, task.settings)
@@ -291,6 +303,8 @@ def _cure_of_machine(error: BaseException | None) -> str:
             return "memory ran out. Use fewer workers with --workers"
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             return f"{os.strerror(error.errno)}. Raise the limit with `ulimit -n`"
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return f"{os.strerror(error.errno)}. Free some space for temporary files"
         error = error.__cause__ or error.__context__
     return ""
 

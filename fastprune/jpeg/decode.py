@@ -19,6 +19,9 @@ from fastprune.jpeg.workspace import Workspace, make_workspace
 
 _kept = threading.local()
 
+_SIZE_TO_CHECK = (32, 32)
+_CURE = "Get the file again, or leave it out."
+
 
 def decode_view(
     jpeg_bytes: bytes | NDArray[np.uint8],
@@ -44,17 +47,47 @@ def decode_view(
         `crop(box).resize(size, BILINEAR)` but for rounding and chroma interpolation.
 
     Raises:
-        InvalidValueError: the box is empty or not inside the image, or the size is out of range.
+        InvalidValueError: the box is empty or not inside the image, or a number is out of range.
         JpegError: the bytes are no JPEG, or what the crop needs of them is damaged or missing.
 
     Thread safety: any number of threads may call this at once; each keeps a workspace.
     """
     box, size = _checked(box, size)
+    try:
+        return _decoded(jpeg_bytes, box, size, flip)
+    except JpegError as error:
+        raise JpegError(f"{error}. {_CURE}") from error
+
+
+def require_whole(jpeg_bytes: bytes, *, height: int, width: int) -> None:
+    """Decode all of an image, which finds what the loader would refuse.
+
+    Args:
+        jpeg_bytes: the whole file.
+        height: in pixels, in [1, 65500].
+        width: in pixels, in [1, 65500].
+
+    Raises:
+        JpegError: its data is damaged or missing, or it is smaller; the caller says what to do.
+    """
+    try:
+        _decoded(jpeg_bytes, (0, 0, height, width), _SIZE_TO_CHECK, False)
+    except InvalidValueError as error:
+        raise JpegError(str(error)) from error
+
+
+def _decoded(
+    jpeg_bytes: bytes | NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    flip: bool,
+) -> NDArray[np.uint8]:
+    """A view, see `decode_view`."""
     # Always read-only: Numba would compile everything once more for an array that is not.
     data = np.frombuffer(memoryview(cast(bytes, jpeg_bytes)).toreadonly(), np.uint8)
     if not is_jpeg(data[:3].tobytes()):
         raise JpegError(
-            "the bytes do not start with a JPEG's marker (FF D8 FF): decode_view takes JPEGs"
+            "the bytes do not start with a JPEG's marker (FF D8 FF): decode_view takes JPEGs alone"
         )
     pixels = np.empty((*size, 3), np.uint8)
     work = _workspace(len(data), box, size)
@@ -68,10 +101,7 @@ def decode_view(
         raise _outside(box, int(work.frame[HEIGHT]), int(work.frame[WIDTH]))
     assert code != LACKS_ROOM
     if code != OK:
-        raise JpegError(
-            f"the image cannot be decoded in box {box}: {MEANINGS[code]}. "
-            "Get the file again, or leave it out."
-        )
+        raise JpegError(f"the image cannot be decoded in box {box}: {MEANINGS[code]}")
     return pixels
 
 
@@ -88,6 +118,10 @@ def _checked(box: Any, size: Any) -> tuple[tuple[int, int, int, int], tuple[int,
     if min(top, left) < 0 or min(height, width) < 1:
         raise InvalidValueError(
             f"box {(top, left, height, width)} must have top and left >= 0, height and width >= 1"
+        )
+    if max(top, left, height, width) > MAX_SIDE:
+        raise InvalidValueError(
+            f"box {(top, left, height, width)} reaches beyond {MAX_SIDE}, where a JPEG's sides end"
         )
     if not (1 <= output_height <= MAX_SIDE and 1 <= output_width <= MAX_SIDE):
         raise InvalidValueError(
@@ -106,23 +140,24 @@ def _outside(box: tuple[int, int, int, int], height: int, width: int) -> Invalid
 
 def _workspace(file_bytes: int, box: tuple[int, int, int, int], size: tuple[int, int]) -> Workspace:
     """This thread's workspace, made anew where it is too small."""
-    height, width = (min(side, MAX_SIDE) for side in box[2:])
-    needed = (file_bytes, width, height)
-    room: tuple[int, int, int] = getattr(_kept, "room", (0, 0, 0))
+    needed = (file_bytes, box[3], box[2])
+    room: tuple[int, ...] = getattr(_kept, "room", (0, 0, 0))
     if getattr(_kept, "size", None) != size or any(
         n > r for n, r in zip(needed, room, strict=True)
     ):
-        _kept.size, _kept.room = size, tuple(map(max, needed, room))
-        file_bytes, width, height = _kept.room
-        _kept.work = make_workspace(
+        file_bytes, width, height = room = tuple(map(max, needed, room))
+        work = make_workspace(
             file_bytes=file_bytes,
             width=width,
             height=height,
             output_height=size[0],
             output_width=size[1],
         )
-    work: Workspace = _kept.work
-    return work
+        # Not before there was memory for it.
+        _kept.work, _kept.size, _kept.room = work, size, room
+        return work
+    kept: Workspace = _kept.work
+    return kept
 
 
 def compile_entry(digest: int) -> Callable[..., int]:

@@ -16,7 +16,7 @@ def decode_whole(
     """Decode a whole image, then crop and resize it; its (height, width) if the box is not in it.
 
     Raises:
-        JpegError: Pillow cannot decode it.
+        JpegError: Pillow cannot decode it; the caller says what to do.
     """
     top, left, height, width = box
     try:
@@ -26,11 +26,12 @@ def decode_whole(
             if top + height > image.height or left + width > image.width:
                 return image.height, image.width
             whole = np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise  # the file is not to blame
     # What Pillow raises for a damaged file is not bounded: OSError, SyntaxError, ValueError, ...
     except Exception as error:
         raise JpegError(
-            f"Pillow cannot decode the image ({type(error).__name__}: {error}). "
-            "Get the file again, or leave it out."
+            f"Pillow cannot decode the image ({type(error).__name__}: {error})"
         ) from error
     view = Image.fromarray(whole[top : top + height, left : left + width])
     pixels = np.asarray(view.resize(size[::-1], Image.Resampling.BILINEAR))

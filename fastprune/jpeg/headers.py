@@ -12,7 +12,6 @@ MAX_SIDE = 65_500
 _PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
 _OTHER_PROCESSES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
-_DAMAGED = "the file is damaged: get it again, or leave it out with --on-error skip"
 
 # In entropy-coded data 0xFF is followed by 0x00 (stuffing), by a restart marker or by another
 # 0xFF (fill); anything else is the next marker.
@@ -66,8 +65,8 @@ def read_header(content: bytes) -> JpegHeader:
     """Walk a JPEG's markers to its end and return what they tell.
 
     Finds truncation (no end-of-image marker), segments that are cut, a frame or scan that is
-    missing, and a size that the amount of data cannot hold. Damage inside the entropy-coded data
-    is not found: that takes decoding.
+    missing, a second frame, and a size that the amount of data cannot hold. Damage inside the
+    entropy-coded data is not found: that takes decoding.
 
     Args:
         content: the whole file.
@@ -76,7 +75,7 @@ def read_header(content: bytes) -> JpegHeader:
         The header.
 
     Raises:
-        JpegError: the bytes are no whole JPEG.
+        JpegError: the bytes are no whole JPEG; the text says why, and the caller what to do.
 
     Source: ITU-T T.81, annex B.
     """
@@ -86,7 +85,7 @@ def read_header(content: bytes) -> JpegHeader:
     end = _walk(content, seen)
     if not seen.frame or not seen.scans:
         missing = "frame header" if not seen.frame else "scan"
-        raise JpegError(f"it has no {missing} before its end marker; {_DAMAGED}")
+        raise JpegError(f"it has no {missing} before its end marker")
     return _header(seen, end, len(content))
 
 
@@ -96,9 +95,7 @@ def _walk(content: bytes, seen: _Seen) -> int:
     while True:
         found = _NEXT_MARKER.search(content, position)
         if found is None:
-            raise JpegError(
-                f"it is truncated: {len(content):,} bytes and no end-of-image marker; {_DAMAGED}"
-            )
+            raise JpegError(f"it is truncated: {len(content):,} bytes and no end-of-image marker")
         position, marker = found.end(), content[found.end() - 1]
         if marker == 0xD9:
             return position
@@ -107,8 +104,7 @@ def _walk(content: bytes, seen: _Seen) -> int:
         length = int.from_bytes(content[position : position + 2])
         if length < 2 or position + length > len(content):
             raise JpegError(
-                f"segment {marker:02X} at byte {position - 2:,} is cut or has length {length}; "
-                f"{_DAMAGED}"
+                f"segment {marker:02X} at byte {position - 2:,} is cut or has length {length}"
             )
         _note_segment(seen, marker, content[position + 2 : position + length])
         position += length
@@ -119,8 +115,9 @@ def _note_segment(seen: _Seen, marker: int, segment: bytes) -> None:
     if marker == 0xDA:
         seen.scans += 1
     elif marker in _PROCESSES or marker in _OTHER_PROCESSES:
-        seen.frame = seen.frame or segment
-        seen.process = seen.process or _PROCESSES.get(marker, "other")
+        if seen.process:
+            raise JpegError("it has two frame headers")
+        seen.frame, seen.process = segment, _PROCESSES.get(marker, "other")
     elif marker == 0xE0 and segment.startswith(b"JFIF\0"):
         seen.jfif = True
     elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
@@ -132,22 +129,21 @@ def _note_segment(seen: _Seen, marker: int, segment: bytes) -> None:
 def _header(seen: _Seen, end: int, num_bytes: int) -> JpegHeader:
     """Read the frame segment and judge whether the file can hold such an image."""
     if len(seen.frame) < 6 or len(seen.frame) < 6 + 3 * seen.frame[5]:
-        raise JpegError(f"its frame header is cut; {_DAMAGED}")
+        raise JpegError("its frame header is cut")
     precision, height, width, num_components = struct.unpack(">BHHB", seen.frame[:6])
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise JpegError(
             f"its header claims {width} x {height} pixels, but a JPEG's sides lie in "
-            f"[1, {MAX_SIDE:,}]; {_DAMAGED}"
+            f"[1, {MAX_SIDE:,}]"
         )
     components = [seen.frame[6 + 3 * i : 9 + 3 * i] for i in range(num_components)]
     samplings = [(c[1] >> 4, c[1] & 15) for c in components]
     if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in samplings):
-        raise JpegError(f"its frame header has sampling factors {samplings}; {_DAMAGED}")
+        raise JpegError(f"its frame header has sampling factors {samplings}")
     # Every block of the first component takes at least one bit, however it is coded.
     if seen.process != "other" and num_bytes * 8 < (width // 8) * (height // 8):
         raise JpegError(
-            f"its header claims {width} x {height} pixels, which {num_bytes:,} bytes cannot hold; "
-            f"{_DAMAGED}"
+            f"its header claims {width} x {height} pixels, which {num_bytes:,} bytes cannot hold"
         )
     return JpegHeader(
         width=width,
@@ -168,7 +164,7 @@ def _color(components: list[bytes], seen: _Seen) -> str:
     if len(components) == 4:
         return "ycck" if seen.adobe_transform == 2 else "cmyk"
     if len(components) != 3:
-        raise JpegError(f"it has {len(components)} components; {_DAMAGED}")
+        raise JpegError(f"it has {len(components)} components, but images have 1, 3 or 4")
     if seen.jfif:
         return "ycbcr"
     if seen.adobe_transform is not None:

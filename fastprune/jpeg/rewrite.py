@@ -51,7 +51,7 @@ def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
         kept as they are.
 
     Raises:
-        JpegError: its entropy-coded data is damaged or truncated.
+        JpegError: its entropy-coded data is damaged or truncated; the caller says what to do.
     """
     data = np.frombuffer(jpeg_bytes, np.uint8)
     work = _workspace(data)
@@ -66,10 +66,7 @@ def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
         return None
     assert code != LACKS_ROOM
     if code != OK:
-        raise JpegError(
-            f"the image cannot be rewritten: {MEANINGS[code]}. Get the file again, or leave it "
-            "out with --on-error skip."
-        )
+        raise JpegError(f"the image cannot be rewritten: {MEANINGS[code]}")
     counts = np.zeros((2, 256), np.int64)
     if _count(blocks.values, work.frame, counts) != OK:
         return None

@@ -1,13 +1,14 @@
 """Rows of a beton into pixels, in one thread: by the view decoder, else whole and by Pillow."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastprune.beton import layout
 from fastprune.beton.layout import JPG
 from fastprune.errors import JpegError
 from fastprune.jpeg.codes import BAD_BOX, LACKS_ROOM, OK, UNSUPPORTED
@@ -18,15 +19,17 @@ from fastprune.jpeg.frame import WIDTH as FRAME_WIDTH
 from fastprune.jpeg.headers import read_header
 from fastprune.jpeg.view import read_view
 from fastprune.jpeg.workspace import Workspace, make_workspace
+from fastprune.loading import augment
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 
 #: A code of our own, beside those of `jpeg.codes`.
 OTHER_SIZE = 100
+_OTHER_SIZE = "its JPEG is not of the size that the beton says"
 
 MOST_KEPT_BYTES = 16 << 20
 
 
-def compile_entry(digest: int) -> Callable[..., None]:
+def compile_loop(digest: int) -> Callable[..., None]:
     """The compiled loop over rows, see `source_digest`."""
 
     def decode(content, images, codes, views, offsets, sizes, modes, sides, work):  # type: ignore[no-untyped-def]
@@ -62,26 +65,33 @@ def compile_entry(digest: int) -> Callable[..., None]:
     return cached(decode)
 
 
-@njit(cache=True, nogil=True)
-def shift(image, view):  # type: ignore[no-untyped-def]
-    """Move (S, S, 3) pixels, flipped already, as their view says; what comes in is black."""
-    down, right = view[SHIFT_DOWN], view[SHIFT_RIGHT]
-    if view[FLIP]:
-        right = -right
-    if down == 0 and right == 0:
-        return
-    rows, columns, _ = image.shape
-    for i in range(rows):
-        # In place: what a pixel is taken from must not have been overwritten yet.
-        y = rows - 1 - i if down > 0 else i
-        for j in range(columns):
-            x = columns - 1 - j if right > 0 else j
-            inside = 0 <= y - down < rows and 0 <= x - right < columns
-            for channel in range(3):
-                image[y, x, channel] = image[y - down, x - right, channel] if inside else 0
+def compile_shift(digest: int) -> Callable[..., None]:
+    """What moves a view, see `source_digest`."""
+
+    def move(image, view):  # type: ignore[no-untyped-def]
+        """Move (S, S, 3) pixels, flipped already, as their view says; what comes in is black."""
+        down, right = view[SHIFT_DOWN], view[SHIFT_RIGHT]
+        if view[FLIP]:
+            right = -right
+        if (down == 0 and right == 0) or digest == 0:
+            return
+        rows, columns, _ = image.shape
+        for i in range(rows):
+            # In place: what a pixel is taken from must not have been overwritten yet.
+            y = rows - 1 - i if down > 0 else i
+            for j in range(columns):
+                x = columns - 1 - j if right > 0 else j
+                inside = 0 <= y - down < rows and 0 <= x - right < columns
+                for channel in range(3):
+                    image[y, x, channel] = image[y - down, x - right, channel] if inside else 0
+
+    return cached(move)
 
 
-decode_rows = compile_entry(source_digest())
+# The columns of a view and the modes of a row are compiled in as numbers.
+_SOURCES = source_digest(Path(augment.__file__), Path(layout.__file__))
+shift = compile_shift(_SOURCES)
+decode_rows = compile_loop(_SOURCES)
 
 
 def decode_jpeg_whole(
@@ -103,10 +113,11 @@ def decode_jpeg_whole(
     """
     header = read_header(jpeg_bytes)
     if (header.height, header.width) != sides:
-        raise JpegError("its JPEG is not of the size that the beton says")
+        raise JpegError(_OTHER_SIZE)
     box: Any = tuple(view[[TOP, LEFT, HEIGHT, WIDTH]].tolist())
     pixels = decode_whole(jpeg_bytes, box=box, size=image.shape[:2], flip=bool(view[FLIP]))
-    assert not isinstance(pixels, tuple)
+    if isinstance(pixels, tuple):
+        raise JpegError(_OTHER_SIZE)
     image[:] = pixels
     shift(image, view)
     if header.process != "baseline":

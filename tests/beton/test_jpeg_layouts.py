@@ -1,5 +1,6 @@
 """convert --jpeg: which JPEGs get restart rows, and that nothing else of them changes."""
 
+import errno
 import io
 
 import numpy as np
@@ -8,10 +9,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastprune import check_beton, convert, open_beton
+from fastprune.beton import transcode
 from fastprune.beton.compact import compact
 from fastprune.cli import main
 from fastprune.errors import ConversionError
 from tests.images import jpeg_bytes, picture
+from tests.jpeg.samples import with_hidden_frame
 
 LARGE = {"width": 400, "height": 300, "quality": 95}
 
@@ -65,6 +68,8 @@ def test_a_layout_decides_by_image_and_keeps_every_pixel(images, tmp_path, jpeg,
         assert (stored == source) == (actions[row] == "copied")
         assert (b"\xff\xdd" in stored[:1000]) == (actions[row] == "rewritten")
         assert (pixels(stored) == pixels(source)).all()
+    transcoded = beton.image_bytes(3).tobytes()
+    assert (b"\xff\xdd" in transcoded[:1000]) == (jpeg != "original")
     assert check_beton(beton.path, deep=True) == []
 
 
@@ -123,18 +128,50 @@ def test_damaged_data_that_pillow_makes_up_is_found(tmp_path):
         ConversionError, match=r"a\.jpg: the image cannot be rewritten: its entropy"
     ):
         convert(root.parent, tmp_path / "a.beton", jpeg="fast")
+    with pytest.raises(
+        ConversionError, match=r"a\.jpg: the image cannot be decoded in box .*--on-error skip"
+    ):
+        convert(root.parent, tmp_path / "a.beton", jpeg="original", verify=True)
     convert(root.parent, tmp_path / "a.beton", jpeg="original")
     (fault,) = check_beton(tmp_path / "a.beton", deep=True)
     assert (fault.kind, fault.row) == ("image", 0)
     assert "its entropy-coded data" in fault.message
 
 
+def test_a_file_whose_size_pillow_takes_from_elsewhere_is_found(tmp_path):
+    content = with_hidden_frame(encoded(picture(2), quality=95, progressive=True))
+    root = tmp_path / "images" / "only"
+    root.mkdir(parents=True)
+    (root / "a.jpg").write_bytes(content)
+    with pytest.raises(ConversionError, match=r"is not inside the image of 8 rows"):
+        convert(root.parent, tmp_path / "a.beton", verify=True)
+    convert(root.parent, tmp_path / "a.beton")
+    (fault,) = check_beton(tmp_path / "a.beton", deep=True)
+    assert (fault.kind, fault.row) == ("image", 0)
+
+
+@pytest.mark.parametrize("setting", [{"jpeg": "fast"}, {"jpeg": "original", "verify": True}])
+def test_a_decoder_that_cannot_be_compiled_is_no_fault_of_the_images(
+    images, tmp_path, monkeypatch, setting
+):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastprune.jpeg.rewrite.to_restart_rows", fail)
+    transcode._compiled.cache_clear()
+    with pytest.raises(ConversionError, match=r"cannot be compiled \(.*No space.*NUMBA_CACHE_DIR"):
+        convert(images, tmp_path / "a.beton", on_error="skip", **setting)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_says_which_layout_was_chosen_and_why(images, tmp_path):
     arguments = ["convert", str(images), str(tmp_path / "a.beton")]
     result = CliRunner().invoke(main, arguments)
     assert result.stdout.splitlines()[1] == (
-        "--jpeg auto: 1 JPEGs in the fast layout, 1 below 16 KiB as they were, 1 as they were "
+        "--jpeg auto: 1 JPEG in the fast layout, 1 below 16 KiB as they were, 1 as they were "
         "(progressive JPEG, which has no fast layout)"
     )
+    result = CliRunner().invoke(main, [*arguments, "--jpeg", "fast"])
+    assert "--jpeg fast: 2 JPEGs in the fast layout" in result.stdout
     result = CliRunner().invoke(main, [*arguments, "--jpeg", "original"])
     assert len(result.stdout.splitlines()) == 1

@@ -19,6 +19,7 @@ from fastprune.beton.journal import Journal
 from fastprune.beton.pages import PageCursor
 from fastprune.beton.sources.folder import FolderSource
 from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
+from fastprune.jpeg.rewrite import to_restart_rows
 from tests.images import jpeg_bytes, picture, write_image_folder
 
 MIB = 1 << 20
@@ -221,7 +222,7 @@ def test_killed_at_any_moment_leaves_no_bad_beton_and_resumes_to_the_same_bytes(
     assert resumed > 0
 
 
-def partial_after_failure(tmp_path, *, count=900):
+def partial_after_failure(tmp_path, *, count=900, **settings):
     """A kept partial file: the last image of the source is bad, and is repaired afterwards."""
     root = many_images(tmp_path / "images", count)
     last = sorted((root / "only").iterdir())[-1]
@@ -230,14 +231,15 @@ def partial_after_failure(tmp_path, *, count=900):
     last.write_bytes(bytes(len(good)))
     os.utime(last, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(ConversionError, match=last.name):
-        convert(root, tmp_path / "a.beton", workers=1, keep_partial=True)
+        convert(root, tmp_path / "a.beton", workers=1, keep_partial=True, **settings)
     last.write_bytes(good)
     os.utime(last, ns=(status.st_atime_ns, status.st_mtime_ns))
     return root
 
 
-def test_a_kept_partial_file_is_taken_up_and_not_made_again(tmp_path):
-    root = partial_after_failure(tmp_path)
+@pytest.mark.parametrize("jpeg", ["original", "fast"])
+def test_a_kept_partial_file_is_taken_up_and_not_made_again(tmp_path, jpeg):
+    root = partial_after_failure(tmp_path, jpeg=jpeg)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"images", "a.beton.partial", "a.beton.partial.journal"}
     # Take the first image's bytes away behind the writer's back: a resumed run does not miss it.
@@ -245,8 +247,9 @@ def test_a_kept_partial_file_is_taken_up_and_not_made_again(tmp_path):
     status, good = first.stat(), first.read_bytes()
     first.write_bytes(bytes(len(good)))
     os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
-    convert(root, tmp_path / "a.beton", resume=True)
-    assert open_beton(tmp_path / "a.beton").image_bytes(0).tobytes() == good
+    convert(root, tmp_path / "a.beton", resume=True, jpeg=jpeg)
+    stored = open_beton(tmp_path / "a.beton").image_bytes(0).tobytes()
+    assert stored == (good if jpeg == "original" else to_restart_rows(good))
     assert {path.name for path in tmp_path.iterdir()} == {
         "images",
         "a.beton",
@@ -483,6 +486,7 @@ def test_a_setting_outside_its_domain_is_named(tmp_path, setting, match):
     [
         (MemoryError(), r"memory ran out\. Use fewer workers with --workers"),
         (OSError(errno.EMFILE, "Too many open files"), r"Too many open files\. .*`ulimit -n`"),
+        (OSError(errno.ENOSPC, "No space left"), r"No space left on device\. Free some space"),
     ],
 )
 def test_a_fault_of_the_machine_ends_it_though_bad_images_are_skipped(tmp_path, fault, cure):

@@ -199,5 +199,5 @@ def test_verify_finds_damage_that_the_markers_do_not_show():
     scan = jpeg.index(b"\xff\xda", jpeg.index(b"\xff\xda") + 2)
     jpeg[scan + 5] = 77
     assert prepare_image(bytes(jpeg), ImageSettings()).data == bytes(jpeg)
-    with pytest.raises(ConversionError, match=r"cannot be decoded.*--on-error skip"):
+    with pytest.raises(ConversionError, match=r"cannot decode the image.*--on-error skip"):
         prepare_image(bytes(jpeg), ImageSettings(verify=True))

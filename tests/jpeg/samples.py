@@ -40,3 +40,20 @@ def as_440(jpeg_422: bytes) -> bytes:
     changed[frame + 1 : frame + 5] = size
     changed[frame + 7] = 0x12
     return bytes(changed)
+
+
+def with_two_frames(jpeg: bytes) -> bytes:
+    """A JPEG with a second, smaller frame header, which Pillow believes."""
+    start = jpeg.index(b"\xff\xc0")
+    frame = bytearray(jpeg[start : start + 2 + int.from_bytes(jpeg[start + 2 : start + 4])])
+    frame[5:9] = (8).to_bytes(2) + (8).to_bytes(2)
+    scan = jpeg.index(b"\xff\xda")
+    return jpeg[:scan] + bytes(frame) + jpeg[scan:]
+
+
+def with_hidden_frame(jpeg: bytes) -> bytes:
+    """A JPEG with a smaller frame header inside a reserved segment, into which Pillow looks."""
+    frame = b"\xff\xc2\x00\x0b\x08\x00\x08\x00\x08\x01\x01\x11\x00"
+    segment = b"\xff\xf0" + (len(frame) + 2).to_bytes(2) + frame
+    scan = jpeg.index(b"\xff\xda")
+    return jpeg[:scan] + segment + jpeg[scan:]

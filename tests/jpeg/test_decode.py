@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastprune.errors import InvalidValueError, JpegError
+from fastprune.jpeg import decode
 from fastprune.jpeg.codes import MEANINGS
-from fastprune.jpeg.decode import decode_view
+from fastprune.jpeg.decode import decode_view, require_whole
 from tests.images import picture
-from tests.jpeg.samples import encode, known_kinds
+from tests.jpeg.samples import encode, known_kinds, with_hidden_frame, with_two_frames
 
 KINDS = known_kinds()
 
@@ -137,6 +138,9 @@ def test_box_outside_the_image_is_named_with_the_image_size(progressive):
         ((0, 0, 5, 5.5), (4, 4), "must be four integers"),
         ((0, 0, 5, 5), (0, 4), r"size \(0, 4\) must be .* in \[1, 65500\]"),
         ((0, 0, 5, 5), (4, 65_501), r"size \(4, 65501\)"),
+        ((0, 0, 65_501, 5), (4, 4), "reaches beyond 65500, where a JPEG's sides end"),
+        ((2**63 - 1, 0, 5, 5), (4, 4), "reaches beyond 65500"),
+        ((0, 2**70, 5, 5), (4, 4), "reaches beyond 65500"),
     ],
 )
 def test_boxes_and_sizes_that_make_no_sense_are_named(box, size, match):
@@ -176,6 +180,41 @@ def test_truncated_data_is_said_to_be_truncated():
         JpegError, match=r"in box \(0, 0, 61, 83\): .* ends too early.*leave it out"
     ):
         decode_view(jpeg[: len(jpeg) // 2], box=(0, 0, 61, 83))
+
+
+def test_damaged_and_hidden_frames_are_found_by_a_look_at_the_whole_image():
+    for jpeg in (
+        with_two_frames(KINDS["gray"]),
+        with_hidden_frame(encode(picture(1, width=83, height=61), progressive=True)),
+    ):
+        with pytest.raises(JpegError):
+            require_whole(jpeg, height=61, width=83)
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_image(monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.Image.convert", fail)
+    with pytest.raises(MemoryError):
+        decode_view(encode(picture(1), progressive=True), box=(0, 0, 5, 5))
+
+
+def test_a_view_that_memory_was_too_small_for_leaves_no_workspace_that_is(monkeypatch):
+    def fail(**sizes):
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_kept", threading.local())
+    expected = decode_view(KINDS["best"], box=(0, 0, 61, 83), size=(33, 35))
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "make_workspace", fail)
+        with pytest.raises(MemoryError):
+            decode_view(KINDS["best"], box=(0, 0, 65_500, 65_500), size=(33, 35))
+    # Were the room noted without the workspace, this would be taken to fit into the old one.
+    tall = encode(picture(2, width=400, height=400))
+    assert decode_view(tall, box=(0, 0, 400, 400), size=(33, 35)).any()
+    again = decode_view(KINDS["best"], box=(0, 0, 61, 83), size=(33, 35))
+    np.testing.assert_array_equal(again, expected)
 
 
 def test_each_code_has_a_meaning():

@@ -1,5 +1,7 @@
 """Damaged rows, found by checksum and named by source file; rows that were cut or changed."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,8 @@ from fastprune.beton.writer import convert
 from fastprune.errors import InvalidValueError, LoadingError
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
-from tests.images import write_image_folder
+from tests.images import picture, write_image_folder
+from tests.jpeg.samples import with_hidden_frame
 
 require_library("ffcv")
 
@@ -66,6 +69,17 @@ def test_a_jpeg_of_another_size_than_the_beton_says_is_refused(beton, damage_row
     damage_row(beton, 5, height.to_bytes(2, "big"), height_at)
     with pytest.raises(LoadingError, match=r"row 5 of .* not of the size that the beton says"):
         list(_loader(beton))
+
+
+def test_a_jpeg_whose_size_pillow_takes_from_elsewhere_is_refused(tmp_path):
+    root = write_image_folder(tmp_path / "images")
+    images = sorted(root.rglob("*.jpg"))
+    progressive = io.BytesIO()
+    picture(1).save(progressive, "JPEG", progressive=True)
+    images[5].write_bytes(with_hidden_frame(progressive.getvalue()))
+    convert(root, tmp_path / "a.beton", workers=1)
+    with pytest.raises(LoadingError, match=r"row 5 of .* not of the size that the beton says"):
+        list(_loader(tmp_path / "a.beton"))
 
 
 def test_a_batch_larger_than_the_subset_holds_all_of_it(beton):
