@@ -41,7 +41,8 @@ class Assembly:
         cursor: where the next image goes.
         records: (N,) of dtype `RECORD`, by position.
         offsets: (N,) int64 file offsets, by position; -1 for a skipped image.
-        reasons: why an image was transcoded or skipped, by position.
+        reasons: why an image was transcoded or skipped, or copied though it should have been
+            rewritten, by position.
         num_placed: positions that have their place.
     """
 
@@ -223,7 +224,7 @@ def _class_name(names: tuple[str, ...] | None, label: int) -> str | None:
 
 
 def _reason(assembly: Assembly, position: int) -> str | None:
-    """Why an image was not copied, fit for UTF-8."""
+    """Why an image is not stored as asked, fit for UTF-8."""
     reason = assembly.reasons.get(position)
     return None if reason is None else reason.encode("utf-8", "backslashreplace").decode()
 

@@ -43,8 +43,7 @@ class Manifest:
         fingerprint: the identity of the images.
         class_names: name of every class in the order of the labels; None where the source had none.
         counts: lines per action: "copied", "rewritten" (the fast layout), "transcoded", "skipped",
-            and "found" in a manifest that
-            `fastprune check` made for a beton of another writer.
+            and "found" in a manifest that `fastprune check` made for a beton of another writer.
         settings: how the beton was made: the options that determine its bytes.
         version: the version of fastprune that wrote it.
     """

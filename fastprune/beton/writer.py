@@ -1,4 +1,4 @@
-"""Images -> beton: the original JPEG bytes, copied by supervised workers into aligned places."""
+"""Images -> beton: JPEGs, copied or rewritten by supervised workers, in aligned places."""
 
 import os
 from collections.abc import Iterator
@@ -81,7 +81,8 @@ def convert(
         quality: JPEG quality of images that must be transcoded, [1, 100].
         max_side: shrink images with a longer side, in pixels, by area; None keeps all sizes.
         exif: "ignore" the orientation, as FFCV and torchvision do, or "apply" it by transcoding.
-        verify: decode every copied image once, to find damage inside its data too.
+        verify: decode every JPEG that is kept once, as the loader does, to find damage inside its
+            data too.
         classes_from: a beton or manifest whose class names number the classes here, so that a
             folder that lacks a class numbers the others as the training set does.
         shuffle_seed: put the rows in a random order; the manifest has the map.
@@ -96,7 +97,7 @@ def convert(
         ConversionError: an image or the folder cannot be read, a class is not among those of
             `classes_from`, the beton cannot be written, memory or file descriptors ran out, or a
             worker died. Nothing is left behind, unless a partial file was asked for.
-        ArtifactError: `classes_from` cannot be read or has no class names.
+        ArtifactError: `classes_from` cannot be read or has no class names of its own.
     """
     settings = _checked_settings(jpeg, quality, max_side, exif, verify)
     num_workers = _checked_workers(workers)

@@ -20,8 +20,8 @@ _FILE = click.Path(path_type=Path)
     "--jpeg",
     type=click.Choice(["auto", "fast", "original"]),
     default="auto",
-    help="original: copy the bytes of JPEGs; fast: rewrite them without loss, so that views of "
-    "them decode faster; auto: fast for files of at least 16 KiB.  [default: auto]",
+    help="auto: rewrite JPEGs of at least 16 KiB without loss, so that views of them decode faster "
+    "on the CPU; fast: all of them; original: copy every byte.",
 )
 @click.option(
     "--on-error",

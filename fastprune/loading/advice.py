@@ -37,8 +37,10 @@ class Advice:
         _LOG.log(
             logging.WARNING if share >= _SHARE_TO_WARN_OF else logging.INFO,
             "%s: %s of the first %s views (%.1f%%) are of JPEGs that the view decoder does not "
-            "know (%s). Pillow decodes them whole, which is slower. Make such files baseline "
-            "without loss, `jpegtran -copy all -outfile NEW OLD`, and convert the images again.",
+            "know (%s). Pillow decodes them whole, which is slower. Make progressive files and "
+            "those of several scans baseline without loss, `jpegtran -copy all -outfile NEW OLD`, "
+            "and convert the images again, which encodes CMYK, RGB, arithmetic and 12-bit ones "
+            "anew. Files of unusual sampling stay slow until they are encoded anew.",
             self._path,
             f"{count:,}",
             f"{self._num_views:,}",
