@@ -21,6 +21,14 @@ from fastprune.errors import InvalidValueError, TrainingError, TrainingStopped
 NETWORKS = "tests.distillation.networks"
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal; a shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_loss_that_is_no_number_stops_the_run_with_step_rows_and_the_batch(recipe, tmp_path):
     with pytest.raises(TrainingError) as error:
         distill(recipe(schedule={"learning_rate": 1e30, "epochs": 2}, run={"log_every": 3}))
@@ -104,7 +112,7 @@ def test_signal_stops_the_run_with_a_checkpoint(recipe, monkeypatch, name, exit_
     assert len(list((settings.run.out / "checkpoints").iterdir())) == 1
 
 
-def test_signal_that_is_repeated_at_once_counts_as_one():
+def test_signal_that_is_repeated_at_once_counts_as_one(interruptible):
     with Signals() as signals:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
@@ -112,7 +120,7 @@ def test_signal_that_is_repeated_at_once_counts_as_one():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_second_signal_that_comes_later_acts_as_it_would_have(monkeypatch):
+def test_second_signal_that_comes_later_acts_as_it_would_have(interruptible, monkeypatch):
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         later = time.monotonic() + 6
@@ -122,7 +130,7 @@ def test_second_signal_that_comes_later_acts_as_it_would_have(monkeypatch):
     assert signals.number == signal.SIGINT
 
 
-def test_second_signal_of_another_kind_acts_as_it_would_have():
+def test_second_signal_of_another_kind_acts_as_it_would_have(interruptible):
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
