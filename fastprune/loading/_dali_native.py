@@ -21,8 +21,8 @@ from nvidia.dali.pipeline import pipeline_def
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.reader import Beton
 from fastprune.errors import LoadingError
-from fastprune.loading._dali import require_nvjpeg
 from fastprune.loading.augment import Recipe
+from fastprune.loading.dali import require_nvjpeg
 from fastprune.loading.device import Copies, cuda_index
 from fastprune.loading.faults import FileWatch
 from fastprune.loading.order import Plan

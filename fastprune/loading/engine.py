@@ -70,7 +70,7 @@ def make_engine(
         raise InvalidValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
     chosen = _choose(device) if backend == "auto" else backend
     if chosen == "dali":
-        from fastprune.loading._dali import DaliEngine
+        from fastprune.loading.dali import DaliEngine
 
         decoder = "the GPU" if device.type == "cuda" else f"{num_workers} CPU threads"
         _LOG.info("%s: decoding with DALI on %s", beton.path, decoder)

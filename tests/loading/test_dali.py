@@ -127,7 +127,7 @@ def test_a_broken_header_never_reaches_dali(
     beton_copy, damage_row, monkeypatch, data, start, reason
 ):
     """DALI may crash the process on it, when the images are large."""
-    from fastprune.loading._dali import DaliEngine
+    from fastprune.loading.dali import DaliEngine
 
     damage_row(beton_copy, 13, data, start)
     monkeypatch.setattr(DaliEngine, "_find_unusable", None)
@@ -136,7 +136,7 @@ def test_a_broken_header_never_reaches_dali(
 
 
 def test_a_failure_that_is_no_rows_fault_is_an_error_too(beton_copy, monkeypatch):
-    from fastprune.loading._dali import DaliEngine
+    from fastprune.loading.dali import DaliEngine
 
     def fail(*arguments):
         raise RuntimeError("out of patience")
@@ -196,7 +196,7 @@ def test_raw_rows_are_refused(tmp_path):
 
 
 def test_decoding_on_a_gpu_needs_nvjpeg_in_the_process(tmp_path):
-    from fastprune.loading._dali import require_nvjpeg
+    from fastprune.loading.dali import require_nvjpeg
 
     maps = tmp_path / "maps"
     maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/torchvision.libs/libnvjpeg.so\n")

@@ -70,7 +70,7 @@ class DaliEngine:
         batches: Sequence[NDArray[np.int64]],
         draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
     ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """See `engine.Engine.decode`."""
+        """Decode batches in order, two ahead of the caller; see `engine.Engine.decode`."""
         waiting = deque(batches)
         unusable: set[int] = set()
         while waiting:
@@ -79,7 +79,7 @@ class DaliEngine:
                     waiting.popleft()
                     yield pixels, rows
             except RuntimeError as error:
-                # DALI says neither which row failed nor goes on after it.
+                # DALI neither names the row that failed nor continues after it.
                 found: dict[int, str] = {}
                 for rows in list(waiting)[: _BATCHES_AHEAD + 1]:
                     unknown = set(rows.tolist()) - unusable - found.keys()
@@ -119,7 +119,7 @@ class DaliEngine:
         unusable: set[int],
         fed: deque[NDArray[np.int64]],
     ) -> Iterator[tuple[Any, ...]]:
-        """What the pipeline is fed, batch by batch; the rows are noted in `fed`."""
+        """Feed the pipeline batch by batch, and note the rows of each batch in `fed`."""
         for rows in batches:
             self._file.check()
             rows = rows[~np.isin(rows, list(unusable))]
@@ -135,7 +135,7 @@ class DaliEngine:
                 yield self._sample(rows, draw_views(rows))
 
     def _broken_headers(self, rows: NDArray[np.int64]) -> dict[int, str]:
-        """What is wrong with the headers of these rows; each row is looked at once."""
+        """Find the rows whose header no decoder should see; each header is read once."""
         # DALI's CPU decoder can crash the process on a batch in which one image has a bad header.
         found = {}
         for row in np.unique(rows[~self._header_was_read[rows]]).tolist():
@@ -161,7 +161,7 @@ class DaliEngine:
         )
 
     def _pipeline(self, samples: Iterator[tuple[Any, ...]], batch_size: int) -> Any:
-        """A pipeline from samples to pixels."""
+        """Build a pipeline that reads these samples."""
         pipeline = _decode(
             samples=lambda: next(samples),
             image_size=self._image_size,
@@ -188,7 +188,7 @@ class DaliEngine:
         return pixels
 
     def _find_unusable(self, rows: list[int]) -> dict[int, str]:
-        """The rows that DALI cannot decode, found by halving, and what it says of them."""
+        """Find the rows that DALI cannot decode by halving; its reason for each."""
         if not rows:
             return {}
         whole = np.zeros((len(rows), 7), np.int32)
@@ -238,7 +238,7 @@ def _decode(samples: Any, image_size: int, mixed: bool, size_hint: tuple[int, in
 
 
 def _reason(error: RuntimeError) -> str:
-    """What DALI says, without its traceback of the pipeline definition."""
+    """Cut DALI's message down to its reason, without the traceback of the pipeline definition."""
     text = str(error).split("encountered:")[-1]
     lines = [line.strip(" :") for line in text.splitlines()]
     return "; ".join(
