@@ -64,18 +64,20 @@ def test_fixed_iterations_are_refused_where_epochs_skip_rows(recipe_file):
 
 
 def test_unknown_key_is_refused_with_the_nearest_known_name(recipe_file):
-    with pytest.raises(RecipeError, match=r"data\.imagesize is unknown; did you mean image_size\?"):
+    with pytest.raises(
+        RecipeError, match=r"data\.imagesize is unknown\. Did you mean 'image_size'\?"
+    ):
         load_recipe(recipe_file, ["data.imagesize=64"])
 
 
 def test_unknown_section_is_refused_with_the_nearest_known_name(recipe_file):
-    with pytest.raises(RecipeError, match=r"shedule is unknown; did you mean schedule\?"):
+    with pytest.raises(RecipeError, match=r"shedule is unknown\. Did you mean 'schedule'\?"):
         load_recipe(recipe_file, ["shedule.epochs=3"])
 
 
 def test_unknown_key_in_an_optional_section_is_refused(recipe_file):
     with pytest.raises(
-        RecipeError, match=r"teacher\.chekpoint is unknown; did you mean checkpoint"
+        RecipeError, match=r"teacher\.chekpoint is unknown\. Did you mean 'checkpoint'"
     ):
         load_recipe(recipe_file, ["teacher.network=resnet20", "teacher.chekpoint=t.safetensors"])
 

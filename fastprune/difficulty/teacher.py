@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.beton.reader import Beton, open_beton
+from fastprune.checks import require_at_least
 from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward
 from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
@@ -21,7 +22,6 @@ from fastprune.difficulty.network import Teacher, make_teacher
 from fastprune.difficulty.ranks import Ranks, device_of_rank, join_ranks
 from fastprune.difficulty.view import Channels, View, choose_view
 from fastprune.errors import InvalidValueError
-from fastprune.loading.checks import require_at_least
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.progress import track

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.processes import summed
 from fastprune.recipe import PruningSettings
-from fastprune.selection.chance import row_keys
+from fastprune.splitmix import row_keys
 
 
 def infobatch_weights(

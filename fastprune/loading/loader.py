@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from fastprune.beton.reader import open_beton
 from fastprune.beton.rows import RowsLike
+from fastprune.checks import require_at_least, require_channels, require_one_of
 from fastprune.cpus import cpus_per_rank
 from fastprune.errors import InvalidValueError
 from fastprune.loading.augment import AUGMENTS, Recipe
-from fastprune.loading.checks import require_at_least, require_channels, require_one_of
 from fastprune.loading.delivery import Delivery
 from fastprune.loading.device import choose_device
 from fastprune.loading.dropin import EpochSampler, KeptImages

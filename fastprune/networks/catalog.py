@@ -1,6 +1,5 @@
 """Every network that fastprune builds by name."""
 
-import difflib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fastprune.checks import did_you_mean
 from fastprune.errors import ArtifactError, InvalidValueError, MissingDependencyError
 from fastprune.networks import resnet_large, resnet_small, vgg_small
 from fastprune.networks.mobilenet import MobileNetV1, SmallMobileNetV2
@@ -175,7 +175,9 @@ def _require_torchvision(name: str) -> None:
 
     known = models.list_models(module=models)
     if name not in known:
-        raise InvalidValueError(f"network {name!r} is not known.{_nearest(name, known)}")
+        known += [*SMALL_NETWORKS, "wrn_40_2", "wrn_16_2", "wrn_40_1"]
+        hint = did_you_mean(name, known, list_known=False)
+        raise InvalidValueError(f"network {name!r} is not known.{hint}")
 
 
 def _published_member(name: str, weights: str) -> Any:
@@ -226,7 +228,7 @@ def _require_timm(name: str) -> None:
     if network in known and tag:
         known = timm.list_pretrained(f"{network}.*")
     if name not in known:
-        hint = _nearest(name, known, prefix="timm:") if known else ""
+        hint = did_you_mean(f"timm:{name}", [f"timm:{other}" for other in known], list_known=False)
         raise InvalidValueError(f"network 'timm:{name}' is not known.{hint}")
 
 
@@ -286,12 +288,3 @@ def _refuse_weights(name: str, weights: str | None) -> None:
         raise InvalidValueError(
             f"weights {weights!r}: {name} has no published weights. Give a checkpoint file."
         )
-
-
-def _nearest(name: str, others: list[str], *, prefix: str = "") -> str:
-    """A hint at the known name that looks most like the one asked for."""
-    known = [prefix + other for other in others]
-    if not prefix:
-        known += [*SMALL_NETWORKS, "wrn_40_2", "wrn_16_2", "wrn_40_1"]
-    close = difflib.get_close_matches(prefix + name, known, n=1, cutoff=0.0)
-    return f" Did you mean {close[0]!r}?"

@@ -1,6 +1,5 @@
 """From TOML files and the command line to a recipe."""
 
-import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from fastprune.checks import did_you_mean
 from fastprune.errors import RecipeError
 from fastprune.recipe.settings import Recipe
 
@@ -76,13 +76,11 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _describe(fault: Any) -> str:
-    """One line for one fault, such as: data.imagesize is unknown; did you mean image_size?"""
+    """One line for one fault, such as: data.imagesize is unknown. Did you mean 'image_size'?"""
     *sections, key = [str(part) for part in fault["loc"]] or ["recipe"]
     where = ".".join([*sections, key])
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(sections)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        return f"{where} is unknown; did you mean {near[0]}? Known: {', '.join(known)}."
+        return f"{where} is unknown.{did_you_mean(key, _known_keys(sections))}"
     if fault["type"] == "missing":
         return f"{where} is missing."
     message = fault["msg"].removeprefix("Value error, ")

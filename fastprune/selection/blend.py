@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.artifacts.scores import ScoreTable
+from fastprune.checks import did_you_mean
 from fastprune.errors import InvalidValueError
-from fastprune.selection.names import nearest_name
 
 NO_DIFFICULTIES = ("logit_std",)
 
@@ -55,7 +55,7 @@ def _scores(table: ScoreTable, name: str) -> NDArray[np.float32]:
     known = [other for other in table.metrics if other not in NO_DIFFICULTIES]
     if name not in known:
         why = "is no difficulty" if name in NO_DIFFICULTIES else "is not in the score table"
-        raise InvalidValueError(f"metric {name!r} {why}.{nearest_name(name, known)}")
+        raise InvalidValueError(f"metric {name!r} {why}.{did_you_mean(name, known)}")
     return table.metric(name)
 
 

@@ -10,8 +10,8 @@ from fastprune.artifacts.fingerprint import Fingerprint, require_same_images
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton.reader import Beton
+from fastprune.checks import did_you_mean
 from fastprune.errors import InvalidValueError
-from fastprune.selection.names import nearest_name
 
 FORMATS = ("mdslr", "deepcore", "rows", "dropped", "names")
 
@@ -57,7 +57,7 @@ def export_subset(
         text = _lines(_names(subset, beton))
     else:
         raise InvalidValueError(
-            f"format {file_format!r} is not known.{nearest_name(file_format, FORMATS)}"
+            f"format {file_format!r} is not known.{did_you_mean(file_format, FORMATS)}"
         )
     write_text(out, text)
     return [out]

@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.checks import did_you_mean
 from fastprune.errors import InvalidValueError
-from fastprune.selection.names import nearest_name
 
 QUOTAS = ("proportional", "equal")
 
@@ -34,7 +34,7 @@ def class_quotas(
         return _proportional(counts, keep_ratio, total)
     if quota == "equal":
         return _equal(counts, total)
-    raise InvalidValueError(f"quota {quota!r} is not known.{nearest_name(quota, QUOTAS)}")
+    raise InvalidValueError(f"quota {quota!r} is not known.{did_you_mean(quota, QUOTAS)}")
 
 
 def kept_total(num_rows: int, keep_ratio: float) -> int:

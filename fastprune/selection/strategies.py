@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastprune.checks import did_you_mean
 from fastprune.errors import InvalidValueError
-from fastprune.selection.chance import row_keys
-from fastprune.selection.names import nearest_name
 from fastprune.selection.quotas import class_quotas, kept_total
+from fastprune.splitmix import row_keys
 
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float32] | NDArray[np.float64]
@@ -244,10 +244,10 @@ def _check_settings(
 ) -> None:
     """Refuse names that are not known and settings that contradict each other."""
     if strategy not in STRATEGIES:
-        hint = nearest_name(strategy, STRATEGIES)
+        hint = did_you_mean(strategy, STRATEGIES)
         raise InvalidValueError(f"strategy {strategy!r} is not known.{hint}")
     if compat not in (None, *COMPATIBLE_WITH):
-        hint = nearest_name(compat, COMPATIBLE_WITH)
+        hint = did_you_mean(compat, COMPATIBLE_WITH)
         raise InvalidValueError(f"compat {compat!r} is not known.{hint}")
     if not 0 <= quantile <= 1 or math.isnan(quantile):
         raise InvalidValueError(f"quantile ({quantile}) must be in [0, 1]; 0.5 is the median.")

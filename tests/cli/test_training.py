@@ -44,7 +44,7 @@ def test_train_and_evaluate_print_one_line_each(recipe_file, betons, tmp_path):
 def test_train_names_a_fault_of_the_recipe_and_exits_with_one(recipe_file):
     result = CliRunner().invoke(main, ["train", str(recipe_file), "--set", "data.tran=x"])
     assert result.exit_code == 1
-    assert "data.tran is unknown; did you mean train?" in result.stderr
+    assert "data.tran is unknown. Did you mean 'train'?" in result.stderr
 
 
 def test_train_names_a_beton_that_does_not_exist(recipe_file, tmp_path):

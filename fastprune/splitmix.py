@@ -1,0 +1,50 @@
+"""Random numbers without state: SplitMix64's finalizer, for NumPy arrays and for Numba kernels."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators": the odd integer nearest to
+# 2**64 / golden ratio, by which the generator's state advances. uint64 and no Python integers, so
+# that Numba's typing of the constants gives the same wrap-around as NumPy's arrays.
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix64(z: Any) -> Any:
+    """Scramble 64-bit numbers so that each bit of the result depends on all bits of `z`.
+
+    A bijection of the 64-bit numbers. Numba can compile it (`njit(mix64)`) and gives the same bits.
+
+    Args:
+        z: uint64 array of any shape; in compiled code a uint64.
+
+    Returns:
+        uint64, of the shape of `z`.
+
+    Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators"; the constants
+    are those of Stafford's Mix13, as in the published SplitMix64.
+    """
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def row_keys(seed: int, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Draw one uniform 64-bit number per row, from the seed and the row alone.
+
+    Sorting rows by their keys shuffles them, the same way on every machine and in every version;
+    a row's key does not depend on which other rows there are.
+
+    Args:
+        seed: any integer; taken modulo 2**64.
+        rows: (N,) int64, rows of the beton.
+
+    Returns:
+        (N,) uint64.
+    """
+    # The generator's output number `row` after one that starts from the mixed seed: seeds that
+    # differ by one must not give the same keys one row apart.
+    start = mix64(np.array([seed % 2**64], np.uint64) + GOLDEN)
+    keys: NDArray[np.uint64] = mix64(start + (rows.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    return keys
