@@ -19,8 +19,8 @@ from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
 from fastprune.difficulty.metrics import LOGIT_METRICS
 from fastprune.difficulty.network import Teacher, make_teacher
-from fastprune.difficulty.ranks import Ranks, device_of_rank, join_ranks
 from fastprune.difficulty.view import Channels, View, choose_view
+from fastprune.distributed import Ranks, device_of_rank, join_ranks
 from fastprune.errors import InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.difficulty.ranks import Ranks
-from fastprune.distillation.processes import summed
+from fastprune.distributed import Ranks
 from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
@@ -124,7 +123,7 @@ def evaluate(
             totals = totals.to(labels.device) + _counts(model(images).float(), labels)
     finally:
         model.train(was_training)
-    rows, top1, top5, loss = summed(totals.cpu(), ranks or Ranks()).tolist()
+    rows, top1, top5, loss = (ranks or Ranks()).all_sum(totals.cpu()).tolist()
     if rows == 0:
         raise InvalidValueError("there is no batch to evaluate; the loader yields none.")
     return Evaluation(top1=top1 / rows, top5=top5 / rows, loss=loss / rows, rows=int(rows))

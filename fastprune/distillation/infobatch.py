@@ -5,8 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastprune.difficulty.ranks import Ranks
-from fastprune.distillation.processes import summed
+from fastprune.distributed import Ranks
 from fastprune.recipe import PruningSettings
 from fastprune.splitmix import row_keys
 
@@ -156,6 +155,6 @@ class InfoBatch:
         """The losses that any process noted in this epoch; NaN where none did."""
         fresh = self._fresh.cpu()
         noted = torch.stack([fresh.nan_to_num(nan=0.0), (~fresh.isnan()).float()])
-        total, count = summed(noted, self._ranks).numpy()
+        total, count = self._ranks.all_sum(noted).numpy()
         shared: NDArray[np.float32] = np.where(count > 0, total, np.float32(np.nan))
         return shared

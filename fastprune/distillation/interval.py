@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastprune.difficulty.ranks import Ranks
-from fastprune.distillation.processes import gathered, summed
+from fastprune.distributed import Ranks
 from fastprune.errors import TrainingError
 
 _ROWS_NAMED = 8
@@ -74,7 +73,7 @@ class Interval:
         if not self._pending:
             return
         means = torch.stack([step.losses.mean() for step in self._pending]).double().cpu()
-        means = summed(means, self._ranks) / self._ranks.world
+        means = self._ranks.all_sum(means) / self._ranks.world
         bad = (~means.isfinite()).nonzero()
         if len(bad):
             first = int(bad[0])
@@ -92,7 +91,7 @@ class Interval:
         """What to tell of the first step that went wrong, on every process the same."""
         bad_rows = step.rows[~step.losses.isfinite()].tolist()
         saved = self._save(step) if bad_rows else None
-        found = gathered((bad_rows, saved), self._ranks)
+        found = self._ranks.all_gather((bad_rows, saved))
         rows = sorted(row for rows, _ in found for row in rows)
         shown = ", ".join(f"{row:,}" for row in rows[:_ROWS_NAMED])
         more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.checkpoint import Checkpoints
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.evaluation import Evaluation, evaluate
@@ -19,11 +18,11 @@ from fastprune.distillation.generators import generator_states, set_generator_st
 from fastprune.distillation.growth import GrowingLoader
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.interval import Interval
-from fastprune.distillation.processes import Agreement, gathered, share_buffers
 from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import learning_rate
-from fastprune.distillation.step import Stepper
+from fastprune.distillation.step import Stepper, share_buffers
 from fastprune.distillation.watching import Watch
+from fastprune.distributed import Agreement, Ranks
 from fastprune.errors import TrainingError
 from fastprune.loading.loader import Loader
 from fastprune.recipe import Recipe
@@ -206,7 +205,7 @@ class TrainingLoop:
         # Losses first: a checkpoint of a run that went wrong would push out the good ones.
         self._examine()
         with self._clocks.phase("checkpoint"):
-            generators = gathered(generator_states(self._device), self._ranks)
+            generators = self._ranks.all_gather(generator_states(self._device))
             pruning = self._pruning.state_dict() if self._pruning is not None else None
             is_saved = None
             if self._ranks.is_first:

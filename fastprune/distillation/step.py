@@ -6,17 +6,17 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.averaging import WeightAverage
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.learner import Learner
 from fastprune.distillation.objective import Objective
-from fastprune.distillation.processes import distribute, synchronize_batchnorm
 from fastprune.distillation.schedule import make_optimizer
-from fastprune.errors import InvalidValueError
+from fastprune.distributed import Ranks
+from fastprune.errors import InvalidValueError, RecipeError
 from fastprune.recipe import Recipe
 
 
@@ -185,3 +185,38 @@ class Stepper:
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
             self._average.student.load_state_dict(state["average"])
+
+
+def synchronize_batchnorm(learner: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """Let batch normalization see the batches of all processes.
+
+    Raises:
+        RecipeError: there are several processes, but not on CUDA.
+    """
+    if ranks.world == 1:
+        return learner
+    if device.type != "cuda":
+        raise RecipeError(
+            f"run.sync_batchnorm = true works on CUDA alone, but the {ranks.world} processes train "
+            f"on {device}. Leave it out."
+        )
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+    return converted
+
+
+def distribute(learner: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """Wrap what is trained, so that every process steps along the mean of all gradients."""
+    if ranks.world == 1:
+        return learner
+    return DistributedDataParallel(
+        learner,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+def share_buffers(network: nn.Module, ranks: Ranks) -> None:
+    """Give every process the first one's running statistics, which differ after a step."""
+    if ranks.world > 1:
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, src=0)

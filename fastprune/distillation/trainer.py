@@ -10,7 +10,6 @@ import torch
 
 from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
 from fastprune.artifacts.subset import Subset
-from fastprune.difficulty.ranks import Ranks, device_of_rank
 from fastprune.distillation.checkpoint import Checkpoints
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.faults import naming_memory
@@ -26,11 +25,11 @@ from fastprune.distillation.opening import (
     training_sizes,
 )
 from fastprune.distillation.pair import make_pair
-from fastprune.distillation.processes import join_processes
 from fastprune.distillation.result import Result
 from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import num_passes
 from fastprune.distillation.step import Stepper
+from fastprune.distributed import Ranks, device_of_rank, join_ranks
 from fastprune.errors import RecipeError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
@@ -70,7 +69,7 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
     )
     # Events, streams and libraries mean the current device where they are told none.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with current, join_processes(device) as ranks, memory:
+    with current, join_ranks(device) as ranks, memory:
         train_loader, val_loader = open_loaders(recipe, device)
         with _run_folder(recipe, resume=resume) if ranks.is_first else nullcontext():
             clocks = Clocks(device, began=began)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.growth import GrowingLoader
+from fastprune.distributed import Ranks
 from fastprune.loading.loader import Loader
 from fastprune.progress import track
 

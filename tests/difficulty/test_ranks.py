@@ -4,11 +4,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from fastprune.artifacts.scores import ScoreTable
-from fastprune.difficulty.ranks import Ranks, device_of_rank
 from tests.difficulty.betons import small_beton, small_teacher
 from tests.difficulty.test_teacher import assert_same, run
 
@@ -51,17 +49,3 @@ def test_two_ranks_score_as_one_where_the_last_rows_leave_a_rank_without_any(tmp
     for name, values in expected.metrics.items():
         np.testing.assert_allclose(table.metric(name), values, rtol=1e-6, atol=1e-6, err_msg=name)
     assert np.array_equal(table.predictions, expected.predictions)
-
-
-def test_process_alone_keeps_what_it_has():
-    tensor = torch.arange(3)
-    assert Ranks().gather(tensor, 5) == [tensor]
-    assert Ranks().from_first("table") == "table"
-
-
-@pytest.mark.parametrize(
-    ("device", "expected"), [("cpu", "cpu"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")]
-)
-def test_each_rank_of_a_node_has_its_own_device(monkeypatch, device, expected):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert device_of_rank(torch.device(device)) == torch.device(expected)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.faults import Signals, naming_memory
 from fastprune.distillation.interval import Interval
 from fastprune.distillation.trainer import distill
+from fastprune.distributed import Ranks
 from fastprune.errors import InvalidValueError, TrainingError, TrainingStopped
 
 NETWORKS = "tests.distillation.networks"

@@ -137,7 +137,7 @@ def _one_of_two(rank: int, folder: str) -> None:
     """Note half of the losses, in one of two processes; write what this one then knows."""
     import torch.distributed as dist
 
-    from fastprune.difficulty.ranks import Ranks
+    from fastprune.distributed import Ranks
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     pruning = make(ranks=Ranks(rank, 2, dist.group.WORLD))

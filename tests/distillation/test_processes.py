@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastprune.difficulty.ranks import Ranks
-from fastprune.distillation.processes import Agreement, gathered, summed, synchronize_batchnorm
+from fastprune.distillation.step import synchronize_batchnorm
 from fastprune.distillation.trainer import distill
+from fastprune.distributed import Ranks
 from fastprune.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -129,11 +129,3 @@ def test_batchnorm_is_not_synchronised_away_from_cuda():
     with pytest.raises(RecipeError, match=r"sync_batchnorm = true works on CUDA alone, but the 2"):
         synchronize_batchnorm(learner, Ranks(0, 2), torch.device("cpu"))
     assert synchronize_batchnorm(learner, Ranks(), torch.device("cpu")) is learner
-
-
-def test_process_alone_agrees_with_itself():
-    agreement = Agreement(Ranks())
-    assert [agreement.ask(request) for request in (0, 15, 0)] == [0, 15, 0]
-    assert agreement.close() == 0
-    assert summed(torch.tensor([2.0]), Ranks()).item() == 2.0
-    assert gathered("mine", Ranks()) == ["mine"]

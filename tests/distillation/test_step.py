@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.pair import make_pair
 from fastprune.distillation.step import Stepper
+from fastprune.distributed import Ranks
 
 CPU = torch.device("cpu")
 

@@ -11,13 +11,13 @@ from fastprune.artifacts.subset import Subset
 from fastprune.beton.reader import open_beton
 from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
-from fastprune.difficulty.ranks import Ranks
 from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.losses import LogitReshaper
 from fastprune.distillation.pair import make_pair
 from fastprune.distillation.step import Stepper
 from fastprune.distillation.trainer import distill
+from fastprune.distributed import Ranks
 from fastprune.errors import TrainingStopped
 from fastprune.networks import build_network, save_weights
 from fastprune.recipe import make_recipe
