@@ -75,12 +75,10 @@ def _distances(
     narrow = classes.astype(np.min_scalar_type(max(0, len(counts) - 1)))
     order = np.argsort(narrow, kind="stable")
     distances = np.empty(len(array), np.float32)
-    rows = np.ascontiguousarray(array)
-    if rows.dtype == np.float16:
-        rows = rows.view(np.uint16)
+    rows = stored_rows(array)
     kernel = _median_kernel if use_median else _mean_kernel
     if not kernel(rows, order, offsets, distances) or not np.isfinite(distances).all():
-        _refuse_first_bad_row(array, distances)
+        refuse_first_bad_row(array, distances)
     return distances
 
 
@@ -108,7 +106,7 @@ def _checked_labels(
     return array.astype(np.int64)
 
 
-def _refuse_first_bad_row(features: NDArray[Any], distances: NDArray[np.float32]) -> NoReturn:
+def refuse_first_bad_row(features: NDArray[Any], distances: NDArray[np.float32]) -> NoReturn:
     """Name the first row with a value that cannot be averaged, or that lies too far away."""
     step = max(1, _SCAN_BYTES // max(1, features[:1].nbytes))
     for start in range(0, len(features), step):
@@ -127,6 +125,12 @@ def _refuse_first_bad_row(features: NDArray[Any], distances: NDArray[np.float32]
     )
 
 
+def stored_rows(features: NDArray[Any]) -> NDArray[Any]:
+    """Prepare features for a kernel, which reads float16 as uint16 through `as_float64`."""
+    rows = np.ascontiguousarray(features)
+    return rows.view(np.uint16) if rows.dtype == np.float16 else rows
+
+
 def _as_float64(typing_context: Any, stored: Any) -> Any:
     """The value of a stored feature; uint16 is a float16, which numba has not on the CPU."""
     del typing_context
@@ -141,7 +145,7 @@ def _as_float64(typing_context: Any, stored: Any) -> Any:
     return numba.float64(stored), generate
 
 
-_float64: Any = intrinsic(_as_float64)
+as_float64: Any = intrinsic(_as_float64)
 
 # Reassociation lets LLVM keep several partial sums in vector registers; the flags that would let it
 # assume finite values stay off, because NaN and infinity must be noticed.
@@ -156,17 +160,17 @@ def _add_rows(rows: Any, chosen: Any, total: Any) -> None:
         a, b, c, d = chosen[p], chosen[p + 1], chosen[p + 2], chosen[p + 3]
         e, f, g, h = chosen[p + 4], chosen[p + 5], chosen[p + 6], chosen[p + 7]
         for i in range(len(total)):
-            first = (_float64(rows[a, i]) + _float64(rows[b, i])) + (
-                _float64(rows[c, i]) + _float64(rows[d, i])
+            first = (as_float64(rows[a, i]) + as_float64(rows[b, i])) + (
+                as_float64(rows[c, i]) + as_float64(rows[d, i])
             )
-            second = (_float64(rows[e, i]) + _float64(rows[f, i])) + (
-                _float64(rows[g, i]) + _float64(rows[h, i])
+            second = (as_float64(rows[e, i]) + as_float64(rows[f, i])) + (
+                as_float64(rows[g, i]) + as_float64(rows[h, i])
             )
             total[i] += first + second
     for p in range(whole, len(chosen)):
         a = chosen[p]
         for i in range(len(total)):
-            total[i] += _float64(rows[a, i])
+            total[i] += as_float64(rows[a, i])
 
 
 @njit(cache=True, fastmath=_SUM_FLAGS)
@@ -178,10 +182,10 @@ def _measure_rows(rows: Any, chosen: Any, center: Any, distances: Any) -> None:
         sum_a = sum_b = sum_c = sum_d = 0.0
         for i in range(len(center)):
             mean = center[i]
-            sum_a += (_float64(rows[a, i]) - mean) ** 2
-            sum_b += (_float64(rows[b, i]) - mean) ** 2
-            sum_c += (_float64(rows[c, i]) - mean) ** 2
-            sum_d += (_float64(rows[d, i]) - mean) ** 2
+            sum_a += (as_float64(rows[a, i]) - mean) ** 2
+            sum_b += (as_float64(rows[b, i]) - mean) ** 2
+            sum_c += (as_float64(rows[c, i]) - mean) ** 2
+            sum_d += (as_float64(rows[d, i]) - mean) ** 2
         distances[a] = math.sqrt(sum_a)
         distances[b] = math.sqrt(sum_b)
         distances[c] = math.sqrt(sum_c)
@@ -190,7 +194,7 @@ def _measure_rows(rows: Any, chosen: Any, center: Any, distances: Any) -> None:
         a = chosen[p]
         squares = 0.0
         for i in range(len(center)):
-            squares += (_float64(rows[a, i]) - center[i]) ** 2
+            squares += (as_float64(rows[a, i]) - center[i]) ** 2
         distances[a] = math.sqrt(squares)
 
 
@@ -229,7 +233,7 @@ def _median_kernel(rows: Any, order: Any, offsets: Any, distances: Any) -> bool:
             count = min(most, width - first)
             for p in range(len(chosen)):
                 for i in range(count):
-                    columns[i, p] = _float64(rows[chosen[p], first + i])
+                    columns[i, p] = as_float64(rows[chosen[p], first + i])
             for i in range(count):
                 is_finite[label] &= np.isfinite(columns[i]).all()
                 center[first + i] = np.median(columns[i])
