@@ -15,7 +15,6 @@ import time
 import numpy as np
 from _harness import ratios, spread, take_turns, write_result
 
-
 from fastprune.difficulty.clusters import spherical_kmeans
 
 

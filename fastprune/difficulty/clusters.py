@@ -207,8 +207,8 @@ def _plus_plus(
         cumulated = np.cumsum(nearest)
         if cumulated[-1] <= 0:
             raise InvalidValueError(
-                f"{len(units):,} sampled rows have only {len(chosen):,} different directions, fewer "
-                f"than the {num_clusters:,} clusters that are asked for. Ask for fewer clusters."
+                f"{len(units):,} sampled rows have only {len(chosen):,} different directions, "
+                f"fewer than the {num_clusters:,} clusters asked for. Ask for fewer clusters."
             )
         # side="right": a row at distance 0, such as a chosen one, is never drawn.
         at = int(np.searchsorted(cumulated, draws[len(chosen)] * cumulated[-1], side="right"))
@@ -292,7 +292,7 @@ def _add_units(rows: Any, scales: Any, chosen: Any, total: Any) -> None:
 
 @njit(cache=True, parallel=True)
 def _mean_directions(rows: Any, scales: Any, grouped: Any, offsets: Any, centers: Any) -> None:
-    """Set each center to the mean direction of its rows; without any, or where they cancel, keep it.
+    """Set each center to the mean direction of its rows; keep it where there is none.
 
     A cluster is worked on by one thread and its rows are added in row order, in float64.
     """

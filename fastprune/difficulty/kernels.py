@@ -106,7 +106,7 @@ def _checked_labels(
     return array.astype(np.int64)
 
 
-def refuse_first_bad_row(features: NDArray[Any], distances: NDArray[np.float32]) -> NoReturn:
+def refuse_first_bad_row(features: NDArray[Any], distances: NDArray[np.floating[Any]]) -> NoReturn:
     """Name the first row with a value that cannot be averaged, or that lies too far away."""
     step = max(1, _SCAN_BYTES // max(1, features[:1].nbytes))
     for start in range(0, len(features), step):

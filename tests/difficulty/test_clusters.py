@@ -101,7 +101,7 @@ def test_duplicates_beyond_the_number_of_clusters_share_one():
 def test_fewer_directions_than_clusters_are_refused():
     # Twice as long is the same direction.
     features = np.concatenate([np.eye(3), 2 * np.eye(3)]).astype(np.float32)
-    with pytest.raises(InvalidValueError, match="only 3 different directions.*fewer clusters"):
+    with pytest.raises(InvalidValueError, match=r"only 3 different directions.*fewer clusters"):
         spherical_kmeans(features, 4)
 
 
@@ -120,21 +120,23 @@ def test_a_cluster_that_loses_its_rows_takes_the_farthest_one(monkeypatch):
 def test_a_row_that_is_not_finite_is_named(value):
     features, _ = blobs()
     features[77, 3] = value
-    with pytest.raises(InvalidValueError, match="row 77 .*position 3"):
+    with pytest.raises(InvalidValueError, match=r"row 77 .*position 3"):
         spherical_kmeans(features, 6)
 
 
 def test_a_row_of_zeros_is_named():
     features, _ = blobs()
     features[5] = 0
-    with pytest.raises(InvalidValueError, match="row 5 are all zero.*feature_layer"):
+    with pytest.raises(InvalidValueError, match=r"row 5 are all zero.*feature_layer"):
         spherical_kmeans(features, 6)
 
 
 @pytest.mark.parametrize("num_clusters", [0, 601])
 def test_more_clusters_than_rows_or_none_are_refused(num_clusters):
     features, _ = blobs()
-    with pytest.raises(InvalidValueError, match=f"from 1 to the number of rows \\(600\\).*{num_clusters}"):
+    with pytest.raises(
+        InvalidValueError, match=f"from 1 to the number of rows \\(600\\).*{num_clusters}"
+    ):
         spherical_kmeans(features, num_clusters)
 
 
