@@ -30,7 +30,8 @@ FROM ${BASE_IMAGE}
 ENV DEBIAN_FRONTEND=noninteractive
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY --from=builder /opt/fastprune/runtime-packages /opt/fastprune/runtime-packages
-# /cache and /workspace take any user: clusters choose the user id themselves.
+# /cache and /workspace take any user: clusters choose the user id themselves. Being sticky, they
+# keep users from each other's files; compiled code goes to a private folder of each in /cache.
 RUN apt-get update \
     && xargs apt-get install -y --no-install-recommends python3 < /opt/fastprune/runtime-packages \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
@@ -38,7 +39,7 @@ RUN apt-get update \
     && install -d -m 1777 /cache /workspace
 COPY --from=builder /opt/fastprune /opt/fastprune
 ENV PATH=/opt/fastprune/bin:$PATH \
-    NUMBA_CACHE_DIR=/cache/numba \
+    NUMBA_CACHE_DIR=/cache \
     TORCH_HOME=/cache/torch \
     HF_HOME=/cache/huggingface \
     MPLCONFIGDIR=/cache/matplotlib

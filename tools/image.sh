@@ -86,7 +86,7 @@ read_only() {
     local path=$1
     shift
     chroot --userspec=23456:23456 "$mounted" env -i \
-        PATH=/opt/fastprune/bin:/usr/bin:/bin NUMBA_CACHE_DIR=/cache/numba "TMPDIR=$path" "$@"
+        PATH=/opt/fastprune/bin:/usr/bin:/bin NUMBA_CACHE_DIR=/cache "TMPDIR=$path" "$@"
 }
 
 expect() {

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastprune.compile_cache import scratch_folders
 from fastprune.doctor.findings import Finding
 from fastprune.errors import FastpruneError
-from fastprune.scratch import scratch_folders
 
 _SIDE = 64
 # Between decoders and filters; a wrong image is tens of levels off.

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastprune.compile_cache import PREFIX
+from fastprune.compile_cache import writable_folder
 from fastprune.cpus import cgroup_folders, cpu_quota, cpus_per_rank, usable_cpus
 from fastprune.doctor.findings import Finding
 
@@ -111,13 +111,13 @@ def check_open_files() -> Finding:
 
 def check_caches() -> Finding:
     """Where compiled code is kept, so that it need not be compiled again."""
-    named = os.environ.get("NUMBA_CACHE_DIR")
-    if named and Path(named).name.startswith(PREFIX):
+    folder = writable_folder()
+    if folder is None:
         return Finding(
             "caches",
             "note",
-            f"no usual cache folder can be written; compiled code is kept in "
-            f"{named} and only as long as this process runs",
-            "To keep it between containers, mount a folder and name it in NUMBA_CACHE_DIR.",
+            "compiled code cannot be kept: each process compiles for some seconds",
+            "Name a folder in NUMBA_CACHE_DIR that you own and that nobody else can write to; in a "
+            "container, mount one.",
         )
-    return Finding("caches", "good", f"compiled code is kept in {named or 'the usual folders'}")
+    return Finding("caches", "good", f"compiled code is kept in {folder}")

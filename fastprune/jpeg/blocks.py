@@ -6,7 +6,6 @@ no coefficient is decoded, and none can change.
 
 import numpy as np
 
-from fastprune.jpeg.codes import DAMAGED, LACKS_ROOM, OK, TRUNCATED, UNSUPPORTED
 from fastprune.jpeg.entropy import skip_block
 from fastprune.jpeg.frame import (
     AC_TABLE,
@@ -19,7 +18,15 @@ from fastprune.jpeg.frame import (
     SCAN,
     WIDTH,
 )
-from fastprune.jpeg.native import inlined, kernel
+from fastprune.jpeg.native import (
+    DAMAGED,
+    LACKS_ROOM,
+    OK,
+    TRUNCATED,
+    UNSUPPORTED,
+    inlined,
+    kernel,
+)
 from fastprune.jpeg.scan import enter_interval, position
 from fastprune.jpeg.stream import load_word, unstuff
 from fastprune.jpeg.workspace import SPEC_BYTES

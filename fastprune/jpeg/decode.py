@@ -2,18 +2,16 @@
 
 import operator
 import threading
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.errors import InvalidValueError, JpegError
-from fastprune.jpeg.codes import BAD_BOX, LACKS_ROOM, MEANINGS, OK, UNSUPPORTED
-from fastprune.jpeg.compiled import cached, source_digest
-from fastprune.jpeg.fallback import decode_whole
+from fastprune.jpeg.fallback import BoxOutsideImageError, decode_whole
 from fastprune.jpeg.frame import HEIGHT, WIDTH
 from fastprune.jpeg.headers import MAX_SIDE, is_jpeg
+from fastprune.jpeg.native import BAD_BOX, LACKS_ROOM, MEANINGS, OK, UNSUPPORTED, entry
 from fastprune.jpeg.view import read_view
 from fastprune.jpeg.workspace import Workspace, make_workspace
 
@@ -91,18 +89,36 @@ def _decoded(
         )
     pixels = np.empty((*size, 3), np.uint8)
     work = _workspace(len(data), box, size)
-    code = _compiled(data, work, np.array(box, np.int64), size[0], size[1], bool(flip), pixels)
+    code = read_box(data, work, np.array(box, np.int64), bool(flip), pixels)
     if code == UNSUPPORTED:
-        view = decode_whole(data.tobytes(), box=box, size=size, flip=flip)
-        if not isinstance(view, tuple):
-            return view
-        raise _outside(box, *view)
+        try:
+            return decode_whole(data.tobytes(), box=box, size=size, flip=flip)
+        except BoxOutsideImageError as error:
+            raise _outside(box, error.height, error.width) from error
     if code == BAD_BOX:
         raise _outside(box, int(work.frame[HEIGHT]), int(work.frame[WIDTH]))
     assert code != LACKS_ROOM
     if code != OK:
         raise JpegError(f"the image cannot be decoded in box {box}: {MEANINGS[code]}")
     return pixels
+
+
+@entry()
+def read_box(data: Any, work: Any, box: Any, flip: Any, pixels: Any) -> Any:
+    """Fill (height, width, 3) pixels with the view of a box; return a code."""
+    output_height, output_width, _ = pixels.shape
+    return read_view(
+        data,
+        work,
+        box[0],
+        box[1],
+        box[2],
+        box[3],
+        output_height,
+        output_width,
+        flip,
+        pixels.reshape(-1),
+    )
 
 
 def _checked(box: Any, size: Any) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
@@ -158,28 +174,3 @@ def _workspace(file_bytes: int, box: tuple[int, int, int, int], size: tuple[int,
         return work
     kept: Workspace = _kept.work
     return kept
-
-
-def compile_entry(digest: int) -> Callable[..., int]:
-    """The decoder's entry from Python, see `source_digest`."""
-
-    def read(data, work, box, output_height, output_width, flip, pixels):  # type: ignore[no-untyped-def]
-        if digest == 0:
-            return UNSUPPORTED
-        return read_view(
-            data,
-            work,
-            box[0],
-            box[1],
-            box[2],
-            box[3],
-            output_height,
-            output_width,
-            flip,
-            pixels.reshape(-1),
-        )
-
-    return cached(read)
-
-
-_compiled = compile_entry(source_digest())

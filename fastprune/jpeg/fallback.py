@@ -8,14 +8,38 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from fastprune.errors import JpegError
+from fastprune.jpeg.native import BAD_BOX, MEANINGS
+
+
+class BoxOutsideImageError(JpegError):
+    """A box reaches beyond its image.
+
+    Attributes:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+    """
+
+    def __init__(self, height: int, width: int):
+        super().__init__(MEANINGS[BAD_BOX])
+        self.height, self.width = height, width
 
 
 def decode_whole(
     jpeg_bytes: bytes, *, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool
-) -> NDArray[np.uint8] | tuple[int, int]:
-    """Decode a whole image, then crop and resize it; its (height, width) if the box is not in it.
+) -> NDArray[np.uint8]:
+    """Decode a whole image, then crop and resize it.
+
+    Args:
+        jpeg_bytes: the whole file.
+        box: (top, left, height, width) in pixels.
+        size: (height, width) of the result in pixels.
+        flip: mirror the result left to right.
+
+    Returns:
+        (height, width, 3) uint8 in [0, 255], RGB.
 
     Raises:
+        BoxOutsideImageError: the box reaches beyond the image.
         JpegError: Pillow cannot decode it; the caller says what to do.
     """
     top, left, height, width = box
@@ -24,9 +48,9 @@ def decode_whole(
         # it. Warnings cannot be silenced in one thread alone.
         with JpegImageFile(io.BytesIO(jpeg_bytes)) as image:
             if top + height > image.height or left + width > image.width:
-                return image.height, image.width
+                raise BoxOutsideImageError(image.height, image.width)
             whole = np.asarray(image.convert("RGB"))
-    except MemoryError:
+    except (MemoryError, BoxOutsideImageError):
         raise  # the file is not to blame
     # What Pillow raises for a damaged file is not bounded: OSError, SyntaxError, ValueError, ...
     except Exception as error:

@@ -3,8 +3,11 @@
 Whatever is unusual is called unsupported here, damage too: a full decoder then has the last word.
 """
 
-from fastprune.jpeg.codes import OK, UNSUPPORTED
-from fastprune.jpeg.native import kernel
+from fastprune.jpeg.native import (
+    OK,
+    UNSUPPORTED,
+    kernel,
+)
 from fastprune.jpeg.workspace import NUM_TABLES, SPEC_BYTES, ZIGZAG
 
 # Items of Workspace.frame. Those of the second and third line are three each, one a component.

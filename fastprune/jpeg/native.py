@@ -1,4 +1,4 @@
-"""How the decoder's stages are compiled, and the little vector IR that some of them emit.
+"""What all stages of the decoder share: status codes, how they are compiled, a little vector IR.
 
 An inner function is compiled without Numba's reference counting, which would otherwise stay in the
 hot loops; so it may allocate nothing and return no array. Stages that LLVM does not vectorize by
@@ -8,6 +8,7 @@ machines without AVX2 and for runs under Numba's bounds checking, which cannot s
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
@@ -15,13 +16,44 @@ from llvmlite import ir
 from numba import njit
 from numba.core import config as numba_settings
 
+from fastprune.compile_cache import cached
+
 BOUNDS_CHECKED = bool(getattr(numba_settings, "BOUNDSCHECK", False))
 VECTORS: bool = not BOUNDS_CHECKED and bool(
     llvmlite.binding.get_host_cpu_features().get("avx2", False)
 )
 
+# What became of a decode, as a number that compiled code can return.
+OK = 0
+UNSUPPORTED = 1
+DAMAGED = 2
+TRUNCATED = 3
+LACKS_ROOM = 4
+BAD_BOX = 5
+OTHER_SIZE = 6
+
+MEANINGS = {
+    UNSUPPORTED: "the view decoder does not know its kind of JPEG",
+    DAMAGED: "its entropy-coded data is damaged",
+    TRUNCATED: "its entropy-coded data ends too early",
+    LACKS_ROOM: "it is larger than the decoder's workspace",
+    BAD_BOX: "the box does not lie inside it",
+    OTHER_SIZE: "its JPEG is not of the size that the beton says",
+}
+
+_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))
+
 kernel: Callable[..., Any] = functools.partial(njit, _nrt=False, error_model="numpy")
 inlined: Callable[..., Any] = functools.partial(kernel, forceinline=True)
+
+
+def entry(*sources: Path) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function that Python calls, from the disk cache where that has it.
+
+    Args:
+        sources: files beyond this folder of which functions or constants are compiled in.
+    """
+    return cached(*_SOURCES, *sources, nogil=True, error_model="numpy")
 
 
 def pointer(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, index: Any) -> Any:

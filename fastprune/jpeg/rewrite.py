@@ -5,7 +5,7 @@ decoder reads the file as before. AC symbols are copied bit for bit. DC values a
 a row begins without a value to differ from, with tables made for the image.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,9 @@ from fastprune.jpeg.blocks import (
     units_of,
     write_rows,
 )
-from fastprune.jpeg.codes import LACKS_ROOM, MEANINGS, OK, UNSUPPORTED
-from fastprune.jpeg.compiled import cached, source_digest
 from fastprune.jpeg.frame import AC_TABLE, COMPONENTS, read_frame
 from fastprune.jpeg.huffman import best_table
+from fastprune.jpeg.native import LACKS_ROOM, MEANINGS, OK, UNSUPPORTED, entry
 from fastprune.jpeg.scan import prepare_tables
 from fastprune.jpeg.workspace import SPEC_BYTES, Workspace, make_workspace
 
@@ -96,37 +95,40 @@ def _blocks(count: int) -> _Blocks:
     return _Blocks(*(np.empty(count, np.int64) for _ in range(3)))
 
 
-def _entries(digest: int):  # type: ignore[no-untyped-def]
-    """Compiled entries, see `source_digest`."""
-
-    def prepare(data, work):  # type: ignore[no-untyped-def]
-        code = read_frame(data, work)
-        return prepare_tables(work) if code == OK and digest != 0 else code
-
-    def units(work):  # type: ignore[no-untyped-def]
-        columns, rows, blocks = units_of(work.frame)
-        return columns, rows, columns * rows * blocks + (digest == 0)
-
-    def find(data, work, values, begins, ends):  # type: ignore[no-untyped-def]
-        return find_blocks(data, work, values, begins, ends) if digest != 0 else UNSUPPORTED
-
-    def count(values, frame, counts):  # type: ignore[no-untyped-def]
-        return count_sizes(values, frame, counts) if digest != 0 else UNSUPPORTED
-
-    def write(work, values, begins, ends, codes, lengths, out):  # type: ignore[no-untyped-def]
-        if digest == 0:
-            return -1
-        return write_rows(work.stream, work.frame, values, begins, ends, codes, lengths, out)
-
-    def compare(work, begins, ends, again, other_begins, other_ends):  # type: ignore[no-untyped-def]
-        if digest == 0:
-            return False
-        return are_same(work.stream, begins, ends, again.stream, other_begins, other_ends)
-
-    return tuple(cached(entry) for entry in (prepare, units, find, count, write, compare))
+@entry()
+def _prepare(data: Any, work: Any) -> Any:
+    code = read_frame(data, work)
+    return prepare_tables(work) if code == OK else code
 
 
-_prepare, _units, _find, _count, _write, _compare = _entries(source_digest())
+@entry()
+def _units(work: Any) -> Any:
+    columns, rows, blocks = units_of(work.frame)
+    return columns, rows, columns * rows * blocks
+
+
+@entry()
+def _find(data: Any, work: Any, values: Any, begins: Any, ends: Any) -> Any:
+    return find_blocks(data, work, values, begins, ends)
+
+
+@entry()
+def _count(values: Any, frame: Any, counts: Any) -> Any:
+    return count_sizes(values, frame, counts)
+
+
+@entry()
+def _write(
+    work: Any, values: Any, begins: Any, ends: Any, codes: Any, lengths: Any, out: Any
+) -> Any:
+    return write_rows(work.stream, work.frame, values, begins, ends, codes, lengths, out)
+
+
+@entry()
+def _compare(
+    work: Any, begins: Any, ends: Any, again: Any, other_begins: Any, other_ends: Any
+) -> Any:
+    return are_same(work.stream, begins, ends, again.stream, other_begins, other_ends)
 
 
 def _scan(work: Workspace, blocks: _Blocks, tables: list[Table], num_bytes: int) -> bytes:

@@ -6,7 +6,6 @@ where restart markers allow it.
 
 import numpy as np
 
-from fastprune.jpeg.codes import DAMAGED, OK, TRUNCATED
 from fastprune.jpeg.entropy import decode_block, skip_block
 from fastprune.jpeg.frame import (
     AC_TABLE,
@@ -23,7 +22,13 @@ from fastprune.jpeg.frame import (
     WIDTH,
 )
 from fastprune.jpeg.idct import inverse_dct_pair
-from fastprune.jpeg.native import inlined, kernel
+from fastprune.jpeg.native import (
+    DAMAGED,
+    OK,
+    TRUNCATED,
+    inlined,
+    kernel,
+)
 from fastprune.jpeg.stream import unstuff
 from fastprune.jpeg.tables import prepare_lookup, prepare_skips
 from fastprune.jpeg.workspace import PAD, PADDED_BLOCK

@@ -5,8 +5,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastprune.jpeg.codes import DAMAGED, LACKS_ROOM, OK, TRUNCATED
 from fastprune.jpeg.native import (
+    DAMAGED,
+    LACKS_ROOM,
+    OK,
+    TRUNCATED,
     VECTORS,
     filled,
     inlined,

@@ -21,8 +21,12 @@ symbol that ends a block counts SKIPPED_BLOCK there.
 
 import numpy as np
 
-from fastprune.jpeg.codes import OK, UNSUPPORTED
-from fastprune.jpeg.native import inlined, kernel
+from fastprune.jpeg.native import (
+    OK,
+    UNSUPPORTED,
+    inlined,
+    kernel,
+)
 from fastprune.jpeg.workspace import (
     LIMIT_ITEMS,
     LOOKUP_BITS,

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from fastprune.jpeg.codes import BAD_BOX, LACKS_ROOM, OK
 from fastprune.jpeg.color import color
 from fastprune.jpeg.frame import (
     ACROSS,
@@ -14,7 +13,13 @@ from fastprune.jpeg.frame import (
     WIDTH,
     read_frame,
 )
-from fastprune.jpeg.native import inlined, kernel
+from fastprune.jpeg.native import (
+    BAD_BOX,
+    LACKS_ROOM,
+    OK,
+    inlined,
+    kernel,
+)
 from fastprune.jpeg.resize import (
     ACROSS_IT,
     DOWN_IT,

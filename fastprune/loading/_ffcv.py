@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton, image_and_label
 from fastprune.errors import JpegError, LoadingError, MissingDependencyError
-from fastprune.jpeg.codes import MEANINGS, OK, UNSUPPORTED
+from fastprune.jpeg.native import MEANINGS, OK, UNSUPPORTED
 from fastprune.loading.advice import Advice
 from fastprune.loading.augment import HEIGHT, WIDTH
 from fastprune.loading.decoding import (
     MOST_KEPT_BYTES,
-    OTHER_SIZE,
     Workspaces,
     decode_jpeg_whole,
     decode_rows,
@@ -279,8 +278,6 @@ class FfcvEngine:
             resize_raw(stored.reshape(*sides, 3), view, image)
         elif code == UNSUPPORTED:
             batch.unknown_kinds.append(decode_jpeg_whole(stored.tobytes(), sides, view, image))
-        elif code == OTHER_SIZE:
-            raise JpegError("its JPEG is not of the size that the beton says")
         else:
             raise JpegError(MEANINGS[code])
 

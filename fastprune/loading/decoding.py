@@ -1,6 +1,5 @@
 """Rows of a beton into pixels, in one thread: by the view decoder, else whole and by Pillow."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,87 +10,90 @@ from PIL import Image
 from fastprune.beton import layout
 from fastprune.beton.layout import JPG
 from fastprune.errors import JpegError
-from fastprune.jpeg.codes import BAD_BOX, LACKS_ROOM, OK, UNSUPPORTED
-from fastprune.jpeg.compiled import cached, source_digest
-from fastprune.jpeg.fallback import decode_whole
+from fastprune.jpeg.fallback import BoxOutsideImageError, decode_whole
 from fastprune.jpeg.frame import HEIGHT as FRAME_HEIGHT
 from fastprune.jpeg.frame import WIDTH as FRAME_WIDTH
 from fastprune.jpeg.headers import read_header
+from fastprune.jpeg.native import (
+    BAD_BOX,
+    LACKS_ROOM,
+    MEANINGS,
+    OK,
+    OTHER_SIZE,
+    UNSUPPORTED,
+    entry,
+)
 from fastprune.jpeg.view import read_view
 from fastprune.jpeg.workspace import Workspace, make_workspace
 from fastprune.loading import augment
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 
-#: A code of our own, beside those of `jpeg.codes`.
-OTHER_SIZE = 100
-_OTHER_SIZE = "its JPEG is not of the size that the beton says"
-
 MOST_KEPT_BYTES = 16 << 20
 
 
-def compile_loop(digest: int) -> Callable[..., None]:
-    """The compiled loop over rows, see `source_digest`."""
-
-    def decode(content, images, codes, views, offsets, sizes, modes, sides, work):  # type: ignore[no-untyped-def]
-        """Fill `images` (n, S, S, 3) with the views of n rows and `codes` (n,) with a code each.
-
-        `sides` (n, 2) are the height and width that the beton says. Raw rows are unsupported.
-        """
-        output = images.shape[1]
-        for i in range(len(codes)):
-            codes[i] = UNSUPPORTED
-            if modes[i] != JPG or digest == 0:
-                continue
-            view = views[i]
-            codes[i] = read_view(
-                content[offsets[i] : offsets[i] + sizes[i]],
-                work,
-                np.int64(view[TOP]),
-                np.int64(view[LEFT]),
-                np.int64(view[HEIGHT]),
-                np.int64(view[WIDTH]),
-                output,
-                output,
-                view[FLIP] != 0,
-                images[i].reshape(-1),
-            )
-            if codes[i] == OK or codes[i] == BAD_BOX or codes[i] == LACKS_ROOM:
-                height, width = work.frame[FRAME_HEIGHT], work.frame[FRAME_WIDTH]
-                if height != sides[i, 0] or width != sides[i, 1]:
-                    codes[i] = OTHER_SIZE
-            if codes[i] == OK:
-                shift(images[i], view)
-
-    return cached(decode)
-
-
-def compile_shift(digest: int) -> Callable[..., None]:
-    """What moves a view, see `source_digest`."""
-
-    def move(image, view):  # type: ignore[no-untyped-def]
-        """Move (S, S, 3) pixels, flipped already, as their view says; what comes in is black."""
-        down, right = view[SHIFT_DOWN], view[SHIFT_RIGHT]
-        if view[FLIP]:
-            right = -right
-        if (down == 0 and right == 0) or digest == 0:
-            return
-        rows, columns, _ = image.shape
-        for i in range(rows):
-            # In place: what a pixel is taken from must not have been overwritten yet.
-            y = rows - 1 - i if down > 0 else i
-            for j in range(columns):
-                x = columns - 1 - j if right > 0 else j
-                inside = 0 <= y - down < rows and 0 <= x - right < columns
-                for channel in range(3):
-                    image[y, x, channel] = image[y - down, x - right, channel] if inside else 0
-
-    return cached(move)
-
-
 # The columns of a view and the modes of a row are compiled in as numbers.
-_SOURCES = source_digest(Path(augment.__file__), Path(layout.__file__))
-shift = compile_shift(_SOURCES)
-decode_rows = compile_loop(_SOURCES)
+_compiled = entry(Path(augment.__file__), Path(layout.__file__), Path(__file__))
+
+
+@_compiled
+def shift(image: Any, view: Any) -> None:
+    """Move (S, S, 3) pixels, flipped already, as their view says; what comes in is black."""
+    down, right = view[SHIFT_DOWN], view[SHIFT_RIGHT]
+    if view[FLIP]:
+        right = -right
+    if down == 0 and right == 0:
+        return
+    rows, columns, _ = image.shape
+    for i in range(rows):
+        # In place: what a pixel is taken from must not have been overwritten yet.
+        y = rows - 1 - i if down > 0 else i
+        for j in range(columns):
+            x = columns - 1 - j if right > 0 else j
+            inside = 0 <= y - down < rows and 0 <= x - right < columns
+            for channel in range(3):
+                image[y, x, channel] = image[y - down, x - right, channel] if inside else 0
+
+
+@_compiled
+def decode_rows(
+    content: Any,
+    images: Any,
+    codes: Any,
+    views: Any,
+    offsets: Any,
+    sizes: Any,
+    modes: Any,
+    sides: Any,
+    work: Any,
+) -> None:
+    """Fill `images` (n, S, S, 3) with the views of n rows and `codes` (n,) with a code each.
+
+    `sides` (n, 2) are the height and width that the beton says. Raw rows are unsupported.
+    """
+    output = images.shape[1]
+    for i in range(len(codes)):
+        codes[i] = UNSUPPORTED
+        if modes[i] != JPG:
+            continue
+        view = views[i]
+        codes[i] = read_view(
+            content[offsets[i] : offsets[i] + sizes[i]],
+            work,
+            np.int64(view[TOP]),
+            np.int64(view[LEFT]),
+            np.int64(view[HEIGHT]),
+            np.int64(view[WIDTH]),
+            output,
+            output,
+            view[FLIP] != 0,
+            images[i].reshape(-1),
+        )
+        if codes[i] == OK or codes[i] == BAD_BOX or codes[i] == LACKS_ROOM:
+            height, width = work.frame[FRAME_HEIGHT], work.frame[FRAME_WIDTH]
+            if height != sides[i, 0] or width != sides[i, 1]:
+                codes[i] = OTHER_SIZE
+        if codes[i] == OK:
+            shift(images[i], view)
 
 
 def decode_jpeg_whole(
@@ -113,12 +115,12 @@ def decode_jpeg_whole(
     """
     header = read_header(jpeg_bytes)
     if (header.height, header.width) != sides:
-        raise JpegError(_OTHER_SIZE)
+        raise JpegError(MEANINGS[OTHER_SIZE])
     box: Any = tuple(view[[TOP, LEFT, HEIGHT, WIDTH]].tolist())
-    pixels = decode_whole(jpeg_bytes, box=box, size=image.shape[:2], flip=bool(view[FLIP]))
-    if isinstance(pixels, tuple):
-        raise JpegError(_OTHER_SIZE)
-    image[:] = pixels
+    try:
+        image[:] = decode_whole(jpeg_bytes, box=box, size=image.shape[:2], flip=bool(view[FLIP]))
+    except BoxOutsideImageError as error:
+        raise JpegError(MEANINGS[OTHER_SIZE]) from error
     shift(image, view)
     if header.process != "baseline":
         return header.process

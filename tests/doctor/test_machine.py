@@ -75,6 +75,12 @@ def test_no_size_of_shared_memory_is_too_small():
     assert check_shared_memory().verdict == "good"
 
 
-def test_a_replaced_cache_folder_is_noted(monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/shm/fastprune-numba-x1")
-    assert "mount a folder and name it in NUMBA_CACHE_DIR" in check_caches().advice
+def test_a_machine_without_a_folder_for_compiled_code_is_noted(monkeypatch):
+    monkeypatch.setattr(machine, "writable_folder", lambda: None)
+    assert "mount one" in check_caches().advice
+
+
+def test_the_folder_of_compiled_code_is_named(tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert str(tmp_path) in check_caches().found

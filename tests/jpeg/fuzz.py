@@ -12,9 +12,8 @@ from collections import Counter
 import numpy as np
 
 from fastprune.errors import JpegError
-from fastprune.jpeg.codes import OK
-from fastprune.jpeg.decode import _compiled
-from fastprune.jpeg.native import kernel
+from fastprune.jpeg.decode import read_box
+from fastprune.jpeg.native import OK, kernel
 from fastprune.jpeg.rewrite import to_restart_rows
 from fastprune.jpeg.workspace import make_workspace
 from tests.jpeg.samples import known_kinds
@@ -88,7 +87,7 @@ def decode(jpeg, box):
     )
     pixels = np.zeros((*_SIZE, 3), np.uint8)
     jpeg = np.frombuffer(jpeg.tobytes(), np.uint8)
-    return _compiled(jpeg, work, np.array(box, np.int64), *_SIZE, False, pixels), pixels
+    return read_box(jpeg, work, np.array(box, np.int64), False, pixels), pixels
 
 
 def damage(jpeg, generator):
