@@ -128,14 +128,22 @@ class LogitReshaper(nn.Module):
 
         Args:
             logits: (B, C) floating.
-            labels: (B,) int64, each in [0, C).
+            labels: (B,) int64, each in [0, C); or (B, C) floating, the share of each class in an
+                image that is mixed of several, whose deviation is the weighted mean of theirs.
 
         Returns:
             (B, C) float32, or float64 for float64 logits.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         std = logits.std(dim=1, keepdim=True)
-        target = self.class_std.to(logits.dtype)[labels].unsqueeze(1)
+        class_std = self.class_std.to(logits.dtype)
+        if labels.ndim == 1:
+            target = class_std[labels].unsqueeze(1)
+        else:
+            # The share of a class without rows goes to the image's other classes; 0 / 0 is NaN.
+            shares = labels.to(logits.dtype) * ~torch.isnan(class_std)
+            mean = (shares @ class_std.nan_to_num()) / shares.sum(dim=1)
+            target = mean.unsqueeze(1)
         # Rounding can leave constant logits a deviation just above zero.
         negligible = logits.abs().amax(dim=1, keepdim=True) * torch.finfo(logits.dtype).eps
         usable = (std > negligible) & ~torch.isnan(target)
