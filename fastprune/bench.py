@@ -21,7 +21,7 @@ from fastprune.loading.loader import Loader
 
 @dataclass(frozen=True)
 class LoaderRate:
-    """How fast one loader went.
+    """The measured rate of one loader.
 
     Attributes:
         name: the loader.
@@ -48,7 +48,7 @@ def bench_loader(
     device: str = "auto",
     rounds: int = 3,
 ) -> list[LoaderRate]:
-    """Measure the loaders that work here on one's own beton and subset.
+    """Measure the loaders that work here on your own beton and subset.
 
     All give uint8 batches of random resized crops with flips, in random order. They take turns,
     an epoch each, after a first epoch that is not counted.
@@ -86,6 +86,7 @@ def bench_loader(
             continue
         loaders[name], first_seconds[name] = loader, time.perf_counter() - started
     rates: dict[str, list[float]] = {name: [] for name in loaders}
+    # In turns: a machine that slows down slows all of them. The first round fills the page cache.
     for number in range(1 + rounds):
         for name, loader in loaders.items():
             rate = _images_per_second(loader)
@@ -100,7 +101,6 @@ def bench_loader(
 def _makers(
     beton: Beton, subset: RowsLike, device: torch.device, settings: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
-    """What makes each loader."""
     rows = rows_of(beton, subset)
     ours = partial(
         Loader,
@@ -125,9 +125,9 @@ def _makers(
 
 
 def _images_per_second(loader: Any) -> float:
-    """The rate of one whole epoch, from the request for its first batch on."""
     started = time.perf_counter()
     num_images = sum(len(batch[0]) for batch in loader)
+    # Copies to the device may still be under way when the last batch is handed out.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return num_images / (time.perf_counter() - started)

@@ -22,7 +22,7 @@ _PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """What runs here: CPU model, usable cores, memory in GB (10⁹ bytes), GPU names."""
+    """Describe the CPU, its usable cores, memory in GB (10⁹ bytes) and GPU names."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -37,7 +37,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that matter, where they are installed."""
+    """Look up the versions of Python and of the packages that matter, where installed."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -48,7 +48,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
-    """The processor's name as Linux tells it."""
+    # platform.processor() is empty, or the architecture, on Linux.
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -23,16 +23,16 @@ def track(
     done: int = 0,
     note: Callable[[], str] | None = None,
 ) -> Iterator[Item]:
-    """Yield the items and show how far the work has come.
+    """Yield the items and show the progress on stderr.
 
     Args:
-        items: what is worked through.
-        description: what the bar is called.
+        items: parts of the work.
+        description: title of the bar.
         total: the number of units in all of the items together.
-        unit: what is counted, such as "images".
+        unit: name of the units, such as "images".
         step: units per item; the last item may hold fewer.
-        done: units that were done before.
-        note: gives further words to show, asked when they are shown.
+        done: units that were done before, by an earlier process.
+        note: returns further words, called whenever they are shown.
 
     Yields:
         The items, unchanged and in order.

@@ -19,7 +19,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 
 
 class _InOrder(click.Group):
-    """A group that lists its commands in the order of the data's way and prints errors plainly."""
+    """A group that lists its commands in the order of the pipeline and prints errors plainly."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order in which they were added."""
@@ -51,7 +51,7 @@ def main(debug: bool) -> None:
     \b
     images --convert--> train.beton --score--> scores --select--> subset --train--> student
     """  # noqa: D301 - click reads \b as "keep these lines"
-    # Other libraries stay quiet: numba and matplotlib tell thousands of lines at DEBUG.
+    # Other libraries stay quiet: numba and matplotlib log thousands of lines at DEBUG.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("fastprune").setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:

@@ -40,7 +40,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--classes-from", type=_FILE, help="Number the classes as in this beton.")
 @click.option("--verify", is_flag=True, help="Decode every image once to find damage in its data.")
 @click.option("--shuffle-rows", type=int, metavar="SEED", help="Put the rows in a random order.")
-@click.option("--resume", is_flag=True, help="Go on with the partial file of an interrupted run.")
+@click.option("--resume", is_flag=True, help="Resume from the partial file of an interrupted run.")
 @click.option("--keep-partial", is_flag=True, help="Leave a partial file when the run fails.")
 def convert(
     images: Path,
@@ -172,7 +172,7 @@ def info(file: Path, as_json: bool) -> None:
 
 
 def _number(value: object) -> str:
-    """Numbers with thousands separators, anything else as it is."""
+    # True is an int to Python.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:,}" if is_number else str(value)
 

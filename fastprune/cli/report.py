@@ -28,7 +28,9 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
 @click.option("--reference", help="Runs: name that ratios are of.  [default: those on all rows]")
 @click.option("--convert-seconds", type=float, help="Runs: count so many seconds of conversion.")
 @click.option(
-    "--score-seconds", type=float, help="Runs: what scoring took, where the subset does not tell."
+    "--score-seconds",
+    type=float,
+    help="Runs: seconds of scoring, where a subset does not record them.",
 )
 @click.option(
     "--beton",
@@ -66,7 +68,7 @@ def report(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 
 
 def _report_runs(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) -> None:
-    """The page about runs."""
+    """Report on runs."""
     from fastprune.report.training import report_runs
 
     runs = report_runs(paths, out, **options)
@@ -75,7 +77,7 @@ def _report_runs(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) ->
 
 
 def _report_scores(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) -> None:
-    """The page about a score table."""
+    """Report on a score table."""
     from fastprune.report.scores import report_scores
 
     if len(paths) > 2 or any(path.is_dir() for path in paths):

@@ -14,7 +14,7 @@ from fastprune.cli import subsets
 def _channels(
     context: click.Context, parameter: click.Parameter, text: str | None
 ) -> tuple[float, ...] | None:
-    """Three numbers with commas between."""
+    """Parse three numbers with commas between."""
     del context, parameter
     if text is None:
         return None
@@ -89,7 +89,9 @@ def _channels(
 @click.option("--compile", "compile_teacher", is_flag=True, help="Use torch.compile.")
 @click.option("--backend", default="auto", help="Engine of the loader: auto, ffcv or dali.")
 @click.option("--workers", type=int, help="Decoding threads.  [default: one per usable CPU]")
-@click.option("--restart", is_flag=True, help="Start anew where an unfinished pass could go on.")
+@click.option(
+    "--restart", is_flag=True, help="Start anew even where an unfinished pass could be resumed."
+)
 @click.option("--keep-features", is_flag=True, help="Leave the features beside the table (.npy).")
 def score(
     beton: Path,
@@ -105,7 +107,7 @@ def score(
 ) -> None:
     """Score every row of BETON by one pass of a teacher.
 
-    A pass that was killed goes on when the command is given again. For several devices or
+    A pass that was killed is resumed by the same command. For several devices or
     machines: torchrun ... -m fastprune score ...
     """
     from fastprune.difficulty.teacher import score
@@ -113,7 +115,7 @@ def score(
     if teacher and teacher_factory:
         raise click.UsageError("give --teacher or --teacher-factory, not both.")
     if teacher_factory:
-        # As `python -m` does: a module in the folder one works in can be named.
+        # As `python -m` does: a module in the working folder can be named.
         sys.path.insert(0, str(Path.cwd()))
     started = time.perf_counter()
     table = score(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _ratios(
     context: click.Context, parameter: click.Parameter, text: str | None
 ) -> tuple[float, ...]:
-    """Numbers with commas between."""
+    """Parse numbers with commas between."""
     del context, parameter
     try:
         return tuple(map(float, text.split(","))) if text else ()
@@ -44,7 +44,7 @@ def _ratios(
 )
 @click.option(
     "--metric",
-    help="What rows are ranked by: a metric of the table, or a blend by rank such as "
+    help="Rank rows by a metric of the table, or a blend by rank such as "
     "centroid:0.5,loss:0.5.  [default: centroid; loss with --compat mdslr]",
 )
 @click.option(
@@ -175,7 +175,7 @@ def export(
 
 
 def _load_scores(path: Path, beton: Path | None) -> "ScoreTable":
-    """A score table, or another tool's scores of a beton."""
+    """Load a score table, or another tool's scores of a beton."""
     from fastprune.artifacts.scores import ScoreTable
 
     if beton is None:
@@ -187,7 +187,7 @@ def _load_scores(path: Path, beton: Path | None) -> "ScoreTable":
 
 
 def _command_line() -> str:
-    """The command as it was typed, for the record."""
+    """Quote the command as it was typed, for the sidecar."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

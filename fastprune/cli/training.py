@@ -20,7 +20,7 @@ import click
     help="Replace a setting of the recipe, or take it away (KEY=); may be given several times.",
 )
 @click.option(
-    "--resume", is_flag=True, help="Go on from the newest checkpoint in the run's folder, if any."
+    "--resume", is_flag=True, help="Resume from the newest checkpoint in the run's folder, if any."
 )
 @click.option(
     "--fixed-iterations",
@@ -64,9 +64,9 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iteratio
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("beton", type=click.Path(path_type=Path))
-@click.option("--network", help="Name of the network, where the checkpoint does not tell.")
+@click.option("--network", help="Name of the network, where the checkpoint does not name it.")
 @click.option(
-    "--image-size", type=int, help="Side of the center crop, where the checkpoint does not tell."
+    "--image-size", type=int, help="Side of the center crop, where the checkpoint does not name it."
 )
 @click.option("--batch-size", default=256, help="Images per step.")
 @click.option("--device", default="auto", help="Device of torch; auto takes CUDA if it is there.")

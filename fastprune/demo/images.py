@@ -9,6 +9,7 @@ from fastprune.beton.sources.folder import EXTENSIONS
 from fastprune.demo.pictures import write_demo_images
 from fastprune.errors import ConversionError
 
+# CIFAR's folders have `test`, ImageNet's `val`.
 _VAL_NAMES = ("val", "validation", "test")
 _VAL_SHARE = 0.1
 _DRAWN_TRAIN_PER_CLASS = 300
@@ -18,7 +19,7 @@ _DRAWN_VAL_PER_CLASS = 100
 def prepare_images(
     images: Path | None, root: Path, *, per_class: int | None, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Give two ImageFolders, one to train on and one to validate on.
+    """Make two ImageFolders, one to train on and one to validate on.
 
     The user's images are linked, not copied. A folder that holds `train` and one of `val`,
     `validation`, `test` is taken as split; else a tenth of every class is held out, of the classes
@@ -47,6 +48,7 @@ def prepare_images(
     val_limit = None if per_class is None else max(per_class // 2, 1)
     given_train, given_val = _given_split(images)
     for name, files in _classes(given_train).items():
+        # Shuffled first, so that what is held out or left out is no run of similar files.
         files = [files[i] for i in generator.permutation(len(files))]
         if given_val is None:
             held_out = max(round(len(files) * _VAL_SHARE), 1)
@@ -66,7 +68,7 @@ def prepare_images(
 
 
 def _given_split(images: Path) -> tuple[Path, Path | None]:
-    """The folder to train on and, where the user's images are split already, to validate on."""
+    """Find the folder to train on and, where the images are split already, to validate on."""
     train = images / "train"
     if not train.is_dir():
         return images, None
@@ -78,7 +80,7 @@ def _given_split(images: Path) -> tuple[Path, Path | None]:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its images, those in folders below it too; every class must have some."""
+    """Map class names to their images, at any depth below; every class must have some."""
     if not folder.is_dir():
         raise ConversionError(f"{folder} is no folder. Name one that holds a folder per class.")
     with os.scandir(folder) as entries:
@@ -102,7 +104,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _link(files: list[Path], source: Path, folder: Path) -> None:
-    """Symbolic links to the files, with the names below `folder` that they have below `source`."""
+    """Link files of `source` into `folder`, with the same names below it."""
     for file in files:
         link = folder / file.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)

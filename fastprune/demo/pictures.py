@@ -1,9 +1,9 @@
 """Procedural pictures for the demo: ten classes, easy and hard ones among them.
 
-A picture is a shape in some colour, size, place and turn before a textured ground. Three pairs of
-classes look alike (circle and egg, square and slab, horizontal and diagonal stripes). How hard a
-picture is varies: contrast sinks, noise rises, and a bar may cover part of the shape. A few
-training pictures carry the wrong label.
+A picture is a shape of random color, size, position and rotation on a textured ground. Three pairs
+of classes look alike (circle and egg, square and slab, horizontal and diagonal stripes). Harder
+pictures have less contrast and more noise, and a bar may cover part of the shape. A few training
+pictures carry the wrong label.
 """
 
 import math
@@ -31,6 +31,7 @@ CLASS_NAMES = (
 WRONG_LABEL_SHARE = 0.03
 
 _SIDE = 64
+# Drawn at twice the side and shrunk: PIL's polygons have hard edges.
 _SUPERSAMPLING = 2
 _JPEG_QUALITY = 92
 
@@ -56,6 +57,7 @@ def write_demo_images(root: Path, *, train_per_class: int, val_per_class: int, s
         for name in CLASS_NAMES:
             (root / split / name).mkdir(parents=True, exist_ok=True)
     for split, label, number in track(jobs, description="draw", total=len(jobs), unit="pictures"):
+        # Every picture has a generator of its own: more of one class changes no other picture.
         generator = np.random.default_rng([seed, split == "val", label, number])
         drawn = label
         if split == "train" and generator.random() < WRONG_LABEL_SHARE:
@@ -65,32 +67,35 @@ def write_demo_images(root: Path, *, train_per_class: int, val_per_class: int, s
 
 
 def draw_picture(label: int, generator: np.random.Generator) -> Image.Image:
-    """One 64×64 RGB picture of a class; how hard it is comes from the generator."""
+    """Draw one 64×64 RGB picture of a class; the generator decides how hard it is."""
+    # Most pictures are easy, some hard: the mean of this distribution is 0.375.
     hardness = generator.beta(1.2, 2.0)
     side = _SIDE * _SUPERSAMPLING
     ground = _texture(generator, side)
     tone = generator.uniform(0, 1, 3)
     contrast = 0.75 - 0.5 * hardness
+    # The ink moves away from the ground's tone, toward whichever end has room.
     ink = tone + contrast * np.where(tone > 0.5, -1.0, 1.0)
     shape = _mask(CLASS_NAMES[label], generator, side)[..., None]
     pixels = (tone + 0.35 * (ground - 0.5)) * (1 - shape) + ink * shape
     picture = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
     if generator.random() < hardness:
         _cover(picture, generator)
+    # Noise comes after the shrinking, which would average it away.
     picture = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX)
     noise = generator.normal(0, 4 + 40 * hardness, (_SIDE, _SIDE, 3))
     return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
 
 
 def _texture(generator: np.random.Generator, side: int) -> NDArray[np.float64]:
-    """Smooth random blobs, (side, side, 3) in [0, 1]."""
+    """Draw smooth random blobs, (side, side, 3) in [0, 1]."""
     coarse = generator.integers(0, 256, (6, 6, 3)).astype(np.uint8)
     smooth = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(smooth, dtype=np.float64) / 255
 
 
 def _cover(picture: Image.Image, generator: np.random.Generator) -> None:
-    """Draw a bar of one colour across the picture."""
+    """Draw a bar of one color across the picture."""
     side = picture.width
     x, y = generator.uniform(0.25, 0.75, 2) * side
     angle = generator.uniform(0, math.pi)
@@ -101,7 +106,7 @@ def _cover(picture: Image.Image, generator: np.random.Generator) -> None:
 
 
 def _mask(name: str, generator: np.random.Generator, side: int) -> NDArray[np.float64]:
-    """Where the shape of a class is: (side, side), 1 inside and 0 outside."""
+    """Draw the shape of a class: (side, side), 1 inside and 0 outside."""
     radius = side * generator.uniform(0.2, 0.38)
     center = side / 2 + generator.uniform(-0.12, 0.12, 2) * side
     turn = generator.uniform(0, 2 * math.pi)
@@ -111,12 +116,12 @@ def _mask(name: str, generator: np.random.Generator, side: int) -> NDArray[np.fl
         _draw_stripes(draw, center, radius, _STRIPES[name] + generator.normal(0, 0.08))
     else:
         for points, fill in _OUTLINES[name]():
-            draw.polygon(_place(points, center, radius, turn), fill=fill)
+            draw.polygon(_transformed(points, center, radius, turn), fill=fill)
     return np.asarray(image, dtype=np.float64) / 255
 
 
-def _place(points: Points, center: NDArray[np.float64], radius: float, turn: float) -> Points:
-    """Turn, scale and move an outline that stands in the unit circle."""
+def _transformed(points: Points, center: NDArray[np.float64], radius: float, turn: float) -> Points:
+    """Rotate, scale and move an outline given in the unit circle."""
     cosine, sine = math.cos(turn), math.sin(turn)
     return [
         (
@@ -130,10 +135,10 @@ def _place(points: Points, center: NDArray[np.float64], radius: float, turn: flo
 def _draw_stripes(
     draw: ImageDraw.ImageDraw, center: NDArray[np.float64], radius: float, angle: float
 ) -> None:
-    """Three parallel bars at an angle to the horizontal."""
+    """Draw three parallel bars at an angle to the horizontal."""
     for offset in (-0.75, 0.0, 0.75):
         bar = [(-1.0, offset - 0.2), (1.0, offset - 0.2), (1.0, offset + 0.2), (-1.0, offset + 0.2)]
-        draw.polygon(_place(bar, center, radius, angle), fill=255)
+        draw.polygon(_transformed(bar, center, radius, angle), fill=255)
 
 
 def _ellipse(width: float, height: float) -> Points:

@@ -1,33 +1,88 @@
-"""What the demo found: a table, result.json and report.png."""
+"""The demo's results: a table on the terminal, result.json and report.png."""
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from rich.table import Table
 
-from fastprune.artifacts.atomic import write_text
+from fastprune.artifacts.atomic import atomic_path, write_text
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
 from fastprune.distillation.result import Result
 from fastprune.environment import describe_machine, describe_versions
-from fastprune.report.comparison import KeptPicture, RunPicture, Sample, draw_comparison
 
 _SAMPLES_PER_LINE = 10
+_COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
+_GRAY = "#bbbbbb"
+
+
+@dataclass(frozen=True)
+class RunPicture:
+    """A run in the picture.
+
+    Attributes:
+        name: legend entry.
+        curve: one dict per validation, with train_seconds and top1 in [0, 1].
+        score_seconds: spent on scoring and selecting before the run began.
+        train_seconds: spent in epochs.
+        other_seconds: start-up and validation.
+    """
+
+    name: str
+    curve: Sequence[Mapping[str, float]]
+    score_seconds: float
+    train_seconds: float
+    other_seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image worth a look.
+
+    Attributes:
+        pixels: (H, W, 3) uint8.
+        label: name of the class that the row is labelled with.
+        score: its difficulty.
+    """
+
+    pixels: NDArray[np.uint8]
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class KeptPicture:
+    """A selection in the picture.
+
+    Attributes:
+        metric: name of the difficulty.
+        scores: (N,) difficulty of every row.
+        kept: (K,) rows that were kept.
+        samples: caption -> images to show in a line.
+    """
+
+    metric: str
+    scores: NDArray[np.float32]
+    kept: NDArray[np.int64]
+    samples: Mapping[str, Sequence[Sample]]
 
 
 @dataclass(frozen=True)
 class StudentRun:
-    """A student and what was paid before its training could begin.
+    """A student, and the cost before its training could begin.
 
     Attributes:
         name: "full", "medium" or "random".
-        result: what its training cost and reached.
+        result: cost and accuracy of its training.
         score_seconds: spent on the teacher's pass and the selection; 0 for "full", which needs
             neither.
     """
@@ -38,13 +93,13 @@ class StudentRun:
 
     @property
     def paid_seconds(self) -> float:
-        """Scoring and training, what the ratio to full compares."""
+        """Scoring and training, which the ratio to full compares."""
         return self.score_seconds + self.result.train_seconds
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo found.
+    """Everything the demo measured.
 
     Attributes:
         runs: the students; of every seed a full, a medium and a random one.
@@ -61,13 +116,13 @@ class DemoResult:
     step_seconds: dict[str, float]
 
     def ratio_to_full(self, run: StudentRun) -> float:
-        """Scoring and training of a run over those of the full run with the same seed."""
+        """Divide a run's scoring and training by the full run's with the same seed."""
         seed = run.result.seed
         full = next(r for r in self.runs if r.name == "full" and r.result.seed == seed)
         return run.paid_seconds / full.paid_seconds
 
     def save(self, folder: Path) -> None:
-        """Write report.png and, last, result.json."""
+        """Write report.png and, last, result.json: where it is, everything is."""
         assert self.kept.metric is not None, "the subset was selected here"
         draw_comparison(
             folder / "report.png",
@@ -98,7 +153,6 @@ class DemoResult:
         write_text(folder / "result.json", json.dumps(fields, indent=2) + "\n")
 
     def _fields(self, run: StudentRun) -> dict[str, Any]:
-        """One entry of `runs` in result.json."""
         result = run.result
         return {
             "name": run.name,
@@ -117,7 +171,7 @@ class DemoResult:
 
 
 def result_table(result: DemoResult) -> Table:
-    """The runs side by side, one line per kind; over several seeds mean ± standard deviation."""
+    """Lay the runs side by side, one line per kind; over several seeds mean ± sd."""
     seeds = len({run.result.seed for run in result.runs})
     table = Table(caption=f"mean of {seeds} seeds ± sd" if seeds > 1 else None)
     table.add_column("run")
@@ -155,7 +209,7 @@ def _mean(values: list[float], digits: int) -> str:
 
 
 def sample_rows(scores: NDArray[np.float32], kept: NDArray[np.int64]) -> dict[str, list[int]]:
-    """Rows worth a look: the easiest and hardest of all, and an even walk through the kept ones.
+    """Choose rows worth a look: the easiest and hardest, and an even walk through the kept ones.
 
     Args:
         scores: (N,) difficulty of every row.
@@ -164,6 +218,7 @@ def sample_rows(scores: NDArray[np.float32], kept: NDArray[np.int64]) -> dict[st
     Returns:
         Caption -> at most ten rows.
     """
+    # Ties break by row, as in a selection.
     order = np.argsort(scores, kind="stable")
     kept_order = kept[np.argsort(scores[kept], kind="stable")]
     steps = np.linspace(0, len(kept) - 1, min(_SAMPLES_PER_LINE, len(kept))).round().astype(int)
@@ -172,3 +227,98 @@ def sample_rows(scores: NDArray[np.float32], kept: NDArray[np.int64]) -> dict[st
         "kept": kept_order[steps].tolist(),
         "hardest": order[::-1][:_SAMPLES_PER_LINE].tolist(),
     }
+
+
+def draw_comparison(path: str | Path, runs: Sequence[RunPicture], kept: KeptPicture) -> None:
+    """Draw accuracy over time, seconds by use, the kept window, and sample pictures as a PNG.
+
+    Args:
+        path: the PNG to write.
+        runs: at least one; repeated names share a color.
+        kept: the selection that the runs are about.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 1)
+    charts: SubFigure = figure.add_subfigure(grid[0])
+    sheet: SubFigure = figure.add_subfigure(grid[1])
+    accuracy, seconds, histogram = charts.subplots(1, 3)
+    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(_names(runs))}
+    _draw_accuracy(accuracy, runs, colors)
+    _draw_seconds(seconds, runs, colors)
+    _draw_histogram(histogram, kept)
+    _draw_samples(sheet, kept)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _names(runs: Sequence[RunPicture]) -> list[str]:
+    return list(dict.fromkeys(run.name for run in runs))
+
+
+def _draw_accuracy(axes: Axes, runs: Sequence[RunPicture], colors: Mapping[str, str]) -> None:
+    labelled = set()  # several seeds are one entry of the legend
+    for run in runs:
+        seconds = [run.score_seconds + point["train_seconds"] for point in run.curve]
+        label = None if run.name in labelled else run.name
+        labelled.add(run.name)
+        top1 = [100 * point["top1"] for point in run.curve]
+        axes.plot(seconds, top1, marker=".", color=colors[run.name], label=label)
+    axes.set_xlabel("seconds of scoring and training")
+    axes.set_ylabel("top-1 on the validation set, %")
+    axes.set_title("Accuracy over time")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_seconds(axes: Axes, runs: Sequence[RunPicture], colors: Mapping[str, str]) -> None:
+    names = _names(runs)
+    parts = {
+        "training": [np.mean([r.train_seconds for r in runs if r.name == n]) for n in names],
+        "scoring": [np.mean([r.score_seconds for r in runs if r.name == n]) for n in names],
+        "start-up, validation": [
+            np.mean([r.other_seconds for r in runs if r.name == n]) for n in names
+        ],
+    }
+    bottom = np.zeros(len(names))
+    styles: list[dict[str, Any]] = [
+        {"color": [colors[name] for name in names]},
+        {"color": [colors[name] for name in names], "hatch": "//", "edgecolor": "white"},
+        {"color": _GRAY},
+    ]
+    for (label, values), style in zip(parts.items(), styles, strict=True):
+        axes.bar(names, values, bottom=bottom, label=label, **style)
+        bottom += np.array(values)
+    axes.set_ylabel("seconds")
+    axes.set_title("What it cost")
+    axes.legend()
+
+
+def _draw_histogram(axes: Axes, kept: KeptPicture) -> None:
+    bins = np.histogram_bin_edges(kept.scores, bins=50).tolist()
+    axes.hist(kept.scores, bins=bins, color=_GRAY, label="all rows")
+    axes.hist(kept.scores[kept.kept], bins=bins, color=_COLORS[1], label="kept")
+    axes.set_xlabel(f"{kept.metric}, larger is harder")
+    axes.set_ylabel("rows")
+    axes.set_title("What was kept")
+    axes.legend()
+
+
+def _draw_samples(sheet: SubFigure, kept: KeptPicture) -> None:
+    columns = max(len(pictures) for pictures in kept.samples.values())
+    grid = sheet.subplots(len(kept.samples), columns, squeeze=False)
+    for row, (caption, pictures) in enumerate(kept.samples.items()):
+        for column in range(columns):
+            axes = grid[row, column]
+            axes.axis("off")
+            if column < len(pictures):
+                sample = pictures[column]
+                axes.imshow(sample.pixels)
+                # A class name may hold dollar signs; it is no formula.
+                axes.set_title(f"{sample.label}\n{sample.score:.3g}", fontsize=7, parse_math=False)
+        grid[row, 0].text(
+            -0.15, 0.5, caption, transform=grid[row, 0].transAxes, ha="right", va="center"
+        )

@@ -1,6 +1,5 @@
 """The stations in order: convert, teacher, score, select, and three kinds of students."""
 
-import io
 import logging
 import shutil
 import time
@@ -11,25 +10,26 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fastprune.artifacts.atomic import exclusive
-from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.reader import open_beton
 from fastprune.beton.writer import convert
 from fastprune.demo.images import prepare_images
-from fastprune.demo.summary import DemoResult, StudentRun, sample_rows
+from fastprune.demo.summary import DemoResult, Sample, StudentRun, sample_rows
 from fastprune.difficulty.teacher import score
 from fastprune.distillation.trainer import distill
 from fastprune.errors import InvalidValueError
 from fastprune.networks import build_network
 from fastprune.recipe import Recipe, make_recipe
-from fastprune.report.comparison import Sample
+from fastprune.report.score_pictures import read_image
 from fastprune.selection.subsets import make_subset
 
 logger = logging.getLogger(__name__)
 
 _METRIC = "centroid"
+# Random is the baseline that every claim is held against.
 _STRATEGIES = ("medium", "random")
+# Small, so that a few thousand images still give hundreds of steps.
 _BATCH_SIZE = 32
 
 # A folder is only cleared where this file says that a demo wrote it, and only of these names.
@@ -46,7 +46,7 @@ _WRITTEN = (
     *(f"{name}.beton{suffix}" for name in ("train", "val") for suffix in _BETON_SUFFIXES),
     "teacher",
     "scores.parquet",
-    "scores.parquet.partial",  # a pass that went on where an earlier one was would look too cheap
+    "scores.parquet.partial",  # a resumed pass would look too cheap
     "medium.npy",
     "medium.json",
     "random.npy",
@@ -55,12 +55,13 @@ _WRITTEN = (
     "report.png",
     "result.json",
 )
+# Keeps the demo within minutes on two cores, whatever the user's images are.
 _LARGEST_VIEW = 48
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo is run with.
+    """The demo's settings.
 
     Attributes:
         images: ImageFolder to use; None draws pictures.
@@ -93,10 +94,10 @@ def run_demo(settings: DemoSettings) -> DemoResult:
     """Walk the whole way and write it all into a folder.
 
     Args:
-        settings: what to run it with.
+        settings: images, networks, epochs, folder.
 
     Returns:
-        What every student cost and reached; the same as in result.json.
+        Cost and accuracy of every student; the same as in result.json.
 
     Raises:
         FastpruneError: the images, the settings or the disk do not allow it; the text says why.
@@ -110,9 +111,21 @@ def run_demo(settings: DemoSettings) -> DemoResult:
             convert(folders[0], train)
             convert(folders[1], val)
         _require_enough(train, settings.keep)
-        image_size = settings.image_size or _view_side(train)
+        beton = open_beton(train)
+        sides = np.minimum(beton.widths, beton.heights)
+        image_size = settings.image_size or int(min(np.median(sides), _LARGEST_VIEW))
         with _timed("teacher", steps):
-            checkpoint = settings.teacher_checkpoint or _train_teacher(settings, image_size)
+            checkpoint = settings.teacher_checkpoint
+            if checkpoint is None:
+                recipe = _recipe(
+                    settings,
+                    image_size,
+                    network=settings.teacher,
+                    epochs=settings.teacher_epochs,
+                    run={"out": out / "teacher", "seed": 0},
+                    loss={"label_smoothing": 0.05},
+                )
+                checkpoint = distill(recipe).student
         with _timed("score", steps):
             table = score(
                 train,
@@ -129,7 +142,7 @@ def run_demo(settings: DemoSettings) -> DemoResult:
             for name, subset in subsets.items():
                 subset.save(out / f"{name}.npy")
         result = DemoResult(
-            runs=_distil_students(settings, image_size, checkpoint, steps),
+            runs=_distill_students(settings, image_size, checkpoint, steps),
             table=table,
             kept=subsets["medium"],
             samples=_samples(train, table.metric(_METRIC), subsets["medium"].rows),
@@ -139,17 +152,27 @@ def run_demo(settings: DemoSettings) -> DemoResult:
     return result
 
 
-def _distil_students(
+def _distill_students(
     settings: DemoSettings, image_size: int, checkpoint: Path, steps: dict[str, float]
 ) -> list[StudentRun]:
-    """Of every seed a student on all rows and one on each subset."""
+    """Train, for every seed, a student on all rows plainly, and on each subset with reshaping."""
     scoring_seconds = steps["score"] + steps["select"]
     runs = []
     for seed in range(settings.seeds):
         for name in ("full", *_STRATEGIES):
-            with _timed(f"distil {name}, seed {seed}", steps):
-                recipe = _student_recipe(settings, image_size, checkpoint, name, seed)
-                paid = 0.0 if name == "full" else scoring_seconds
+            with _timed(f"distill {name}, seed {seed}", steps):
+                is_pruned = name != "full"
+                recipe = _recipe(
+                    settings,
+                    image_size,
+                    network=settings.student,
+                    epochs=settings.epochs,
+                    run={"out": settings.out / "runs" / f"{name}-{seed}", "seed": seed},
+                    teacher={"network": settings.teacher, "checkpoint": checkpoint},
+                    loss={"reshaping": "class_std" if is_pruned else "none"},
+                    subset=settings.out / f"{name}.npy" if is_pruned else None,
+                )
+                paid = scoring_seconds if is_pruned else 0.0
                 runs.append(StudentRun(name, distill(recipe), score_seconds=paid))
     return runs
 
@@ -168,7 +191,7 @@ def _check(settings: DemoSettings) -> None:
 
 
 def _check_places(settings: DemoSettings) -> None:
-    """Refuse what is not there, or would be cleared away with an earlier demo."""
+    """Refuse paths that do not exist, or would be cleared away with an earlier demo."""
     out, images, checkpoint = settings.out.resolve(), settings.images, settings.teacher_checkpoint
     if checkpoint is not None and not checkpoint.is_file():
         raise InvalidValueError(f"teacher checkpoint {checkpoint} does not exist.")
@@ -182,6 +205,7 @@ def _check_places(settings: DemoSettings) -> None:
                 f"{what} {path} lies in the folder that the demo replaces. Name another --out, or "
                 f"copy the {what} away first."
             )
+    # With train/ in it, the folder's other children are no classes.
     if images is None or (images / "train").is_dir():
         return
     if out.parent == images.resolve():
@@ -192,7 +216,7 @@ def _check_places(settings: DemoSettings) -> None:
 
 @contextmanager
 def _cleared_folder(out: Path) -> Iterator[Path]:
-    """The demo's folder without what an earlier demo left, held against other processes."""
+    """Remove an earlier demo from the folder, and lock it against other processes."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -210,7 +234,7 @@ def _cleared_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _timed(name: str, steps: dict[str, float]) -> Iterator[None]:
-    """Say which step begins, and keep how long it took."""
+    """Log that a step begins, and record how long it took."""
     logger.info("%s ...", name)
     started = time.perf_counter()
     yield
@@ -218,7 +242,7 @@ def _timed(name: str, steps: dict[str, float]) -> Iterator[None]:
 
 
 def _require_enough(train: Path, keep: float) -> None:
-    """Refuse images that would only fail when minutes were spent on a teacher."""
+    """Refuse images that would only fail after minutes of teacher training."""
     beton = open_beton(train)
     if beton.num_classes < 2:
         raise InvalidValueError("the images have one class; a teacher needs at least two.")
@@ -231,43 +255,6 @@ def _require_enough(train: Path, keep: float) -> None:
         )
 
 
-def _view_side(train: Path) -> int:
-    """The median of the images' shorter sides, at most 48."""
-    beton = open_beton(train)
-    sides = np.minimum(beton.widths, beton.heights)
-    return int(min(np.median(sides), _LARGEST_VIEW))
-
-
-def _train_teacher(settings: DemoSettings, image_size: int) -> Path:
-    """Train the teacher on all rows and labels; give its weights."""
-    recipe = _recipe(
-        settings,
-        image_size,
-        network=settings.teacher,
-        epochs=settings.teacher_epochs,
-        run={"out": settings.out / "teacher", "seed": 0},
-        loss={"label_smoothing": 0.05},
-    )
-    return distill(recipe).student
-
-
-def _student_recipe(
-    settings: DemoSettings, image_size: int, checkpoint: Path, name: str, seed: int
-) -> Recipe:
-    """Plain distillation on all rows, or distillation with reshaping on a subset."""
-    pruned = name != "full"
-    return _recipe(
-        settings,
-        image_size,
-        network=settings.student,
-        epochs=settings.epochs,
-        run={"out": settings.out / "runs" / f"{name}-{seed}", "seed": seed},
-        teacher={"network": settings.teacher, "checkpoint": checkpoint},
-        loss={"reshaping": "class_std" if pruned else "none"},
-        subset=settings.out / f"{name}.npy" if pruned else None,
-    )
-
-
 def _recipe(
     settings: DemoSettings,
     image_size: int,
@@ -277,7 +264,7 @@ def _recipe(
     subset: Path | None = None,
     **sections: dict[str, object],
 ) -> Recipe:
-    """What teacher and students have in common."""
+    """Fill in the settings that teacher and students share."""
     return make_recipe(
         {
             "data": {
@@ -303,25 +290,14 @@ def _recipe(
 def _samples(
     train: Path, scores: NDArray[np.float32], kept: NDArray[np.int64]
 ) -> dict[str, list[Sample]]:
-    """Pictures of the easiest, some kept and the hardest rows, with their scores."""
+    """Read pictures of the easiest, some kept and the hardest rows."""
     beton = open_beton(train)
-    return {
-        caption: [
-            Sample(_thumbnail(beton, row), _class_name(beton, row), float(scores[row]))
-            for row in rows
-        ]
-        for caption, rows in sample_rows(scores, kept).items()
-    }
+    names = beton.class_names
 
+    def sample(row: int) -> Sample:
+        image = read_image(beton, row)
+        image.thumbnail((_LARGEST_VIEW, _LARGEST_VIEW))
+        label = int(beton.labels[row])
+        return Sample(np.asarray(image), names[label] if names else str(label), float(scores[row]))
 
-def _class_name(beton: Beton, row: int) -> str:
-    """The name of the class that a row is labelled with."""
-    label = int(beton.labels[row])
-    return beton.class_names[label] if beton.class_names else str(label)
-
-
-def _thumbnail(beton: Beton, row: int) -> NDArray[np.uint8]:
-    """A row's image, at most 48 pixels high and wide."""
-    image = Image.open(io.BytesIO(bytes(beton.image_bytes(row)))).convert("RGB")
-    image.thumbnail((_LARGEST_VIEW, _LARGEST_VIEW))
-    return np.asarray(image)
+    return {caption: list(map(sample, rows)) for caption, rows in sample_rows(scores, kept).items()}

@@ -1,4 +1,4 @@
-"""A batch through the teacher: features, and what its logits say of each row."""
+"""A batch through the teacher: features, and the metrics of its logits."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from fastprune.errors import InvalidValueError
 from fastprune.networks import FeatureNetwork
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# What is known of a row from its logits, as columns of one tensor.
+# One float64 tensor carries all of them through a gather: rows beyond 2**53 do not occur.
 COLUMNS = (*LOGIT_METRICS, "prediction", "row")
 
 
@@ -23,7 +23,7 @@ class Forward:
 
     Attributes:
         network: maps images to (features (B, D), logits (B, C)).
-        device: where it is.
+        device: of the network's weights.
         dtype: of its arithmetic: float32, or bfloat16 under autocast.
         width: D.
     """
@@ -48,19 +48,16 @@ class Forward:
         """
         features, metrics, probabilities = [], [], []
         for images, labels, rows in views:
-            seen, logits = self._look(images)
-            _refuse_bad_rows(seen, logits, rows)
-            features.append(seen)
-            metrics.append(logit_metrics(logits, labels, seen))
+            hidden, logits = (
+                part.float() for part in run_network(self.network, images, self.dtype)
+            )
+            _refuse_bad_rows(hidden, logits, rows)
+            features.append(hidden)
+            metrics.append(logit_metrics(logits, labels, hidden))
             probabilities.append(logits.softmax(dim=1))
         columns = [_mean([m[name] for m in metrics]) for name in LOGIT_METRICS]
         columns += [_mean(probabilities).argmax(dim=1).double(), rows.double()]
         return _mean(features).cpu(), torch.stack(columns, dim=1).cpu()
-
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits of one view, float32."""
-        features, logits = run_network(self.network, images, self.dtype)
-        return features.float(), logits.float()
 
 
 @contextmanager
@@ -76,17 +73,24 @@ def ready_forward(
 ) -> Iterator[Forward]:
     """Put a network on the device in eval mode, hook its features, and try it on one image.
 
-    The hook is taken off at the end, and every module is in the mode it was in.
+    On leaving, the hook is removed and every module gets its mode back.
 
     Raises:
         InvalidValueError: the network gives another number of logits than C, its features are not
             found, or there is no such precision.
     """
-    dtype = _chosen_dtype(precision, device)
+    if precision not in PRECISIONS:
+        raise InvalidValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}.")
+    # Only CUDA devices are asked: torch emulates bfloat16 on CPUs that do not have it.
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    is_half = precision == "bfloat16" or (precision == "auto" and has_bfloat16)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    # The caller's network is borrowed: it must not come back in eval mode.
     modes = [(module, module.training) for module in network.modules()]
     network.to(device).to(memory_format=torch.channels_last).eval()
     try:
         with FeatureNetwork(network, num_classes=num_classes, feature_layer=feature_layer) as tap:
+            # One image shows the widths and finds a hook that does not fire, before hours of work.
             image = torch.zeros(1, 3, image_size, image_size, device=device)
             features, logits = run_network(tap, image, dtype)
             if logits.ndim != 2 or logits.shape[1] != num_classes:
@@ -104,29 +108,17 @@ def ready_forward(
 
 @torch.inference_mode()
 def run_network(network: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Features and logits, under autocast where the dtype is not float32."""
+    """Run a batch, under autocast where the dtype is not float32: (features, logits)."""
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
         features, logits = network(images)
     return features, logits
 
 
-def _chosen_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the teacher computes in."""
-    if precision not in PRECISIONS:
-        raise InvalidValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}.")
-    if precision == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
 def _mean(views: list[Tensor]) -> Tensor:
-    """The mean over the views."""
     return torch.stack(views).mean(dim=0)
 
 
 def _refuse_bad_rows(features: Tensor, logits: Tensor, rows: Tensor) -> None:
-    """Name the first row of the batch with a feature or a logit that is not finite."""
     is_bad = ~(features.isfinite().all(dim=1) & logits.isfinite().all(dim=1))
     if is_bad.any():
         row = int(rows[is_bad].min())

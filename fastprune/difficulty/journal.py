@@ -1,4 +1,4 @@
-"""An unfinished pass on disk: what is known of the rows so far, so that a killed pass goes on."""
+"""An unfinished pass on disk, from which a killed pass resumes."""
 
 import fcntl
 import json
@@ -18,8 +18,10 @@ from fastprune.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 
+# Metrics stay float64 until the table is made: class std is a mean over many rows.
 ROW_DTYPE = np.dtype([*((name, "<f8") for name in LOGIT_METRICS), ("prediction", "<i8")])
 _LARGEST_HALF = float(np.finfo(np.float16).max)
+# Large enough for the disk, small beside the memory of a machine that scores.
 _COPY_BYTES = 64 * 2**20
 
 
@@ -30,7 +32,7 @@ class PassJournal:
     cache, not to this process. Use it as a context manager; leaving it commits what is done.
 
     Attributes:
-        folder: where the files are.
+        folder: path of the files.
         rows_done: rows 0 .. rows_done - 1 are on disk.
     """
 
@@ -43,13 +45,13 @@ class PassJournal:
         resume: bool,
         started: float | None = None,
     ):
-        """Go on with a pass of the same identity, or start one.
+        """Resume a pass of the same identity, or start one.
 
         Args:
             out_path: the score table that the pass will write.
             num_rows: N.
-            identity: what decides the result: images, teacher, view. JSON values.
-            resume: False to start anew whatever is there.
+            identity: images, teacher and view, which decide the result. JSON values.
+            resume: False to start anew even where a pass could be resumed.
             started: when this process began on the pass, by `time.monotonic`; None for now.
 
         Raises:
@@ -73,12 +75,12 @@ class PassJournal:
                 "folder that exists and may be written."
             ) from error
         self._take_lock()
-        if not (resume and self._go_on()):
+        if not (resume and self._resume()):
             self._start()
 
     @property
     def seconds(self) -> float:
-        """Spent on the pass: by this process, and by those before it up to their last commit."""
+        """Seconds of the pass: of this process, and of earlier ones up to their last commit."""
         return self._earlier_seconds + time.monotonic() - self._started
 
     @property
@@ -109,12 +111,13 @@ class PassJournal:
         self.rows_done = stop
 
     def commit(self, *, older_than_seconds: float = 0.0) -> None:
-        """Put what is done on disk, unless that was done so many seconds ago or less."""
+        """Flush finished rows to disk, unless the last commit is younger than this."""
         if time.monotonic() - self._committed_at < older_than_seconds:
             return
         if self._features is not None:
             self._features.flush()
             self._rows.flush()
+        # The data reaches the disk before the count that vouches for it.
         state = {
             "identity": self._identity,
             "rows_done": self.rows_done,
@@ -135,7 +138,7 @@ class PassJournal:
         shutil.rmtree(self.folder)
 
     def close(self) -> None:
-        """Commit what is done and let go of the folder."""
+        """Commit finished rows and release the folder."""
         if self.folder.exists():
             self.commit()
         os.close(self._lock)
@@ -159,8 +162,8 @@ class PassJournal:
         except OSError:
             logger.debug("%s: the file system has no locks", self.folder)
 
-    def _go_on(self) -> bool:
-        """Open the files of a pass of this identity, if they are there."""
+    def _resume(self) -> bool:
+        """Open the files of an earlier pass; False where its identity differs or a file is gone."""
         try:
             state = json.loads((self.folder / "pass.json").read_text())
             if state["identity"] != self._identity:
@@ -174,22 +177,21 @@ class PassJournal:
             self.rows_done = state["rows_done"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        logger.info("going on after %s of %s rows", f"{self.rows_done:,}", f"{self._num_rows:,}")
+        logger.info("resuming after %s of %s rows", f"{self.rows_done:,}", f"{self._num_rows:,}")
         return True
 
     def _start(self) -> None:
-        """Make empty files; what a pass left here before is deleted."""
+        """Make empty files in place of an earlier pass's."""
         for name in ("pass.json", "rows.npy", "features-float16.npy", "features-float32.npy"):
             (self.folder / name).unlink(missing_ok=True)
         self._rows = _make_map(self.folder / "rows.npy", ROW_DTYPE, (self._num_rows,))
 
     def _make_features(self, width: int, dtype: type[np.floating[Any]]) -> None:
-        """The file for the features."""
         self._features_path = self.folder / f"features-{np.dtype(dtype)}.npy"
         self._features = _make_map(self._features_path, dtype, (self._num_rows, width))
 
     def _widen_features(self) -> None:
-        """Copy the features to a float32 file: one of those to come is beyond float16's range."""
+        """Copy the features to a float32 file, because a value exceeds float16's range."""
         logger.info("features exceed float16's range; they are kept in float32 from here on")
         narrow, narrow_path = self.features, self._features_path
         self._make_features(narrow.shape[1], np.float32)
@@ -202,11 +204,11 @@ class PassJournal:
 
 
 def _make_map(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """A writable memory map of zeros in a new .npy file, with its blocks reserved on the disk."""
+    """Make a .npy file of zeros with reserved blocks, and map it."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     try:
         with path.open("rb+") as file:
-            # A full disk is told here, not by SIGBUS at some later row.
+            # A full disk fails here, not as a SIGBUS at some later row.
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         path.unlink()

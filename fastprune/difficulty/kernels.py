@@ -1,4 +1,4 @@
-"""Distances of feature rows to their class centres, compiled for all cores.
+"""Distances of feature rows to their class centers, compiled for all cores.
 
 Rows are visited class by class, so that the second visit of a row, for its distance, finds it in
 the cache where the first, for the mean, has left it: main memory is read once, in any label order.
@@ -20,7 +20,10 @@ from fastprune.errors import InvalidValueError
 
 _FLOAT_TYPES = (np.float16, np.float32, np.float64)
 _LARGEST = float(np.finfo(np.float32).max)
+# Bad rows are searched for in slices, for the features may not fit in memory.
 _SCAN_BYTES = 64 * 2**20
+# Columns of a class are transposed so many at a time: 64 of them fill the cache lines that are
+# read anyway, and a large class takes fewer, so that a thread's copy stays bounded.
 _MEDIAN_COLUMNS = 64
 _MEDIAN_VALUES = 2**22  # 32 MiB per thread
 
@@ -28,7 +31,7 @@ _MEDIAN_VALUES = 2**22  # 32 MiB per thread
 def centroid_distances(
     features: ArrayLike, labels: ArrayLike, *, num_classes: int | None = None
 ) -> NDArray[np.float32]:
-    """Distance of every row to the mean of its class: the difficulty `centroid`.
+    """Compute the distance of every row to the mean of its class: the difficulty `centroid`.
 
     Sums, means and distances are made in float64, whatever the features are stored as.
 
@@ -53,9 +56,9 @@ def centroid_distances(
 def centroid_median_distances(
     features: ArrayLike, labels: ArrayLike, *, num_classes: int | None = None
 ) -> NDArray[np.float32]:
-    """Distance of every row to the coordinate-wise median of its class: `centroid_median`.
+    """Compute the distance of every row to the coordinate-wise median of its class.
 
-    Arguments, result and errors are those of `centroid_distances`.
+    The difficulty `centroid_median`. Arguments, result and errors as in `centroid_distances`.
 
     Source: Xia et al. 2023, "Moderate Coreset", ICLR.
     """
@@ -75,8 +78,10 @@ def _distances(
     narrow = classes.astype(np.min_scalar_type(max(0, len(counts) - 1)))
     order = np.argsort(narrow, kind="stable")
     distances = np.empty(len(array), np.float32)
+    # Row-major is what the kernels are compiled for; a map of the pass is, and is not copied.
     rows = stored_rows(array)
     kernel = _median_kernel if use_median else _mean_kernel
+    # The kernels only notice that a value is bad; the name of the row is found afterwards.
     if not kernel(rows, order, offsets, distances) or not np.isfinite(distances).all():
         refuse_first_bad_row(array, distances)
     return distances
@@ -85,7 +90,7 @@ def _distances(
 def _checked_labels(
     features: NDArray[Any], labels: ArrayLike, num_classes: int | None
 ) -> NDArray[np.int64]:
-    """The labels as int64, if they and the features can be worked with."""
+    """Return the labels as int64, once they and the features are checked."""
     if features.ndim != 2 or features.dtype not in _FLOAT_TYPES:
         raise InvalidValueError(
             "features must be an (N, D) array of float16, float32 or float64, but they are "
@@ -120,7 +125,7 @@ def refuse_first_bad_row(features: NDArray[Any], distances: NDArray[np.floating[
             )
     row = int(np.argmin(np.isfinite(distances)))
     raise InvalidValueError(
-        f"row {row:,} lies farther from the centre of its class than float32 can hold. Scale the "
+        f"row {row:,} lies farther from the center of its class than float32 can hold. Scale the "
         "features down, or leave that row out."
     )
 
@@ -175,7 +180,7 @@ def _add_rows(rows: Any, chosen: Any, total: Any) -> None:
 
 @njit(cache=True, fastmath=_SUM_FLAGS)
 def _measure_rows(rows: Any, chosen: Any, center: Any, distances: Any) -> None:
-    """Set the Euclidean distances between the chosen rows and a centre, four at once."""
+    """Set the Euclidean distances between the chosen rows and a center, four at once."""
     whole = len(chosen) - len(chosen) % 4
     for p in range(0, whole, 4):
         a, b, c, d = chosen[p], chosen[p + 1], chosen[p + 2], chosen[p + 3]
@@ -203,7 +208,7 @@ def _mean_kernel(rows: Any, order: Any, offsets: Any, distances: Any) -> bool:
     """Fill distances to the class means; False where a value was not finite."""
     num_classes = len(offsets) - 1
     is_finite = np.ones(num_classes, np.bool_)
-    for label in prange(num_classes):
+    for label in prange(num_classes):  # one thread a class: sums do not depend on the threads
         start, stop = offsets[label], offsets[label + 1]
         if start == stop:
             continue

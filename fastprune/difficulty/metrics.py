@@ -23,7 +23,7 @@ LOGIT_METRICS = (
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, -log p_y: what the MDSLR reference code ranks by.
+    """Compute the cross-entropy, -log p_y, by which the MDSLR reference code ranks.
 
     Args:
         logits: (B, C) raw teacher outputs, any float dtype.
@@ -36,7 +36,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
-    """The L2 norm of the teacher's error vector, |p - e_y|.
+    """Compute the L2 norm of the teacher's error vector, |p - e_y|.
 
     Args:
         logits: (B, C) raw teacher outputs, any float dtype.
@@ -56,7 +56,7 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def grand_last(logits: Tensor, labels: Tensor, features: Tensor) -> Tensor:
-    """The norm of the loss's gradient in the last layer, |p - e_y| * sqrt(1 + |h|^2).
+    """Compute the norm of the loss's gradient in the last layer, |p - e_y| * sqrt(1 + |h|^2).
 
     Args:
         logits: (B, C) raw teacher outputs, any float dtype.
@@ -72,7 +72,7 @@ def grand_last(logits: Tensor, labels: Tensor, features: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far the best wrong class is above the right one, max_{k != y} p_k - p_y.
+    """Compute how far the best wrong class is above the right one, max_{k != y} p_k - p_y.
 
     Args:
         logits: (B, C) raw teacher outputs, any float dtype, C >= 2.
@@ -85,12 +85,13 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """
     p = logits.double().softmax(dim=1)
     chosen = labels[:, None]
+    # The label's own probability must not win the maximum.
     others = p.scatter(1, chosen, -torch.inf)
     return others.amax(dim=1) - p.gather(1, chosen)[:, 0]
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """How spread the teacher's prediction is, -sum p log p.
+    """Compute how spread the teacher's prediction is, -sum p log p.
 
     Args:
         logits: (B, C) raw teacher outputs, any float dtype.
@@ -100,12 +101,13 @@ def entropy(logits: Tensor) -> Tensor:
 
     Source: uncertainty scores of DeepCore, Guo et al. 2022.
     """
+    # log_softmax keeps p log p finite where p underflows to zero.
     log_p = functional.log_softmax(logits.double(), dim=1)
     return -(log_p.exp() * log_p).sum(dim=1)
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """How unsure the teacher is of its best class, 1 - max p.
+    """Compute how unsure the teacher is of its best class, 1 - max p.
 
     Args:
         logits: (B, C) raw teacher outputs, any float dtype.
@@ -116,11 +118,12 @@ def confidence(logits: Tensor) -> Tensor:
     Source: least confidence of DeepCore, Guo et al. 2022.
     """
     log_p = functional.log_softmax(logits.double(), dim=1)
+    # 1 - p as -expm1(log p), exact for a sure teacher.
     return -torch.expm1(log_p.amax(dim=1))
 
 
 def logit_std(logits: Tensor) -> Tensor:
-    """The unbiased standard deviation of the logits: kept for reshaping, no difficulty.
+    """Compute the unbiased standard deviation of the logits, for reshaping; no difficulty.
 
     Args:
         logits: (B, C) raw teacher outputs, any float dtype, C >= 2.
@@ -134,7 +137,7 @@ def logit_std(logits: Tensor) -> Tensor:
 
 
 def logit_metrics(logits: Tensor, labels: Tensor, features: Tensor) -> dict[str, Tensor]:
-    """Every metric that needs one row alone, by name: `LOGIT_METRICS`, each (B,) float64.
+    """Compute the metrics that need one row alone: `LOGIT_METRICS`, each (B,) float64.
 
     Raises:
         InvalidValueError: the teacher has fewer than two classes.

@@ -1,13 +1,16 @@
-"""The teacher of a pass: a network with its weights, and what identifies it."""
+"""The teacher of a pass: its network and weights, its identity, and the images it is shown."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError
+from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fastprune.networks import (
     PublishedView,
     build_network,
@@ -19,6 +22,13 @@ from fastprune.networks import (
     weights_metadata,
 )
 
+Channels = tuple[float, float, float]
+
+# Up to 64 pixels (CIFAR, Tiny ImageNet) networks are built for the images as they are; beyond,
+# the literature looks at 224.
+_SMALL_SIDE = 64
+_LARGE_VIEW = 224
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -28,8 +38,8 @@ class Teacher:
         network: maps (B, 3, S, S) images to (B, C) logits.
         num_classes: C.
         identity: network, checkpoint, published weights and digest of the weights, for the record.
-        image_size: side of the images it was trained on, in pixels; None where nothing tells.
-        published: the view that its weights were made for, where they tell all of it.
+        image_size: side of the images it was trained on, in pixels; None where unknown.
+        published: size, mean and std that its weights were made for, where all are known.
     """
 
     network: nn.Module
@@ -73,35 +83,32 @@ def make_teacher(
             f"both a checkpoint ({checkpoint}) and published weights ({weights}) were given for "
             f"the teacher {teacher}. Leave one of them out."
         )
-    told = weights_metadata(checkpoint)
-    name = teacher or told_network(told, checkpoint)
+    metadata = weights_metadata(checkpoint)
+    name = teacher or told_network(metadata, checkpoint)
     if name is None:
         raise InvalidValueError(
-            f"{checkpoint} does not tell which network it is of. Name it (--teacher)."
+            f"{checkpoint} does not say which network it is of. Name it (--teacher)."
         )
     network = build_network(name, num_classes=num_classes)
     load_weights(network, checkpoint)
-    size = told.get("image_size")
+    size = metadata.get("image_size")
+    published = None
+    # Students of `distill` carry all three in their safetensors header.
+    if {"image_size", "mean", "std"} <= metadata.keys():
+        mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
+        published = PublishedView(int(metadata["image_size"]), mean, std)
     return _described(
         network,
         name,
         num_classes,
         checkpoint=Path(checkpoint).name,
         image_size=None if size is None else int(size),
-        published=_told_view(told),
+        published=published,
     )
 
 
-def _told_view(told: dict[str, str]) -> PublishedView | None:
-    """The view that the header of a file tells, as the students of `distill` do."""
-    if not {"image_size", "mean", "std"} <= told.keys():
-        return None
-    mean, std = (json.loads(told[name]) for name in ("mean", "std"))
-    return PublishedView(int(told["image_size"]), tuple(mean), tuple(std))
-
-
 def _published(name: str | None, weights: str | None, num_classes: int) -> Teacher:
-    """A teacher with published weights, or a factory's with its own."""
+    """Build a teacher with published weights, or call a factory, which brings its own."""
     if name is None:
         raise InvalidValueError(
             "there is no teacher. Name one (--teacher resnet50), or give a checkpoint "
@@ -123,7 +130,7 @@ def _described(
     image_size: int | None = None,
     published: PublishedView | None = None,
 ) -> Teacher:
-    """The record of a network, with the digest of its weights."""
+    # The digest names the weights themselves: a file can be renamed or overwritten.
     identity = {
         "network": name,
         "num_classes": num_classes,
@@ -132,3 +139,78 @@ def _described(
         "weights_digest": weights_digest(network),
     }
     return Teacher(network, num_classes, identity, image_size, published)
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How a pass looks at a row: size, normalization, and center crop or augmented views.
+
+    Attributes:
+        image_size: side of the square images, in pixels.
+        mean: per channel, of pixel values in [0, 1].
+        std: per channel, of pixel values in [0, 1].
+        count: augmented views per row, which are averaged; 0 for one center crop.
+        seed: of the augmented views.
+    """
+
+    image_size: int
+    mean: Channels
+    std: Channels
+    count: int = 0
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe it in JSON values, for the score table."""
+        # A center crop depends on no seed; without these keys, an unfinished pass of another seed
+        # is resumed rather than started anew.
+        chance = {"views": self.count, "seed": self.seed} if self.count else {}
+        return {
+            "image_size": self.image_size,
+            "augment": "train" if self.count else "center",
+            **chance,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def choose_view(
+    beton: Beton,
+    teacher: Teacher,
+    *,
+    image_size: int | None,
+    mean: Channels | None,
+    std: Channels | None,
+    views: int | None,
+    seed: int,
+) -> ViewSpec:
+    """Take the view that is asked for, else the one the teacher was trained on, else a usual one.
+
+    Args:
+        beton: the images; where nothing else is known, their median shorter side up to 64
+            pixels, and 224 above.
+        teacher: its checkpoint or published weights may name a view.
+        image_size: side of the images in pixels, or None.
+        mean: per channel, or None.
+        std: per channel, or None.
+        views: augmented views, or None for the center crop.
+        seed: of the augmented views.
+
+    Raises:
+        InvalidValueError: fewer than one pixel, or fewer than one view.
+    """
+    if views is not None and views < 1:
+        raise InvalidValueError(f"views ({views}) must be at least 1; leave it out for the center.")
+    if image_size is not None and image_size < 1:
+        raise InvalidValueError(f"image_size ({image_size}) must be at least 1 pixel.")
+    published = teacher.published
+    size = image_size or (published.image_size if published else teacher.image_size)
+    if not size:
+        side = int(np.median(np.minimum(beton.widths, beton.heights)))
+        size = side if side <= _SMALL_SIDE else _LARGE_VIEW
+    return ViewSpec(
+        image_size=size,
+        mean=mean or (published.mean if published else IMAGENET_MEAN),
+        std=std or (published.std if published else IMAGENET_STD),
+        count=views or 0,
+        seed=seed,
+    )

@@ -1,4 +1,4 @@
-"""One pass of a teacher over a beton, and everything that is known of each row after it."""
+"""One pass of a teacher over a beton, and the score table made of it."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,14 @@ from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward
 from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
 from fastprune.difficulty.metrics import LOGIT_METRICS
-from fastprune.difficulty.network import Teacher, make_teacher
-from fastprune.difficulty.view import Channels, View, choose_view
+from fastprune.difficulty.network import Channels, Teacher, ViewSpec, choose_view, make_teacher
 from fastprune.distributed import Ranks, device_of_rank, join_ranks
 from fastprune.errors import InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.progress import track
 
+# A killed pass loses at most this much; a commit flushes the whole map, so not every step.
 _COMMIT_SECONDS = 10.0
 
 
@@ -35,22 +35,22 @@ class _Reading:
 
     Attributes:
         beton: the images.
-        view: what is looked at.
+        view: size, normalization and number of views.
         batch_size: rows per step and rank.
-        device: where batches are delivered.
+        device: that batches are delivered to.
         backend: the loader's engine.
         num_workers: decoding threads; None for one per usable CPU.
     """
 
     beton: Beton
-    view: View
+    view: ViewSpec
     batch_size: int
     device: torch.device
     backend: str
     num_workers: int | None
 
     def batches(self, start: int, ranks: Ranks) -> Iterator[Iterable[tuple[Tensor, ...]]]:
-        """This rank's batches from row `start` on, in row order; of each, every view in turn."""
+        """Yield this rank's batches from row `start` on, each in all of its views."""
         loader = Loader(
             self.beton.path,
             np.arange(start, self.beton.num_rows),
@@ -68,16 +68,17 @@ class _Reading:
             num_workers=self.num_workers,
             distributed=(ranks.rank, ranks.world),
         )
-        first, *others = (_epoch(loader, epoch) for epoch in range(max(1, self.view.count)))
+
+        def epoch(number: int) -> Iterator[tuple[Tensor, ...]]:
+            # A generator, so that every epoch begins under its own number.
+            loader.set_epoch(number)
+            yield from loader
+
+        # View k of a row is its view in epoch k: the epochs run side by side, a batch at a time.
+        first, *others = map(epoch, range(max(1, self.view.count)))
         for batch in first:
-            # A view is made when it is wanted: all of a batch's views at once take much memory.
+            # A view is made when it is asked for: all views of a batch at once take much memory.
             yield chain([batch], map(next, others))
-
-
-def _epoch(loader: Loader, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-    """One epoch's batches; it begins, under its number, when the first is wanted."""
-    loader.set_epoch(epoch)
-    yield from loader
 
 
 def score(
@@ -106,35 +107,35 @@ def score(
     """Score every row of a beton by one pass of a teacher.
 
     The pass keeps its state in the folder `<out_path>.partial`. When it is killed, the same call
-    goes on where it was. Under torchrun, or with a process group of the caller's, the ranks share
-    the work and the first one writes.
+    resumes it. Under torchrun, or in a process group of the caller's, the ranks share the work and
+    the first one writes.
 
     Args:
         beton_path: the images.
         teacher: a network, which is moved to the device and left in the mode it was in; or a name
-            (see `fastprune.networks.build_network`); or None for what the checkpoint names.
+            (see `fastprune.networks.build_network`); or None for the one that the checkpoint names.
         out_path: the score table to write.
         checkpoint: weights of the named teacher: safetensors or a PyTorch checkpoint.
         weights: published weights of the named teacher, such as IMAGENET1K_V2; by default, where
             no checkpoint is given, the best ones.
         num_classes: C, logits of the teacher; by default the beton's number of classes.
-        feature_layer: the layer whose output are the features; by default the input of the
+        feature_layer: the layer whose output is the feature vector; by default the input of the
             teacher's classifier.
         image_size: side of the images in pixels; by default as `choose_view` finds it.
         mean: per channel, of pixel values in [0, 1]; by default that of the published weights,
             else of ImageNet.
         std: as mean.
         views: augmented views per row, whose metrics and features are averaged; None for one
-            centre crop.
+            center crop.
         seed: of the augmented views.
         batch_size: images per step and rank.
-        device: where to; "auto" takes CUDA where it is there, one device per rank.
+        device: of the teacher; "auto" takes CUDA where it is there, one device per rank.
         precision: of the teacher: "bfloat16" (autocast), "float32", or "auto" for bfloat16 on CUDA
             devices that have it.
         compile_teacher: run the teacher through torch.compile.
         backend: the loader's engine.
         num_workers: decoding threads; None for one per usable CPU.
-        resume: False to start anew even where an unfinished pass could go on.
+        resume: False to start anew even where an unfinished pass could be resumed.
         keep_features: leave the features beside the table: `scores.parquet` is joined by
             `scores.features.npy`, (N, D) float16 or float32.
 
@@ -152,20 +153,27 @@ def score(
     require_at_least("batch_size", batch_size, 1)
     out_path, beton = Path(out_path), open_beton(beton_path)
     classes = beton.num_classes if num_classes is None else num_classes
-    _require_labels_below(classes, beton)
+    outside = (beton.labels < 0) | (beton.labels >= classes)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise InvalidValueError(
+            f"row {row:,} of {beton.path} has label {beton.labels[row]}, but the teacher's "
+            f"{classes:,} classes are 0 to {classes - 1:,}. Take a teacher that was trained on "
+            "these labels."
+        )
     made = make_teacher(teacher, num_classes=classes, checkpoint=checkpoint, weights=weights)
     view = choose_view(
         beton, made, image_size=image_size, mean=mean, std=std, views=views, seed=seed
     )
     with join_ranks() as ranks:
-        place = device_of_rank(choose_device(device))
-        reading = _Reading(beton, view, batch_size, place, backend, num_workers)
+        rank_device = device_of_rank(choose_device(device))
+        reading = _Reading(beton, view, batch_size, rank_device, backend, num_workers)
         with ready_forward(
             made.network,
             num_classes=classes,
             feature_layer=feature_layer,
             image_size=view.image_size,
-            device=place,
+            device=rank_device,
             precision=precision,
             compile_network=compile_teacher,
         ) as forward:
@@ -198,7 +206,7 @@ def score(
 
 
 def _run(reading: _Reading, forward: Forward, journal: PassJournal | None, ranks: Ranks) -> None:
-    """Examine the rows that are not done; the first rank collects and writes."""
+    """Examine the remaining rows; the first rank collects and writes."""
     num_rows, batch_size = reading.beton.num_rows, reading.batch_size
     start = ranks.from_first(None if journal is None else journal.rows_done)
     if start == num_rows:
@@ -212,7 +220,7 @@ def _run(reading: _Reading, forward: Forward, journal: PassJournal | None, ranks
         )
     for _ in steps:
         views = next(batches, None)
-        if views is None:  # the other ranks share the last rows
+        if views is None:  # gather is collective: a rank without rows takes part too
             features = torch.zeros(0, forward.width)
             columns = torch.zeros(0, len(COLUMNS), dtype=torch.float64)
         else:
@@ -225,6 +233,7 @@ def _run(reading: _Reading, forward: Forward, journal: PassJournal | None, ranks
 
 def _append(journal: PassJournal, features: Tensor, columns: Tensor) -> None:
     """Write a step's rows in row order."""
+    # The sampler deals rows out to ranks in turn, so together they interleave.
     order = columns[:, COLUMNS.index("row")].argsort()
     features, columns = features[order], columns[order]
     expected = torch.arange(journal.rows_done, journal.rows_done + len(columns))
@@ -236,8 +245,7 @@ def _append(journal: PassJournal, features: Tensor, columns: Tensor) -> None:
     journal.commit(older_than_seconds=_COMMIT_SECONDS)
 
 
-def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: View) -> ScoreTable:
-    """Everything that the finished pass knows."""
+def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: ViewSpec) -> ScoreTable:
     labels, rows, classes = beton.labels, journal.rows, teacher.num_classes
     metrics = {
         "centroid": centroid_distances(journal.features, labels, num_classes=classes),
@@ -259,15 +267,3 @@ def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: View
         view=view.to_dict(),
         seconds=journal.seconds,
     )
-
-
-def _require_labels_below(num_classes: int, beton: Beton) -> None:
-    """Every label must be one of the teacher's classes."""
-    outside = (beton.labels < 0) | (beton.labels >= num_classes)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise InvalidValueError(
-            f"row {row:,} of {beton.path} has label {beton.labels[row]}, but the teacher's "
-            f"{num_classes:,} classes are 0 to {num_classes - 1:,}. Take a teacher that was "
-            "trained on these labels."
-        )

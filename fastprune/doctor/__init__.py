@@ -1,18 +1,19 @@
-"""What is installed, what works here, and what to change."""
+"""Checks of the installation, the engines and the machine, each with its cure."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastprune.doctor.engines import check_engines
-from fastprune.doctor.findings import Finding
 from fastprune.doctor.machine import (
+    Finding,
     check_caches,
     check_cpus,
+    check_cuda,
     check_open_files,
+    check_packages,
     check_page_cache,
     check_shared_memory,
 )
-from fastprune.doctor.software import check_cuda, check_packages
 
 __all__ = ["Finding", "diagnose"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastprune.compile_cache import scratch_folders
-from fastprune.doctor.findings import Finding
+from fastprune.doctor.machine import Finding
 from fastprune.errors import FastpruneError
 
 _SIDE = 64
@@ -32,7 +32,7 @@ _DALI_ADVICE = "Install it with: pip install 'fastprune[dali-cuda13]' (driver fo
 
 
 def check_engines() -> list[Finding]:
-    """One finding per engine and device; "bad" where one that is installed fails, or none works."""
+    """Try every engine on every device; "bad" where an installed one fails, or none works."""
     try:
         with _beton() as (beton, pixels):
             findings = [
@@ -59,7 +59,7 @@ _ROOM = "Let TMPDIR name a folder that can be written and has room."
 
 @contextlib.contextmanager
 def _beton() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
-    """A beton of one image, and the image's pixels as PIL decodes them."""
+    """Convert one image, and yield the beton with the pixels that PIL decodes."""
     from fastprune.beton.writer import convert
 
     across = np.linspace(0, 255, _SIDE).astype(np.uint8)
@@ -85,7 +85,7 @@ def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) 
     started = time.perf_counter()
     try:
         pixels = _decode(beton, backend, device)
-    # Whatever a broken installation raises: the doctor tells it and goes on.
+    # A broken installation may raise anything; the doctor reports it and continues.
     except Exception as error:
         repair = _FFCV_REPAIR if backend == "ffcv" else "Install it again, or use the other engine."
         said = str(error) if isinstance(error, FastpruneError) else repr(error)
@@ -103,7 +103,7 @@ def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) 
 
 
 def _decode(beton: Path, backend: str, device: str) -> NDArray[np.uint8]:
-    """The (S, S, 3) uint8 pixels of the only image."""
+    """Decode the (S, S, 3) uint8 pixels of the only image."""
     from fastprune.loading.loader import Loader
 
     loader = Loader(
@@ -123,7 +123,7 @@ def _decode(beton: Path, backend: str, device: str) -> NDArray[np.uint8]:
 
 
 def _has_cuda() -> bool:
-    """Whether torch is there and sees a GPU."""
+    """Check whether torch is there and sees a GPU."""
     try:
         import torch
     except (ImportError, OSError):
@@ -132,7 +132,7 @@ def _has_cuda() -> bool:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a package can be found, without importing it."""
+    """Check whether a package can be found, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # its parent is missing

@@ -1,23 +1,92 @@
-"""What this machine, or this container, allows: CPUs, memory, files, folders to write."""
+"""Packages, GPUs, CPUs, memory, files and folders of this machine or container."""
 
 import os
 import resource
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastprune.compile_cache import writable_folder
 from fastprune.cpus import cgroup_folders, cpu_quota, cpus_per_rank, usable_cpus
-from fastprune.doctor.findings import Finding
+from fastprune.environment import describe_versions
 
 _GB = 1e9
+# The usual soft limit of Linux; some clusters set 256.
 _ENOUGH_FILES = 1024
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written
+_DEVICES = Path("/dev")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        topic: subject of the check, such as "engine ffcv, cpu".
+        verdict: "good"; "note" for what could be better or is not there; "bad" for what keeps
+            fastprune from working.
+        found: the state of things, in words.
+        advice: the cure; empty where nothing needs to change.
+    """
+
+    topic: str
+    verdict: str
+    found: str
+    advice: str = ""
+
+
+def check_packages() -> Finding:
+    """List the versions of the packages that matter."""
+    versions = describe_versions()
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding("packages", "good", found)
+
+
+def check_cuda(*, devices: Path = _DEVICES) -> Finding:
+    """Check whether torch works, and which GPUs it sees.
+
+    Args:
+        devices: the folder of device files.
+    """
+    topic = "torch and CUDA"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding(
+            topic,
+            "bad",
+            f"torch cannot be imported: {error}",
+            "Install torch and torchvision as a pair, such as those of constraints.txt.",
+        )
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Finding(topic, "good", f"{', '.join(names)}; CUDA {torch.version.cuda}")
+    if torch.version.cuda is None:
+        return Finding(topic, "note", "torch was built without CUDA: training runs on the CPU")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return Finding(topic, "note", "CUDA_VISIBLE_DEVICES is empty: training runs on the CPU")
+    # Device files without a usable driver: the commonest fault of a fresh GPU machine.
+    if any(devices.glob("nvidia[0-9]*")):
+        major = str(torch.version.cuda).partition(".")[0]
+        return Finding(
+            topic,
+            "bad",
+            f"there is an NVIDIA device, but torch, built for CUDA {torch.version.cuda}, cannot "
+            "use it",
+            f"Compare with the driver's CUDA version (nvidia-smi): it must be {major}.0 or newer.",
+        )
+    return Finding(
+        topic,
+        "note",
+        "no NVIDIA device is visible here: training runs on the CPU",
+        "If this machine has one, give it to the container: docker run --gpus all ...",
+    )
 
 
 def check_cpus() -> Finding:
-    """The CPUs that may be used, against the threads that libraries would start."""
+    """Compare the usable CPUs with the threads that libraries would start."""
     host, affinity, quota = os.cpu_count(), len(os.sched_getaffinity(0)), cpu_quota()
     usable = usable_cpus()
     limit = "no cgroup quota" if quota is None else f"cgroup quota {quota:g}"
@@ -48,7 +117,7 @@ def check_cpus() -> Finding:
 
 
 def check_page_cache(betons: Sequence[Path]) -> Finding:
-    """Whether the betons fit into the memory that may cache them."""
+    """Check whether the betons fit into the memory that may cache them."""
     from fastprune.beton.reader import open_beton
 
     memory = cacheable_bytes()
@@ -69,10 +138,11 @@ def check_page_cache(betons: Sequence[Path]) -> Finding:
 
 
 def cacheable_bytes() -> int:
-    """Free memory and page cache, as far as the cgroup's limit leaves it to this process."""
+    """Measure free memory and page cache, within the cgroup's limit, in bytes."""
     with Path("/proc/meminfo").open(encoding="utf-8") as lines:
         sizes = dict(line.split(":") for line in lines)
     available = 1024 * int(sizes["MemAvailable"].split()[0])
+    # A cgroup's limit covers its page cache too; the host's free memory does not show it.
     limits = [
         int(text)
         for folder in cgroup_folders("memory")
@@ -83,7 +153,7 @@ def cacheable_bytes() -> int:
 
 
 def check_shared_memory() -> Finding:
-    """The size of /dev/shm, which only other people's loaders need."""
+    """Report the size of /dev/shm, which torch's DataLoader needs and fastprune does not."""
     topic = "shared memory"
     if not _SHARED_MEMORY.is_dir():
         return Finding(topic, "good", "there is no /dev/shm; fastprune needs none")
@@ -97,7 +167,7 @@ def check_shared_memory() -> Finding:
 
 
 def check_open_files() -> Finding:
-    """How many files this process may open."""
+    """Check how many files this process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= _ENOUGH_FILES:
         return Finding("open files", "good", f"limit {soft:,}")
@@ -110,7 +180,7 @@ def check_open_files() -> Finding:
 
 
 def check_caches() -> Finding:
-    """Where compiled code is kept, so that it need not be compiled again."""
+    """Report where compiled code is kept between processes."""
     folder = writable_folder()
     if folder is None:
         return Finding(

@@ -13,7 +13,7 @@ from fastprune.recipe.settings import Recipe
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a TOML recipe; relative paths in it are relative to the working folder.
+    """Read a TOML recipe; its relative paths are relative to the working folder.
 
     A file that begins with `extends = "other.toml"` has the settings of that file, which lies
     beside it, and replaces or adds those that it names.
@@ -21,7 +21,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         path: the TOML file.
         overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
-            word; an empty value takes the key away, and "section=" the whole section.
+            word; an empty value removes the key, and "section=" the whole section.
 
     Returns:
         The validated recipe.
@@ -54,7 +54,7 @@ def make_recipe(settings: dict[str, Any], *, name: str = "recipe") -> Recipe:
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a file, upon those of the file that it extends."""
+    """Read a file's settings on top of the settings of the file it extends."""
     if path.resolve() in extending:
         raise RecipeError(f"{path} extends itself, through other files perhaps. Break the circle.")
     try:
@@ -76,7 +76,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _describe(fault: Any) -> str:
-    """One line for one fault, such as: data.imagesize is unknown. Did you mean 'image_size'?"""
+    """Describe one fault in a line: `data.imagesize is unknown. Did you mean 'image_size'?`."""
     *sections, key = [str(part) for part in fault["loc"]] or ["recipe"]
     where = ".".join([*sections, key])
     if fault["type"] == "extra_forbidden":
@@ -90,7 +90,7 @@ def _describe(fault: Any) -> str:
 
 
 def _known_keys(sections: list[str]) -> list[str]:
-    """The keys that a section of the recipe has."""
+    # An optional section is annotated as a union with None.
     model: type[BaseModel] = Recipe
     for section in sections:
         annotation = model.model_fields[section].annotation
@@ -100,7 +100,6 @@ def _known_keys(sections: list[str]) -> list[str]:
 
 
 def _set(settings: dict[str, Any], override: str) -> None:
-    """Apply one "section.key=value" to the settings."""
     dotted, separator, text = override.partition("=")
     text = text.strip()
     sections = dotted.strip().split(".")
@@ -119,7 +118,7 @@ def _set(settings: dict[str, Any], override: str) -> None:
 
 
 def _parse(text: str) -> Any:
-    """A value in TOML's notation, or else the bare word."""
+    """Parse a value in TOML's notation; anything else is a bare word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""What a recipe can say: validated and frozen settings; unknown keys are refused."""
+"""The settings of a recipe: validated and frozen; unknown keys are refused."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +41,7 @@ class _Section(BaseModel):
 
 
 class DataSettings(_Section):
-    """What the student is trained and evaluated on.
+    """Images that the student is trained and evaluated on.
 
     Attributes:
         train: beton to train on.
@@ -56,7 +56,7 @@ class DataSettings(_Section):
         augment: how a training view is taken; None for the loader's default at this size.
         batch_size: images per step and process.
         backend: the loader's engine; "auto" is DALI where CUDA and DALI are there, else FFCV.
-        mean: per channel, of pixel values in [0, 1]; what images are normalised with.
+        mean: per channel, of pixel values in [0, 1]; for normalization.
         std: as mean.
         num_workers: decoding threads; None for as many as the process may use.
     """
@@ -118,9 +118,9 @@ class LossSettings(_Section):
         feature_weight: of one minus the cosine between the student's projected penultimate
             features and the teacher's; 0 leaves features alone.
         projectors: linear maps whose mean projects the student's features.
-        reshaping: what is done to the teacher's logits. "class_std" gives each row the mean
+        reshaping: change of the teacher's logits. "class_std" gives each row the mean
             standard deviation of its class over the whole dataset (needs a subset that carries
-            it), "zscore" standardises teacher and student, "none" leaves them.
+            it), "zscore" standardizes teacher and student, "none" leaves them.
         label_smoothing: share of the label's probability spread over all classes.
     """
 
@@ -139,7 +139,7 @@ class LossSettings(_Section):
     @field_validator("distillation_weight", mode="wrap")
     @classmethod
     def _check_weight(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        """One fault where pydantic would tell one for a number and others for points."""
+        """Report one fault, where pydantic reports one for a number and others for points."""
         try:
             return check(value)
         except ValidationError:
@@ -160,8 +160,8 @@ class PruningSettings(_Section):
     """Rows that are skipped while the student learns, chosen anew in each epoch.
 
     Attributes:
-        rule: "infobatch" skips rows at random whose last loss was below the mean, and lets those of
-            them that it keeps count for the skipped ones.
+        rule: "infobatch" skips rows at random whose last loss was below the mean, and weights the
+            kept ones up, so that they count for the skipped ones.
         skip_probability: of a row with such a loss.
         full_share: share of the epochs, at the end, that skip nothing.
     """
@@ -259,13 +259,13 @@ class RunSettings(_Section):
 
 
 class Recipe(_Section):
-    """Everything that `distill` needs to know.
+    """All settings of a training run.
 
     Attributes:
-        data: what is trained on.
+        data: images and how they are loaded.
         student: the network that learns.
         schedule: how long and how fast.
-        run: where, and where to.
+        run: device, precision, folder and checkpoints.
         teacher: the network that teaches; None trains plainly on the labels.
         loss: the weights of the loss terms.
         pruning: which rows an epoch skips; None trains on all rows of the subset in each.

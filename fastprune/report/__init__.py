@@ -1,1 +1,1 @@
-"""Pictures and tables of what happened."""
+"""Pictures and tables of runs and of score tables."""

@@ -20,7 +20,7 @@ p.note { color: #777; font-size: 0.9rem; }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page.
+    """Write a whole page.
 
     Args:
         title: heading and window title, plain text.
@@ -37,7 +37,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def picture(png: bytes, description: str) -> str:
-    """A PNG as HTML.
+    """Embed a PNG.
 
     Args:
         png: the file's bytes.
@@ -48,23 +48,23 @@ def picture(png: bytes, description: str) -> str:
 
 
 def heading(text: str, *, level: int = 2) -> str:
-    """A heading, plain text."""
+    """Write a heading, plain text."""
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def note(text: str) -> str:
-    """A small grey line, plain text."""
+    """Write a small gray paragraph, plain text."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def facts(pairs: Mapping[str, str]) -> str:
-    """Names and values, plain text, as a table."""
+    """Lay out names and values, plain text, as a table."""
     lines = (f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in pairs.items())
     return f"<table>{''.join(lines)}</table>"
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Lines of plain text under headings; a wide table scrolls by itself."""
+    """Lay out lines of plain text under headings; a wide table scrolls by itself."""
     top = "".join(f"<th>{escape(text)}</th>" for text in headings)
     cells = ("".join(f"<td>{escape(text)}</td>" for text in line) for line in lines)
     rows = "".join(f"<tr>{line}</tr>" for line in cells)

@@ -11,16 +11,70 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastprune.report.costs import PARTS, time_parts
-from fastprune.report.groups import Group
-from fastprune.report.runs import Run
+from fastprune.report.runs import Group, Run
 
+CONVERSION, SCORING = "conversion", "scoring"
+_WAITING, _REST_OF_TRAINING, _REST = "waiting for data", "training, other", "other"
+_STEP_NAMES = {
+    "teacher_seconds": "teacher",
+    "student_seconds": "student",
+    "optimizer_seconds": "optimizer",
+}
+_AROUND = {
+    "startup_seconds": "start-up",
+    "validation_seconds": "validation",
+    "checkpoint_seconds": "checkpoints",
+}
+
+PARTS = (
+    CONVERSION,
+    SCORING,
+    _AROUND["startup_seconds"],
+    _WAITING,
+    *_STEP_NAMES.values(),
+    _REST_OF_TRAINING,
+    _AROUND["validation_seconds"],
+    _AROUND["checkpoint_seconds"],
+    _REST,
+)
+
+# matplotlib's palettes: ten colors that differ clearly, twenty in pairs of dark and light.
 _TEN = 10
 _BAR_INCHES = 0.34
 
 
+def time_parts(run: Run, *, convert_seconds: float | None) -> Mapping[str, float]:
+    """Split a run's seconds by use, in the order of `PARTS`.
+
+    Args:
+        run: a finished run.
+        convert_seconds: of converting the images; None to leave them out.
+
+    Returns:
+        Part -> seconds; parts that are not recorded are in "training, other" or "other", so that
+        the sum is what the run cost. Where the host waited for data while the device was at work,
+        the device's work is shown.
+    """
+    train, total = run.number("train_seconds") or 0.0, run.number("total_seconds") or 0.0
+    steps = {name: run.number(key) or 0.0 for key, name in _STEP_NAMES.items()}
+    around = {name: run.number(key) or 0.0 for key, name in _AROUND.items()}
+    # Device clocks may overlap host waits by a little; a share is never negative.
+    idle = max(0.0, train - sum(steps.values()))
+    waiting = min(run.number("wait_seconds") or 0.0, idle)
+    parts = {
+        CONVERSION: convert_seconds or 0.0,
+        SCORING: run.score_seconds or 0.0,
+        _WAITING: waiting,
+        _REST_OF_TRAINING: idle - waiting,
+        _REST: max(0.0, total - train - sum(around.values())),
+        **steps,
+        **around,
+    }
+    return {name: parts[name] for name in PARTS if parts[name] > 0}
+
+
 def accuracy_png(groups: Sequence[Group]) -> bytes:
-    """Top-1 over the seconds that were paid for it, and over epochs.
+    """Draw top-1 over the seconds that were paid for it, and over epochs.
 
     A thin line is a run, a thick one the mean of a group's seeds. An unfinished run is dashed.
 
@@ -49,11 +103,11 @@ def accuracy_png(groups: Sequence[Group]) -> bytes:
 
 
 def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> bytes:
-    """What the seconds of each group were spent on, the mean of its runs.
+    """Draw the use of each group's seconds, the mean of its runs.
 
     Args:
         groups: finished ones, at least one.
-        convert_seconds: what converting the images took; None to leave it out.
+        convert_seconds: of converting the images; None to leave them out.
 
     Returns:
         A PNG.
@@ -77,7 +131,7 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
 
 
 def _draw_group(axes: Axes, group: Group, color: object, *, by_epoch: bool) -> None:
-    """The lines of a group's runs, and the mean of those validations that all of them have."""
+    """Draw a group's runs, and their mean over the validations that all of them have."""
     runs = [run for run in group.runs if run.curve]
     style = "-" if group.is_finished else "--"
     bold: dict[str, Any] = {"color": color, "lw": 1.8, "label": _plain(group.name)}
@@ -90,7 +144,7 @@ def _draw_group(axes: Axes, group: Group, color: object, *, by_epoch: bool) -> N
 
 
 def _curve(runs: Sequence[Run], *, by_epoch: bool) -> tuple[list[float], list[float]]:
-    """Epochs or mean paid seconds, and mean accuracy in percent, of what all runs validated."""
+    """Average the validations that all runs have: (epochs or seconds, accuracy in percent)."""
     validated = [{point.epoch: point for point in run.curve} for run in runs]
     epochs = [epoch for epoch in validated[0] if all(epoch in points for points in validated)]
     paid = fmean(run.score_seconds or 0.0 for run in runs)
@@ -107,18 +161,16 @@ def _mean_parts(group: Group, convert_seconds: float | None) -> Mapping[str, flo
 
 
 def _plain(name: str) -> str:
-    """A name as it is: dollar signs would make a formula of it."""
+    # matplotlib reads text between dollar signs as a formula.
     return name.replace("$", r"\$")
 
 
 def _colors(count: int) -> list[object]:
-    """So many colors that can be told apart, up to twenty."""
     palette = mpl.colormaps["tab10" if count <= _TEN else "tab20"]
     return [palette(number % palette.N) for number in range(count)]
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -1,8 +1,9 @@
-"""What the report reads of run folders: result.json, or metrics.jsonl of an unfinished run."""
+"""Run folders, and runs of one name over several seeds: means, spreads, ratios."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from fastprune.artifacts.subset import Subset
 from fastprune.errors import ArtifactError, InvalidValueError
 
 _RECIPE, _RESULT, _METRICS = "recipe.json", "result.json", "metrics.jsonl"
+# runs/, runs/medium-0/ and study/cell/seed/ are the depths people use; a deeper search would walk
+# into image folders.
 _LEVELS = ("*", "*/*", "*/*/*")
+_REFERENCE_NAME = "full"
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,16 @@ class Run:
     """A run folder.
 
     Attributes:
-        folder: where it is.
+        folder: path of the run.
         name: of the run; runs of one name differ by their seed.
         seed: of the run.
-        selection: what it was trained on, in words.
+        selection: rows it was trained on, in words.
         keeps_all: whether every epoch has all rows of the beton.
         epochs: as planned.
         curve: the validations so far.
         score_seconds: that scoring took before the run could begin; 0 where it needs no scores,
             None where that is not recorded.
-        result: what result.json holds; None for an unfinished run.
+        result: content of result.json; None for an unfinished run.
     """
 
     folder: Path
@@ -72,12 +76,12 @@ class Run:
         return max((point.top1 for point in self.curve), default=None)
 
     def number(self, key: str) -> float | None:
-        """A number of result.json; None where it is not recorded."""
+        """Look up a number of result.json; None where it is not recorded."""
         value = None if self.result is None else self.result.get(key)
         return float(value) if isinstance(value, int | float) else None
 
     def paid_seconds(self, *, total: bool = False) -> float | None:
-        """Scoring and training; with `total`, start-up and validation too."""
+        """Add scoring and training; with `total`, start-up and validation too."""
         spent = self.number("total_seconds" if total else "train_seconds")
         return None if spent is None or self.score_seconds is None else self.score_seconds + spent
 
@@ -87,7 +91,7 @@ def read_runs(paths: Iterable[str | Path], *, score_seconds: float | None = None
 
     Args:
         paths: run folders, or folders with run folders in them, up to three levels down.
-        score_seconds: what scoring took, for runs on a subset that does not tell.
+        score_seconds: seconds of scoring, for runs whose subset does not record them.
 
     Returns:
         The runs, in the order of the paths, each once; below a path, by name. Where two have the
@@ -101,11 +105,16 @@ def read_runs(paths: Iterable[str | Path], *, score_seconds: float | None = None
     if score_seconds is not None and score_seconds < 0:
         raise InvalidValueError(f"score_seconds ({score_seconds}) must be >= 0.")
     folders = dict.fromkeys(folder for path in paths for folder in _run_folders(Path(path)))
-    return list(_told_apart([_read_run(folder, score_seconds) for folder in folders]))
+    runs = [_read_run(folder, score_seconds) for folder in folders]
+    # Two experiments of one name and seed would be averaged as if they were one.
+    keys = [(run.name, run.seed) for run in runs]
+    return [
+        run if keys.count(key) == 1 else replace(run, name=f"{run.name} ({run.folder})")
+        for run, key in zip(runs, keys, strict=True)
+    ]
 
 
 def _run_folders(path: Path) -> Iterator[Path]:
-    """The folder itself, or the runs in it."""
     if (path / _RECIPE).is_file():
         yield path
         return
@@ -121,20 +130,27 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 
 def _read_run(folder: Path, score_seconds: float | None) -> Run:
-    """What is known of one run."""
     recipe = _read_json(folder / _RECIPE)
     result = _read_json(folder / _RESULT) if (folder / _RESULT).exists() else None
     try:
-        name, seed = recipe["run"]["name"], recipe["run"]["seed"]
-        keeps_all = recipe["data"]["subset"] is None and recipe.get("pruning") is None
+        seed = recipe["run"]["seed"]
+        # medium-0 and medium_seed0 are runs of seed 0 of one experiment, "medium".
+        folder_name = re.sub(rf"(?<=.)[-_](seed)?{seed}$", "", folder.resolve().name)
+        if result is None:
+            curve = tuple(_unfinished_curve(folder))
+        else:
+            curve = tuple(
+                Point(point["epoch"], point["train_seconds"], point["top1"])
+                for point in result["curve"]
+            )
         return Run(
             folder=folder,
-            name=name or _without_seed(folder.resolve().name, seed),
+            name=recipe["run"]["name"] or folder_name,
             seed=seed,
             selection=_selection(recipe, result),
-            keeps_all=keeps_all,
+            keeps_all=recipe["data"]["subset"] is None and recipe.get("pruning") is None,
             epochs=(result or recipe["schedule"])["epochs"],
-            curve=tuple(_unfinished_curve(folder) if result is None else _curve(result)),
+            curve=curve,
             score_seconds=_score_seconds(recipe, score_seconds),
             result=result,
         )
@@ -146,7 +162,6 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a JSON file of a run."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -155,22 +170,8 @@ def _read_json(path: Path) -> Any:
         ) from error
 
 
-def _without_seed(folder_name: str, seed: int) -> str:
-    """`medium` for the folders medium-0 and medium_seed0 of seed 0."""
-    return re.sub(rf"(?<=.)[-_](seed)?{seed}$", "", folder_name)
-
-
-def _curve(result: dict[str, Any]) -> Iterator[Point]:
-    """The validations of a finished run."""
-    for point in result["curve"]:
-        yield Point(point["epoch"], point["train_seconds"], point["top1"])
-
-
 def _unfinished_curve(folder: Path) -> Iterator[Point]:
-    """The validations in metrics.jsonl; a line that was being written is left out.
-
-    A run that was gone on with counts from zero again: its seconds are added to those before.
-    """
+    """Yield the validations in metrics.jsonl."""
     try:
         lines = (folder / _METRICS).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -180,7 +181,9 @@ def _unfinished_curve(folder: Path) -> Iterator[Point]:
         try:
             fields = json.loads(line)
         except ValueError:
+            # The run may be writing its last line right now.
             continue
+        # A resumed process counts its seconds from zero again: they add to those before it.
         if fields["seconds"] < latest:
             before += latest
         latest = fields["seconds"]
@@ -189,7 +192,7 @@ def _unfinished_curve(folder: Path) -> Iterator[Point]:
 
 
 def _subset(recipe: dict[str, Any]) -> Subset | None:
-    """The subset of the run, where it still is where it was."""
+    """Load the subset of the run; None where it has moved since."""
     try:
         return Subset.load(recipe["data"]["subset"])
     except (ArtifactError, InvalidValueError):
@@ -197,27 +200,24 @@ def _subset(recipe: dict[str, Any]) -> Subset | None:
 
 
 def _selection(recipe: dict[str, Any], result: dict[str, Any] | None) -> str:
-    """Such as: all rows; 50% medium by centroid; all rows, infobatch."""
-    pruning = recipe.get("pruning")
-    ending = f", {pruning['rule']}" if pruning else ""
-    return (_kept(recipe, result) if recipe["data"]["subset"] else "all rows") + ending
-
-
-def _kept(recipe: dict[str, Any], result: dict[str, Any] | None) -> str:
-    """What the subset keeps, as far as the run or the subset tells."""
-    subset, told = _subset(recipe), result or {}
+    """Say on which rows: `all rows`, `50% medium by centroid`, `all rows, infobatch`."""
+    ending = f", {recipe['pruning']['rule']}" if recipe.get("pruning") else ""
+    if not recipe["data"]["subset"]:
+        return f"all rows{ending}"
+    # The run's own record comes first: the subset may have been replaced after the training.
+    subset, recorded = _subset(recipe), result or {}
     ratio, strategy, metric = (
-        told.get(name, None if subset is None else getattr(subset, name))
+        recorded.get(name, None if subset is None else getattr(subset, name))
         for name in ("keep_ratio", "strategy", "metric")
     )
     if strategy is None:
-        return Path(recipe["data"]["subset"]).name
+        return Path(recipe["data"]["subset"]).name + ending
     share = "" if ratio is None else f"{100 * ratio:.3g}% "
-    return f"{share}{strategy}" + ("" if strategy == "random" else f" by {metric}")
+    return f"{share}{strategy}" + ("" if strategy == "random" else f" by {metric}") + ending
 
 
 def _score_seconds(recipe: dict[str, Any], given: float | None) -> float | None:
-    """What scoring cost this run: nothing where it needs neither difficulties nor class std."""
+    """Charge a run for scoring only where it uses difficulties or class std."""
     if recipe["data"]["subset"] is None:
         return 0.0
     subset = _subset(recipe)
@@ -228,11 +228,96 @@ def _score_seconds(recipe: dict[str, Any], given: float | None) -> float | None:
     return given if recorded is None else recorded
 
 
-def _told_apart(runs: list[Run]) -> Iterator[Run]:
-    """The runs; of those with the same name and seed, each is called by its folder too."""
-    places = [(run.name, run.seed) for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if places.count(place) == 1:
-            yield run
-        else:
-            yield replace(run, name=f"{run.name} ({run.folder})")
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed.
+
+    Attributes:
+        name: of the runs.
+        runs: one or more, all finished or none.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its runs came to their end."""
+        return self.runs[0].is_finished
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Put runs of one name together, finished and unfinished ones apart, in order."""
+    members: dict[tuple[str, bool], list[Run]] = {}
+    for run in runs:
+        members.setdefault((run.name, run.is_finished), []).append(run)
+    return [
+        Group(name if is_finished else f"{name} (unfinished)", tuple(group))
+        for (name, is_finished), group in members.items()
+    ]
+
+
+def choose_reference(groups: Sequence[Group], name: str | None) -> Group | None:
+    """Choose the group that the others are compared with.
+
+    Args:
+        groups: all groups.
+        name: the one that is asked for; None for the finished one that trains on all rows, among
+            several the one called "full".
+
+    Returns:
+        The group; None where none is asked for and none, or more than one, fits.
+
+    Raises:
+        InvalidValueError: no finished run has that name.
+    """
+    finished = {group.name: group for group in groups if group.is_finished}
+    if name is not None:
+        if name not in finished:
+            known = ", ".join(finished) or "none"
+            raise InvalidValueError(
+                f"reference {name!r} is not among the finished runs: {known}. Name one of these."
+            )
+        return finished[name]
+    full = {name: group for name, group in finished.items() if group.runs[0].keeps_all}
+    if len(full) == 1:
+        return next(iter(full.values()))
+    return full.get(_REFERENCE_NAME)
+
+
+def cost_ratios(group: Group, reference: Group, *, with_scoring: bool) -> list[float]:
+    """Divide the seconds of each run by those of the reference run with the same seed.
+
+    Args:
+        group: the runs.
+        reference: the runs to compare with.
+        with_scoring: count scoring, or training alone.
+
+    Returns:
+        A ratio per seed that both have; where they share none, the ratio of the means. Empty where
+        a number is not recorded.
+    """
+
+    def cost(run: Run) -> float | None:
+        return run.paid_seconds() if with_scoring else run.number("train_seconds")
+
+    references = {run.seed: cost(run) for run in reference.runs}
+    pairs = [(cost(run), references[run.seed]) for run in group.runs if run.seed in references]
+    if not pairs:
+        pairs = [(mean([cost(r) for r in group.runs]), mean([cost(r) for r in reference.runs]))]
+    return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Average the values; None where one is missing."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
+
+
+def mean_and_sd(values: Sequence[float | None], digits: int) -> str:
+    """Format as `61.2 ± 0.4`; a single value alone, and a dash where one is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "–"
+    text = f"{statistics.mean(known):,.{digits}f}"
+    return text if len(known) < 2 else f"{text} ± {statistics.stdev(known):,.{digits}f}"

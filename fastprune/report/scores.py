@@ -1,4 +1,4 @@
-"""The page about a score table: what is easy, what is kept, what is hard."""
+"""The page about a score table: easy, kept and hard rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,14 @@ from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.errors import InvalidValueError
-from fastprune.report.contact_sheet import Thumbnail, strip_png
 from fastprune.report.page import facts, heading, note, page, picture
-from fastprune.report.score_charts import class_counts_png, correlation_png, histogram_png
+from fastprune.report.score_pictures import (
+    Thumbnail,
+    class_counts_png,
+    correlation_png,
+    histogram_png,
+    strip_png,
+)
 from fastprune.selection.blend import NO_DIFFICULTIES
 
 Rows = NDArray[np.int64]
@@ -23,7 +28,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Subject:
-    """What the page is about.
+    """The scores, rows and images of the page.
 
     Attributes:
         table: the scores.
@@ -39,11 +44,11 @@ class Subject:
 
     @property
     def scores(self) -> NDArray[np.float32]:
-        """(N,) the difficulty that is shown."""
+        """The difficulty that is shown, (N,)."""
         return self.table.metric(self.metric)
 
     def class_name(self, label: int) -> str:
-        """What a class is called, where the beton knows."""
+        """Name a class, by its number where the beton has no names."""
         names = None if self.beton is None else self.beton.class_names
         known = names is not None and 0 <= label < len(names)
         return names[label] if names is not None and known else f"class {label}"
@@ -105,7 +110,7 @@ def report_scores(
 
 
 def _kept_rows(table: ScoreTable, scores_path: Any, subset: Subset, subset_path: Any) -> Rows:
-    """The subset's rows, if they are of the table's images."""
+    """Check that the subset is of the table's images, and return its rows."""
     if subset.fingerprint is not None:
         require_same_images(
             subset.fingerprint,
@@ -118,7 +123,7 @@ def _kept_rows(table: ScoreTable, scores_path: Any, subset: Subset, subset_path:
 
 
 def _chosen_metric(table: ScoreTable, subset: Subset | None, metric: str | None) -> str:
-    """What was asked for, what was selected by, or the default."""
+    """Choose the metric that is asked for, the subset's, or the default."""
     if metric is not None:
         table.metric(metric)
         return metric
@@ -130,12 +135,10 @@ def _chosen_metric(table: ScoreTable, subset: Subset | None, metric: str | None)
 
 
 def _difficulties(table: ScoreTable) -> list[str]:
-    """The metrics that rank rows."""
     return [name for name in table.metrics if name not in NO_DIFFICULTIES]
 
 
 def _summary(subject: Subject, subset: Subset | None) -> list[str]:
-    """Where the scores and the subset came from."""
     table = subject.table
     pairs = {
         "images": str(table.fingerprint),
@@ -153,12 +156,11 @@ def _summary(subject: Subject, subset: Subset | None) -> list[str]:
 
 
 def _joined(settings: dict[str, Any]) -> str:
-    """`network resnet32x4, num_classes 100`."""
+    """Join settings as `network resnet32x4, num_classes 100`."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def _charts(subject: Subject) -> list[str]:
-    """The three charts."""
     table, kept = subject.table, subject.kept
     parts = [
         heading(f"How {subject.metric} is spread"),
@@ -187,7 +189,7 @@ def _charts(subject: Subject) -> list[str]:
 
 
 def _contact_sheets(subject: Subject, beton: Beton, num_classes: int, per_strip: int) -> list[str]:
-    """Three strips per class, for some of the classes."""
+    """Draw three strips per class, for classes spread evenly over all of them."""
     present = np.flatnonzero(subject.table.class_counts)
     spread = np.linspace(0, len(present) - 1, min(num_classes, len(present)))
     framed = "" if subject.kept is None else " A blue frame: kept."
@@ -212,7 +214,7 @@ def _contact_sheets(subject: Subject, beton: Beton, num_classes: int, per_strip:
 
 
 def class_strips(subject: Subject, label: int, count: int) -> dict[str, Rows]:
-    """The easiest, the medium and the hardest rows of a class, ascending by score.
+    """Choose the easiest, the medium and the hardest rows of a class, ascending by score.
 
     Medium are the rows around the median of the class's kept rows, or of all of its rows where
     nothing, or none of the class, is kept.
@@ -231,7 +233,6 @@ def class_strips(subject: Subject, label: int, count: int) -> dict[str, Rows]:
 
 
 def _thumbnail(subject: Subject, row: int) -> Thumbnail:
-    """What is shown of a row."""
     prediction, label = (int(a[row]) for a in (subject.table.predictions, subject.table.labels))
     is_wrong = prediction >= 0 and prediction != label
     return Thumbnail(

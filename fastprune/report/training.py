@@ -1,21 +1,22 @@
-"""The page about training runs: what they reached, what they cost, and where the time went."""
+"""The page about training runs: accuracy, cost, and where the time went."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastprune.artifacts.atomic import atomic_path, write_text
 from fastprune.errors import InvalidValueError
-from fastprune.report.groups import (
+from fastprune.report.page import facts, heading, note, page, picture, table
+from fastprune.report.run_charts import accuracy_png, seconds_png
+from fastprune.report.runs import (
     Group,
+    Run,
     choose_reference,
     cost_ratios,
     group_runs,
     mean,
     mean_and_sd,
+    read_runs,
 )
-from fastprune.report.page import facts, heading, note, page, picture, table
-from fastprune.report.run_charts import accuracy_png, seconds_png
-from fastprune.report.runs import Run, read_runs
 
 _REACHED = ("run", "seeds", "trained on", "epochs", "top-1 last, %", "top-1 best, %")
 _COST = (
@@ -47,8 +48,8 @@ def report_runs(
         paths: run folders, or folders that hold some.
         out_path: the page to write.
         reference: name of the runs that the others are compared with; by default those on all rows.
-        convert_seconds: what converting the images took, to be counted in; None to leave it out.
-        score_seconds: what scoring took, for runs on a subset that does not tell.
+        convert_seconds: of converting the images, to be counted in; None to leave them out.
+        score_seconds: of scoring, for runs whose subset does not record them.
 
     Returns:
         The runs that are on the page.
@@ -74,13 +75,11 @@ def report_runs(
 
 
 def _write_png(out_path: Path, what: str, png: bytes) -> None:
-    """Put a picture beside the page too."""
     with atomic_path(out_path.with_name(f"{out_path.stem}-{what}.png")) as temporary:
         temporary.write_bytes(png)
 
 
 def _accuracy(groups: Sequence[Group], out_path: Path) -> list[str]:
-    """What the runs reached, as a table and as curves."""
     lines = [
         [
             group.name,
@@ -113,10 +112,9 @@ def _costs(
     convert_seconds: float | None,
     out_path: Path,
 ) -> list[str]:
-    """What the finished runs cost, as a table and as bars."""
     finished = [group for group in groups if group.is_finished]
     if not finished:
-        return [heading("Cost"), note("No run is finished; an unfinished one does not tell.")]
+        return [heading("Cost"), note("No run is finished yet.")]
     png = seconds_png(finished, convert_seconds=convert_seconds)
     _write_png(out_path, "seconds", png)
     return [
@@ -130,7 +128,7 @@ def _costs(
 
 
 def _cost_line(group: Group, reference: Group | None, convert_seconds: float | None) -> list[str]:
-    """One line of the table; a dash stands for what is not recorded."""
+    """Write one line of the table; a dash stands for a number that is not recorded."""
     runs = group.runs
     ratios = (
         [] if reference is None else cost_ratios(group, reference, with_scoring=with_scoring)
@@ -150,7 +148,7 @@ def _cost_line(group: Group, reference: Group | None, convert_seconds: float | N
 def _cost_note(
     groups: Sequence[Group], reference: Group | None, convert_seconds: float | None
 ) -> str:
-    """How to read the table, and what is not in it."""
+    """Explain the table, and name the costs that are missing from it."""
     remarks = [
         "Training is the epochs, without start-up and validation. Total is what was waited for, "
         + (
@@ -165,14 +163,14 @@ def _cost_note(
     ]
     if any(run.score_seconds is None for group in groups for run in group.runs):
         remarks.append(
-            "A dash stands for what is not recorded: where a subset does not tell what its scores "
-            "cost, give that by --score-seconds."
+            "A dash stands for what is not recorded: where a subset does not record its scores' "
+            "seconds, give them by --score-seconds."
         )
     return " ".join(remarks)
 
 
 def _epochs(run: Run) -> str:
-    """Those that were planned, and for an unfinished run those that were validated."""
+    """Count the planned epochs, and for an unfinished run the validated ones."""
     if run.is_finished:
         return str(run.epochs)
     done = run.curve[-1].epoch if run.curve else 0
@@ -180,18 +178,15 @@ def _epochs(run: Run) -> str:
 
 
 def _total(run: Run, convert_seconds: float | None) -> float | None:
-    """Everything that is counted."""
     paid = run.paid_seconds(total=True)
     return None if paid is None else paid + (convert_seconds or 0.0)
 
 
 def _percent(share: float | None) -> float | None:
-    """A share in [0, 1] in percent."""
     return None if share is None else 100 * share
 
 
 def _curves_note(groups: Sequence[Group]) -> str:
-    """How to read the curves."""
     unfinished = (
         ""
         if all(group.is_finished for group in groups)
@@ -204,7 +199,7 @@ def _curves_note(groups: Sequence[Group]) -> str:
 
 
 def _origin(runs: Sequence[Run]) -> list[str]:
-    """Where the numbers come from: folders, machine, versions."""
+    """Name folders, machine and versions."""
     machines = {_machine(run) for run in runs if run.is_finished}
     return [
         heading("Where it comes from"),
@@ -218,11 +213,11 @@ def _origin(runs: Sequence[Run]) -> list[str]:
 
 
 def _machine(run: Run) -> str:
-    """Such as: AMD EPYC, 2 cores, torch 2.14.1, on cpu with ffcv."""
-    told = run.result or {}
-    machine, versions = told.get("machine", {}), told.get("versions", {})
+    """Describe it as `AMD EPYC, 2 cores, torch 2.14.1, on cpu with ffcv`."""
+    recorded = run.result or {}
+    machine, versions = recorded.get("machine", {}), recorded.get("versions", {})
     words = [machine.get("cpu", "unknown"), f"{machine.get('cores', '?')} cores"]
     words += [*machine.get("gpus", []), f"torch {versions.get('torch', '?')}"]
-    if "device" in told:
-        words.append(f"on {told['device']} with {told.get('backend', 'an unknown engine')}")
+    if "device" in recorded:
+        words.append(f"on {recorded['device']} with {recorded.get('backend', 'an unknown engine')}")
     return ", ".join(words)

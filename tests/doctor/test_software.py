@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastprune.doctor.software import check_cuda, check_packages
+from fastprune.doctor.machine import check_cuda, check_packages
 
 
 @pytest.fixture(autouse=True)

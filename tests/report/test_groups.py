@@ -1,8 +1,7 @@
 import pytest
 
 from fastprune.errors import InvalidValueError
-from fastprune.report.groups import choose_reference, cost_ratios, group_runs, mean_and_sd
-from fastprune.report.runs import read_runs
+from fastprune.report.runs import choose_reference, cost_ratios, group_runs, mean_and_sd, read_runs
 from tests.report.run_folders import write_run
 
 

@@ -15,8 +15,13 @@ from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
 from fastprune.cli import main
 from fastprune.errors import ArtifactMismatch, BetonError, InvalidValueError
-from fastprune.report.contact_sheet import THUMBNAIL_SIDE, Thumbnail, read_image, strip_png
-from fastprune.report.score_charts import rank_correlations
+from fastprune.report.score_pictures import (
+    THUMBNAIL_SIDE,
+    Thumbnail,
+    rank_correlations,
+    read_image,
+    strip_png,
+)
 from fastprune.report.scores import Subject, class_strips, report_scores
 from fastprune.selection.subsets import make_subset
 from tests.images import write_image_folder

@@ -9,10 +9,8 @@ from PIL import Image
 
 from fastprune.cli import main
 from fastprune.errors import ArtifactError, InvalidValueError
-from fastprune.report.costs import PARTS, time_parts
-from fastprune.report.groups import group_runs
-from fastprune.report.run_charts import _draw_group, accuracy_png, seconds_png
-from fastprune.report.runs import read_runs
+from fastprune.report.run_charts import PARTS, _draw_group, accuracy_png, seconds_png, time_parts
+from fastprune.report.runs import group_runs, read_runs
 from fastprune.report.training import report_runs
 from tests.report.run_folders import change_result, write_run
 
@@ -86,7 +84,7 @@ def test_what_is_not_recorded_is_a_dash_and_the_page_says_so(runs, tmp_path):
     page = (tmp_path / "report.html").read_text()
     (line,) = (line for line in lines_of(page) if line[:2] == ["half", "48"])
     assert line[3:7] == ["–", "–", "0.500 ± 0.000", "–"]
-    assert "give that by --score-seconds" in page
+    assert "give them by --score-seconds" in page
     assert "Conversion is not counted" in page
 
 

@@ -1,24 +1,38 @@
-"""Charts of a score table: the metric and what is kept of it, classes, how metrics agree."""
+"""Pictures of a score table: charts of the metric, classes and ranks; strips of thumbnails."""
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from fastprune.artifacts.scores import ScoreTable
+from fastprune.beton.layout import JPG
+from fastprune.beton.reader import Beton
+from fastprune.errors import BetonError
 from fastprune.selection.blend import ranks
 
 _ALL, _KEPT = "#c8c8c8", "#4c72b0"
 _BINS = 80
+# A handful of outliers would squeeze all other bars to the left.
 _TOP_PERCENTILE = 99.9
+# More class names do not fit under a chart of eight inches.
 _MOST_BARS = 60
+
+THUMBNAIL_SIDE = 128
+_GAP = 6
+_TEXT_HEIGHT = 34
+_FRAME, _TEXT, _WRONG = "#4c72b0", "#333333", "#c44e52"
+_BORDER = 3
 
 
 def histogram_png(scores: NDArray[np.float32], kept: NDArray[np.int64] | None, name: str) -> bytes:
-    """How often each score occurs, and how many of those rows are kept.
+    """Draw how often each score occurs, and how many of these rows are kept.
 
     Args:
         scores: (N,) difficulty of every row.
@@ -45,7 +59,7 @@ def histogram_png(scores: NDArray[np.float32], kept: NDArray[np.int64] | None, n
 def class_counts_png(
     counts: NDArray[np.int64], kept_counts: NDArray[np.int64], names: list[str]
 ) -> bytes:
-    """Rows of every class, and how many of them are kept.
+    """Draw the rows of every class, and how many of them are kept.
 
     Args:
         counts: (C,) rows per class.
@@ -72,7 +86,7 @@ def class_counts_png(
 
 
 def correlation_png(table: ScoreTable, names: list[str]) -> bytes:
-    """How alike the metrics rank the rows: Spearman's correlation of each pair.
+    """Draw how alike the metrics rank the rows: Spearman's correlation of each pair.
 
     Args:
         table: the scores.
@@ -95,7 +109,7 @@ def correlation_png(table: ScoreTable, names: list[str]) -> bytes:
 
 
 def rank_correlations(table: ScoreTable, names: list[str]) -> NDArray[np.float64]:
-    """Spearman's correlation of each pair of metrics, (M, M); 0 beside a metric that is constant.
+    """Compute Spearman's correlation of each pair of metrics, (M, M); 0 beside a constant one.
 
     Equal scores share the mean of their ranks.
     """
@@ -112,14 +126,90 @@ def rank_correlations(table: ScoreTable, names: list[str]) -> NDArray[np.float64
 
 
 def _figure(width_inches: float, height_inches: float) -> tuple[Figure, Axes]:
-    """A figure that no window shows."""
+    # A canvas of its own: pyplot would look for a display and keep every figure alive.
     figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A row in a strip.
+
+    Attributes:
+        row: of the image.
+        text: first line under it, such as its score.
+        remark: second line, in red, such as the teacher's wrong guess; empty for none.
+        is_kept: whether it gets a frame.
+    """
+
+    row: int
+    text: str
+    remark: str = ""
+    is_kept: bool = False
+
+
+def strip_png(beton: Beton, thumbnails: Sequence[Thumbnail]) -> bytes:
+    """Draw rows of a beton side by side.
+
+    Args:
+        beton: the images.
+        thumbnails: what to show, from left to right.
+
+    Returns:
+        A PNG.
+    """
+    cell = THUMBNAIL_SIDE + 2 * _BORDER
+    width = max(1, len(thumbnails)) * (cell + _GAP)
+    strip = Image.new("RGB", (width, cell + _TEXT_HEIGHT), "white")
+    draw = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(size=13)
+    for position, thumbnail in enumerate(thumbnails):
+        left = position * (cell + _GAP)
+        picture = _fitted(read_image(beton, thumbnail.row))
+        x, y = ((cell - side) // 2 for side in picture.size)
+        if thumbnail.is_kept:
+            right, bottom = left + x + picture.width, y + picture.height
+            frame = (left + x - _BORDER, y - _BORDER, right + _BORDER - 1, bottom + _BORDER - 1)
+            draw.rectangle(frame, fill=_FRAME)
+        strip.paste(picture, (left + x, y))
+        draw.text((left + _BORDER, cell), thumbnail.text, fill=_TEXT, font=font)
+        draw.text((left + _BORDER, cell + 15), thumbnail.remark[:16], fill=_WRONG, font=font)
+    buffer = io.BytesIO()
+    strip.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_image(beton: Beton, row: int) -> Image.Image:
+    """Decode one whole image of a beton, RGB.
+
+    Raises:
+        BetonError: the image cannot be decoded.
+    """
+    data: NDArray[np.uint8] = beton.image_bytes(row)
+    if beton.modes[row] == JPG:
+        try:
+            return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+        except OSError as error:
+            raise BetonError(
+                f"row {row:,} of {beton.path} cannot be decoded. See what is damaged: "
+                f"fastprune check {beton.path} --deep"
+            ) from error
+    return Image.fromarray(data.reshape(beton.heights[row], beton.widths[row], 3))
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """Resize to at most THUMBNAIL_SIDE pixels; small images are enlarged to whole multiples."""
+    longest = max(image.size)
+    if longest > THUMBNAIL_SIDE:
+        scale = THUMBNAIL_SIDE / longest
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    factor = THUMBNAIL_SIDE // longest
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

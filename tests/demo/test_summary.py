@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastprune.demo.summary import KeptPicture, RunPicture, Sample, draw_comparison
 from fastprune.errors import ArtifactError
-from fastprune.report.comparison import KeptPicture, RunPicture, Sample, draw_comparison
 
 CURVE = [{"train_seconds": 1.0, "top1": 0.3}, {"train_seconds": 2.0, "top1": 0.6}]
 
