@@ -354,7 +354,7 @@ def test_row_with_features_that_are_not_finite_is_named(beton, tmp_path):
         (None, {}, "there is no teacher. Name one"),
         ("resnet8", {}, "resnet8 has no published weights.*--teacher-checkpoint"),
         ("resnet8", {"checkpoint": "a.pth", "weights": "DEFAULT"}, "Leave one of them out"),
-        (None, {"checkpoint": "a.pth"}, r"a.pth does not tell which network.*--teacher"),
+        (None, {"checkpoint": "a.pth"}, r"a.pth does not say which network.*--teacher"),
         ("network", {"checkpoint": "a.pth"}, "the teacher is a network.*leave the checkpoint"),
         ("network", {"views": 0}, r"views \(0\) must be at least 1"),
         ("network", {"image_size": 0}, r"image_size \(0\) must be at least 1 pixel"),
