@@ -16,6 +16,7 @@ ensure_compile_cache()
 if TYPE_CHECKING:
     from fastprune.artifacts.scores import ScoreTable
     from fastprune.artifacts.subset import Subset
+    from fastprune.artifacts.teacher_cache import TeacherCache
     from fastprune.beton.check import check_beton
     from fastprune.beton.compact import compact
     from fastprune.beton.reader import open_beton
@@ -41,6 +42,7 @@ __all__ = [
     "ProjectorEnsemble",
     "ScoreTable",
     "Subset",
+    "TeacherCache",
     "__version__",
     "centroid_distances",
     "check_beton",
@@ -63,6 +65,7 @@ _HOMES = {
     "ProjectorEnsemble": "fastprune.distillation.projectors",
     "ScoreTable": "fastprune.artifacts.scores",
     "Subset": "fastprune.artifacts.subset",
+    "TeacherCache": "fastprune.artifacts.teacher_cache",
     "centroid_distances": "fastprune.difficulty.kernels",
     "check_beton": "fastprune.beton.check",
     "compact": "fastprune.beton.compact",

@@ -73,6 +73,28 @@ def exclusive(path: str | Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def locked(path: str | Path, *, shared: bool = False) -> Iterator[None]:
+    """Wait for a file's lock and hold it; it goes with the process, however it ends.
+
+    Threads of one process wait for one another too. Where the file system has no locks, nothing is
+    held.
+
+    Args:
+        path: the lock file, which must exist.
+        shared: True to hold it beside others who share it.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        except OSError:
+            logger.debug("%s: the file system has no locks", path)
+        yield
+    finally:
+        os.close(file)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole UTF-8 text file, or nothing.
 

@@ -110,7 +110,7 @@ class Subset:
             "command": self.command,
             "score_seconds": self.score_seconds,
             "fingerprint": self.fingerprint.to_dict() if self.fingerprint else None,
-            "rows_digest": _rows_digest(self.rows),
+            "rows_digest": rows_digest(self.rows),
             "class_counts": self.class_counts,
             "class_std": None
             if self.class_std is None
@@ -120,7 +120,7 @@ class Subset:
     @classmethod
     def _from_sidecar(cls, rows: NDArray[np.int64], sidecar: dict[str, Any], path: Path) -> Self:
         """The inverse of `_sidecar`."""
-        if sidecar["rows_digest"] != _rows_digest(rows):
+        if sidecar["rows_digest"] != rows_digest(rows):
             raise ArtifactError(
                 f"{path.with_suffix('.json')} describes other rows than {path} holds: one of them "
                 "was replaced. Make both again with `fastprune select`."
@@ -178,6 +178,6 @@ def checked_rows(rows: ArrayLike, *, name: str, num_rows: int | None = None) -> 
     return array
 
 
-def _rows_digest(rows: NDArray[np.int64]) -> str:
+def rows_digest(rows: NDArray[np.int64]) -> str:
     """BLAKE2b-128 over the rows as little-endian int64."""
     return hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()

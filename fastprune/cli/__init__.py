@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from fastprune import __version__
-from fastprune.cli import bench, beton, demo, doctor, report, scores, training
+from fastprune.cli import bench, beton, cache, demo, doctor, report, scores, training
 from fastprune.errors import FastpruneError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -62,6 +62,7 @@ for _command in (
     *beton.COMMANDS,
     *scores.COMMANDS,
     *training.COMMANDS,
+    *cache.COMMANDS,
     *report.COMMANDS,
     *demo.COMMANDS,
     *bench.COMMANDS,

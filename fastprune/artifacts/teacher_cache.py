@@ -1,0 +1,446 @@
+"""The teacher's logits on recurring views, kept on disk by (row, slot).
+
+A folder of plain files, documented in docs/teacher-cache.md: cache.json, rows.npy, and for each
+slot its logits, a bitmap and checksums. Several processes may fill it at once.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastprune.artifacts.atomic import locked
+from fastprune.artifacts.cache_header import (
+    read_header,
+    read_rows,
+    require_identity,
+    write_header,
+)
+from fastprune.artifacts.cache_slot import DTYPES, Slot, decode, encode, stored_dtype
+from fastprune.artifacts.subset import checked_rows
+from fastprune.checks import require_at_least, require_one_of
+from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
+
+_LOCK = "lock"
+# What a killed process loses at most, and what a put may take of memory.
+_COMMIT_SECONDS = 10.0
+_COMMIT_BYTES = 32 * 2**20
+# Open slots hold three maps each.
+_MOST_OPEN_SLOTS = 8
+# Rounding, other batch sizes and other devices stay well below; another teacher or view is near 1.
+_VERIFY_TOLERANCE = 0.05
+
+
+class _Pending(NamedTuple):
+    """Logits that were put and not written yet."""
+
+    positions: NDArray[np.intp]
+    stored: NDArray[np.generic]
+
+
+class TeacherCache:
+    """Logits of one teacher on the K recurring views of some rows.
+
+    `put` writes in place, `logits` reads; what lies between processes is a lock file. Data is on
+    the disk before the bitmap says so, so a process that is killed loses the last seconds of its
+    own work and nothing else. Use it as a context manager, or call `close`.
+
+    Attributes:
+        path: the folder.
+        rows: (R,) int64, the rows of the beton that it has room for, sorted and unique.
+        num_classes: C.
+        num_views: K, slots are 0 … K - 1.
+        dtype: "float16", "float32" or "uint8" (affine by row).
+        identity: what the logits are of: images, view, decoder, teacher; JSON values.
+    """
+
+    def __init__(self, path: Path, rows: NDArray[np.int64], header: dict[str, Any]):
+        """For `create` and `open`."""
+        self.path = path
+        self.rows = rows
+        self.num_classes: int = header["num_classes"]
+        self.num_views: int = header["num_views"]
+        self.dtype: str = header["dtype"]
+        self.identity: dict[str, Any] = header["identity"]
+        self._stored_dtype = stored_dtype(self.dtype, self.num_classes)
+        self._slots: OrderedDict[int, Slot] = OrderedDict()
+        self._pending: dict[int, list[_Pending]] = {}
+        self._pending_bytes = 0
+        self._pending_since = 0.0
+        # Writers may be threads of one process, such as the one that fills while a student trains.
+        self._threads = threading.RLock()
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        rows: ArrayLike,
+        num_classes: int,
+        num_views: int,
+        identity: Mapping[str, Any] | None = None,
+        dtype: str = "float16",
+    ) -> Self:
+        """Make an empty cache.
+
+        Args:
+            path: the folder, which is made; its parent must exist.
+            rows: (R,) rows of the beton, sorted and unique.
+            num_classes: C.
+            num_views: K, how many views of each row recur.
+            identity: what the logits will be of, as JSON values; `open` compares it. `images`
+                holds a fingerprint's fields.
+            dtype: "float16" (2 C bytes a view; exact for bfloat16 logits between 2^-14 and 65,504),
+                "float32" (exact) or "uint8" (C + 4 bytes a view, affine by row).
+
+        Raises:
+            InvalidValueError: an argument is outside its domain.
+            ArtifactError: a cache is there already, or the folder cannot be written.
+        """
+        path = Path(path)
+        require_one_of("dtype", dtype, DTYPES)
+        require_at_least("num_classes", num_classes, 1)
+        require_at_least("num_views", num_views, 1)
+        rows = checked_rows(rows, name="rows")
+        try:
+            path.mkdir(exist_ok=True)
+            (path / _LOCK).touch()
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot make the teacher cache {path}: {error.strerror}. Name a folder whose "
+                "parent exists and may be written."
+            ) from error
+        with locked(path / _LOCK):
+            if (path / "cache.json").exists():
+                raise ArtifactError(
+                    f"{path} holds a teacher cache already. Open it, or name another folder."
+                )
+            settings = {
+                "num_classes": num_classes,
+                "num_views": num_views,
+                "dtype": dtype,
+                "identity": dict(identity or {}),
+            }
+            return cls(path, rows, write_header(path, rows, settings))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        num_views: int | None = None,
+        num_classes: int | None = None,
+        dtype: str | None = None,
+    ) -> Self:
+        """Open a cache, and refuse one that is of something else than what is wanted.
+
+        Args:
+            path: the folder.
+            identity: what the logits must be of, in the form of `create`; None to take any.
+            num_views: K that is wanted, or None.
+            num_classes: C that is wanted, or None.
+            dtype: that is wanted, or None.
+
+        Raises:
+            ArtifactError: there is no cache, or cache.json or rows.npy is damaged.
+            ArtifactMismatch: it is of other images, views, or another teacher.
+        """
+        path = Path(path)
+        header = read_header(path)
+        cache = cls(path, read_rows(path, header), header)
+        sizes = {"num_views": num_views, "num_classes": num_classes}
+        want = {name: value for name, value in sizes.items() if value is not None}
+        have = {name: header[name] for name in want}
+        if identity is not None:
+            have, want = have | cache.identity, want | dict(identity)
+        require_identity(path, have, want)
+        if dtype is not None and dtype != cache.dtype:
+            raise ArtifactMismatch(
+                f"{path} stores {cache.dtype}, but {dtype} is asked for. Leave the dtype out to "
+                "take what it stores, or name another folder, which is filled anew."
+            )
+        return cache
+
+    def holds(self, rows: ArrayLike) -> NDArray[np.bool_]:
+        """Whether there is room for each of these rows: (n,) bool."""
+        wanted = np.asarray(rows, np.int64)
+        at = np.searchsorted(self.rows, wanted).clip(max=len(self.rows) - 1)
+        return np.asarray(self.rows[at] == wanted)
+
+    def has(self, rows: ArrayLike, slot: int) -> NDArray[np.bool_]:
+        """Whether each row's logits are there, by any process or put by this one: (n,) bool."""
+        wanted = np.asarray(rows, np.int64)
+        found = self.holds(wanted)
+        with self._threads:
+            filled = self._filled(slot)
+            found[found] = filled[np.searchsorted(self.rows, wanted[found])]
+        return found
+
+    def missing(self, slot: int) -> NDArray[np.int64]:
+        """The rows without logits in a slot, (m,) int64, sorted."""
+        with self._threads:
+            return self.rows[~self._filled(slot)]
+
+    def logits(self, rows: ArrayLike, slot: int) -> NDArray[np.float32]:
+        """The teacher's logits.
+
+        Args:
+            rows: (n,) rows of the beton, in any order.
+            slot: which of their views, in [0, K).
+
+        Returns:
+            (n, C) float32, as `put` returned them, to the bit.
+
+        Raises:
+            InvalidValueError: the slot is out of range, or there is no room for a row.
+            ArtifactError: a row has no logits yet, or its block is damaged.
+        """
+        rows = np.asarray(rows, np.int64)
+        positions = self._positions(rows)
+        with self._threads:
+            if self._pending.get(slot):
+                self.commit()
+            files = self._slot(slot)
+            filled = np.zeros(len(rows), bool) if files is None else files.filled[positions]
+            if not filled.all():
+                raise ArtifactError(
+                    f"{self.path} has no logits yet of row {rows[np.argmin(filled)]:,} in slot "
+                    f"{slot} ({(~filled).sum():,} of {len(rows):,} rows are missing). Fill it: "
+                    f"fastprune cache fill, or train with it."
+                )
+            if files is None:
+                return np.empty((0, self.num_classes), np.float32)
+            blocks = files.unverified_blocks(positions)
+            if len(blocks):
+                with locked(self.path / _LOCK, shared=True):
+                    faults = files.damaged(blocks)
+                if faults:
+                    raise ArtifactError(faults[0])
+            return decode(files.read(positions))
+
+    def put(self, rows: ArrayLike, slot: int, logits: ArrayLike) -> NDArray[np.float32]:
+        """Keep the teacher's logits; rows that are there already stay as they are.
+
+        They are on the disk after the next `commit`, which happens by itself every ten seconds.
+
+        Args:
+            rows: (n,) rows of the beton, in any order.
+            slot: which of their views, in [0, K).
+            logits: (n, C) floating, finite.
+
+        Returns:
+            (n, C) float32, what `logits` will return: the logits as rounded by the dtype. Train
+            on these, so that a later run on the cache sees the same.
+
+        Raises:
+            InvalidValueError: a logit is not finite or beyond the dtype's range, the shape is
+                another, or there is no room for a row.
+            ArtifactError: the disk is full, or the cache cannot be written.
+        """
+        rows = np.asarray(rows, np.int64)
+        values = np.asarray(logits, np.float32)
+        self._require_slot(slot)
+        if values.shape != (len(rows), self.num_classes):
+            raise InvalidValueError(
+                f"logits must be of shape ({len(rows)}, {self.num_classes}), not {values.shape}."
+            )
+        positions = self._positions(rows)
+        stored = encode(values, rows, self.dtype)
+        with self._threads:
+            if not self._pending_bytes:
+                self._pending_since = time.monotonic()
+            self._pending.setdefault(slot, []).append(_Pending(positions, stored))
+            self._pending_bytes += stored.nbytes
+            is_late = time.monotonic() - self._pending_since > _COMMIT_SECONDS
+            if is_late or self._pending_bytes > _COMMIT_BYTES:
+                self.commit()
+        return decode(stored)
+
+    def round_trip(self, logits: ArrayLike, rows: ArrayLike) -> NDArray[np.float32]:
+        """What `put` would return, without putting anything."""
+        values = np.asarray(logits, np.float32)
+        return decode(encode(values, np.asarray(rows, np.int64), self.dtype))
+
+    def commit(self, *, seal: bool = False) -> None:
+        """Write what was put, data before the bitmap.
+
+        Args:
+            seal: also sum the blocks that changed, by whomever: reads them once.
+
+        Raises:
+            ArtifactError: the disk is full, or the cache cannot be written. What was put since the
+                last commit is dropped; what was committed stays.
+        """
+        with self._threads:
+            pending, self._pending, self._pending_bytes = self._pending, {}, 0
+            if not pending and not seal:
+                return
+            try:
+                with locked(self.path / _LOCK):
+                    for slot, parts in pending.items():
+                        self._write(slot, parts)
+                    for slot in range(self.num_views) if seal else ():
+                        files = self._slot(slot)
+                        if files is not None:
+                            files.seal()
+                            files.sync()
+            except OSError as error:
+                raise ArtifactError(
+                    f"cannot write the teacher cache {self.path}: {error.strerror}. What it holds "
+                    "stays whole; free some space and run the command again."
+                ) from error
+
+    def verify(
+        self,
+        teacher: Callable[[NDArray[np.int64], int], ArrayLike],
+        n: int = 64,
+        *,
+        tolerance: float = _VERIFY_TOLERANCE,
+    ) -> float:
+        """Ask the teacher again for entries drawn at random, and compare.
+
+        Args:
+            teacher: maps (rows (m,) int64, slot) to their logits (m, C).
+            n: entries to draw, at most.
+            tolerance: largest difference of a row that is accepted: root mean square over the
+                classes, as a share of the standard deviation of the row's logits.
+
+        Returns:
+            The largest difference that was found; 0.0 for an empty cache.
+
+        Raises:
+            ArtifactMismatch: the teacher says something else now.
+        """
+        filled = [np.flatnonzero(self._filled(slot)) for slot in range(self.num_views)]
+        ends = np.cumsum([len(positions) for positions in filled])
+        drawn = np.random.default_rng().choice(ends[-1], min(n, int(ends[-1])), replace=False)
+        worst = 0.0
+        slots = np.searchsorted(ends, drawn, side="right")
+        for slot in np.unique(slots):
+            within = drawn[slots == slot] - (ends[slot - 1] if slot else 0)
+            rows = self.rows[np.sort(filled[slot][within])]
+            kept = self.logits(rows, int(slot))
+            now = self.round_trip(teacher(rows, int(slot)), rows)
+            spread = np.maximum(kept.std(axis=1), np.finfo(np.float16).eps)
+            differences = np.sqrt(((now - kept) ** 2).mean(axis=1)) / spread
+            worst = max(worst, float(differences.max()))
+            if worst > tolerance:
+                row = rows[np.argmax(differences)]
+                raise ArtifactMismatch(
+                    f"{self.path} is not of this teacher on these views: row {row:,} in slot "
+                    f"{slot} differs by {worst:.2f} of its logits' standard deviation (allowed: "
+                    f"{tolerance}). Name another folder, or the teacher and the settings that "
+                    "filled it."
+                )
+        return worst
+
+    def check(self) -> Iterator[str]:
+        """Read every slot and compare it with its checksums.
+
+        Yields:
+            A sentence for each fault; nothing for a whole cache. A slot's holes are no faults.
+        """
+        for slot in range(self.num_views):
+            try:
+                files = self._slot(slot)
+                if files is not None:
+                    for block in files.all_blocks():
+                        with locked(self.path / _LOCK, shared=True):
+                            faults = files.damaged(block[None])
+                        yield from faults
+            except ArtifactError as error:
+                yield str(error)
+
+    def summary(self) -> dict[str, Any]:
+        """What is in the cache, as JSON values; see `fastprune cache info`."""
+        filled = [int(self._filled(slot).sum()) for slot in range(self.num_views)]
+        return {
+            "path": str(self.path),
+            "num_rows": len(self.rows),
+            "num_classes": self.num_classes,
+            "num_views": self.num_views,
+            "dtype": self.dtype,
+            "bytes_per_view": self._stored_dtype.itemsize,
+            "disk_bytes": self.disk_bytes,
+            "filled": filled,
+            "whole_slots": sum(count == len(self.rows) for count in filled),
+            "identity": self.identity,
+        }
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the folder takes on the disk; holes take none."""
+        return sum(file.stat().st_blocks * 512 for file in self.path.iterdir())
+
+    def close(self) -> None:
+        """Write what was put, and let go of the files.
+
+        Raises:
+            ArtifactError: as `commit`.
+        """
+        try:
+            self.commit()
+        finally:
+            self._slots.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _require_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.num_views:
+            raise InvalidValueError(
+                f"slot ({slot}) must be in [0, {self.num_views}), the cache's number of views."
+            )
+
+    def _positions(self, rows: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Where rows are in the slots' files."""
+        held = self.holds(rows)
+        if not held.all():
+            raise InvalidValueError(
+                f"{self.path} has no room for row {rows[np.argmin(held)]:,}: it was made for "
+                f"{len(self.rows):,} rows. Make one for all the rows that are trained on."
+            )
+        return np.searchsorted(self.rows, rows)
+
+    def _filled(self, slot: int) -> NDArray[np.bool_]:
+        """(R,) bool: committed by any process, or put by this one."""
+        files = self._slot(slot)
+        filled = np.zeros(len(self.rows), bool) if files is None else np.array(files.filled)
+        for positions, _ in self._pending.get(slot, ()):
+            filled[positions] = True
+        return filled
+
+    def _slot(self, slot: int) -> Slot | None:
+        """The files of a slot; None where nothing was written into it yet."""
+        self._require_slot(slot)
+        if slot not in self._slots:
+            if not Slot.exists(self.path, slot):
+                return None
+            if len(self._slots) == _MOST_OPEN_SLOTS:
+                self._slots.popitem(last=False)
+            self._slots[slot] = Slot(
+                self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype
+            )
+        self._slots.move_to_end(slot)
+        return self._slots[slot]
+
+    def _write(self, slot: int, parts: list[_Pending]) -> None:
+        """Write what was put into one slot; under the lock."""
+        if self._slot(slot) is None:
+            Slot.create(self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype)
+        files = self._slot(slot)
+        assert files is not None
+        positions = np.concatenate([part.positions for part in parts])
+        stored = np.concatenate([part.stored for part in parts])
+        # A row that was put twice is written once, as it was put first.
+        unique, first = np.unique(positions, return_index=True)
+        files.write(unique, stored[first])
