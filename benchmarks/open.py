@@ -16,8 +16,7 @@ from _harness import spread, take_turns, write_result
 
 from fastprune.beton import layout
 from fastprune.beton.assembly import FIELDS
-from fastprune.beton.output import write_frame
-from fastprune.beton.pages import PageCursor
+from fastprune.beton.output import PageCursor, write_frame
 from fastprune.beton.reader import open_beton
 
 IMAGENET_ROWS = 1_281_167

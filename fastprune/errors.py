@@ -42,11 +42,11 @@ class LoadingError(FastpruneError):
 
 
 class TrainingError(FastpruneError):
-    """A training or scoring run cannot go on."""
+    """A training or scoring run cannot continue."""
 
 
 class TrainingStopped(TrainingError):  # noqa: N818 - nothing went wrong
-    """A signal ended a training run, which can go on from its checkpoint.
+    """A signal ended a training run, which can resume from its checkpoint.
 
     Attributes:
         exit_code: what a program ends with that was ended by the signal: 128 + its number.
@@ -58,4 +58,4 @@ class TrainingStopped(TrainingError):  # noqa: N818 - nothing went wrong
 
 
 class PeerError(TrainingError):
-    """Another process of the run failed, and tells why."""
+    """Another process of the run failed; the text has its reason."""

@@ -1,1 +1,1 @@
-"""What the stages exchange: fingerprints, score tables and subsets, each written whole."""
+"""Files that the stages exchange: fingerprints, score tables and subsets, each written whole."""

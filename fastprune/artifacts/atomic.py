@@ -1,6 +1,7 @@
 """Files that a reader sees whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -8,6 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from fastprune.errors import ArtifactError
 
@@ -31,13 +33,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         ArtifactError: the folder does not exist, the disk is full, or writing is not allowed.
     """
     final = Path(path)
+    # In the same folder, because a rename is atomic within one file system alone.
     temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
     try:
         with _named_os_errors(final):
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(final)
-            _sync(final.parent)
+            # The rename itself is on the disk only when the folder is.
+            sync(final.parent)
     finally:
         # On a read-only disk even removing nothing is refused, and would hide the named error.
         with contextlib.suppress(OSError):
@@ -48,8 +52,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def exclusive(path: str | Path) -> Iterator[None]:
     """Hold a file's lock, so that two processes do not write into one folder at once.
 
-    The lock goes with the process, however it ends; the file stays. Where the file system has no
-    locks, nothing is held.
+    The lock ends with the process, however it ends; the file stays.
 
     Args:
         path: the lock file; made where it is missing.
@@ -61,15 +64,11 @@ def exclusive(path: str | Path) -> Iterator[None]:
     with _named_os_errors(path):
         file = path.open("a")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(file):
             raise ArtifactError(
                 f"another process is writing into {path.parent}. Wait for it, or name another "
                 "folder."
-            ) from error
-        except OSError:
-            logger.debug("%s: the file system has no locks", path.parent)
+            )
         yield
 
 
@@ -86,13 +85,35 @@ def locked(path: str | Path, *, shared: bool = False) -> Iterator[None]:
     """
     file = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        except OSError:
-            logger.debug("%s: the file system has no locks", path)
+        _flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)
+
+
+def try_lock(file: int | IO[bytes] | IO[str]) -> bool:
+    """Lock an open file for this process and those it forks, without waiting.
+
+    Args:
+        file: the file or its descriptor; the lock ends when the last copy of it is closed.
+
+    Returns:
+        False if another process holds the lock. True also where the file system has no locks:
+        then nothing is held, and two writers are the user's responsibility.
+    """
+    return _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _flock(file: int | IO[bytes] | IO[str], operation: int) -> bool:
+    """Return False if another process holds the lock; True also where there are no locks."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        # EACCES is what flock gives where it is made of fcntl's locks, as on NFS.
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        logger.debug("the file system has no locks (%s)", error)
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -107,7 +128,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def _named_os_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into an error that names the artifact and the cure."""
+    """Turn an OSError into an ArtifactError that names the artifact and the cure."""
     try:
         yield
     except FileNotFoundError as error:
@@ -125,10 +146,15 @@ def _named_os_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk, where the file system supports it."""
+def sync(path: Path) -> None:
+    """Flush a file, or the renames in a folder, to the disk.
+
+    Raises:
+        OSError: a file cannot be flushed; a folder that cannot is passed over.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        # Not every file system can flush a folder.
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""What ties scores and subsets to the images that they were made from."""
+"""Fingerprints: they tie scores and subsets to the images that they were made from."""
 
 import hashlib
 import warnings
@@ -36,19 +36,19 @@ class Fingerprint:
         return f"{(self.content or self.structure)[:8]} ({self.num_rows:,} rows)"
 
     def to_dict(self) -> dict[str, Any]:
-        """The three attributes, for JSON."""
+        """Return the three attributes, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
+        """Make a fingerprint of what `to_dict` returned."""
         return cls(fields["num_rows"], fields["structure"], fields.get("content"))
 
 
 def structure_digest(
     labels: NDArray[np.int64], widths: NDArray[np.uint16], heights: NDArray[np.uint16]
 ) -> str:
-    """Digest what any beton tells about its images without reading a pixel.
+    """Digest labels and sizes, which any beton has without a pixel being read.
 
     Args:
         labels: (N,) integers, hashed as little-endian int64.
@@ -59,6 +59,7 @@ def structure_digest(
         32 hex digits of BLAKE2b-128 over N (little-endian uint64), labels, widths, heights.
     """
     digest = hashlib.blake2b(np.array(len(labels), "<u8").tobytes(), digest_size=_DIGEST_BYTES)
+    # Fixed types and byte order: the digest is an interface between versions and machines.
     digest.update(labels.astype("<i8").tobytes())
     digest.update(widths.astype("<u4").tobytes())
     digest.update(heights.astype("<u4").tobytes())
@@ -96,6 +97,7 @@ def require_same_images(
     Raises:
         ArtifactMismatch: the images differ.
     """
+    # All CIFAR-like sets of equal classes have one structure, so the content decides if it can.
     contents_known = artifact.content is not None and beton.content is not None
     if contents_known:
         same = artifact.content == beton.content and artifact.num_rows == beton.num_rows

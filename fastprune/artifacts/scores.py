@@ -51,7 +51,7 @@ class ScoreTable:
         return len(self.labels)
 
     def metric(self, name: str) -> NDArray[np.float32]:
-        """One metric of every row, (N,) float32.
+        """Return one metric of every row, (N,) float32.
 
         Raises:
             InvalidValueError: the table has no such metric.
@@ -77,6 +77,7 @@ class ScoreTable:
             "fingerprint": self.fingerprint.to_dict(),
             "teacher": self.teacher,
             "view": self.view,
+            # JSON has no NaN.
             "class_std": [None if np.isnan(std) else float(std) for std in self.class_std],
             "class_counts": self.class_counts.tolist(),
             "seconds": self.seconds,
@@ -98,7 +99,13 @@ class ScoreTable:
             metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
             columns = {name: table[name].to_numpy() for name in table.column_names}
             fingerprint = Fingerprint.from_dict(metadata["fingerprint"])
-            _require_rows_in_order(columns["row"], fingerprint.num_rows, path)
+            # Arrays are indexed by row: a table that was sorted or filtered would be misread.
+            if not np.array_equal(columns["row"], np.arange(fingerprint.num_rows)):
+                raise ArtifactError(
+                    f"{path} must have one line for each of the {fingerprint.num_rows:,} rows in "
+                    "their order, but it was sorted or filtered. Sort it by the column row, or "
+                    "score again."
+                )
             return cls(
                 labels=columns["label"],
                 metrics={n: c for n, c in columns.items() if n not in _FIXED_COLUMNS},
@@ -122,17 +129,8 @@ class ScoreTable:
 
 
 def is_score_table(path: str | Path) -> bool:
-    """Whether a file is a Parquet file that `ScoreTable.save` wrote; other files are just not."""
+    """Say whether a file is a Parquet file that `ScoreTable.save` wrote; no file is refused."""
     try:
         return _METADATA_KEY in (pq.read_schema(path).metadata or {})
     except (OSError, pa.ArrowException):
         return False
-
-
-def _require_rows_in_order(rows: NDArray[np.int64], num_rows: int, path: str | Path) -> None:
-    """Refuse a table that was sorted or filtered: line i must be of row i."""
-    if not np.array_equal(rows, np.arange(num_rows)):
-        raise ArtifactError(
-            f"{path} must have one line for each of the {num_rows:,} rows in their order, but it "
-            "was sorted or filtered. Sort it by the column row, or score again."
-        )

@@ -1,4 +1,4 @@
-"""The subset: the rows of a beton that are kept, as a bare index file with a sidecar."""
+"""Subsets: the rows of a beton that are kept, as a bare index file with a sidecar."""
 
 import hashlib
 import json
@@ -96,7 +96,7 @@ class Subset:
             ) from error
 
     def _sidecar(self) -> dict[str, Any]:
-        """Everything but the rows, for JSON."""
+        """Return everything but the rows, for JSON."""
         num_rows = self.fingerprint.num_rows if self.fingerprint else None
         return {
             "num_rows": num_rows,
@@ -119,7 +119,7 @@ class Subset:
 
     @classmethod
     def _from_sidecar(cls, rows: NDArray[np.int64], sidecar: dict[str, Any], path: Path) -> Self:
-        """The inverse of `_sidecar`."""
+        """Make a subset of its rows and what `_sidecar` returned."""
         if sidecar["rows_digest"] != rows_digest(rows):
             raise ArtifactError(
                 f"{path.with_suffix('.json')} describes other rows than {path} holds: one of them "
@@ -179,5 +179,5 @@ def checked_rows(rows: ArrayLike, *, name: str, num_rows: int | None = None) -> 
 
 
 def rows_digest(rows: NDArray[np.int64]) -> str:
-    """BLAKE2b-128 over the rows as little-endian int64."""
+    """Return BLAKE2b-128 over the rows as little-endian int64."""
     return hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()

@@ -16,7 +16,7 @@ from fastprune.beton.transcode import ACTIONS, FOUND
 from fastprune.errors import ArtifactError
 from fastprune.progress import track
 
-_LINES_PER_BATCH = 1 << 16
+_MANIFEST_LINES = 1 << 16
 
 
 def adopt(path: str | Path) -> Manifest:
@@ -54,7 +54,7 @@ def adopt(path: str | Path) -> Manifest:
 
 
 def stored_crc32c(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """CRC-32C of the stored bytes of some rows, (K,)."""
+    """Return the CRC-32C of the stored bytes of some rows, (K,) uint32."""
     tracked = track(rows.tolist(), description="crc", total=len(rows), unit="rows")
     return np.array(
         [google_crc32c.value(beton.image_bytes(row).tobytes()) for row in tracked], np.uint32
@@ -64,9 +64,15 @@ def stored_crc32c(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
 def found_lines(
     beton: Beton, rows: NDArray[np.int64], crcs: NDArray[np.uint32]
 ) -> Iterator[pa.RecordBatch]:
-    """The manifest's lines of some rows whose origin is not known; crcs are theirs, (K,)."""
-    for start in range(0, len(rows), _LINES_PER_BATCH):
-        piece = rows[start : start + _LINES_PER_BATCH]
+    """Yield the manifest's lines of rows of unknown origin.
+
+    Args:
+        beton: has the images.
+        rows: (K,) int64.
+        crcs: (K,) CRC-32C of the stored bytes.
+    """
+    for start in range(0, len(rows), _MANIFEST_LINES):
+        piece = rows[start : start + _MANIFEST_LINES]
         columns = {
             "row": piece,
             "label": beton.labels[piece],

@@ -1,4 +1,4 @@
-"""A beton in the making: where every image goes, and what frames the pages in the end."""
+"""A beton in the making: where every image goes, and the frame around the pages in the end."""
 
 import os
 from collections.abc import Iterator
@@ -13,26 +13,27 @@ from fastprune.artifacts.fingerprint import Fingerprint, content_digest, structu
 from fastprune.beton import layout
 from fastprune.beton.journal import Journal
 from fastprune.beton.manifest import SCHEMA
-from fastprune.beton.output import write_frame
-from fastprune.beton.pages import PageCursor
-from fastprune.beton.sources import Listing
+from fastprune.beton.output import PageCursor, write_frame
+from fastprune.beton.sources.listing import Listing
 from fastprune.beton.transcode import ACTIONS, SKIPPED
 from fastprune.beton.workers import CHUNKS_PER_WORKER, RECORD, Prepared, WorkerError, WorkerPool
 from fastprune.errors import ConversionError
 
 FIELDS = (layout.Field("image", "image"), layout.Field("label", "int"))
 
-# One chunk of work. Neither number changes a byte of the result.
+# One chunk of work: small enough to share the tail of a job out, large enough that messages cost
+# nothing. Neither number changes a byte of the result.
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 4 << 20
 
-_MOST_CLASSES = 1_000_000
 _MANIFEST_LINES = 1 << 16
 
 
 @dataclass
 class Assembly:
     """The images in the order of their rows, and how far each has come.
+
+    A position is an image's number in that order; skipped images have a position but no row.
 
     Attributes:
         listing: the images of the source.
@@ -43,7 +44,7 @@ class Assembly:
         offsets: (N,) int64 file offsets, by position; -1 for a skipped image.
         reasons: why an image was transcoded or skipped, or copied though it should have been
             rewritten, by position.
-        num_placed: positions that have their place.
+        num_placed: positions that have their offset.
     """
 
     listing: Listing
@@ -68,11 +69,13 @@ class Assembly:
 
 
 def start_assembly(listing: Listing, shuffle_seed: int | None, page_bytes: int) -> Assembly:
-    """An assembly without an image yet; its first page starts behind room for the metadata."""
+    """Return an assembly without an image yet; its first page leaves room for the metadata."""
     count = len(listing)
     order = np.arange(count, dtype=np.int64)
     if shuffle_seed is not None:
+        # The bit generator is named, because NumPy may change its default.
         order = np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(order)
+    # Room for every image: how many will be skipped is known only in the end.
     metadata_bytes = count * layout.metadata_dtype(FIELDS).itemsize
     first_page = layout.align_up(layout.metadata_start(len(FIELDS)) + metadata_bytes, page_bytes)
     return Assembly(
@@ -86,21 +89,37 @@ def start_assembly(listing: Listing, shuffle_seed: int | None, page_bytes: int) 
 
 
 def place(assembly: Assembly, records: NDArray[np.void], reasons: dict[int, str]) -> list[int]:
-    """Give the next images their places; return the file offsets, -1 for skipped images.
+    """Give the next images their offsets in the file.
+
+    Args:
+        assembly: takes them up.
+        records: (n,) of dtype `RECORD`.
+        reasons: by position in `records`.
+
+    Returns:
+        n file offsets, -1 for skipped images.
 
     Raises:
         WorkerError: a label is no class, or an image is too large for a page.
     """
     first = assembly.num_placed
     positions = slice(first, first + len(records))
+    names = assembly.listing.class_names
+    limit = layout.MAX_CLASSES if names is None else len(names)
     assembly.records[positions] = records
     for position, record in enumerate(records, first):
-        if record["action"] != SKIPPED:
-            _require_class(assembly, position, int(record["label"]))
-            try:
-                assembly.offsets[position] = assembly.cursor.place(int(record["size"]))
-            except ConversionError as error:
-                raise WorkerError(str(error), position) from error
+        if record["action"] == SKIPPED:
+            continue
+        if not 0 <= record["label"] < limit:
+            raise WorkerError(
+                f"its label is {record['label']:,}, but labels must lie in [0, {limit:,}). Number "
+                "the classes from 0",
+                position,
+            )
+        try:
+            assembly.offsets[position] = assembly.cursor.place(int(record["size"]))
+        except ConversionError as error:
+            raise WorkerError(str(error), position) from error
     assembly.reasons.update({first + index: reason for index, reason in reasons.items()})
     assembly.num_placed += len(records)
     offsets: list[int] = assembly.offsets[positions].tolist()
@@ -108,9 +127,9 @@ def place(assembly: Assembly, records: NDArray[np.void], reasons: dict[int, str]
 
 
 def fill(assembly: Assembly, pool: WorkerPool, journal: Journal) -> Iterator[int]:
-    """Have the workers prepare and write all images that have no place yet.
+    """Have the workers prepare and write all images that have no offset yet.
 
-    An image's place depends on the sizes before it, so a worker reports sizes, keeps the data, and
+    An image's offset depends on the sizes before it, so a worker reports sizes, keeps the data, and
     writes when its turn has come; meanwhile it prepares the next chunk.
 
     Yields:
@@ -124,10 +143,12 @@ def fill(assembly: Assembly, pool: WorkerPool, journal: Journal) -> Iterator[int
     next_placed = next_written = 0
     reasons: dict[int, dict[int, str]] = {}
     while True:
-        while min(load) < CHUNKS_PER_WORKER and (todo := next(chunks, None)):
-            number, sent[todo[0]] = todo
+        # The least loaded worker gets the next chunk, so that a slow one does not hold the rest up.
+        while min(load) < CHUNKS_PER_WORKER and (chunk := next(chunks, None)):
+            number, positions = chunk
+            sent[number] = positions
             worker = load.index(min(load))
-            pool.prepare(worker, number, [_item(assembly, at) for at in sent[number]])
+            pool.prepare(worker, number, [_item(assembly, position) for position in positions])
             load[worker] += 1
         if not any(load):
             return
@@ -137,11 +158,13 @@ def fill(assembly: Assembly, pool: WorkerPool, journal: Journal) -> Iterator[int
             else:
                 written.add(report.chunk)
                 load[report.worker] -= 1
+        # Offsets are given in the order of the rows, whatever the order of the reports.
         while ready := prepared.pop(next_placed, None):
             offsets = place(assembly, ready.records, ready.reasons)
             pool.write(ready.worker, ready.chunk, offsets)
             reasons[next_placed] = ready.reasons
             next_placed += 1
+        # The journal has no gaps either: its lines are the first images of the file.
         while next_written in written:
             positions = sent.pop(next_written)
             records = assembly.records[positions.start : positions.stop]
@@ -151,7 +174,7 @@ def fill(assembly: Assembly, pool: WorkerPool, journal: Journal) -> Iterator[int
             yield len(positions)
 
 
-def frame(assembly: Assembly, path: Path) -> Fingerprint:
+def frame_pages(assembly: Assembly, path: Path) -> Fingerprint:
     """Write what stands around the pages: metadata, label blocks, table, and the header last.
 
     Returns:
@@ -173,7 +196,7 @@ def frame(assembly: Assembly, path: Path) -> Fingerprint:
 
 
 def manifest_lines(assembly: Assembly) -> Iterator[pa.RecordBatch]:
-    """One line per row in row order, then one per skipped image."""
+    """Yield one line per row in row order, then one per skipped image."""
     kept = assembly.kept
     skipped = np.flatnonzero(assembly.records["action"] == SKIPPED)
     positions = np.concatenate([kept, skipped])
@@ -184,12 +207,13 @@ def manifest_lines(assembly: Assembly) -> Iterator[pa.RecordBatch]:
 def _lines(
     assembly: Assembly, positions: NDArray[np.int64], first_row: int, num_rows: int
 ) -> pa.RecordBatch:
-    """The lines of some positions; those from `num_rows` on are skipped images."""
+    """Make the lines of some positions; from `num_rows` on they are of skipped images."""
     records, listing = assembly.records[positions], assembly.listing
     sources, names = assembly.order[positions], listing.class_names
     labels = records["label"].tolist()
     rows = np.arange(first_row, first_row + len(positions))
     no_row = rows >= num_rows
+    reasons = [assembly.reasons.get(position) for position in positions.tolist()]
 
     def known(values: NDArray[np.generic]) -> pa.Array:
         return pa.array(values, mask=no_row)
@@ -199,12 +223,19 @@ def _lines(
         "source_index": sources,
         "source": [_utf8(listing.names[index]) for index in sources],
         "label": labels,
-        "class_name": [_class_name(names, label) for label in labels],
+        # A skipped image's label may be no class at all.
+        "class_name": [
+            _utf8(names[label]) if names and 0 <= label < len(names) else None for label in labels
+        ],
         "bytes": known(records["size"]),
         "width": known(records["width"].astype(np.int32)),
         "height": known(records["height"].astype(np.int32)),
         "action": [ACTIONS[action] for action in records["action"]],
-        "reason": [_reason(assembly, position) for position in positions.tolist()],
+        # An error's text may quote a file name that is no UTF-8.
+        "reason": [
+            None if reason is None else reason.encode("utf-8", "backslashreplace").decode()
+            for reason in reasons
+        ],
         "source_crc32c": known(records["source_crc32c"]),
         "stored_crc32c": known(records["stored_crc32c"]),
     }
@@ -214,23 +245,12 @@ def _lines(
 
 
 def _utf8(name: str) -> str:
-    """A file name as text; bytes that are no UTF-8 are escaped."""
+    """Return a file name as text; bytes that are no UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _class_name(names: tuple[str, ...] | None, label: int) -> str | None:
-    """The name of a class; None for the label of a skipped image that is no class."""
-    return _utf8(names[label]) if names and 0 <= label < len(names) else None
-
-
-def _reason(assembly: Assembly, position: int) -> str | None:
-    """Why an image is not stored as asked, fit for UTF-8."""
-    reason = assembly.reasons.get(position)
-    return None if reason is None else reason.encode("utf-8", "backslashreplace").decode()
-
-
 def _chunks(assembly: Assembly) -> Iterator[range]:
-    """Positions without a place, cut so that a chunk has not too many images nor bytes."""
+    """Cut the positions without an offset so that a chunk has not too many images nor bytes."""
     start, total = assembly.num_placed, 0
     sizes = assembly.listing.source_bytes
     for position in range(start, len(assembly.order)):
@@ -243,20 +263,8 @@ def _chunks(assembly: Assembly) -> Iterator[range]:
 
 
 def _item(assembly: Assembly, position: int) -> tuple[int, object, int]:
-    """What a worker is sent for one image."""
+    """Return what a worker needs for one image: position, location, label (-1 if unknown)."""
     index = int(assembly.order[position])
     labels = assembly.listing.labels
     label = -1 if labels is None else int(labels[index])
     return position, assembly.listing.locate(index), label
-
-
-def _require_class(assembly: Assembly, position: int, label: int) -> None:
-    """Refuse a label that names no class."""
-    names = assembly.listing.class_names
-    limit = _MOST_CLASSES if names is None else len(names)
-    if not 0 <= label < limit:
-        raise WorkerError(
-            f"its label is {label:,}, but labels must lie in [0, {limit:,}). Number the classes "
-            "from 0",
-            position,
-        )

@@ -1,16 +1,28 @@
 """Is a beton whole? The structure always, every image and checksum on request."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
 from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.artifacts.subset import Subset, checked_rows
-from fastprune.beton.decode_check import image_faults
+from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
 from fastprune.beton.reader import image_and_label
-from fastprune.beton.row_check import check_rows
-from fastprune.beton.structure import Fault, UnreadableBetonError, read_tables
-from fastprune.errors import ArtifactError, BetonError, FastpruneError
+from fastprune.beton.row_check import Placement, check_rows
+from fastprune.beton.structure import Fault, Tables, UnreadableBetonError, read_tables
+from fastprune.cpus import usable_cpus
+from fastprune.errors import ArtifactError, BetonError, FastpruneError, JpegError
+from fastprune.jpeg.headers import read_header
+from fastprune.progress import track
+
+# A task's start costs a few microseconds, an image's check a millisecond.
+_ROWS_PER_TASK = 64
 
 
 def check_beton(
@@ -46,13 +58,14 @@ def check_beton(
         return [*faults, Fault("fields", str(error))]
     columns, labels = tables.metadata[f"f{image}"], tables.metadata[f"f{label}"]
     structure = structure_digest(labels, columns["width"], columns["height"])
+    # The manifest's lines cost a read of it; they name the rows at fault and have the checksums.
     manifest = own_manifest(path, structure)
     rows_at_fault = any(fault.row is not None for fault in faults)
     lines = _lines(manifest) if deep or rows_at_fault else None
     faults += [found for found in (manifest, lines) if isinstance(found, Fault)]
     if deep:
         crcs = lines.crcs if isinstance(lines, _Lines) else None
-        faults += image_faults(tables, image, placements[image], crcs)
+        faults += _image_faults(tables, image, placements[image], crcs)
     if subset is not None:
         content = manifest.fingerprint.content if isinstance(manifest, Manifest) else None
         beton = Fingerprint(len(labels), structure, content)
@@ -66,7 +79,7 @@ def check_beton(
 
 
 def own_manifest(path: Path, structure: str) -> Manifest | Fault | None:
-    """The manifest beside a beton, a fault if it is not its own, None where there is none."""
+    """Return the manifest beside a beton, or the fault if it is not its own; None without one."""
     beside = manifest_path(path)
     if not beside.exists():
         return None
@@ -86,14 +99,14 @@ def own_manifest(path: Path, structure: str) -> Manifest | Fault | None:
 
 @dataclass(frozen=True)
 class _Lines:
-    """What the manifest's lines tell of each row."""
+    """The manifest's lines, by row."""
 
     sources: dict[int, str]
     crcs: dict[int, int]
 
 
 def _lines(manifest: Manifest | Fault | None) -> _Lines | Fault | None:
-    """Read the manifest's lines; a fault if they cannot be read."""
+    """Read the manifest's lines; return a fault if they cannot be read."""
     if not isinstance(manifest, Manifest):
         return None
     try:
@@ -105,7 +118,7 @@ def _lines(manifest: Manifest | Fault | None) -> _Lines | Fault | None:
 
 
 def _subset_faults(subset_path: Path, path: Path, beton: Fingerprint) -> list[Fault]:
-    """What keeps a subset from indexing this beton."""
+    """Say why a subset cannot index this beton."""
     try:
         subset = Subset.load(subset_path)
         checked_rows(subset.rows, name=str(subset_path), num_rows=beton.num_rows)
@@ -127,3 +140,71 @@ def _subset_faults(subset_path: Path, path: Path, beton: Fingerprint) -> list[Fa
             f"for this beton: fastprune score {path} ... && fastprune select ...",
         )
     ]
+
+
+def _image_faults(
+    tables: Tables, image: int, placement: Placement, crcs: dict[int, int] | None
+) -> list[Fault]:
+    """Decode every image that lies inside the file, on every core.
+
+    Args:
+        tables: the parts of the beton; other rows may be damaged.
+        image: the index of the image field.
+        placement: where the images lie.
+        crcs: row -> CRC-32C of its stored bytes; None where nobody knows them.
+
+    Returns:
+        At most one fault per row, in row order.
+    """
+    # Rows whose data lies inside the file, even where other rows' does not. The offsets are what
+    # the file says: the sums that are compared must not overflow.
+    offsets, sizes, end = placement.offsets, placement.sizes, tables.table_offset
+    inside = (sizes > 0) & (offsets >= tables.data_offset) & (sizes <= end)
+    rows = np.flatnonzero(inside & (offsets <= end - np.minimum(sizes, end)))
+    pieces = [rows[at : at + _ROWS_PER_TASK] for at in range(0, len(rows), _ROWS_PER_TASK)]
+    columns = tables.metadata[f"f{image}"]
+
+    def check(piece: NDArray[np.int64]) -> list[Fault]:
+        found = []
+        for row in piece.tolist():
+            start = placement.offsets[row]
+            stored = tables.content[start : start + placement.sizes[row]].tobytes()
+            fault = _fault(row, stored, columns[row], crcs)
+            if fault is not None:
+                found.append(fault)
+        return found
+
+    # Images are decoded without the interpreter's lock. PIL's warnings of metadata are no faults;
+    # they are silenced here, once, because doing so is not safe in the threads.
+    with warnings.catch_warnings(), ThreadPoolExecutor(usable_cpus()) as pool:
+        warnings.simplefilter("ignore")
+        done = track(
+            pool.map(check, pieces),
+            description="check",
+            total=len(rows),
+            unit="images",
+            step=_ROWS_PER_TASK,
+        )
+        return [fault for piece in done for fault in piece]
+
+
+def _fault(row: int, stored: bytes, record: np.void, crcs: dict[int, int] | None) -> Fault | None:
+    """Return the first thing that is wrong with one image."""
+    if crcs is not None and google_crc32c.value(stored) != crcs.get(row):
+        return Fault("crc", "its bytes are not those that were written (CRC-32C)", row)
+    if record["mode"] == layout.RAW:
+        return None
+    # Numba is loaded for a deep check alone.
+    from fastprune.jpeg.decode import require_whole
+
+    width, height = int(record["width"]), int(record["height"])
+    try:
+        header = read_header(stored)
+        if (header.width, header.height) != (width, height):
+            actual = f"its JPEG has {header.width} x {header.height} pixels"
+            return Fault("extent", f"{actual}, but the metadata says {width} x {height}", row)
+        # Stricter than libjpeg, which makes up what is damaged: as the loader is.
+        require_whole(stored, height=height, width=width)
+    except JpegError as error:
+        return Fault("image", f"its image is damaged: {error}", row)
+    return None

@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -19,8 +18,7 @@ from fastprune.artifacts.fingerprint import (
 from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines, stored_crc32c
 from fastprune.beton.manifest import Manifest, manifest_path, write_parquet
-from fastprune.beton.output import write_frame, write_images
-from fastprune.beton.pages import PageCursor
+from fastprune.beton.output import PageCursor, write_frame, write_images
 from fastprune.beton.reader import Beton, image_and_label, open_beton
 from fastprune.beton.row_check import check_rows
 from fastprune.beton.rows import RowsLike, rows_of
@@ -29,8 +27,8 @@ from fastprune.errors import BetonError, InvalidValueError
 from fastprune.progress import track
 
 _ROW_FIELD = layout.Field("row", "int")
+# Bounds the memory, while one call writes many images.
 _WRITE_BYTES = 8 << 20
-_MOST_LABEL_BLOCKS = 1_000_000
 
 
 def compact(
@@ -71,9 +69,22 @@ def compact(
         if any(field.name == _ROW_FIELD.name for field in fields):
             raise InvalidValueError(f"{beton.path} has a field 'row' already. Leave row_field out.")
         fields = (*fields, _ROW_FIELD)
-    lines = _parent_lines(beton, rows)
-    lines = lines.set_column(0, "row", pa.array(np.arange(len(rows))))
-    manifest = _manifest(beton, rows, lines, out)
+    lines = _lines_of(beton, rows)
+    parent = beton.manifest
+    manifest = Manifest(
+        path=manifest_path(out),
+        fingerprint=Fingerprint(
+            len(rows),
+            structure_digest(beton.labels[rows], beton.widths[rows], beton.heights[rows]),
+            content_digest(lines["source_crc32c"].to_numpy()),
+        ),
+        class_names=beton.class_names,
+        counts=dict(sorted(Counter(lines["action"].to_pylist()).items())),
+        settings={
+            **({} if parent is None else parent.settings),
+            "compacted_from": beton.fingerprint.to_dict(),
+        },
+    )
     with atomic_path(out) as temporary:
         _write(beton, rows, fields, lines, temporary)
         with atomic_path(manifest.path) as unnamed:
@@ -83,16 +94,18 @@ def compact(
     return manifest
 
 
-def _parent_lines(beton: Beton, rows: NDArray[np.int64]) -> pa.Table:
-    """The parent's lines of some rows; made up where it has no manifest."""
+def _lines_of(beton: Beton, rows: NDArray[np.int64]) -> pa.Table:
+    """Return the new manifest's lines; made up where the parent has no manifest."""
     if beton.manifest is None:
         table = pa.Table.from_batches(found_lines(beton, rows, stored_crc32c(beton, rows)))
     else:
         table = beton.manifest.table()
+        # Skipped images have a line, but no row; the other lines are in row order.
         table = table.filter(table["row"].is_valid()).take(rows)
+    # Of a beton that was compacted before, the first one's rows are kept.
     if "original_row" not in table.column_names:
         table = table.append_column("original_row", table["row"])
-    return table
+    return table.set_column(0, "row", pa.array(np.arange(len(rows))))
 
 
 def _write(
@@ -103,6 +116,7 @@ def _write(
     path: Path,
 ) -> None:
     """Copy the data of every field that has some, and frame it."""
+    # Opening the parent found no faults; only the placements of its other fields are new here.
     tables = read_tables(beton.path)
     placements, _ = check_rows(tables)
     metadata = np.zeros(len(rows), layout.metadata_dtype(fields))
@@ -117,19 +131,22 @@ def _write(
     sizes = np.stack([placement.sizes[rows] for placement in placements.values()], axis=1)
     sources = np.stack([placement.offsets[rows] for placement in placements.values()], axis=1)
     targets = _place(sizes, cursor)
+    # Pointers in the records are absolute, so they change with the file.
     for column, index in enumerate(placements):
         layout.pointers(metadata, fields, index)[:] = targets[:, column]
     table = np.zeros(targets.size, layout.ALLOCATION)
     table["sample_id"] = np.repeat(np.arange(len(rows)), targets.shape[1])
     table["ptr"], table["size"] = targets.reshape(-1), sizes.reshape(-1)
     image = list(placements).index(image_and_label(beton.fields, beton.path)[0])
-    pieces = _pieces(beton, rows, sources, sizes, lines, image)
-    _copy(pieces, targets, path)
-    write_frame(path, fields, metadata, table, cursor, _num_label_blocks(beton))
+    _copy(beton, rows, (sources, sizes, targets), lines, image, path)
+    # One label block per class; none where the labels do not number classes.
+    is_numbered = beton.labels.min() >= 0 and beton.num_classes <= layout.MAX_CLASSES
+    write_frame(path, fields, metadata, table, cursor, beton.num_classes if is_numbered else 0)
 
 
 def _place(sizes: NDArray[np.int64], cursor: PageCursor) -> NDArray[np.int64]:
-    """File offsets for the data of every row, (K, fields with data); a row stays in one page."""
+    """Return offsets for the data of every row, (K, fields with data); a row stays in one page."""
+    # An empty value takes an alignment too: no two allocations may share an offset.
     padded = np.maximum(-(-sizes // layout.ALIGNMENT), 1) * layout.ALIGNMENT
     within = np.cumsum(padded, axis=1) - padded
     totals = within[:, -1] + sizes[:, -1]
@@ -138,68 +155,53 @@ def _place(sizes: NDArray[np.int64], cursor: PageCursor) -> NDArray[np.int64]:
     return targets
 
 
-def _pieces(
+def _copy(
     beton: Beton,
     rows: NDArray[np.int64],
-    sources: NDArray[np.int64],
-    sizes: NDArray[np.int64],
+    spans: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
     lines: pa.Table,
     image: int,
-) -> Iterator[list[NDArray[np.uint8]]]:
-    """The data of row after row; an image must have the bytes that were written once."""
-    crcs = lines["stored_crc32c"].to_numpy()
-    for position, row in enumerate(rows):
-        ends = sources[position] + sizes[position]
-        spans = zip(sources[position], ends, strict=True)
-        data = [beton.content[start:end] for start, end in spans]
-        if google_crc32c.value(data[image].tobytes()) != crcs[position]:
-            raise BetonError(
-                f"{beton.path} is damaged: the image of row {row:,} "
-                f"(from {lines['source'][position]}) has not the bytes that were written "
-                f"(CRC-32C). See all: fastprune check {beton.path} --deep; then convert again."
-            )
-        yield data
-
-
-def _copy(
-    pieces: Iterator[list[NDArray[np.uint8]]], targets: NDArray[np.int64], path: Path
+    path: Path,
 ) -> None:
-    """Write the data of all rows in file order, a few MiB at a time."""
+    """Write the data of all rows in file order, a few MiB at a time.
+
+    Args:
+        beton: the parent.
+        rows: (K,) rows of the parent.
+        spans: where the data comes from, its sizes, and where it goes; (K, fields with data) each.
+        lines: the manifest's, with the CRC-32C of every image.
+        image: the column of the images in `spans`.
+        path: the file to write.
+
+    Raises:
+        BetonError: an image has not the bytes that were written once.
+    """
+    sources, sizes, targets = spans
+    crcs = lines["stored_crc32c"].to_numpy()
     data: list[NDArray[np.uint8]] = []
     offsets: list[int] = []
     total = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        tracked = track(pieces, description="compact", total=len(targets), unit="rows")
-        for row_data, row_targets in zip(tracked, targets, strict=True):
+        tracked = track(rows.tolist(), description="compact", total=len(rows), unit="rows")
+        for position, row in enumerate(tracked):
+            ends = sources[position] + sizes[position]
+            row_data = [
+                beton.content[start:end] for start, end in zip(sources[position], ends, strict=True)
+            ]
+            # Damage must not be handed on with a manifest that vouches for it.
+            if google_crc32c.value(row_data[image].tobytes()) != crcs[position]:
+                raise BetonError(
+                    f"{beton.path} is damaged: the image of row {row:,} "
+                    f"(from {lines['source'][position]}) has not the bytes that were written "
+                    f"(CRC-32C). See all: fastprune check {beton.path} --deep; then convert again."
+                )
             data += row_data
-            offsets += row_targets.tolist()
-            total += sum(map(len, row_data))
+            offsets += targets[position].tolist()
+            total += int(sizes[position].sum())
             if total >= _WRITE_BYTES:
                 write_images(descriptor, data, offsets)
                 data, offsets, total = [], [], 0
         write_images(descriptor, data, offsets)
     finally:
         os.close(descriptor)
-
-
-def _manifest(beton: Beton, rows: NDArray[np.int64], lines: pa.Table, out: Path) -> Manifest:
-    """What the new manifest says of the new beton."""
-    structure = structure_digest(beton.labels[rows], beton.widths[rows], beton.heights[rows])
-    content = content_digest(lines["source_crc32c"].to_numpy())
-    actions = Counter(lines["action"].to_pylist())
-    parent = beton.manifest
-    settings = {} if parent is None else parent.settings
-    return Manifest(
-        path=manifest_path(out),
-        fingerprint=Fingerprint(len(rows), structure, content),
-        class_names=beton.class_names,
-        counts=dict(sorted(actions.items())),
-        settings={**settings, "compacted_from": beton.fingerprint.to_dict()},
-    )
-
-
-def _num_label_blocks(beton: Beton) -> int:
-    """One label block per class; none where the labels do not number classes."""
-    numbered = beton.labels.min() >= 0 and beton.num_classes <= _MOST_LABEL_BLOCKS
-    return beton.num_classes if numbered else 0

@@ -45,19 +45,6 @@ def write_dali_index(
     """
     beton = open_beton(beton_path)
     rows = rows_of(beton, subset)
-    _require_aligned_jpegs(beton, rows)
-    blocks = _label_blocks(beton, rows)
-    offsets, sizes = beton.offsets[rows].tolist(), beton.sizes[rows].tolist()
-    samples = zip(rows.tolist(), offsets, sizes, blocks.tolist(), strict=True)
-    lines = [
-        f"jpg {offset} {size} {row} cls {block} 8 {row}\n" for row, offset, size, block in samples
-    ]
-    write_text(index_path, f"{_VERSION} {len(lines)}\n{''.join(lines)}")
-    return len(lines)
-
-
-def _require_aligned_jpegs(beton: Beton, rows: NDArray[np.int64]) -> None:
-    """Refuse rows that DALI cannot decode or cannot address."""
     raw = beton.modes[rows] != layout.JPG
     if raw.any():
         raise BetonError(
@@ -72,14 +59,24 @@ def _require_aligned_jpegs(beton: Beton, rows: NDArray[np.int64]) -> None:
             f"the image of row {row:,} starts at byte {beton.offsets[row]:,}, which is no multiple "
             f"of {layout.ALIGNMENT}",
         )
+    blocks = _label_blocks(beton, rows)
+    offsets, sizes = beton.offsets[rows].tolist(), beton.sizes[rows].tolist()
+    samples = zip(rows.tolist(), offsets, sizes, blocks.tolist(), strict=True)
+    lines = [
+        f"jpg {offset} {size} {row} cls {block} 8 {row}\n" for row, offset, size, block in samples
+    ]
+    write_text(index_path, f"{_VERSION} {len(lines)}\n{''.join(lines)}")
+    return len(lines)
 
 
 def _label_blocks(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The file offset of every row's label block, (K,) int64; each block is looked at."""
+    """Return the file offset of every row's label block, (K,) int64."""
     tables = read_tables(beton.path)
     end = int((tables.allocations["ptr"] + tables.allocations["size"]).max())
     first = label_blocks_offset(end)
+    # The last block must end before the table; a label beyond it has none.
     most = (tables.table_offset - 8 - first) // layout.ALIGNMENT
+    # Nothing in the file says where the blocks are: their content proves it.
     for label in np.unique(beton.labels[rows]).tolist():
         block = first + layout.ALIGNMENT * label
         if not 0 <= label <= most or beton.content[block : block + 8].view("<i8")[0] != label:
@@ -88,7 +85,7 @@ def _label_blocks(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _unfit(beton: Beton, why: str) -> BetonError:
-    """What to say of a beton that another writer made, and how to get one that DALI reads."""
+    """Describe a beton of another writer, and how to get one that DALI reads."""
     return BetonError(
         f"DALI cannot read {beton.path} natively: {why}. Rewrite it aligned, without decoding: "
         f"fastprune compact {beton.path} -o aligned.beton"

@@ -1,8 +1,6 @@
 """The journal of an unfinished conversion: what is in the partial file so far."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import time
@@ -13,12 +11,16 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.artifacts.atomic import try_lock
 from fastprune.beton.transcode import SKIPPED
 from fastprune.beton.workers import RECORD
 from fastprune.errors import ConversionError
 from fastprune.progress import track
 
+# A killed run's workers hold its lock until they see their pipes closed.
 _SECONDS_TO_LOCK = 5.0
+_SECONDS_BETWEEN_TRIES = 0.05
+# Bounds the memory of json.loads when a journal of millions of images is read.
 _RECORDS_PER_LINE = 4096
 
 
@@ -27,7 +29,7 @@ class Journal:
 
     The first line has the settings and the identity of the source; each further line
     [records, reasons] of the next images. The file is locked as long as the conversion or one of
-    its workers lives, so that no two write the same file.
+    its workers lives (they inherit the descriptor), so that no two write the same file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,6 +44,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # An empty journal is that of a run that failed before its first image.
         if self.path.exists() and self.path.stat().st_size == 0:
             self.remove()
         # Buffered lines that a full disk refused must not raise again here.
@@ -49,25 +52,32 @@ class Journal:
             self._file.close()
 
     def read(self) -> tuple[dict[str, Any] | None, NDArray[np.void], dict[int, str]]:
-        """What an earlier run left: its settings, the records of its images, and the reasons.
+        """Read what an earlier run left.
 
-        A last line that was cut is left out. The settings are None where there are none.
+        Returns:
+            Its settings, None where there are none; the records of its images, of dtype `RECORD`;
+            and the reasons by position. A last line that was cut is left out.
+
+        Raises:
+            ConversionError: the file is no journal.
         """
         self._file.seek(0)
         settings = None
         records, reasons, count = [np.zeros(0, RECORD)], {}, 0
         try:
             for line in self._file:
+                # A line is written at once, so only the last one can be cut by a crash.
                 if not line.endswith(b"\n"):
                     break
                 if settings is None:
                     settings = dict(json.loads(line))
                     continue
                 values, texts = json.loads(line)
+                # JSON's keys are text, and count from the start of their line.
                 reasons.update({count + int(position): text for position, text in texts.items()})
                 records.append(np.array([tuple(value) for value in values], RECORD))
                 count += len(values)
-        except (ValueError, TypeError, AttributeError, OverflowError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ConversionError(
                 f"{self.path} is no journal of a conversion. Remove it and start without --resume."
             ) from None
@@ -79,7 +89,12 @@ class Journal:
         self._append(settings)
 
     def add(self, records: NDArray[np.void], reasons: dict[int, str]) -> None:
-        """Note that the data of the next images is in the file; reasons by position in records."""
+        """Note that the data of the next images is in the file.
+
+        Args:
+            records: (n,) of dtype `RECORD`.
+            reasons: by position in `records`.
+        """
         for start in range(0, len(records), _RECORDS_PER_LINE):
             piece = records[start : start + _RECORDS_PER_LINE]
             texts = {
@@ -94,12 +109,11 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def _append(self, line: object) -> None:
-        """Write a line through to the operating system, where it survives this process."""
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        # In the operating system's hands, the line survives this process.
         self._file.flush()
 
     def _open(self) -> BinaryIO:
-        """Open the journal, or make an empty one."""
         try:
             return self.path.open("a+b")
         except OSError as error:
@@ -110,37 +124,31 @@ class Journal:
             ) from error
 
     def _lock_is_on_the_path(self) -> bool:
-        """Take the lock; then tell whether the locked file still has its name."""
-        self._lock()
+        """Wait for the lock, and say whether the locked file still has its name."""
+        deadline = time.monotonic() + _SECONDS_TO_LOCK
+        while not try_lock(self._file):
+            if time.monotonic() > deadline:
+                self._file.close()
+                raise ConversionError(
+                    f"another conversion is writing {self.path.with_suffix('')}. Wait for it, "
+                    "or name another beton."
+                )
+            time.sleep(_SECONDS_BETWEEN_TRIES)
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         return False
 
-    def _lock(self) -> None:
-        """Take the lock; the workers of a killed run may hold it for a moment longer."""
-        deadline = time.monotonic() + _SECONDS_TO_LOCK
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    return  # a file system without locks
-                if time.monotonic() > deadline:
-                    self._file.close()
-                    raise ConversionError(
-                        f"another conversion is writing {self.path.with_suffix('')}. Wait for it, "
-                        "or name another beton."
-                    ) from None
-                time.sleep(0.05)
-            else:
-                return
-
 
 def intact_rows(partial: Path, records: NDArray[np.void], offsets: list[int]) -> int:
-    """How many of the journal's images are whole in the partial file, from the first on.
+    """Count how many of the journal's images are whole in the partial file, from the first on.
 
     A killed process leaves what it wrote, a crashed machine perhaps not: so nothing is believed
     that the stored bytes' CRC-32C does not confirm.
+
+    Args:
+        partial: the unfinished beton.
+        records: (n,) of dtype `RECORD`, from the journal.
+        offsets: n file offsets; of skipped images they do not count.
     """
     with partial.open("rb") as file:
         stored_images = zip(records, offsets, strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 VERSION = 2
-MIN_PAGE_BYTES = 1 << 21
+MIN_PAGE_BYTES = 1 << 21  # the least that ffcv's allocator takes
 MAX_PAGE_BYTES = 1 << 31  # the largest power of two that the header's <u4 holds
 DEFAULT_PAGE_BYTES = 1 << 23
 
@@ -24,7 +24,8 @@ DEFAULT_PAGE_BYTES = 1 << 23
 ALIGNMENT = 512
 
 JPG, RAW = 0, 1
-MAX_SIDE = 65_535  # width and height are <u2
+# Loaders keep a name per class; a label beyond this is damage, not a class.
+MAX_CLASSES = 1_000_000
 
 HEADER = np.dtype(
     [
@@ -35,7 +36,9 @@ HEADER = np.dtype(
         ("alloc_table_ptr", "<u8"),
     ]
 )
+# ffcv/types.py: a field's name and arguments have fixed room, whatever the type needs of it.
 DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
+# Unsorted, and without a count: whatever is appended to a file becomes entries.
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -54,6 +57,7 @@ _RECORDS = {
     "tensor": np.dtype("<u8"),
 }
 _PLAIN_TYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
+# The member of a record that holds the file offset; None where the record is the offset.
 _POINTERS = {"image": "data_ptr", "bytes": "ptr", "json": "ptr", "ndarray": None, "tensor": None}
 
 
@@ -78,24 +82,25 @@ class Field:
 
 
 def align_up(offset: int, multiple: int) -> int:
-    """The first multiple that is not below the offset."""
+    """Return the first multiple that is not below the offset."""
     return -(-offset // multiple) * multiple
 
 
 def metadata_dtype(fields: tuple[Field, ...]) -> np.dtype[np.void]:
-    """The record of one row: f0, f1, ... for the fields in order."""
+    """Return the record of one row: f0, f1, ... for the fields in order."""
+    # align=True as ffcv does it: a row is a C struct, 24 bytes for (image, label).
     return np.dtype([("", _RECORDS[field.kind]) for field in fields], align=True)
 
 
 def metadata_start(num_fields: int) -> int:
-    """Offset of the first row's record, in bytes."""
+    """Return the offset of the first row's record, in bytes."""
     return HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
 
 
 def pointers(
     metadata: NDArray[np.void], fields: tuple[Field, ...], index: int
 ) -> NDArray[np.uint64]:
-    """The (N,) file offsets of a field that has data; a view into the metadata."""
+    """Return the (N,) file offsets of a field that has data, as a view into the metadata."""
     column = metadata[f"f{index}"]
     key = _POINTERS[fields[index].kind]
     offsets: NDArray[np.uint64] = column if key is None else column[key]
@@ -103,8 +108,9 @@ def pointers(
 
 
 def array_bytes(field: Field) -> int | None:
-    """Bytes of each value of an ndarray or tensor field; None where the descriptor is damaged."""
+    """Return the bytes of each value of an ndarray or tensor field; None if it is damaged."""
     arguments = np.frombuffer(field.arguments, _ARRAY_ARGUMENTS, 1)[0]
+    # Unused dimensions are zero; Python's integers do not wrap around, however absurd the sides.
     shape = [int(side) for side in arguments["shape"] if side]
     text = field.arguments[_ARRAY_ARGUMENTS.itemsize :][: int(arguments["type_length"])]
     try:
@@ -117,7 +123,7 @@ def array_bytes(field: Field) -> int | None:
 
 
 def pack_descriptors(fields: tuple[Field, ...]) -> bytes:
-    """The descriptors of the fields, in order."""
+    """Pack the descriptors of the fields, in order."""
     descriptors = np.zeros(len(fields), DESCRIPTOR)
     for descriptor, field in zip(descriptors, fields, strict=True):
         name = field.name.encode("ascii")
@@ -128,5 +134,5 @@ def pack_descriptors(fields: tuple[Field, ...]) -> bytes:
 
 
 def pack_header(num_fields: int, page_bytes: int, num_rows: int, table_offset: int) -> bytes:
-    """The first 24 bytes."""
+    """Pack the first 24 bytes."""
     return np.array([(VERSION, num_fields, page_bytes, num_rows, table_offset)], HEADER).tobytes()

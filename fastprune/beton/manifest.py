@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the manifest says of the beton as a whole; `table` has the lines.
+    """A beton's manifest as a whole; `table` has the lines.
 
     Attributes:
         path: the Parquet file.
@@ -56,7 +56,7 @@ class Manifest:
     version: str = __version__
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """The lines: one per row in row order, then one per skipped image, whose row is null.
+        """Read the lines: one per row in row order, then one per skipped image, whose row is null.
 
         Args:
             columns: the columns to read; all of them by default.
@@ -76,7 +76,7 @@ class Manifest:
 
 
 def manifest_path(beton_path: str | Path) -> Path:
-    """Where the manifest of a beton stands."""
+    """Return where the manifest of a beton stands."""
     beton_path = Path(beton_path)
     return beton_path.with_name(beton_path.name + ".manifest.parquet")
 
@@ -141,6 +141,6 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _cure(path: Path) -> str:
-    """What to run when a manifest is no good."""
+    """Say what to run when a manifest is no good."""
     beton = str(path).removesuffix(".manifest.parquet")
     return f"Make it again: fastprune check {beton} --deep --write-manifest"

@@ -1,24 +1,60 @@
-"""Writing a beton: images into the pages, and the frame around them."""
+"""Writing a beton: where images go, the images into the pages, and the frame around them."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.beton import layout
-from fastprune.beton.pages import PageCursor
+from fastprune.errors import ConversionError
 
-_MOST_BUFFERS = 512  # pwritev takes at most 1,024 (IOV_MAX)
+# pwritev takes at most 1,024 buffers (IOV_MAX), and a gap takes one beside its image.
+_MOST_BUFFERS = 512
+# Smaller writes would ask the disk to work on pieces that the next write belongs to.
 _FLUSH_BYTES = 1 << 20
 _BLOCKS_PER_WRITE = 8192
 
 Data = bytes | NDArray[np.uint8]
 
 
+@dataclass(slots=True)
+class PageCursor:
+    """The end of what has been placed, and the page size so far.
+
+    Offsets depend on the sizes and their order alone. When an image is larger than the page, the
+    page doubles until it fits: what was placed before crosses no boundary of the larger pages
+    either, because these are boundaries of the smaller ones too.
+    """
+
+    offset: int
+    page_bytes: int
+
+    def place(self, num_bytes: int) -> int:
+        """Return the file offset for the next allocation and move behind it.
+
+        Raises:
+            ConversionError: no page can hold so much.
+        """
+        while num_bytes > self.page_bytes:
+            self.page_bytes *= 2
+        if self.page_bytes > layout.MAX_PAGE_BYTES:
+            raise ConversionError(
+                f"an image of {num_bytes:,} bytes is too large: a beton's page holds at most "
+                f"{layout.MAX_PAGE_BYTES:,} bytes. Shrink it with --max-side"
+            )
+        start = layout.align_up(self.offset, layout.ALIGNMENT)
+        # Stock FFCV reads a whole page and looks for the image in it.
+        if start // self.page_bytes != (start + num_bytes - 1) // self.page_bytes:
+            start = layout.align_up(start, self.page_bytes)
+        self.offset = start + num_bytes
+        return start
+
+
 def write_images(descriptor: int, data: Sequence[Data], offsets: Sequence[int]) -> None:
-    """Write images to their places; what lies together goes out in one call.
+    """Write images to their places; neighbors go out in one call.
 
     Args:
         descriptor: a file open for writing.
@@ -34,12 +70,14 @@ def write_images(descriptor: int, data: Sequence[Data], offsets: Sequence[int]) 
         if not len(image):
             continue
         gap = offset - end
+        # A gap below the alignment is padding; a longer one leads to another page.
         if buffers and not (0 <= gap < layout.ALIGNMENT and len(buffers) < _MOST_BUFFERS):
             _write_all(descriptor, buffers, start)
             buffers = []
         if not buffers:
             start = offset
         elif gap:
+            # Zeros, so that the same images give the same bytes over whatever stood there.
             buffers.append(bytes(gap))
         buffers.append(image)
         end = offset + len(image)
@@ -75,12 +113,17 @@ def write_frame(
         file.write(metadata.tobytes())
         file.seek(blocks_offset)
         for first in range(0, num_classes, _BLOCKS_PER_WRITE):
-            file.write(_label_blocks(first, min(first + _BLOCKS_PER_WRITE, num_classes)))
+            labels = np.arange(first, min(first + _BLOCKS_PER_WRITE, num_classes))
+            blocks = np.zeros((len(labels), layout.ALIGNMENT // 8), "<i8")
+            blocks[:, 0] = labels
+            file.write(blocks.tobytes())
         file.seek(table_offset)
         file.write(table.tobytes())
+        # Whatever stands behind the table would be read as more of it.
         file.truncate()
         file.flush()
         os.fsync(file.fileno())
+        # A reader takes a file without a header for unfinished: it must not reach the disk first.
         file.seek(0)
         file.write(header)
         file.flush()
@@ -88,32 +131,12 @@ def write_frame(
 
 
 def label_blocks_offset(end_of_data: int) -> int:
-    """Where the label blocks start: one per class, 512 bytes apart, the label as <i8 in each."""
+    """Return where the label blocks start: one per class, 512 bytes apart, the label as <i8."""
     return layout.align_up(end_of_data, layout.ALIGNMENT)
 
 
-def _label_blocks(first: int, end: int) -> bytes:
-    """The label blocks of the classes in [first, end)."""
-    blocks = np.zeros((end - first, layout.ALIGNMENT // 8), "<i8")
-    blocks[:, 0] = np.arange(first, end)
-    return blocks.tobytes()
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the renames in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Not every file system can flush a folder.
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _write_all(descriptor: int, buffers: list[Data], offset: int) -> None:
-    """`pwritev`, repeated until everything is written: a disk that fills up writes a part first."""
+    """Repeat `pwritev` until everything is written: a disk that fills up writes a part first."""
     total = sum(map(len, buffers))
     written = os.pwritev(descriptor, buffers, offset)  # type: ignore[arg-type]
     if written < total:
@@ -122,6 +145,6 @@ def _write_all(descriptor: int, buffers: list[Data], offset: int) -> None:
             written = os.pwrite(descriptor, rest, offset + total - len(rest))
             rest = rest[written:]
     if total >= _FLUSH_BYTES:
-        # Told so, Linux starts to write dirty pages out (and keeps them in its cache): the disk
-        # works while the next images are prepared, and the last flush finds little left to do.
+        # Linux answers by starting to write dirty pages out (and keeps them in its cache): the
+        # disk works while the next images are prepared, and the last flush finds little to do.
         os.posix_fadvise(descriptor, offset, total, os.POSIX_FADV_DONTNEED)

@@ -68,7 +68,7 @@ class Beton:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Name of every class, in the order of the labels; None where no manifest tells."""
+        """Name of every class, in the order of the labels; None without a manifest."""
         return None if self.manifest is None else self.manifest.class_names
 
     @cached_property
@@ -105,11 +105,10 @@ class Beton:
 
     @cached_property
     def _structure(self) -> str:
-        """Digest of labels and sizes."""
         return structure_digest(self.labels, self.widths, self.heights)
 
     def image_bytes(self, row: int) -> NDArray[np.uint8]:
-        """The stored bytes of one image, without a copy.
+        """Return the stored bytes of one image, without a copy.
 
         Args:
             row: in [0, N).
@@ -155,6 +154,7 @@ def open_beton(path: str | Path) -> Beton:
             "the images again or get a whole copy of the file."
         )
     columns = tables.metadata[f"f{image}"]
+    # Columns are copied out of the records: strided reads of the mapping would touch every page.
     return Beton(
         path=path,
         labels=np.ascontiguousarray(tables.metadata[f"f{label}"]),
@@ -170,7 +170,7 @@ def open_beton(path: str | Path) -> Beton:
 
 
 def image_and_label(fields: tuple[layout.Field, ...], path: Path) -> tuple[int, int]:
-    """The indices of the image field and the label field.
+    """Return the indices of the image field and the label field.
 
     Raises:
         BetonError: there is no such field.
@@ -179,7 +179,7 @@ def image_and_label(fields: tuple[layout.Field, ...], path: Path) -> tuple[int, 
 
 
 def _pick(fields: tuple[layout.Field, ...], name: str, kind: str, path: Path) -> int:
-    """The field of that kind and name, or else the first of that kind."""
+    """Return the field of that kind and name, or else the first of that kind."""
     candidates = [index for index, field in enumerate(fields) if field.kind == kind]
     if not candidates:
         have = ", ".join(f"{field.name} ({field.kind})" for field in fields)

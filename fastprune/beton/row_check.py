@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fastprune.beton import layout
 from fastprune.beton.structure import Fault, Tables
 
+# A file that is cut has a fault in every row.
 _MOST_ROWS_NAMED = 1000
 
 
@@ -43,7 +44,9 @@ class _Allocations:
         self._used = np.zeros(len(entries), bool)
 
     def faults(self) -> Iterator[Fault]:
-        """Entries that lie outside the pages, cross a page, or overlap the next one."""
+        """Yield entries that lie outside the pages, cross a page, or overlap the next one."""
+        # Offsets and sizes come from the file and may be anything: unsigned arithmetic wraps
+        # around, so differences are compared, not sums.
         begin, end = np.uint64(self.tables.data_offset), np.uint64(self.tables.table_offset)
         page = np.uint64(self.tables.page_bytes)
         inside = (self.ptr >= begin) & (self.ptr <= end)
@@ -51,6 +54,7 @@ class _Allocations:
         yield from self._name(
             ~inside, "outside", f"lies outside the data, bytes {begin:,} to {end:,}"
         )
+        # An empty allocation at the end of a page belongs to it.
         last = self.ptr + np.maximum(self.size, np.uint64(1)) - np.uint64(1)
         crossing = inside & (self.ptr // page != last // page)
         yield from self._name(crossing, "page", f"crosses a boundary of the {page:,}-byte pages")
@@ -59,13 +63,14 @@ class _Allocations:
         yield from self._name(overlap, "overlap", "overlaps the allocation behind it")
 
     def orphans(self) -> Iterator[Fault]:
-        """Entries that no row refers to, because two rows or fields share another one."""
+        """Yield entries that no row refers to, because two rows or fields share another one."""
         orphan = ~self._used & (self.size > 0)
         yield from self._name(orphan, "orphan", "belongs to no row's data")
 
     def place(self, offsets: NDArray[np.uint64], name: str) -> tuple[Placement, list[Fault]]:
-        """Look every row's data of one field up; also tell which rows' data is not there."""
+        """Look up every row's data of one field; also return the faults of rows that have none."""
         faults: list[Fault] = []
+        # Our writer puts the rows in file order: no search is needed for a million of them.
         if np.array_equal(self.ptr, offsets):
             index = np.arange(len(offsets))
             found = np.ones(len(offsets), bool)
@@ -85,6 +90,7 @@ class _Allocations:
         rows = np.flatnonzero(found)
         sizes[rows] = self.size[index[rows]].astype(np.int64)
         self._used[index[rows]] = True
+        # Rows without data may share an offset; rows with data may not.
         foreign = rows[(self.row[index[rows]] != rows) & (sizes[rows] > 0)]
         faults += _per_row(
             "owner",
@@ -97,7 +103,7 @@ class _Allocations:
         return Placement(offsets.astype(np.int64), sizes), faults
 
     def _name(self, wrong: NDArray[np.bool_], kind: str, what: str) -> Iterator[Fault]:
-        """One fault per entry, named by the row that the entry tells."""
+        """Yield one fault per entry, with the row that the entry names."""
         entries = np.flatnonzero(wrong)
         for entry in entries[:_MOST_ROWS_NAMED]:
             yield Fault(
@@ -133,7 +139,7 @@ def check_rows(tables: Tables) -> tuple[dict[int, Placement], list[Fault]]:
 
 
 def _value_faults(tables: Tables, index: int, sizes: NDArray[np.int64]) -> list[Fault]:
-    """Values of one field that do not fit the size of its data."""
+    """Find values of one field that do not fit the size of its data."""
     field, column = tables.fields[index], tables.metadata[f"f{index}"]
     if field.kind == "image":
         return _image_faults(column, sizes)
@@ -152,7 +158,7 @@ def _value_faults(tables: Tables, index: int, sizes: NDArray[np.int64]) -> list[
 
 
 def _image_faults(image: NDArray[np.void], sizes: NDArray[np.int64]) -> list[Fault]:
-    """Image records with an unknown mode, no extent, or data of the wrong size."""
+    """Find image records with an unknown mode, no extent, or data of the wrong size."""
     mode, width, height = image["mode"], image["width"], image["height"]
     faults = _per_row(
         "mode",
@@ -164,6 +170,7 @@ def _image_faults(image: NDArray[np.void], sizes: NDArray[np.int64]) -> list[Fau
         np.flatnonzero((width == 0) | (height == 0)),
         lambda row: f"its image is {width[row]} x {height[row]} pixels",
     )
+    # 65,535 x 65,535 overflows uint16 and int32.
     pixels = width.astype(np.int64) * height
     wrong = np.where(mode == layout.RAW, sizes != 3 * pixels, sizes == 0)
     faults += _per_row(
@@ -175,7 +182,7 @@ def _image_faults(image: NDArray[np.void], sizes: NDArray[np.int64]) -> list[Fau
 
 
 def _per_row(kind: str, rows: NDArray[np.int64], describe: Callable[[int], str]) -> list[Fault]:
-    """One fault per row, up to a number that can be read."""
+    """Return one fault per row, up to a number that can be read."""
     faults = [Fault(kind, describe(row), int(row)) for row in rows[:_MOST_ROWS_NAMED]]
     return [*faults, *_rest(kind, len(rows))]
 

@@ -13,7 +13,7 @@ RowsLike = str | Path | Subset | ArrayLike | None
 
 
 def rows_of(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
-    """The rows that a subset names in this beton.
+    """Return the rows that a subset names in this beton.
 
     Args:
         beton: the open beton.

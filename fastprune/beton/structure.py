@@ -21,7 +21,7 @@ class Fault:
         kind: a short name that does not change between versions, such as "unfinished".
         message: what is wrong, with the values that show it.
         row: the row it concerns; None for the file as a whole.
-        source: the source path of that row, where the manifest tells it.
+        source: the source path of that row, where the manifest has it.
     """
 
     kind: str
@@ -80,6 +80,7 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     """
     try:
         with path.open("rb") as file:
+            # mmap refuses an empty file with an error that names no file.
             if os.fstat(file.fileno()).st_size == 0:
                 return np.empty(0, np.uint8)
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -115,16 +116,28 @@ class _BrokenError(Exception):
 
 @dataclass(frozen=True)
 class _Locator:
-    """Finds the parts in the order in which each tells where the next one is."""
+    """Finds the parts in the order in which each one leads to the next."""
 
     content: NDArray[np.uint8]
 
     def tables(self) -> Tables:
-        """Every part, each checked against the file's size before it is touched."""
+        """Return every part, each checked against the file's size before it is touched."""
         header = self._header()
         fields = self._fields(int(header["num_fields"]))
-        table_offset = self._table_offset(int(header["alloc_table_ptr"]))
+        table_offset = int(header["alloc_table_ptr"])
+        # The header is written last; stock FFCV opens such a file without a word.
+        if table_offset == 0:
+            raise _BrokenError(
+                "unfinished", "the write was interrupted: the header names no allocation table"
+            )
+        if not layout.metadata_start(1) <= table_offset <= len(self.content):
+            raise _BrokenError(
+                "cut",
+                f"the allocation table should start at byte {table_offset:,}, but the file has "
+                f"{len(self.content):,} bytes",
+            )
         start, record = layout.metadata_start(len(fields)), layout.metadata_dtype(fields)
+        # Python's integers: 2**64 rows of 24 bytes must not wrap around to a size that fits.
         num_rows = int(header["num_samples"])
         if num_rows == 0:
             raise _BrokenError("rows", "it has no rows")
@@ -145,7 +158,7 @@ class _Locator:
         )
 
     def _header(self) -> Any:
-        """The header, with a version and a page size that make sense."""
+        """Read the header; version and page size must make sense."""
         if len(self.content) < layout.HEADER.itemsize:
             raise _BrokenError("header", f"{len(self.content)} bytes are too few for a beton")
         header = np.frombuffer(self.content, layout.HEADER, 1)[0]
@@ -154,6 +167,7 @@ class _Locator:
             raise _BrokenError(
                 "version", f"format version {header['version']}, but must be {layout.VERSION}"
             )
+        # FFCV allocates a page at once, so an absurd page size must not get that far.
         if page.bit_count() != 1 or page < layout.MIN_PAGE_BYTES:
             raise _BrokenError(
                 "page size",
@@ -162,7 +176,7 @@ class _Locator:
         return header
 
     def _fields(self, num_fields: int) -> tuple[layout.Field, ...]:
-        """The descriptors, each with a known type and a readable name."""
+        """Read the descriptors, each with a known type and a readable name."""
         if num_fields == 0 or layout.metadata_start(num_fields) > len(self.content):
             raise _BrokenError(
                 "fields", f"{num_fields:,} fields, but the file has {len(self.content):,} bytes"
@@ -176,24 +190,11 @@ class _Locator:
             fields[field.name] = field
         return tuple(fields.values())
 
-    def _table_offset(self, offset: int) -> int:
-        """The allocation table's place, behind the descriptors and inside the file."""
-        if offset == 0:
-            raise _BrokenError(
-                "unfinished", "the write was interrupted: the header names no allocation table"
-            )
-        if not layout.metadata_start(1) <= offset <= len(self.content):
-            raise _BrokenError(
-                "cut",
-                f"the allocation table should start at byte {offset:,}, but the file has "
-                f"{len(self.content):,} bytes",
-            )
-        return offset
-
     def _allocations(
         self, offset: int, fields: tuple[layout.Field, ...], num_rows: int
     ) -> NDArray[np.void]:
-        """The allocation table: whole entries up to the end of the file, as many as needed."""
+        """Read the allocation table: whole entries up to the end of the file, as many as needed."""
+        # The table has no count: it reaches to the end of the file, whatever was appended.
         table_bytes = len(self.content) - offset
         if table_bytes % layout.ALLOCATION.itemsize:
             raise _BrokenError(
@@ -215,20 +216,20 @@ class _Locator:
 
 
 def _first_row_without_data(table: NDArray[np.void], num_rows: int) -> int:
-    """The first row that an allocation table does not mention."""
+    """Return the first row that an allocation table does not mention."""
     rows = np.unique(table["sample_id"])
     gaps = np.flatnonzero(rows != np.arange(len(rows)))
     return int(gaps[0]) if len(gaps) else min(len(rows), num_rows - 1)
 
 
 def _field(record: Any, index: int) -> layout.Field:
-    """One descriptor as a field."""
+    """Read one descriptor."""
     kind = layout.KINDS.get(int(record["type_id"]))
     name = record["name"].tobytes().split(b"\0")[0]
     if kind is None:
         raise _BrokenError(
             "fields",
-            f"field {index} has type {record['type_id']}, whose layout the file does not tell",
+            f"field {index} has type {record['type_id']}, whose layout the file does not describe",
         )
     if not name.isascii():
         raise _BrokenError("fields", f"field {index} has the name {name!r}, which is not ASCII")

@@ -1,4 +1,4 @@
-"""What is in a file of ours, in numbers."""
+"""Summaries of betons, score tables and subsets, in numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fastprune.beton.transcode import ACTIONS, COPIED, FEWEST_BYTES_TO_REWRITE, 
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
-    """What `fastprune info` shows of a file, ready for JSON.
+    """Summarize a file for `fastprune info`, ready for JSON.
 
     Args:
         path: a subset (.npy), a score table (.parquet), or a beton (any other name).
@@ -36,7 +36,6 @@ def summarize(path: str | Path) -> dict[str, Any]:
 
 
 def _subset(path: Path) -> dict[str, Any]:
-    """What is in a subset."""
     subset = Subset.load(path)
     return {
         "path": str(path),
@@ -57,7 +56,6 @@ def _subset(path: Path) -> dict[str, Any]:
 
 
 def _scores(path: Path) -> dict[str, Any]:
-    """What is in a score table."""
     table = ScoreTable.load(path)
     return {
         "path": str(path),
@@ -77,7 +75,6 @@ def _scores(path: Path) -> dict[str, Any]:
 
 
 def _beton(path: Path) -> dict[str, Any]:
-    """What is in a beton."""
     beton = open_beton(path)
     rows_per_class = np.unique(beton.labels, return_counts=True)[1]
     modes = np.bincount(beton.modes, minlength=2)
@@ -103,9 +100,10 @@ def _beton(path: Path) -> dict[str, Any]:
 
 
 def jpeg_layouts(manifest: Manifest) -> str:
-    """Which JPEGs a conversion rewrote, and why not the others; for one made to rewrite."""
+    """Say which JPEGs a conversion rewrote, and why not the others; for one made to rewrite."""
     table = manifest.table(["action", "reason"])
     copied = table.filter(pc.equal(table["action"], ACTIONS[COPIED]))["reason"]
+    # Only files that a rewrite was tried on have a reason.
     small = copied.null_count
     rewritten = manifest.counts[ACTIONS[REWRITTEN]]
     parts = [f"{rewritten:,} JPEG{'s' * (rewritten != 1)} in the fast layout"]
@@ -117,7 +115,7 @@ def jpeg_layouts(manifest: Manifest) -> str:
 
 
 def _spread(values: Any) -> dict[str, float]:
-    """The smallest, the median, the largest value and their sum."""
+    """Return the smallest, the median, the largest value and their sum."""
     return {
         "smallest": int(values.min()),
         "median": float(np.median(values)),

@@ -35,11 +35,11 @@ class CompilationError(ConversionError):
 
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """What is done to images; the same settings give the same bytes.
+    """Settings for images; the same settings give the same bytes.
 
     Attributes:
         jpeg: "original" copies the bytes of a JPEG that every decoder here reads; "fast" rewrites
-            it without loss with a restart marker after each row of units; "auto" rewrites files
+            it without loss with a restart marker after each row of MCUs; "auto" rewrites files
             of at least `FEWEST_BYTES_TO_REWRITE` and copies smaller ones.
         quality: JPEG quality of transcoded images, [1, 100].
         max_side: images with a longer side, in pixels, are shrunk by area; None for no limit.
@@ -98,11 +98,12 @@ def prepare_image(content: Content, settings: ImageSettings) -> Prepared:
 
 
 def _in_a_jpeg(content: Content, settings: ImageSettings) -> Prepared:
-    """An image as a JPEG: its own where that will do."""
+    """Return an image as a JPEG: its own where that will do."""
     if not isinstance(content, bytes):
         return _transcode(_as_picture(content), settings, "pixels", subsampled=False)
     if not content:
         raise ConversionError("it is empty (0 bytes)")
+    # By the bytes, not the name: ImageNet has a PNG that is called .JPEG.
     if not is_jpeg(content):
         picture = _open(content)
         return _transcode(picture, settings, _describe(picture), subsampled=False)
@@ -110,6 +111,7 @@ def _in_a_jpeg(content: Content, settings: ImageSettings) -> Prepared:
         header = read_header(content)
     except JpegError as error:
         raise ConversionError(f"{error}. {_CURE}") from error
+    # Pillow decodes what the view decoder does not, and refuses above twice its limit.
     most = Image.MAX_IMAGE_PIXELS
     if most and header.width * header.height > 2 * most:
         raise _too_many_pixels()
@@ -126,7 +128,7 @@ def _in_a_jpeg(content: Content, settings: ImageSettings) -> Prepared:
 
 
 def _with_restart_rows(prepared: Prepared) -> Prepared:
-    """The same image in the fast layout, if its kind of JPEG can have it."""
+    """Return the same image in the fast layout, if its kind of JPEG can have it."""
     to_restart_rows, _ = _compiled()
     try:
         data = to_restart_rows(prepared.data)
@@ -143,7 +145,7 @@ def _with_restart_rows(prepared: Prepared) -> Prepared:
 
 @functools.cache
 def _compiled() -> tuple[Callable[[bytes], bytes | None], Callable[..., None]]:
-    """`to_restart_rows` and `require_whole`, compiled, so that no image meets what fails there."""
+    """Compile `to_restart_rows` and `require_whole`, so that no image is blamed for what fails."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
     try:
@@ -162,12 +164,13 @@ def _compiled() -> tuple[Callable[[bytes], bytes | None], Callable[..., None]]:
 
 
 def source_bytes(content: Content) -> bytes:
-    """What the content fingerprint is made of: the file's bytes, or the pixels'."""
+    """Return what the content fingerprint is made of: the file's bytes, or the pixels'."""
     return content if isinstance(content, bytes) else np.asarray(content).tobytes()
 
 
 def _why_not_copied(header: JpegHeader, settings: ImageSettings) -> str:
-    """Why the bytes of a JPEG cannot stay as they are; empty if they can."""
+    """Say why the bytes of a JPEG cannot stay as they are; empty if they can."""
+    # Every reader of a beton decodes these two, stock FFCV's libjpeg-turbo and DALI included.
     if header.process not in ("baseline", "progressive") or header.precision != 8:
         return f"{header.process} {header.precision}-bit JPEG"
     if header.color not in ("gray", "ycbcr"):
@@ -180,14 +183,14 @@ def _why_not_copied(header: JpegHeader, settings: ImageSettings) -> str:
 
 
 def _describe(picture: Image.Image) -> str:
-    """The format and pixel kind of an image that is no JPEG."""
+    """Name the format and pixel kind of an image that is no JPEG."""
     frames = getattr(picture, "n_frames", 1)
     first = f", first of {frames} frames" if frames > 1 else ""
     return f"{picture.format} of mode {picture.mode}{first}"
 
 
 def _as_picture(content: Image.Image | NDArray[Any]) -> Image.Image:
-    """Pixels from a dataset as a PIL image."""
+    """Return pixels from a dataset as a PIL image."""
     if isinstance(content, Image.Image):
         return content
     if not isinstance(content, np.ndarray):
@@ -220,7 +223,7 @@ def _open(content: bytes) -> Image.Image:
 
 
 def _too_many_pixels() -> ConversionError:
-    """What to say where Pillow would refuse to decode, now or in `fastprune check --deep`."""
+    """Describe an image that Pillow refuses to decode, now or in `fastprune check --deep`."""
     return ConversionError(
         f"it has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels that Pillow decodes. "
         "Shrink the file, or leave it out with --on-error skip"
@@ -251,6 +254,7 @@ def _transcode(
     picture = _rgb_or_gray(picture)
     longest = max(picture.size)
     if longest > limit:
+        # The longer side becomes the limit exactly; integers, so that no rounding mode matters.
         width, height = (max(1, side * limit // longest) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BOX)
     buffer = io.BytesIO()
@@ -260,7 +264,7 @@ def _transcode(
 
 
 def _rgb_or_gray(picture: Image.Image) -> Image.Image:
-    """The image in mode RGB or L; transparency is dropped, as torchvision's ImageFolder does."""
+    """Convert to mode RGB or L; transparency is dropped, as torchvision's ImageFolder does."""
     if picture.mode.startswith("I;16"):
         # PIL would clip at 255 instead of scaling.
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.beton.output import write_images
-from fastprune.beton.sources import Source
+from fastprune.beton.sources.listing import Source
 from fastprune.beton.transcode import (
     SKIPPED,
     CompilationError,
@@ -33,7 +33,9 @@ from fastprune.errors import ConversionError
 # Chunks that a worker may hold: one in work, others waiting for their place in the file.
 CHUNKS_PER_WORKER = 3
 
+# A worker in the middle of an image may take this long to notice that its pipe is closed.
 _SECONDS_TO_STOP = 5.0
+# A crash is noticed by its pipe at once; this is for a dead worker whose pipe a child keeps open.
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -54,7 +56,7 @@ RECORD = np.dtype(
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to know of the whole job.
+    """The part of the job that every worker knows.
 
     Attributes:
         source: reads the images.
@@ -113,6 +115,7 @@ class WorkerPool:
     def __init__(self, num_workers: int, task: Task) -> None:
         context = multiprocessing.get_context("fork")
         pipes = [context.Pipe() for _ in range(num_workers)]
+        # Shared memory, because a worker that is killed can report nothing any more.
         self._at_work_on = mmap.mmap(-1, 8 * num_workers)
         self._connections = [ours for ours, _ in pipes]
         self._processes: list[BaseProcess] = []
@@ -127,6 +130,7 @@ class WorkerPool:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             self._processes.append(process)
+        # Else the pipe of a dead worker would never read as closed here.
         for _, theirs in pipes:
             theirs.close()
 
@@ -185,7 +189,7 @@ class WorkerPool:
             raise self._death(worker) from None
 
     def _death(self, worker: int) -> "WorkerError":
-        """What to say of a worker that is gone without a word."""
+        """Describe a worker that ended without a report."""
         process = self._processes[worker]
         process.join(_SECONDS_TO_STOP)
         code = process.exitcode
@@ -201,7 +205,7 @@ class WorkerPool:
 
 
 class WorkerError(ConversionError):
-    """What ended a worker; `item` is the number of the image, None where none is to blame."""
+    """Ends a worker; `item` is the number of the image, None where none is to blame."""
 
     def __init__(self, message: str, item: int | None) -> None:
         super().__init__(message)
@@ -215,16 +219,18 @@ def _work(
     at_work_on: mmap.mmap,
     worker: int,
 ) -> None:
-    """The life of a worker: prepare and write what it is told to, until the pipe closes."""
+    """Prepare and write the chunks that arrive, until the pipe closes."""
     # The terminal's Ctrl-C goes to every process; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # PIL warns of large images and odd metadata; what it cannot read it refuses.
     warnings.simplefilter("ignore")
     for other in others:  # else this process would keep the siblings' pipes open
         other.close()
+    # Memory is bounded: a worker holds at most CHUNKS_PER_WORKER chunks.
     held: dict[int, list[bytes]] = {}
     descriptor = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        # The pipe closes when the parent is done, or dead.
         try:
             while True:
                 chunk, items, offsets = connection.recv()
@@ -254,6 +260,7 @@ def _prepare(
         except CompilationError as error:
             raise WorkerError(str(error), None) from error
         except ConversionError as error:
+            # With on_error="skip" a full disk must not leave every further image out.
             if cure := _cure_of_machine(error):
                 raise WorkerError(cure, item) from error
             if not task.skip_errors:
@@ -280,6 +287,7 @@ def _prepare_one(location: Any, label: int, task: Task) -> tuple[bytes, tuple[in
         ) from error
     except Exception as error:  # a user's dataset may raise anything, and so may PIL's plugins
         raise ConversionError(f"reading it failed with {error!r}") from error
+    # The fingerprint is made of the source, so that it does not change with the JPEG layout.
     source = source_bytes(content)
     source_crc = google_crc32c.value(source)
     same = prepared.data is source
@@ -297,7 +305,8 @@ def _prepare_one(location: Any, label: int, task: Task) -> tuple[bytes, tuple[in
 
 
 def _cure_of_machine(error: BaseException | None) -> str:
-    """What to do where the machine, not the image, is to blame; empty where it is the image."""
+    """Return the cure where the machine is to blame; empty where it is the image."""
+    # PIL and datasets wrap the machine's errors in their own: the whole chain is looked at.
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return "memory ran out. Use fewer workers with --workers"
@@ -310,7 +319,7 @@ def _cure_of_machine(error: BaseException | None) -> str:
 
 
 def _write(descriptor: int, data: list[bytes], offsets: list[int], path: Path) -> None:
-    """Write images to their places, and say what to do when the system refuses."""
+    """Write images to their offsets; name the cure when the system refuses."""
     try:
         write_images(descriptor, data, offsets)
     except OSError as error:

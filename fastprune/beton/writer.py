@@ -9,17 +9,23 @@ from typing import Any
 
 import numpy as np
 import PIL
-from numpy.typing import NDArray
 
 from fastprune import __version__
+from fastprune.artifacts.atomic import sync
 from fastprune.beton import layout
-from fastprune.beton.assembly import Assembly, fill, frame, manifest_lines, place, start_assembly
-from fastprune.beton.classes import class_names_of, renumbered
+from fastprune.beton.assembly import (
+    Assembly,
+    fill,
+    frame_pages,
+    manifest_lines,
+    place,
+    start_assembly,
+)
 from fastprune.beton.journal import Journal, intact_rows
-from fastprune.beton.manifest import Manifest, manifest_path, write_parquet
-from fastprune.beton.output import sync
-from fastprune.beton.sources import Listing
-from fastprune.beton.sources.choose import source_for
+from fastprune.beton.manifest import Manifest, manifest_path, read_manifest, write_parquet
+from fastprune.beton.reader import open_beton
+from fastprune.beton.sources import source_for
+from fastprune.beton.sources.listing import renumbered
 from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.beton.transcode import (
     ACTIONS,
@@ -31,11 +37,13 @@ from fastprune.beton.transcode import (
     ImageSettings,
 )
 from fastprune.beton.workers import Task, WorkerError, WorkerPool
+from fastprune.checks import require_one_of
 from fastprune.cpus import usable_cpus
-from fastprune.errors import ConversionError, InvalidValueError
+from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
 from fastprune.jpeg.headers import MAX_SIDE
 from fastprune.progress import track
 
+# More processes than this only wait for the disk; --workers may still ask for more.
 _MOST_WORKERS = 16
 _DONE = (COPIED, REWRITTEN, TRANSCODED, SKIPPED)
 
@@ -75,7 +83,7 @@ def convert(
             most 16.
         jpeg: what becomes of 8-bit baseline and progressive JPEGs, gray or YCbCr. "original" copies
             their bytes. "fast" rewrites baseline ones without loss, with a restart marker after
-            each row of units, at which a loader enters them; others keep their bytes. "auto" does
+            each row of MCUs, at which a loader enters them; others keep their bytes. "auto" does
             so for files of at least 16 KiB, where it pays, and copies smaller ones.
         on_error: "stop" at the first unreadable image, or "skip" it and list it in the manifest.
         quality: JPEG quality of images that must be transcoded, [1, 100].
@@ -86,7 +94,7 @@ def convert(
         classes_from: a beton or manifest whose class names number the classes here, so that a
             folder that lacks a class numbers the others as the training set does.
         shuffle_seed: put the rows in a random order; the manifest has the map.
-        resume: go on with the partial file of an interrupted run, if there is one.
+        resume: continue the partial file of an interrupted run, if there is one.
         keep_partial: leave the partial file for a later `resume` when the conversion fails.
 
     Returns:
@@ -94,18 +102,17 @@ def convert(
 
     Raises:
         InvalidValueError: a setting is outside its domain.
-        ConversionError: an image or the folder cannot be read, a class is not among those of
+        ConversionError: an image or the folder cannot be read, a class is not in
             `classes_from`, the beton cannot be written, memory or file descriptors ran out, or a
             worker died. Nothing is left behind, unless a partial file was asked for.
         ArtifactError: `classes_from` cannot be read or has no class names of its own.
     """
     settings = _checked_settings(jpeg, quality, max_side, exif, verify)
     num_workers = _checked_workers(workers)
-    if on_error not in ("stop", "skip"):
-        raise InvalidValueError(f"on_error must be 'stop' or 'skip', but is {on_error!r}.")
+    require_one_of("on_error", on_error, ("stop", "skip"))
     if shuffle_seed is not None and shuffle_seed < 0:
         raise InvalidValueError(f"shuffle_seed must be >= 0, but is {shuffle_seed}.")
-    names = None if classes_from is None else class_names_of(classes_from)
+    names = None if classes_from is None else _class_names_of(Path(classes_from))
     path = Path(beton_path)
     if path.is_dir():
         raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
@@ -114,6 +121,7 @@ def convert(
     task = Task(source, settings, on_error == "skip", partial)
     with (
         Journal(partial.with_name(partial.name + ".journal")) as journal,
+        # Forked before the images are listed: the list would be copied into every worker.
         WorkerPool(num_workers, task) as pool,
     ):
         listing = source.list_images()
@@ -125,11 +133,24 @@ def convert(
                 "group. Convert in order; the loader shuffles."
             )
         assembly = start_assembly(listing, shuffle_seed, layout.DEFAULT_PAGE_BYTES)
-        identity = _identity(listing, settings, on_error, shuffle_seed)
-        with _cleared_up(partial, journal, keep=keep_partial or resume):
-            _take_up(assembly, partial, journal, identity, resume=resume)
+        choices = {**asdict(settings), "on_error": on_error, "shuffle_seed": shuffle_seed}
+        # What must be the same for a later run to resume the partial file of this one.
+        identity = {
+            "images": listing.identity,
+            "settings": choices,
+            "fastprune": __version__,
+            "pillow": PIL.__version__,
+        }
+        try:
+            _start_partial(assembly, partial, journal, identity, resume=resume)
             _fill(assembly, pool, journal, partial)
-            manifest = _finish(assembly, partial, path, identity["settings"])
+            manifest = _finish(assembly, partial, path, choices)
+        except BaseException:
+            manifest_path(partial).unlink(missing_ok=True)
+            if not (keep_partial or resume):
+                partial.unlink(missing_ok=True)
+                journal.remove()
+            raise
         journal.remove()
     return manifest
 
@@ -137,11 +158,8 @@ def convert(
 def _checked_settings(
     jpeg: str, quality: int, max_side: int | None, exif: str, verify: bool
 ) -> ImageSettings:
-    """The image settings, each in its domain."""
-    if jpeg not in LAYOUTS:
-        raise InvalidValueError(f"jpeg must be one of {', '.join(LAYOUTS)}, but is {jpeg!r}.")
-    if exif not in ("ignore", "apply"):
-        raise InvalidValueError(f"exif must be 'ignore' or 'apply', but is {exif!r}.")
+    require_one_of("jpeg", jpeg, LAYOUTS)
+    require_one_of("exif", exif, ("ignore", "apply"))
     if not 1 <= quality <= 100:
         raise InvalidValueError(f"quality must lie in [1, 100], but is {quality}.")
     if max_side is not None and not 1 <= max_side <= MAX_SIDE:
@@ -150,7 +168,6 @@ def _checked_settings(
 
 
 def _checked_workers(workers: int | None) -> int:
-    """The number of worker processes."""
     if workers is None:
         return min(usable_cpus(), _MOST_WORKERS)
     if workers < 1:
@@ -158,35 +175,22 @@ def _checked_workers(workers: int | None) -> int:
     return workers
 
 
-def _identity(
-    listing: Listing, settings: ImageSettings, on_error: str, shuffle_seed: int | None
-) -> dict[str, Any]:
-    """What must be the same for a later run to go on with the partial file of this one."""
-    return {
-        "images": listing.identity,
-        "settings": {**asdict(settings), "on_error": on_error, "shuffle_seed": shuffle_seed},
-        "fastprune": __version__,
-        "pillow": PIL.__version__,
-    }
+def _class_names_of(path: Path) -> tuple[str, ...]:
+    """Return the class names in a beton's manifest, or a manifest, in the order of their labels."""
+    manifest = read_manifest(path) if path.suffix == ".parquet" else open_beton(path).manifest
+    if manifest is None or manifest.class_names is None:
+        why = " (it has no manifest of its own)" if manifest is None else ""
+        raise ArtifactError(
+            f"{path}{why} has no class names, so it cannot number classes. Name a beton that was "
+            "converted from folders or names of classes."
+        )
+    return manifest.class_names
 
 
-@contextmanager
-def _cleared_up(partial: Path, journal: Journal, *, keep: bool) -> Iterator[None]:
-    """Remove what a failed conversion wrote, unless it is to be kept for `resume`."""
-    try:
-        yield
-    except BaseException:
-        manifest_path(partial).unlink(missing_ok=True)
-        if not keep:
-            partial.unlink(missing_ok=True)
-            journal.remove()
-        raise
-
-
-def _take_up(
+def _start_partial(
     assembly: Assembly, partial: Path, journal: Journal, identity: dict[str, Any], *, resume: bool
 ) -> None:
-    """Start an empty partial file, or go on with the intact part of an earlier one.
+    """Start an empty partial file, or resume the intact part of an earlier one.
 
     Raises:
         ConversionError: the earlier run had other images or settings.
@@ -194,8 +198,21 @@ def _take_up(
     if resume:
         earlier, records, reasons = journal.read()
         if earlier is not None and partial.exists():
-            _require_same_job(earlier, identity, partial)
-            _replay(assembly, partial, records, reasons)
+            for key, value in identity.items():
+                if earlier.get(key) != value:
+                    raise ConversionError(
+                        f"{partial} cannot be resumed: its {key} were {earlier.get(key)}, and now "
+                        f"are {value}. Repeat the command as it was, or start anew without "
+                        "--resume."
+                    )
+            # Offsets follow from the sizes, so the journal need not hold them.
+            cursor = replace(assembly.cursor)
+            offsets = [
+                -1 if record["action"] == SKIPPED else cursor.place(int(record["size"]))
+                for record in records
+            ]
+            count = intact_rows(partial, records, offsets)
+            place(assembly, records[:count], {at: why for at, why in reasons.items() if at < count})
     count = assembly.num_placed
     with _named_write_errors(partial):
         journal.start(identity)
@@ -205,29 +222,6 @@ def _take_up(
             # Zeros where the frame will be written, and nothing behind the last intact image.
             file.truncate(assembly.cursor.offset if count else 0)
             file.write(bytes(assembly.first_page))
-
-
-def _require_same_job(earlier: dict[str, Any], identity: dict[str, Any], partial: Path) -> None:
-    """Refuse to go on with a partial file that would have become another beton."""
-    for key, value in identity.items():
-        if earlier.get(key) != value:
-            raise ConversionError(
-                f"{partial} cannot be taken up: its {key} were {earlier.get(key)}, and now are "
-                f"{value}. Repeat the command as it was, or start anew without --resume."
-            )
-
-
-def _replay(
-    assembly: Assembly, partial: Path, records: NDArray[np.void], reasons: dict[int, str]
-) -> None:
-    """Place the images of an earlier run that are whole in the partial file."""
-    cursor = replace(assembly.cursor)
-    offsets = [
-        -1 if record["action"] == SKIPPED else cursor.place(int(record["size"]))
-        for record in records
-    ]
-    count = intact_rows(partial, records, offsets)
-    place(assembly, records[:count], {at: text for at, text in reasons.items() if at < count})
 
 
 def _fill(assembly: Assembly, pool: WorkerPool, journal: Journal, partial: Path) -> None:
@@ -255,7 +249,7 @@ def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, A
             f"{assembly.reasons[0]}."
         )
     with _named_write_errors(partial):
-        fingerprint = frame(assembly, partial)
+        fingerprint = frame_pages(assembly, partial)
     actions = np.bincount(assembly.records["action"], minlength=len(ACTIONS))
     manifest = Manifest(
         path=manifest_path(path),
@@ -278,7 +272,7 @@ def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, A
 
 @contextmanager
 def _named_write_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into an error that names the file and the cure."""
+    """Turn an OSError into a ConversionError that names the file and the cure."""
     try:
         yield
     except OSError as error:

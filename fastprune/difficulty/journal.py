@@ -1,6 +1,5 @@
 """An unfinished pass on disk, from which a killed pass resumes."""
 
-import fcntl
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import write_text
+from fastprune.artifacts.atomic import try_lock, write_text
 from fastprune.difficulty.metrics import LOGIT_METRICS
 from fastprune.errors import ArtifactError
 
@@ -151,16 +150,12 @@ class PassJournal:
 
     def _take_lock(self) -> None:
         """One process per folder."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(self._lock):
             os.close(self._lock)
             raise ArtifactError(
                 f"{self.folder} is being written by another process. Wait for it, or name another "
                 "output."
-            ) from error
-        except OSError:
-            logger.debug("%s: the file system has no locks", self.folder)
+            )
 
     def _resume(self) -> bool:
         """Open the files of an earlier pass; False where its identity differs or a file is gone."""

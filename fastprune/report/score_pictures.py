@@ -15,7 +15,7 @@ from fastprune.artifacts.scores import ScoreTable
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
 from fastprune.errors import BetonError
-from fastprune.selection.blend import ranks
+from fastprune.selection.subsets import ranks
 
 _ALL, _KEPT = "#c8c8c8", "#4c72b0"
 _BINS = 80

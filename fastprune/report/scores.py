@@ -21,7 +21,7 @@ from fastprune.report.score_pictures import (
     histogram_png,
     strip_png,
 )
-from fastprune.selection.blend import NO_DIFFICULTIES
+from fastprune.selection.subsets import NO_DIFFICULTIES
 
 Rows = NDArray[np.int64]
 

@@ -64,13 +64,14 @@ def export_subset(
 
 
 def _export_mdslr(subset: Subset, folder: Path) -> list[Path]:
-    """`ratio_50.npy` and `std.npy`."""
+    """Write `ratio_50.npy` and `std.npy`, the names that the training script looks for."""
     if subset.keep_ratio is None or subset.class_std is None:
         raise InvalidValueError(
             "format 'mdslr' needs the keep ratio and the class std, which stand in the .json "
             "beside the subset. Make the subset with fastprune select."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    # round() first: 100 * 0.29 is 28.999999999999996.
     files = {
         folder / f"ratio_{round(100 * subset.keep_ratio, 6):g}.npy": subset.rows,
         folder / "std.npy": subset.class_std,
@@ -82,7 +83,7 @@ def _export_mdslr(subset: Subset, folder: Path) -> list[Path]:
 
 
 def _deepcore_text(subset: Subset, scores: ScoreTable | None) -> str:
-    """The two lists as JSON; the scores are those of the metric that was chosen by."""
+    """Write both lists as JSON; the scores are of the metric that the rows were chosen by."""
     if scores is None or subset.metric not in scores.metrics:
         raise InvalidValueError(
             f"format 'deepcore' needs the score table with the metric {subset.metric!r} that the "
@@ -94,7 +95,7 @@ def _deepcore_text(subset: Subset, scores: ScoreTable | None) -> str:
 
 
 def _names(subset: Subset, beton: Beton | None) -> list[str]:
-    """The source files of the rows."""
+    """Return the names of the rows' source files."""
     if beton is None or beton.manifest is None:
         raise InvalidValueError(
             "format 'names' needs a beton with a manifest, which knows the files' names (--beton)."
@@ -105,14 +106,14 @@ def _names(subset: Subset, beton: Beton | None) -> list[str]:
     names = dict(zip(lines["row"], lines["source"], strict=True))
     if None in names.values():
         raise InvalidValueError(
-            f"the manifest of {beton.path} tells no file names: another writer made the beton. "
+            f"the manifest of {beton.path} has no file names: another writer made the beton. "
             "Export the rows (--format rows)."
         )
     return [names[row] for row in rows.tolist()]
 
 
 def _require_same(subset: Subset, fingerprint: Fingerprint, name: str) -> None:
-    """Refuse what is of other images; a bare index file cannot tell."""
+    """Refuse what is of other images; of a bare index file nothing is known."""
     if subset.fingerprint is not None:
         require_same_images(
             subset.fingerprint,
@@ -124,7 +125,7 @@ def _require_same(subset: Subset, fingerprint: Fingerprint, name: str) -> None:
 
 
 def _num_rows(subset: Subset) -> int:
-    """N, which a bare index file does not tell."""
+    """Return N, which a bare index file does not hold."""
     if subset.fingerprint is None:
         raise InvalidValueError(
             "format 'dropped' needs the number of rows, which stands in the .json beside the "
@@ -134,5 +135,4 @@ def _num_rows(subset: Subset) -> int:
 
 
 def _lines(entries: list[int] | list[str]) -> str:
-    """One entry a line."""
     return "".join(f"{entry}\n" for entry in entries)

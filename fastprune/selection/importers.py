@@ -21,7 +21,7 @@ from fastprune.artifacts.subset import Subset
 from fastprune.beton.reader import Beton
 from fastprune.errors import ArtifactError, InvalidValueError
 
-_UNKNOWN_CLASS = -1
+_UNKNOWN_CLASS = -1  # no teacher predicted anything
 _NO_METRICS = ("row", "label", "prediction")
 
 
@@ -46,7 +46,15 @@ def import_scores(path: str | Path, beton: Beton) -> ScoreTable:
     """
     path = Path(path)
     if is_score_table(path):
-        return _table_of(path, beton)
+        table = ScoreTable.load(path)
+        require_same_images(
+            table.fingerprint,
+            str(path),
+            beton.fingerprint,
+            str(beton.path),
+            cure=f"Score this beton: fastprune score {beton.path} -o {path} ...",
+        )
+        return table
     columns = {name: np.asarray(values, np.float32) for name, values in _read_columns(path).items()}
     for name, values in columns.items():
         if values.shape != (beton.num_rows,):
@@ -100,6 +108,15 @@ def import_subset(
     if len(rows) == 0:
         raise InvalidValueError(f"{path} leaves no rows of {beton.path}; keep at least one.")
     counts = np.bincount(beton.labels[rows], minlength=beton.num_classes)
+    std = None
+    if class_std is not None:
+        std = read_array(Path(class_std))
+        if std.shape != (beton.num_classes,) or std.dtype.kind not in "fiu":
+            raise InvalidValueError(
+                f"{class_std} must hold {beton.num_classes:,} numbers, one per class of "
+                f"{beton.path}, but it holds {std.dtype} of shape {std.shape}."
+            )
+        std = std.astype(np.float64)
     return Subset(
         rows=rows,
         fingerprint=beton.fingerprint,
@@ -107,26 +124,13 @@ def import_subset(
         strategy="imported",
         parameters={"imported_from": path.name, "drop": drop},
         class_counts=counts.tolist(),
-        class_std=None if class_std is None else _read_class_std(Path(class_std), beton),
+        class_std=std,
         command=command,
     )
 
 
-def _table_of(path: Path, beton: Beton) -> ScoreTable:
-    """A score table, if it is of this beton."""
-    table = ScoreTable.load(path)
-    require_same_images(
-        table.fingerprint,
-        str(path),
-        beton.fingerprint,
-        str(beton.path),
-        cure=f"Score this beton: fastprune score {beton.path} -o {path} ...",
-    )
-    return table
-
-
 def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
-    """Metric name -> values in row order."""
+    """Read metric name -> values in row order."""
     if path.suffix == ".npy":
         return {path.stem: read_array(path)}
     readers = {".csv": pyarrow.csv.read_csv, ".parquet": pq.read_table}
@@ -150,6 +154,7 @@ def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
         )
     if "row" not in columns:
         return metrics
+    # The column decides, whatever order a tool wrote its lines in.
     order = np.argsort(columns["row"], kind="stable")
     if not np.array_equal(columns["row"][order], np.arange(len(order))):
         raise InvalidValueError(
@@ -159,7 +164,7 @@ def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _listed_rows(path: Path, beton: Beton) -> NDArray[np.int64]:
-    """The rows that a file lists, sorted."""
+    """Return the rows that a file lists, sorted."""
     listed = _read_list(path)
     are_names = isinstance(listed, list) and all(isinstance(entry, str) for entry in listed)
     rows = _rows_of_names(path, listed, beton) if are_names else np.asarray(listed)
@@ -182,7 +187,7 @@ def _listed_rows(path: Path, beton: Beton) -> NDArray[np.int64]:
 
 
 def _read_list(path: Path) -> Any:
-    """Rows or names, from any of the formats."""
+    """Read rows or names, from any of the formats."""
     if path.suffix == ".npy":
         return read_array(path)
     try:
@@ -211,7 +216,7 @@ def _read_list(path: Path) -> Any:
 
 
 def _rows_of_names(path: Path, names: list[str], beton: Beton) -> NDArray[np.int64]:
-    """The rows of the manifest's source files with these names."""
+    """Look up the rows of the manifest's source files with these names."""
     if beton.manifest is None:
         raise InvalidValueError(
             f"{path} lists file names, but {beton.path} has no manifest that knows them. Convert "
@@ -225,9 +230,10 @@ def _rows_of_names(path: Path, names: list[str], beton: Beton) -> NDArray[np.int
     }
     if not rows:
         raise InvalidValueError(
-            f"{path} lists file names, but the manifest of {beton.path} tells none: another writer "
+            f"{path} lists file names, but the manifest of {beton.path} has none: another writer "
             "made the beton. List rows."
         )
+    # A last part names an image where it is unique; whole names win over last parts.
     last_parts = Counter(source.rpartition("/")[2] for source in rows)
     rows |= {s.rpartition("/")[2]: row for s, row in rows.items() if "/" in s}
     for name in names:
@@ -241,17 +247,6 @@ def _rows_of_names(path: Path, names: list[str], beton: Beton) -> NDArray[np.int
                 f"manifest, such as {next(iter(rows))!r}."
             )
     return np.array([rows[name] for name in names], np.int64)
-
-
-def _read_class_std(path: Path, beton: Beton) -> NDArray[np.float64]:
-    """One standard deviation per class."""
-    std = read_array(path)
-    if std.shape != (beton.num_classes,) or std.dtype.kind not in "fiu":
-        raise InvalidValueError(
-            f"{path} must hold {beton.num_classes:,} numbers, one per class of {beton.path}, but "
-            f"it holds {std.dtype} of shape {std.shape}."
-        )
-    return std.astype(np.float64)
 
 
 def read_array(path: Path) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""How many rows each class keeps."""
+"""Quotas: how many rows each class keeps."""
 
 from fractions import Fraction
 
@@ -38,7 +38,7 @@ def class_quotas(
 
 
 def kept_total(num_rows: int, keep_ratio: float) -> int:
-    """round(keep_ratio * num_rows), Python's round.
+    """Return round(keep_ratio * num_rows), by Python's round (half to even).
 
     Raises:
         InvalidValueError: the ratio is outside (0, 1].
@@ -51,7 +51,7 @@ def kept_total(num_rows: int, keep_ratio: float) -> int:
 
 
 def _proportional(counts: NDArray[np.int64], keep_ratio: float, total: int) -> NDArray[np.int64]:
-    """Largest-remainder rounding of r * n_c."""
+    """Round r * n_c by largest remainders."""
     # The ratio is taken as the decimal it was written as, so that 0.3 * 1 and 0.3 * 11 leave equal
     # remainders, which binary fractions do not.
     ratio = Fraction(repr(float(keep_ratio)))
@@ -63,7 +63,7 @@ def _proportional(counts: NDArray[np.int64], keep_ratio: float, total: int) -> N
 
 
 def _equal(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
-    """The same for all, filled like communicating vessels."""
+    """Give the same to all, filled like communicating vessels."""
     low, high = 0, int(counts.max(initial=0))
     while low < high:  # the highest level that the total can fill
         middle = (low + high + 1) // 2
@@ -71,6 +71,7 @@ def _equal(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
             low = middle
         else:
             high = middle - 1
+    # Less than one row per class is left over; it goes to the lowest classes that have more.
     quotas = np.minimum(counts, low)
     quotas[np.flatnonzero(counts > low)[: total - int(quotas.sum())]] += 1
     return quotas

@@ -1,7 +1,6 @@
-"""Which rows are kept, given their scores: the rules, one function each."""
+"""Choose the rows to keep by their scores: the strategies."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ Scores = NDArray[np.float32] | NDArray[np.float64]
 STRATEGIES = ("medium", "window", "easy", "hard", "random", "moderate", "ccs")
 GLOBAL_STRATEGIES = ("moderate", "ccs")
 COMPATIBLE_WITH = ("mdslr",)
-CCS_STRATA = 50
+CCS_STRATA = 50  # the paper's
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class _Groups:
     counts: Rows
 
     def windows(self, starts: Rows, quotas: Rows) -> Rows:
-        """Per class the quota's rows from the start on; sorted."""
+        """Take each class's quota of rows from its start on; return them sorted."""
         first = np.cumsum(self.counts) - self.counts + starts
         pieces = [self.rows[f : f + k] for f, k in zip(first, quotas, strict=True)]
         return np.sort(np.concatenate([np.zeros(0, np.int64), *pieces]))
@@ -101,43 +100,24 @@ def select_rows(
     if compat == "mdslr":
         return _mdslr(groups, keep_ratio)
     quotas = class_quotas(groups.counts, keep_ratio=keep_ratio, quota=quota)
-    center = quantile if strategy == "window" else 0.5
-    return groups.windows(_STARTS[strategy](groups.counts, quotas, center), quotas)
-
-
-def _around(counts: Rows, quotas: Rows, center: float) -> Rows:
-    """Where windows begin whose middle is the centre's position, kept inside the class."""
-    middles = (center * counts).astype(np.int64)
-    starts: Rows = np.clip(middles - (quotas + 1) // 2, 0, counts - quotas)
-    return starts
-
-
-def _from_bottom(counts: Rows, quotas: Rows, center: float) -> Rows:
-    """The lowest scores; also the lowest of random keys."""
-    del quotas, center
-    return np.zeros_like(counts)
-
-
-def _from_top(counts: Rows, quotas: Rows, center: float) -> Rows:
-    """The highest scores."""
-    del center
-    return counts - quotas
-
-
-_STARTS: dict[str, Callable[[Rows, Rows, float], Rows]] = {
-    "medium": _around,
-    "window": _around,
-    "easy": _from_bottom,
-    "random": _from_bottom,
-    "hard": _from_top,
-}
+    if strategy == "hard":
+        starts = groups.counts - quotas
+    elif strategy in ("easy", "random"):  # random: the rows of the lowest keys
+        starts = np.zeros_like(groups.counts)
+    else:
+        center = quantile if strategy == "window" else 0.5
+        middles = (center * groups.counts).astype(np.int64)
+        # A window that would leave its class is moved inside, so that the quota is always met.
+        starts = np.clip(middles - (quotas + 1) // 2, 0, groups.counts - quotas)
+    return groups.windows(starts, quotas)
 
 
 def _mdslr(groups: _Groups, keep_ratio: float) -> Rows:
-    """The reference's rule: one count for all classes, small classes whole."""
-    kept_total(1, keep_ratio)
+    """Apply the reference's rule: one count for all classes, small classes whole."""
+    kept_total(1, keep_ratio)  # refuses a ratio outside (0, 1]
     num_rows, num_classes = len(groups.rows), len(groups.counts)
     quota = int(num_rows / num_classes * keep_ratio) if num_classes else 0
+    # The reference takes a small class whole and does not hand its shortfall to the others.
     is_whole = groups.counts <= quota
     quotas = np.where(is_whole, groups.counts, quota)
     starts = np.where(is_whole, 0, groups.counts // 2 - (quota - quota // 2))
@@ -145,7 +125,7 @@ def _mdslr(groups: _Groups, keep_ratio: float) -> Rows:
 
 
 def _moderate(ascending: Rows, keep_ratio: float) -> Rows:
-    """Rows around the median of all, rounded as the paper's code rounds."""
+    """Keep rows around the median of all, rounded as the paper's code rounds."""
     kept_total(1, keep_ratio)
     low = round(len(ascending) * (0.5 - keep_ratio / 2))
     high = round(len(ascending) * (0.5 + keep_ratio / 2))
@@ -156,36 +136,36 @@ def _ccs(scores: Scores, keep_ratio: float, drop_hardest: float, keys: NDArray[n
     """Leave the hardest out, then draw from equal-width strata, each as evenly as it can give."""
     num_rows = len(scores)
     total = kept_total(num_rows, keep_ratio)
+    # Never so many that the keep ratio could not be met.
     dropped = min(round(drop_hardest * num_rows), num_rows - total)
     rows = _ascending(scores)[: num_rows - dropped]
     if len(rows) == 0:
         return rows
+    # float32 differences of nearby scores would put rows into neighboring strata.
     values = scores[rows].astype(np.float64)
+    # Equal widths, not equal counts: that is what covers the range. Equal scores are one stratum.
     span = values[-1] - values[0]
     places = (values - values[0]) / span if span > 0 else np.zeros(len(values))
     strata = np.minimum((places * CCS_STRATA).astype(np.int64), CCS_STRATA - 1)
     counts = np.bincount(strata, minlength=CCS_STRATA)
-    drawn = rows[np.lexsort((keys[rows], strata))]
-    return _Groups(drawn, counts).windows(np.zeros_like(counts), _strata_budgets(counts, total))
-
-
-def _strata_budgets(counts: Rows, total: int) -> Rows:
-    """Water-fill from the smallest stratum: each gives its even share of what is still wanted."""
+    # Water-filling from the smallest stratum: each gives its even share of what is still wanted.
     budgets = np.zeros_like(counts)
     for position, stratum in enumerate(np.argsort(counts, kind="stable")):
         budgets[stratum] = min(counts[stratum], total // (len(counts) - position))
         total -= int(budgets[stratum])
-    return budgets
+    drawn = rows[np.lexsort((keys[rows], strata))]
+    return _Groups(drawn, counts).windows(np.zeros_like(counts), budgets)
 
 
 def _ascending(values: NDArray[Any]) -> Rows:
-    """Rows by (value, row)."""
+    """Sort rows by (value, row)."""
+    # Stable, so that equal scores are in the order of their rows on every machine.
     rows: Rows = np.argsort(values, kind="stable")
     return rows
 
 
 def _grouped(values: NDArray[Any], classes: Rows) -> _Groups:
-    """Rows by (class, value, row)."""
+    """Sort rows by (class, value, row)."""
     counts = np.bincount(classes)
     ascending = _ascending(values)
     # numpy sorts 16-bit integers by radix, many times as fast.
@@ -194,7 +174,7 @@ def _grouped(values: NDArray[Any], classes: Rows) -> _Groups:
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Scores, Rows]:
-    """Scores and labels as arrays, if rows can be chosen by them."""
+    """Return scores and labels as arrays, if rows can be chosen by them."""
     values, classes = np.asarray(scores), np.asarray(labels)
     if values.ndim != 1 or values.shape != classes.shape:
         raise InvalidValueError(
@@ -255,10 +235,10 @@ def _check_settings(
         raise InvalidValueError(f"drop_hardest ({drop_hardest}) must be in [0, 1).")
     knows_classes = per_class and strategy not in GLOBAL_STRATEGIES
     if quota != "proportional" and not knows_classes:
+        why = "knows none" if strategy in GLOBAL_STRATEGIES else "was asked to ignore them"
         raise InvalidValueError(
-            f"quota {quota!r} shares rows out among classes, but strategy {strategy!r} "
-            f"{'is told to know' if strategy not in GLOBAL_STRATEGIES else 'knows'} none. Leave "
-            "the quota out, or choose per class."
+            f"quota {quota!r} shares rows out among classes, but strategy {strategy!r} {why}. "
+            "Leave the quota out, or choose per class."
         )
     if compat and (strategy != "medium" or quota != "proportional" or not per_class):
         raise InvalidValueError(

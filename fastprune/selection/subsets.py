@@ -1,5 +1,6 @@
-"""From a score table to a subset that says how it was made."""
+"""From a score table to a subset: the metric or blend that rows are ranked by, and the record."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,13 +8,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset, checked_rows
+from fastprune.checks import did_you_mean
 from fastprune.errors import InvalidValueError
-from fastprune.selection.blend import difficulty
 from fastprune.selection.strategies import require_finite, select_rows
 
 DEFAULT_METRIC = "centroid"
 _COMPAT_METRIC = "loss"
 _NAMES_SHOWN = 5
+
+# Kept in score tables, but no measure of how hard a row is.
+NO_DIFFICULTIES = ("logit_std",)
 
 
 def make_subset(
@@ -36,7 +40,7 @@ def make_subset(
 
     Args:
         table: the scores.
-        keep_ratio: share of the rows to keep, in (0, 1]; of those that are not excluded.
+        keep_ratio: share of the rows to keep, in (0, 1]; excluded rows do not count.
         metric: what rows are ranked by, one metric or a blend (see `difficulty`); by default
             `centroid`, `loss` with compat `mdslr` as in the reference, or the table's only metric.
         strategy: see `select_rows`; so are quota, per_class, quantile, drop_hardest, seed, compat.
@@ -56,7 +60,10 @@ def make_subset(
     Raises:
         InvalidValueError: an argument is outside its domain, or a class would be left empty.
     """
-    metric = metric or _default_metric(table, compat)
+    if metric is None:
+        # An imported table has one metric of any name.
+        only = next(iter(table.metrics)) if len(table.metrics) == 1 else None
+        metric = only or (_COMPAT_METRIC if compat == "mdslr" else DEFAULT_METRIC)
     candidates, excluded = _candidates(table, exclude)
     scores = difficulty(table, metric)[candidates]
     require_finite(scores, candidates)
@@ -100,18 +107,9 @@ def make_subset(
     )
 
 
-def _default_metric(table: ScoreTable, compat: str | None) -> str:
-    """The only metric of an imported table; else the reference's, or this project's."""
-    if len(table.metrics) == 1:
-        return next(iter(table.metrics))
-    return _COMPAT_METRIC if compat == "mdslr" else DEFAULT_METRIC
-
-
 def _candidates(table: ScoreTable, exclude: ArrayLike | None) -> tuple[NDArray[np.int64], int]:
-    """The rows that may be kept, and how many may not."""
-    if exclude is None:
-        return np.arange(table.num_rows), 0
-    if np.size(exclude) == 0:
+    """Return the rows that may be kept, and how many may not."""
+    if exclude is None or np.size(exclude) == 0:
         return np.arange(table.num_rows), 0
     rows = checked_rows(np.unique(exclude), name="exclude", num_rows=table.num_rows)
     is_candidate = np.ones(table.num_rows, bool)
@@ -122,7 +120,7 @@ def _candidates(table: ScoreTable, exclude: ArrayLike | None) -> tuple[NDArray[n
 def _refuse_empty(
     table: ScoreTable, class_counts: NDArray[np.int64], keep_ratio: float, allowed: bool
 ) -> None:
-    """No subset without rows, and none that silently forgets a class."""
+    """Refuse a subset without rows, and one that silently forgets a class."""
     if not class_counts.any():
         raise InvalidValueError(
             f"a keep ratio of {keep_ratio} keeps none of {table.num_rows:,} rows. Keep more."
@@ -135,3 +133,68 @@ def _refuse_empty(
             f"the subset would keep no row of {len(empty):,} classes ({shown}{more}). Keep more, "
             "choose another strategy, or allow it (--allow-empty-classes)."
         )
+
+
+def difficulty(table: ScoreTable, metric: str) -> NDArray[np.float32] | NDArray[np.float64]:
+    """Return the scores of a metric, or of a blend such as `centroid:0.5,loss:0.5`.
+
+    Args:
+        table: the scores of a beton.
+        metric: one metric, whose scores are returned as they are; or several with their weights,
+            whose ranks among all rows, scaled to [0, 1], are averaged. Equal scores share the
+            mean of their ranks.
+
+    Returns:
+        (N,) larger is harder: float32 for one metric, float64 in [0, 1] for a blend, NaN where
+        one of its metrics is not finite.
+
+    Raises:
+        InvalidValueError: a metric is not in the table or is no difficulty, or a weight is no
+            positive number.
+    """
+    if ":" not in metric and "," not in metric:
+        return _scores(table, metric)
+    weights = _weights(metric)
+    total = sum(weights.values())
+    blended = np.zeros(table.num_rows)
+    for name, weight in weights.items():
+        scores = _scores(table, name)
+        # A row without a score has no place: it is refused later, or excluded.
+        blended += weight / total * np.where(np.isfinite(scores), ranks(scores), np.nan)
+    return blended
+
+
+def ranks(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the place of every score among all, in [0, 1]; equal scores share their mean place."""
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts) - 1
+    mean_places = last - (counts - 1) / 2
+    places: NDArray[np.float64] = mean_places[inverse] / max(1, len(scores) - 1)
+    return places
+
+
+def _scores(table: ScoreTable, name: str) -> NDArray[np.float32]:
+    """Return one metric of the table, if rows can be ranked by it."""
+    known = [other for other in table.metrics if other not in NO_DIFFICULTIES]
+    if name not in known:
+        why = "is no difficulty" if name in NO_DIFFICULTIES else "is not in the score table"
+        raise InvalidValueError(f"metric {name!r} {why}.{did_you_mean(name, known)}")
+    return table.metric(name)
+
+
+def _weights(metric: str) -> dict[str, float]:
+    """Parse `a:0.5,b:0.5`."""
+    weights: dict[str, float] = {}
+    for part in metric.split(","):
+        name, _, text = part.partition(":")
+        try:
+            weight = float(text or 1)
+        except ValueError:
+            weight = math.nan
+        if not (math.isfinite(weight) and weight > 0):
+            raise InvalidValueError(
+                f"metric {metric!r}: the weight of {name!r} is {text!r}; write a blend as "
+                "name:weight,name:weight with positive weights, such as centroid:0.5,loss:0.5."
+            )
+        weights[name.strip()] = weights.get(name.strip(), 0.0) + weight
+    return weights

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fastprune.beton import layout
-from fastprune.beton.output import write_frame
-from fastprune.beton.pages import PageCursor
+from fastprune.beton.output import PageCursor, write_frame
 from tests.images import jpeg_bytes
 
 

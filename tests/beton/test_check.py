@@ -73,7 +73,7 @@ def expect(path, kind, message, row=None):
         (16, u64(0), "unfinished", "the write was interrupted"),
         (16, u64(1 << 60), "cut", "should start at byte 1,152,921,504,606,846,976, but the file"),
         (16, u64(1), "cut", "should start at byte 1, but"),
-        (24, b"\xff", "fields", "field 0 has type 255, whose layout the file does not tell"),
+        (24, b"\xff", "fields", "field 0 has type 255, whose layout the file does not describe"),
         (25, b"\xe9", "fields", "is not ASCII"),
         (25, b"label\0", "fields", "two fields have the name 'label'"),
         (24 + 3 * 1041 + 17, array_arguments("<f4;", (3,)), "fields", "'vector' has a damaged"),

@@ -88,7 +88,7 @@ def test_the_manifest_of_another_beton_numbers_no_classes(train, tmp_path):
     manifest_path(other).replace(manifest_path(train))
     with (
         pytest.warns(ForeignManifestWarning, match="made for another beton"),
-        pytest.raises(ArtifactError, match=r"no manifest of its own\) tells no class names"),
+        pytest.raises(ArtifactError, match=r"no manifest of its own\) has no class names"),
     ):
         convert(other.parent / "val", tmp_path / "val.beton", classes_from=train)
 
@@ -102,7 +102,7 @@ def test_resume_with_other_names_is_refused(train, tmp_path):
     job = {**folder, "beton_path": tmp_path / "val.beton"}
     with pytest.raises(ConversionError, match="it is empty"):
         convert(**job, classes_from=train, keep_partial=True)
-    with pytest.raises(ConversionError, match="cannot be taken up: its images were"):
+    with pytest.raises(ConversionError, match="cannot be resumed: its images were"):
         convert(**job, classes_from=other, resume=True)
 
 
@@ -110,5 +110,5 @@ def test_a_manifest_without_names_cannot_number_classes(train, tmp_path):
     manifest_path(train).unlink()
     adopt(train)
     folder = flat(tmp_path, ["class_02"])
-    with pytest.raises(ArtifactError, match=r"tells no class names.* Name a beton that"):
+    with pytest.raises(ArtifactError, match=r"has no class names.* Name a beton that"):
         convert(beton_path=tmp_path / "val.beton", classes_from=train, **folder)

@@ -111,7 +111,7 @@ def test_a_partial_file_of_another_layout_is_refused(images, tmp_path):
     out = tmp_path / "a.beton"
     with pytest.raises(ConversionError, match="it is empty"):
         convert(damaged, out, jpeg="original", keep_partial=True)
-    with pytest.raises(ConversionError, match="cannot be taken up: its settings were"):
+    with pytest.raises(ConversionError, match="cannot be resumed: its settings were"):
         convert(damaged, out, jpeg="fast", resume=True)
 
 

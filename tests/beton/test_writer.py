@@ -16,7 +16,7 @@ from PIL import Image
 from fastprune import check_beton, convert, open_beton
 from fastprune.beton import journal, layout
 from fastprune.beton.journal import Journal
-from fastprune.beton.pages import PageCursor
+from fastprune.beton.output import PageCursor
 from fastprune.beton.sources.folder import FolderSource
 from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
 from fastprune.jpeg.rewrite import to_restart_rows
@@ -467,13 +467,13 @@ def test_a_folder_in_the_betons_place_is_named(images, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
-        ({"jpeg": "best"}, "jpeg must be one of auto, fast, original, but is 'best'"),
-        ({"exif": "turn"}, "exif must be 'ignore' or 'apply', but is 'turn'"),
+        ({"jpeg": "best"}, "jpeg must be one of 'auto', 'fast', 'original', not 'best'"),
+        ({"exif": "turn"}, "exif must be one of 'ignore', 'apply', not 'turn'"),
         ({"quality": 0}, r"quality must lie in \[1, 100\], but is 0"),
         ({"max_side": 70_000}, r"max_side must lie in \[1, 65,500\], but is 70,000"),
         ({"workers": 0}, "workers must be >= 1, but is 0"),
         ({"shuffle_seed": -1}, "shuffle_seed must be >= 0, but is -1"),
-        ({"on_error": "ignore"}, "on_error must be 'stop' or 'skip', but is 'ignore'"),
+        ({"on_error": "ignore"}, "on_error must be one of 'stop', 'skip', not 'ignore'"),
     ],
 )
 def test_a_setting_outside_its_domain_is_named(tmp_path, setting, match):

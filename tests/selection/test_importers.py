@@ -110,9 +110,9 @@ def test_names_need_a_manifest_that_tells_them(beton, tmp_path):
     shutil.copy(beton.path, tmp_path / "found.beton")
     adopt(tmp_path / "found.beton")
     found = open_beton(tmp_path / "found.beton")
-    with pytest.raises(InvalidValueError, match=r"manifest of .* tells none.*List rows"):
+    with pytest.raises(InvalidValueError, match=r"manifest of .* has none.*List rows"):
         import_subset(write(tmp_path / "n.txt", ["a.jpg"]), found)
-    with pytest.raises(InvalidValueError, match=r"tells no file names.*--format rows"):
+    with pytest.raises(InvalidValueError, match=r"has no file names.*--format rows"):
         export_subset(Subset(np.array([1])), tmp_path / "out.txt", "names", beton=found)
 
 

@@ -188,7 +188,7 @@ def test_score_that_is_not_finite_is_refused_with_the_first_row(value):
         ({"strategy": "window", "quantile": 1.5}, r"quantile \(1.5\) must be in \[0, 1]"),
         ({"strategy": "ccs", "drop_hardest": 1.0}, r"drop_hardest \(1.0\) must be in \[0, 1\)"),
         ({"strategy": "ccs", "quota": "equal"}, "strategy 'ccs' knows none. Leave the quota out"),
-        ({"quota": "equal", "per_class": False}, "'medium' is told to know none"),
+        ({"quota": "equal", "per_class": False}, "'medium' was asked to ignore them"),
         ({"compat": "mdslr", "strategy": "easy"}, "rule of strategy 'medium'.*'easy'.*Leave"),
         ({"compat": "mdslr", "per_class": False}, "per_class False were asked for"),
     ],

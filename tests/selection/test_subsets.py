@@ -5,9 +5,8 @@ import pytest
 
 from fastprune.artifacts.subset import Subset
 from fastprune.errors import InvalidValueError
-from fastprune.selection.blend import difficulty, ranks
 from fastprune.selection.strategies import select_rows
-from fastprune.selection.subsets import make_subset
+from fastprune.selection.subsets import difficulty, make_subset, ranks
 from tests.selection.tables import score_table
 
 

@@ -1,62 +1,85 @@
-"""Where images come from: a listing made once, and a way for every worker to read one image."""
+"""Where images come from: folders, tars, Parquet files, datasets."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+import re
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from fastprune.beton.sources.dataset import DatasetSource
+from fastprune.beton.sources.folder import FlatSource, FolderSource
+from fastprune.beton.sources.listing import Source
+from fastprune.beton.sources.parquet import ParquetSource
+from fastprune.beton.sources.tars import TarSource
+from fastprune.errors import ConversionError, InvalidValueError
 
-from fastprune.beton.transcode import Content
-
-
-class Names(Protocol):
-    """A name per image: a list, or something that makes the names up when asked."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> str: ...
+# train-00003-of-00014.parquet, imagenet-train-000012.tar: what stands before is the split's name.
+_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The images of a source, in row order.
+def source_for(images: Any, labels: str | Path | None) -> Source:
+    """Return the source that reads what the user named.
 
-    Attributes:
-        root: the folder or dataset, for messages.
-        names: (N,) where each image is below the root, for the manifest and for messages.
-        labels: (N,) int64; None where only reading an image tells its label.
-        source_bytes: (N,) int64, size of each image in bytes, to cut the work by; a mean where only
-            that is known, 0 where nothing is.
-        locate: index -> what `Source.read` needs, small and picklable.
-        class_names: name of every class in the order of the labels; None where there are none.
-        identity: changes when an image is added, removed or replaced; for `--resume`.
+    Args:
+        images: a folder with class folders, with tar or Parquet shards, or, given `labels`, with
+            images; a shard; a pattern of shards; or an indexable dataset.
+        labels: the file with the classes of a flat folder.
+
+    Raises:
+        InvalidValueError: it is neither a path nor a dataset.
+        ConversionError: a folder holds shards of several splits.
     """
+    if not isinstance(images, str | Path):
+        if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+            raise InvalidValueError(
+                f"images is a {type(images).__name__}, but must be a path or an object with "
+                "__len__ and __getitem__ that gives (image, label)."
+            )
+        return DatasetSource(images)
+    path = Path(images)
+    if labels is not None:
+        return FlatSource(path, Path(labels))
+    if shards := shard_files(path, ".parquet"):
+        return ParquetSource(shards)
+    if shards := shard_files(path, ".tar"):
+        return TarSource(shards)
+    return FolderSource(path)
 
-    root: str
-    names: Names
-    labels: NDArray[np.int64] | None
-    source_bytes: NDArray[np.int64]
-    locate: Callable[[int], Any]
-    class_names: tuple[str, ...] | None
-    identity: str
 
-    def __len__(self) -> int:
-        return len(self.names)
+def shard_files(path: Path, suffix: str) -> list[Path]:
+    """Find the shards at a path: a file itself, a pattern with `*`, or all of them in a folder.
 
-    def where(self, index: int) -> str:
-        """Where an image is, fit for a line of text whatever its name holds."""
-        place = f"{self.root}/{self.names[index]}"
-        return place if place.isprintable() else repr(place)
+    Args:
+        path: a file, a pattern, or a folder; its subfolder `data` is looked into as well, where
+            Hugging Face's repositories have their files.
+        suffix: of the shards, such as ".tar".
 
+    Returns:
+        The files in the order of their names; empty where there are none.
 
-class Source(Protocol):
-    """A place with images. It is handed to the workers before it is listed, so keep it light."""
-
-    def list_images(self) -> Listing:
-        """List every image without reading it."""
-        ...
-
-    def read(self, location: Any) -> tuple[Content, int | None]:
-        """Read one image; also its label where the listing has none."""
-        ...
+    Raises:
+        ConversionError: the folder holds the shards of more than one split, or class folders too.
+    """
+    if path.suffix == suffix and path.is_file():
+        return [path]
+    if "*" in path.name:
+        return sorted(file for file in path.parent.glob(path.name) if file.suffix == suffix)
+    for folder in (path, path / "data"):
+        files = sorted(folder.glob(f"*{suffix}"))
+        splits = sorted({_NUMBER.sub("", file.stem) for file in files})
+        if len(splits) > 1:
+            raise ConversionError(
+                f"{folder} holds the shards of several splits ({', '.join(splits)}). Name one "
+                f"split's: '{folder / splits[-1]}-*{suffix}'"
+            )
+        # Either reading would leave images out without a word.
+        if (
+            files
+            and folder == path
+            and any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir())
+        ):
+            raise ConversionError(
+                f"{path} holds both folders and {suffix} files. Name the files by a pattern, "
+                f"'{path}/*{suffix}', or move them away to convert the folders."
+            )
+        if files:
+            return files
+    return []

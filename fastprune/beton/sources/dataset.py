@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastprune.beton.sources import Listing
+from fastprune.beton.sources.listing import Listing
 from fastprune.beton.transcode import Content
 from fastprune.errors import ConversionError
 
@@ -19,7 +19,7 @@ class DatasetSource:
     dataset: Any
 
     def list_images(self) -> Listing:
-        """Number the samples; only reading one tells its label.
+        """Number the samples; their labels are not known before they are read.
 
         Raises:
             ConversionError: the dataset is empty.
@@ -36,6 +36,7 @@ class DatasetSource:
             source_bytes=np.zeros(count, np.int64),
             locate=int,
             class_names=None if class_names is None else tuple(map(str, class_names)),
+            # Nothing cheap changes with the content of an object that may be anything.
             identity=f"{name} of {count:,} samples",
         )
 
@@ -47,13 +48,14 @@ class DatasetSource:
         else:
             content, label = sample[0], sample[1]
         try:
+            # NumPy's integers and one-element tensors are labels too; floats are not.
             return content, operator.index(label)
         except TypeError:
             raise ConversionError(f"its label is {label!r}, but must be an integer") from None
 
 
 class _Numbers:
-    """The names of samples that have none: their numbers."""
+    """The names of samples that have none: their numbers, of which no list is kept."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -1,6 +1,5 @@
-"""An ImageFolder tree: one folder per class, in torchvision's order."""
+"""Folders of image files: an ImageFolder tree, or one folder with a file of the classes."""
 
-import hashlib
 import logging
 import os
 import stat
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastprune.beton.sources import Listing
+from fastprune.beton.sources.listing import FilesIdentity, Listing
 from fastprune.errors import ConversionError
 
 _log = logging.getLogger(__name__)
@@ -36,18 +35,15 @@ class FolderSource:
         names: list[str] = []
         labels: list[int] = []
         sizes: list[int] = []
-        digest = hashlib.blake2b(digest_size=16)
+        identity = FilesIdentity()
         for label, class_name in enumerate(class_names):
             before = len(names)
             for name, status in _images_below(self.root, class_name):
                 names.append(name)
                 labels.append(label)
                 sizes.append(status.st_size)
-                digest.update(
-                    f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(
-                        errors="surrogateescape"
-                    )
-                )
+                identity.add(name, status)
+            # ImageFolder refuses such a tree too: leaving the class out would renumber the others.
             if len(names) == before:
                 raise ConversionError(
                     f"the class folder {self.root / class_name} holds no images "
@@ -60,7 +56,7 @@ class FolderSource:
             source_bytes=np.array(sizes, np.int64),
             locate=names.__getitem__,
             class_names=tuple(class_names),
-            identity=digest.hexdigest(),
+            identity=identity.hexdigest(),
         )
 
     def read(self, location: str) -> tuple[bytes, None]:
@@ -68,11 +64,108 @@ class FolderSource:
         return read_file(f"{self.root}/{location}"), None
 
 
+@dataclass(frozen=True)
+class FlatSource:
+    """The images directly in `root`; `labels` has the class of each.
+
+    The label file has a line per image: its name, with or without the suffix, and its class, with
+    a comma or blanks between; what follows is passed over, and so is a heading. Classes are
+    numbers from 0, or names, which are numbered in sorted order as ImageFolder numbers its folders.
+    Lines with a number alone are the classes of the images in sorted order.
+    """
+
+    root: Path
+    labels: Path
+
+    def list_images(self) -> Listing:
+        """List the images in the order of their names.
+
+        Raises:
+            ConversionError: the folder or the file cannot be read, or they do not fit each other.
+        """
+        files = self._files()
+        classes = self._classes([name for name, _ in files])
+        class_names = None
+        if not all(text.isdecimal() for text in classes):
+            class_names = tuple(sorted(set(classes)))
+            numbers = {name: number for number, name in enumerate(class_names)}
+            values = [numbers[text] for text in classes]
+        else:
+            values = [int(text) for text in classes]
+            # ImageNet's kit numbers its classes from 1, in an order of its own.
+            if min(values) > 0:
+                raise ConversionError(
+                    f"the classes in {self.labels} start at {min(values)}, but must start at 0 and "
+                    "follow the order of the class folders. The numbers in ImageNet's development "
+                    "kit do neither: use a file with the image's name and its class name "
+                    "(n01440764)."
+                )
+        identity = FilesIdentity(repr(values).encode())
+        for name, status in files:
+            identity.add(name, status)
+        return Listing(
+            root=str(self.root),
+            names=[name for name, _ in files],
+            labels=np.array(values, np.int64),
+            source_bytes=np.array([status.st_size for _, status in files], np.int64),
+            locate=lambda index: files[index][0],
+            class_names=class_names,
+            identity=identity.hexdigest(),
+        )
+
+    def read(self, location: str) -> tuple[bytes, None]:
+        """Read one file."""
+        return read_file(f"{self.root}/{location}"), None
+
+    def _files(self) -> list[tuple[str, os.stat_result]]:
+        try:
+            with os.scandir(self.root) as entries:
+                files = [
+                    (entry.name, file_status(entry.path))
+                    for entry in entries
+                    if entry.name.lower().endswith(EXTENSIONS)
+                ]
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConversionError(
+                f"cannot list the image folder {self.root}: {reason}. Name an existing folder."
+            ) from error
+        if not files:
+            raise ConversionError(
+                f"the image folder {self.root} holds no images ({', '.join(EXTENSIONS)}). With "
+                "--labels the images stand directly in the folder."
+            )
+        return sorted(files)
+
+    def _classes(self, names: list[str]) -> list[str]:
+        """Return the class of every image, as text."""
+        try:
+            text = self.labels.read_text(encoding="utf-8-sig")  # spreadsheets put a mark first
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConversionError(f"cannot read the label file {self.labels}: {error}.") from error
+        lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
+        if all(len(line) == 1 for line in lines):
+            if len(lines) != len(names):
+                raise ConversionError(
+                    f"{self.labels} has {len(lines):,} classes, but {self.root} has "
+                    f"{len(names):,} images. Give one line per image."
+                )
+            return [line[0] for line in lines]
+        classes = {line[0]: line[1] for line in lines if len(line) > 1}
+        found = [classes.get(name, classes.get(name.rsplit(".", 1)[0])) for name in names]
+        if None in found:
+            raise ConversionError(
+                f"{self.labels} has no line for {self.root}/{names[found.index(None)]}. Add it, "
+                "or remove the image."
+            )
+        return [text for text in found if text is not None]
+
+
 def file_status(path: str) -> os.stat_result:
-    """The status of what must be a file.
+    """Return the status of what must be a regular file.
 
     Raises:
-        ConversionError: it is a link to nowhere, or no file but a pipe, say, that would never end.
+        ConversionError: it is a link to nowhere, or no file but, say, a pipe, which may never end.
     """
     try:
         status = os.stat(path)  # noqa: PTH116 - a million times
@@ -93,7 +186,7 @@ def read_file(path: str) -> bytes:
 
 
 def _class_folders(root: Path) -> list[str]:
-    """The folders directly below the root, sorted; there must be one."""
+    """List the folders directly below the root, sorted; there must be one."""
     try:
         entries = list(os.scandir(root))
     except OSError as error:
@@ -112,7 +205,7 @@ def _class_folders(root: Path) -> list[str]:
 
 
 def _images_below(root: Path, class_name: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Names relative to the root, in the order of torchvision's `make_dataset`, with their stat."""
+    """Yield names relative to the root and their status, in torchvision's `make_dataset` order."""
     ignored = 0
     for folder, files in sorted(_walk(root, class_name, ())):
         for name in sorted(files):
@@ -128,7 +221,7 @@ def _images_below(root: Path, class_name: str) -> Iterator[tuple[str, os.stat_re
 def _walk(
     root: Path, folder: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Every folder with its files, links followed; a link to a folder above it is refused."""
+    """Yield every folder with its files, links followed; refuse a link to a folder above it."""
     path = f"{root}/{folder}"
     try:
         status = os.stat(path)  # noqa: PTH116

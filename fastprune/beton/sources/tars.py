@@ -9,10 +9,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastprune.beton.sources import Listing
-from fastprune.beton.sources.files import files_identity
+from fastprune.beton.sources.listing import Listing, shards_identity
 from fastprune.errors import ConversionError
 
+# In the order in which one is chosen where a sample has several.
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
 _LABEL = "cls"
 _MOST_LABEL_BYTES = 18  # digits that always fit an int64
@@ -60,7 +60,7 @@ class TarSource:
             source_bytes=table[:, 2],
             locate=lambda index: tuple(table[index].tolist()),
             class_names=None,
-            identity=files_identity(self.shards),
+            identity=shards_identity(self.shards),
         )
 
     def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
@@ -74,11 +74,12 @@ class TarSource:
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, _Member, int]]:
-    """Key, image and label of every sample of a shard."""
+    """Yield key, image and label of every sample of a shard."""
     with shard.open("rb") as file:
         sample: dict[str, _Member] = {}
         key = None
         for member in _members(shard, file):
+            # Files of one sample stand together; another key starts the next sample.
             if member.key != key and sample:
                 yield _sample(shard, file, sample)
                 sample = {}
@@ -110,7 +111,7 @@ def _sample(shard: Path, file: BinaryIO, sample: dict[str, _Member]) -> tuple[st
 
 
 def _members(shard: Path, file: BinaryIO) -> Iterator[_Member]:
-    """The regular files in a tar, each wholly inside it."""
+    """Yield the regular files in a tar, each wholly inside it."""
     shard_bytes = os.fstat(file.fileno()).st_size
     try:
         # "r:" takes no compressed tar: there is no random access into one.
@@ -125,22 +126,19 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[_Member]:
                         "bytes. Get it again."
                     )
                 folder, _, name = info.name.rpartition("/")
+                # WebDataset: the key ends at the first dot of the base name.
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 yield _Member(key, extension.lower(), info.offset_data, info.size)
                 archive.members = []  # type: ignore[attr-defined] # else it keeps every header
-            _require_end(shard, file, archive.offset)
+            # tarfile takes damage for the end; a whole tar ends with a block of zeros.
+            if os.pread(file.fileno(), _BLOCK_BYTES, archive.offset) != bytes(_BLOCK_BYTES):
+                raise ConversionError(
+                    f"{shard} is cut or damaged: byte {archive.offset:,} starts neither a file nor "
+                    "the end mark of a tar. Get it again."
+                )
     except tarfile.TarError as error:
         raise ConversionError(
             f"{shard} cannot be read as an uncompressed tar file: {error}. Get it again, or "
             "decompress it first."
         ) from error
-
-
-def _require_end(shard: Path, file: BinaryIO, offset: int) -> None:
-    """Refuse a shard that stops anywhere but at its end mark: tarfile takes damage for an end."""
-    if os.pread(file.fileno(), _BLOCK_BYTES, offset) != bytes(_BLOCK_BYTES):
-        raise ConversionError(
-            f"{shard} is cut or damaged: byte {offset:,} starts neither a file nor the end mark of "
-            "a tar. Get it again."
-        )
