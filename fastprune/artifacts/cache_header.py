@@ -108,17 +108,17 @@ def require_identity(path: Path, have: Mapping[str, Any], want: Mapping[str, Any
     Args:
         path: the cache, for the message.
         have: the cache's entries; `images` holds a fingerprint's fields.
-        want: those to compare.
+        want: the sections to compare; others are not looked at.
 
     Raises:
         ArtifactMismatch: one differs; it is named, with both values and the cure.
     """
     _require_same_images(path, have, want)
-    there, wanted = (
-        _flat({k: v for k, v in side.items() if k != "images"}) for side in (have, want)
-    )
-    for name in [*there, *(wanted.keys() - there.keys())]:
-        _require_equal(path, name, there.get(name), wanted.get(name))
+    for section in want.keys() - {"images"}:
+        sides = ({section: side.get(section)} for side in (have, want))
+        there, wanted = map(_flat, sides)
+        for name in [*there, *(wanted.keys() - there.keys())]:
+            _require_equal(path, name, there.get(name), wanted.get(name))
 
 
 def _require_same_images(path: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:

@@ -1,15 +1,12 @@
-"""The teacher's logits on recurring views, kept on disk by (row, slot).
-
-A folder of plain files, documented in docs/teacher-cache.md: cache.json, rows.npy, and for each
-slot its logits, a bitmap and checksums. Several processes may fill it at once.
-"""
+"""The teacher's logits on recurring views, kept on disk by (row, slot); see docs/formats.md."""
 
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +19,7 @@ from fastprune.artifacts.cache_header import (
     write_header,
 )
 from fastprune.artifacts.cache_slot import DTYPES, Slot, decode, encode, stored_dtype
+from fastprune.artifacts.cache_verify import VERIFY_TOLERANCE, verify_cache
 from fastprune.artifacts.subset import checked_rows
 from fastprune.checks import require_at_least, require_one_of
 from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
@@ -32,23 +30,22 @@ _COMMIT_SECONDS = 10.0
 _COMMIT_BYTES = 32 * 2**20
 # Open slots hold three maps each.
 _MOST_OPEN_SLOTS = 8
-# Rounding, other batch sizes and other devices stay well below; another teacher or view is near 1.
-_VERIFY_TOLERANCE = 0.05
 
 
-class _Pending(NamedTuple):
-    """Logits that were put and not written yet."""
+class CacheExistsError(ArtifactError):
+    """There is a cache already where one was to be made."""
 
-    positions: NDArray[np.intp]
-    stored: NDArray[np.generic]
+
+# Positions and what is to be stored there: put, and not written yet.
+_Pending = tuple[NDArray[np.intp], NDArray[np.generic]]
 
 
 class TeacherCache:
     """Logits of one teacher on the K recurring views of some rows.
 
-    `put` writes in place, `logits` reads; what lies between processes is a lock file. Data is on
-    the disk before the bitmap says so, so a process that is killed loses the last seconds of its
-    own work and nothing else. Use it as a context manager, or call `close`.
+    Several processes may fill it at once. Data is on the disk before the bitmap says so, so one that
+    is killed loses the last seconds of its own work and nothing else. `close` it, or use it as a
+    context manager.
 
     Attributes:
         path: the folder.
@@ -93,8 +90,8 @@ class TeacherCache:
             rows: (R,) rows of the beton, sorted and unique.
             num_classes: C.
             num_views: K, how many views of each row recur.
-            identity: what the logits will be of, as JSON values; `open` compares it. `images`
-                holds a fingerprint's fields.
+            identity: what the logits will be of, as JSON values by section: `images` (the fields
+                of a fingerprint), `view`, `decoder`, `teacher`.
             dtype: "float16" (2 C bytes a view; exact for bfloat16 logits between 2^-14 and 65,504),
                 "float32" (exact) or "uint8" (C + 4 bytes a view, affine by row).
 
@@ -117,15 +114,11 @@ class TeacherCache:
             ) from error
         with locked(path / _LOCK):
             if (path / "cache.json").exists():
-                raise ArtifactError(
+                raise CacheExistsError(
                     f"{path} holds a teacher cache already. Open it, or name another folder."
                 )
-            settings = {
-                "num_classes": num_classes,
-                "num_views": num_views,
-                "dtype": dtype,
-                "identity": dict(identity or {}),
-            }
+            settings = {"num_classes": num_classes, "num_views": num_views, "dtype": dtype}
+            settings["identity"] = dict(identity or {})
             return cls(path, rows, write_header(path, rows, settings))
 
     @classmethod
@@ -134,17 +127,13 @@ class TeacherCache:
         path: str | Path,
         *,
         identity: Mapping[str, Any] | None = None,
-        num_views: int | None = None,
-        num_classes: int | None = None,
         dtype: str | None = None,
     ) -> Self:
         """Open a cache, and refuse one that is of something else than what is wanted.
 
         Args:
             path: the folder.
-            identity: what the logits must be of, in the form of `create`; None to take any.
-            num_views: K that is wanted, or None.
-            num_classes: C that is wanted, or None.
+            identity: as for `require`; None to take any.
             dtype: that is wanted, or None.
 
         Raises:
@@ -154,18 +143,55 @@ class TeacherCache:
         path = Path(path)
         header = read_header(path)
         cache = cls(path, read_rows(path, header), header)
-        sizes = {"num_views": num_views, "num_classes": num_classes}
-        want = {name: value for name, value in sizes.items() if value is not None}
-        have = {name: header[name] for name in want}
-        if identity is not None:
-            have, want = have | cache.identity, want | dict(identity)
-        require_identity(path, have, want)
+        cache.require(identity or {})
         if dtype is not None and dtype != cache.dtype:
             raise ArtifactMismatch(
                 f"{path} stores {cache.dtype}, but {dtype} is asked for. Leave the dtype out to "
                 "take what it stores, or name another folder, which is filled anew."
             )
         return cache
+
+    @classmethod
+    def open_or_create(
+        cls,
+        path: str | Path,
+        *,
+        rows: ArrayLike,
+        num_classes: int,
+        num_views: int,
+        identity: Mapping[str, Any],
+        dtype: str | None = None,
+    ) -> Self:
+        """Open a cache of this, or make one where there is none; any number of processes may.
+
+        Args and errors are those of `open`, and of `create` where there is no cache.
+        """
+        if not (Path(path) / "cache.json").exists():
+            # Another process may make it at this moment; it is opened then.
+            with suppress(CacheExistsError):
+                cls.create(
+                    path,
+                    rows=rows,
+                    num_classes=num_classes,
+                    num_views=num_views,
+                    identity=identity,
+                    dtype=dtype or "float16",
+                )
+        sizes = {"num_classes": num_classes, "num_views": num_views}
+        return cls.open(path, identity=sizes | dict(identity), dtype=dtype)
+
+    def require(self, identity: Mapping[str, Any]) -> None:
+        """Refuse to be used for something else.
+
+        Args:
+            identity: sections to compare, in the form of `create`; num_views and num_classes may
+                be among them.
+
+        Raises:
+            ArtifactMismatch: an entry differs; it is named, with both values and the cure.
+        """
+        sizes = {"num_views": self.num_views, "num_classes": self.num_classes}
+        require_identity(self.path, sizes | self.identity, identity)
 
     def holds(self, rows: ArrayLike) -> NDArray[np.bool_]:
         """Whether there is room for each of these rows: (n,) bool."""
@@ -255,7 +281,7 @@ class TeacherCache:
         with self._threads:
             if not self._pending_bytes:
                 self._pending_since = time.monotonic()
-            self._pending.setdefault(slot, []).append(_Pending(positions, stored))
+            self._pending.setdefault(slot, []).append((positions, stored))
             self._pending_bytes += stored.nbytes
             is_late = time.monotonic() - self._pending_since > _COMMIT_SECONDS
             if is_late or self._pending_bytes > _COMMIT_BYTES:
@@ -301,7 +327,7 @@ class TeacherCache:
         teacher: Callable[[NDArray[np.int64], int], ArrayLike],
         n: int = 64,
         *,
-        tolerance: float = _VERIFY_TOLERANCE,
+        tolerance: float = VERIFY_TOLERANCE,
     ) -> float:
         """Ask the teacher again for entries drawn at random, and compare.
 
@@ -317,28 +343,7 @@ class TeacherCache:
         Raises:
             ArtifactMismatch: the teacher says something else now.
         """
-        filled = [np.flatnonzero(self._filled(slot)) for slot in range(self.num_views)]
-        ends = np.cumsum([len(positions) for positions in filled])
-        drawn = np.random.default_rng().choice(ends[-1], min(n, int(ends[-1])), replace=False)
-        worst = 0.0
-        slots = np.searchsorted(ends, drawn, side="right")
-        for slot in np.unique(slots):
-            within = drawn[slots == slot] - (ends[slot - 1] if slot else 0)
-            rows = self.rows[np.sort(filled[slot][within])]
-            kept = self.logits(rows, int(slot))
-            now = self.round_trip(teacher(rows, int(slot)), rows)
-            spread = np.maximum(kept.std(axis=1), np.finfo(np.float16).eps)
-            differences = np.sqrt(((now - kept) ** 2).mean(axis=1)) / spread
-            worst = max(worst, float(differences.max()))
-            if worst > tolerance:
-                row = rows[np.argmax(differences)]
-                raise ArtifactMismatch(
-                    f"{self.path} is not of this teacher on these views: row {row:,} in slot "
-                    f"{slot} differs by {worst:.2f} of its logits' standard deviation (allowed: "
-                    f"{tolerance}). Name another folder, or the teacher and the settings that "
-                    "filled it."
-                )
-        return worst
+        return verify_cache(self, teacher, n, tolerance=tolerance)
 
     def check(self) -> Iterator[str]:
         """Read every slot and compare it with its checksums.
@@ -439,8 +444,7 @@ class TeacherCache:
             Slot.create(self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype)
         files = self._slot(slot)
         assert files is not None
-        positions = np.concatenate([part.positions for part in parts])
-        stored = np.concatenate([part.stored for part in parts])
+        positions, stored = map(np.concatenate, zip(*parts, strict=True))
         # A row that was put twice is written once, as it was put first.
         unique, first = np.unique(positions, return_index=True)
         files.write(unique, stored[first])

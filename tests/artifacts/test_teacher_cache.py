@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -231,15 +232,47 @@ def test_a_cache_of_something_else_is_refused_by_name_and_with_the_cure(
 
 
 def test_other_numbers_of_views_and_classes_and_another_dtype_are_refused(cache):
-    TeacherCache.open(cache.path, num_views=3, num_classes=NUM_CLASSES, dtype="float32")
+    sizes = {"num_views": 3, "num_classes": NUM_CLASSES}
+    TeacherCache.open(cache.path, identity=sizes, dtype="float32")
     with pytest.raises(
         ArtifactMismatch, match=r"recurring views: 3, and not 4\. Set data\.num_views"
     ):
-        TeacherCache.open(cache.path, num_views=4)
+        TeacherCache.open(cache.path, identity={"num_views": 4})
     with pytest.raises(ArtifactMismatch, match="number of classes: 7, and not 10"):
-        TeacherCache.open(cache.path, num_classes=10)
+        TeacherCache.open(cache.path, identity={"num_classes": 10})
     with pytest.raises(ArtifactMismatch, match="stores float32, but uint8 is asked for"):
         TeacherCache.open(cache.path, dtype="uint8")
+
+
+def test_sections_that_are_not_asked_for_are_not_compared(tmp_path):
+    make_cache(tmp_path / "cache", identity=IDENTITY)
+    without_teacher = {name: IDENTITY[name] for name in ("images", "view", "decoder")}
+    TeacherCache.open(tmp_path / "cache", identity=without_teacher)
+    with pytest.raises(ArtifactMismatch, match=r"another teacher \(name\): None, and not resnet50"):
+        TeacherCache.open(
+            tmp_path / "cache", identity={"teacher": IDENTITY["teacher"] | {"name": "resnet50"}}
+        )
+
+
+def test_open_or_create_makes_it_once_and_takes_what_is_there(tmp_path):
+    settings = {"rows": ROWS, "num_classes": NUM_CLASSES, "num_views": 2, "identity": IDENTITY}
+    made = TeacherCache.open_or_create(tmp_path / "cache", **settings, dtype="uint8")
+    fill(made, rows=ROWS[:2])
+    # Fewer rows are trained on later: the cache keeps those it has room for.
+    found = TeacherCache.open_or_create(tmp_path / "cache", **settings | {"rows": ROWS[:2]})
+    assert found.dtype == "uint8"
+    assert np.array_equal(found.rows, ROWS)
+    with pytest.raises(ArtifactMismatch, match="recurring views: 2, and not 3"):
+        TeacherCache.open_or_create(tmp_path / "cache", **settings | {"num_views": 3})
+
+
+def test_of_threads_that_make_a_cache_at_once_one_makes_it(tmp_path):
+    settings = {"rows": ROWS, "num_classes": NUM_CLASSES, "num_views": 2, "identity": IDENTITY}
+    with ThreadPoolExecutor(8) as pool:
+        made = pool.map(
+            lambda _: TeacherCache.open_or_create(tmp_path / "cache", **settings), range(8)
+        )
+        assert {cache.num_views for cache in made} == {2}
 
 
 def test_tuples_in_an_identity_are_the_lists_that_json_makes_of_them(tmp_path):
