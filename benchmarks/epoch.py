@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _harness import ratios, spread, take_turns, write_result
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 
 from fastprune.beton.reader import open_beton
@@ -26,7 +26,7 @@ from fastprune.distillation.learner import Learner
 from fastprune.distillation.objective import Objective
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.networks import build_network
+from fastprune.networks import FeatureNetwork, build_network
 from fastprune.recipe import LossSettings
 
 DRAWN_PER_CLASS = 200
@@ -93,11 +93,12 @@ def with_classes(images: Path, root: Path) -> Path:
 def make_step(
     arguments: argparse.Namespace, num_classes: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], None]:
-    """One optimiser step of a student under a teacher; what the teacher says does not matter."""
+    """One optimizer step of a student under a teacher; what the teacher says does not matter."""
 
-    def build(name: str) -> nn.Module:
+    def build(name: str) -> FeatureNetwork:
         network = build_network(name, num_classes=num_classes)
-        return network.to(device).to(memory_format=torch.channels_last)
+        network.to(device).to(memory_format=torch.channels_last)
+        return FeatureNetwork(network, num_classes=num_classes, takes_features=False)
 
     learner = Learner(build(arguments.student))
     objective = Objective(LossSettings(), build(arguments.teacher))
@@ -105,7 +106,7 @@ def make_step(
 
     def step(images: Tensor, labels: Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            targets = objective.teach(images, labels)
+            targets = objective.ask_teacher(images)
             loss = objective(learner(images), targets, labels).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastprune.beton.writer import convert
     from fastprune.difficulty.kernels import centroid_distances
     from fastprune.difficulty.teacher import score
+    from fastprune.distillation.learner import ProjectorEnsemble
     from fastprune.distillation.losses import (
         LogitReshaper,
         decoupled_distillation_loss,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         feature_loss,
         standardize_logits,
     )
-    from fastprune.distillation.projectors import ProjectorEnsemble
     from fastprune.distillation.trainer import distill
     from fastprune.jpeg.decode import decode_view
     from fastprune.loading.loader import Loader
@@ -62,7 +62,7 @@ __all__ = [
 _HOMES = {
     "LogitReshaper": "fastprune.distillation.losses",
     "Loader": "fastprune.loading.loader",
-    "ProjectorEnsemble": "fastprune.distillation.projectors",
+    "ProjectorEnsemble": "fastprune.distillation.learner",
     "ScoreTable": "fastprune.artifacts.scores",
     "Subset": "fastprune.artifacts.subset",
     "TeacherCache": "fastprune.artifacts.teacher_cache",

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: whole or not there, checked by a digest in their names."""
+"""The run's folder and its checkpoints: whole or not there, checked by a digest in their names."""
 
 import hashlib
 import io
@@ -6,13 +6,16 @@ import logging
 import pickle
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastprune.artifacts.atomic import atomic_path
-from fastprune.errors import ArtifactError
+from fastprune.artifacts.atomic import atomic_path, exclusive
+from fastprune.errors import ArtifactError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ class DamagedCheckpointWarning(UserWarning):
 class Checkpoints:
     """The newest checkpoints of a run.
 
-    A file is called `step-000001200-9f3c12ab41aa90de.pt`, after the optimiser steps done and the
+    A file is called `step-000001200-9f3c12ab41aa90de.pt`, after the optimizer steps done and the
     BLAKE2b digest of its bytes. It is what `torch.save` writes, read without running pickles.
     """
 
@@ -47,7 +50,7 @@ class Checkpoints:
 
         Args:
             state: tensors and plain values.
-            step: optimiser steps done.
+            step: optimizer steps done.
 
         Returns:
             Whether it was written.
@@ -124,6 +127,53 @@ class Checkpoints:
             return []
         found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+@contextmanager
+def hold_run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Make a run's folder where it is missing, and hold it against other processes.
+
+    Args:
+        folder: of the run.
+        resume: whether it may hold an unfinished run.
+
+    Raises:
+        RecipeError: it cannot be made, or holds a run that this one would destroy.
+        ArtifactError: another process is at work in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"run.out = {str(folder)!r} cannot be made: {error.strerror}.") from error
+    with exclusive(folder / ".lock"):
+        if (folder / "result.json").exists():
+            raise RecipeError(
+                f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
+            )
+        if not resume and Checkpoints(folder / "checkpoints", keep=1).exist():
+            raise RecipeError(
+                f"{folder} holds an unfinished run. Go on with it (--resume), name another folder "
+                "(run.out), or remove this one."
+            )
+        yield
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators, of the CPU and of a CUDA device.
+
+    Rows and views need none: they are pure functions of seed and epoch.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Let torch's generators continue from `rng_state`; another kind of device keeps its own."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _load(path: Path) -> dict[str, Any]:

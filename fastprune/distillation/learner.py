@@ -2,41 +2,79 @@
 
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fastprune.distillation.projectors import ProjectorEnsemble
+from fastprune.errors import InvalidValueError
 from fastprune.networks import FeatureNetwork
 
 
 class Outputs(NamedTuple):
-    """What a learner says of a batch.
+    """What a learner or a teacher says of a batch.
 
     Attributes:
-        logits: (B, C) floating, the student's.
-        features: (B, D) floating, the student's features in the teacher's space; None where no
-            loss looks at them.
+        features: (B, D) floating, in the teacher's space; D is 0 where no loss looks at them.
+        logits: (B, C) floating.
     """
 
+    features: Tensor
     logits: Tensor
-    features: Tensor | None = None
+
+
+class ProjectorEnsemble(nn.Module):
+    """The mean of several linear maps from student to teacher features, each cut at zero.
+
+    The maps start at different random weights and are trained with the student, so their mean is
+    a steadier guide than any one of them. Cutting each at zero keeps the mean from being a single
+    linear map, and lands where the features of a network lie that ends in a ReLU.
+
+    Args:
+        student_width: D_s, numbers in a feature of the student.
+        teacher_width: D_t, numbers in a feature of the teacher.
+        projectors: how many maps.
+
+    Raises:
+        InvalidValueError: a width or the number of maps is below one.
+
+    Source: Chen et al. 2022, "Improved Feature Distillation via Projector Ensemble".
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, *, projectors: int = 3) -> None:
+        super().__init__()
+        given = {
+            "student_width": student_width,
+            "teacher_width": teacher_width,
+            "projectors": projectors,
+        }
+        for name, value in given.items():
+            if value < 1:
+                raise InvalidValueError(f"{name} ({value}) must be at least 1.")
+        self.maps = nn.ModuleList(
+            nn.Linear(student_width, teacher_width) for _ in range(projectors)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D_s) -> (B, D_t)."""
+        projected = [functional.relu(one(features)) for one in self.maps]
+        return torch.stack(projected).mean(dim=0)
 
 
 class Learner(nn.Module):
     """The student network, and the projectors that compare its features with the teacher's.
 
-    This is what the optimiser trains and what distributed training wraps. Only `student` is kept.
+    This is what the optimizer trains and what distributed training wraps. Only `student` is kept.
     """
 
-    def __init__(self, network: nn.Module, projectors: nn.Module | None = None) -> None:
+    def __init__(self, network: FeatureNetwork, projectors: nn.Module | None = None) -> None:
         """Put together what is trained.
 
         Args:
-            network: the student, or with projectors a `FeatureNetwork` around it.
+            network: the student.
             projectors: maps the student's features (B, D_s) to the teacher's (B, D_t); None
                 without a feature loss.
         """
         super().__init__()
-        assert isinstance(network, FeatureNetwork) == (projectors is not None)
         self.network = network
         self.projectors = projectors
 
@@ -44,7 +82,7 @@ class Learner(nn.Module):
     def with_projectors(
         cls, student: nn.Module, teacher: FeatureNetwork, *, num_classes: int, projectors: int
     ) -> Self:
-        """A learner whose features are compared with a teacher's penultimate ones.
+        """Make a learner whose features are compared with a teacher's penultimate ones.
 
         Args:
             student: maps (B, 3, H, W) images to (B, C) logits.
@@ -62,11 +100,9 @@ class Learner(nn.Module):
     @property
     def student(self) -> nn.Module:
         """The student alone: maps (B, 3, H, W) images to (B, C) logits."""
-        return self.network.network if isinstance(self.network, FeatureNetwork) else self.network
+        return self.network.network
 
     def forward(self, images: Tensor) -> Outputs:
-        """(B, 3, H, W) images -> logits, and projected features where they are compared."""
-        if self.projectors is None:
-            return Outputs(self.network(images))
+        """(B, 3, H, W) images -> features, projected where they are compared, and logits."""
         features, logits = self.network(images)
-        return Outputs(logits, self.projectors(features))
+        return Outputs(features if self.projectors is None else self.projectors(features), logits)

@@ -1,6 +1,6 @@
-"""What the student minimises: cross-entropy, and the distance from what a teacher says."""
+"""What the student minimizes: cross-entropy, and the distance from what a teacher says."""
 
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +18,18 @@ from fastprune.networks import FeatureNetwork
 from fastprune.recipe import LossSettings
 
 
-class Targets(NamedTuple):
-    """What a teacher says of a batch.
-
-    Attributes:
-        logits: (B, C) floating, reshaped where the recipe asks for it.
-        features: (B, D) floating; None where no loss looks at them.
-    """
-
-    logits: Tensor
-    features: Tensor | None = None
-
-
 class Objective(nn.Module):
     """The loss of every row: weighted cross-entropy, distillation and feature loss.
 
-    Asking the teacher (`teach`) and comparing with it (`forward`) are two calls, so that the time
-    of each can be told. Nothing in here is trained, and the teacher stays in eval mode.
+    Asking the teacher (`ask_teacher`), reshaping its answer (`reshape`) and comparing with it
+    (`forward`) are calls of their own: each is timed, and an answer may come from elsewhere.
+    Nothing in here is trained, and the teacher stays in eval mode.
     """
 
     def __init__(
         self,
         settings: LossSettings,
-        teacher: nn.Module | None = None,
+        teacher: FeatureNetwork | None = None,
         reshaper: LogitReshaper | None = None,
         *,
         keep_ratio: float = 1.0,
@@ -49,15 +38,13 @@ class Objective(nn.Module):
 
         Args:
             settings: weights, temperature and reshaping.
-            teacher: maps (B, 3, H, W) images to (B, C) logits, or as a `FeatureNetwork` to features
-                and logits; it sees the same view as the student. None minimises the cross-entropy
-                alone, whatever its weight.
+            teacher: sees the same view as the student. None minimizes the cross-entropy alone,
+                whatever its weight.
             reshaper: applied to the teacher's logits; None leaves them.
             keep_ratio: share of the rows that is trained on, which `distillation_weight` may depend
                 on.
         """
         super().__init__()
-        assert isinstance(teacher, FeatureNetwork) == (settings.feature_weight > 0)
         self.settings = settings
         self.teacher = teacher
         self.reshaper = reshaper
@@ -67,7 +54,7 @@ class Objective(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Do nothing but what `eval` does: a teacher in training mode would change."""
+        """Stay in eval mode whatever is asked: a teacher in training mode would change."""
         del mode
         return super().train(False)
 
@@ -77,30 +64,23 @@ class Objective(nn.Module):
         self._share = min((epoch + 1) / warmup_epochs, 1.0)
 
     @torch.no_grad()
-    def teach(self, images: Tensor, labels: Tensor) -> Targets | None:
-        """Ask the teacher.
+    def ask_teacher(self, images: Tensor) -> Outputs | None:
+        """Return what the teacher says of (B, 3, H, W) images; None without a teacher."""
+        return None if self.teacher is None else Outputs(*self.teacher(images))
 
-        Args:
-            images: (B, 3, H, W), the student's view.
-            labels: (B,) int64.
+    @torch.no_grad()
+    def reshape(self, answer: Outputs | None, labels: Tensor) -> Outputs | None:
+        """Return a teacher's answer with logits as the recipe wants them; labels (B,) int64."""
+        if answer is None or self.reshaper is None:
+            return answer
+        return answer._replace(logits=self.reshaper(answer.logits, labels))
 
-        Returns:
-            What it says, without gradients; None without a teacher.
-        """
-        if self.teacher is None:
-            return None
-        answer = self.teacher(images)
-        features, logits = answer if isinstance(answer, tuple) else (None, answer)
-        if self.reshaper is not None:
-            logits = self.reshaper(logits, labels)
-        return Targets(logits, features)
-
-    def forward(self, outputs: Outputs, targets: Targets | None, labels: Tensor) -> Tensor:
+    def forward(self, outputs: Outputs, targets: Outputs | None, labels: Tensor) -> Tensor:
         """Compare a learner's outputs with labels and targets.
 
         Args:
             outputs: of the learner.
-            targets: of `teach`, for the same batch.
+            targets: of the teacher for the same batch, reshaped.
             labels: (B,) int64.
 
         Returns:
@@ -120,12 +100,10 @@ class Objective(nn.Module):
         if weight > 0:
             loss = loss + weight * self._distillation(outputs, targets, labels)
         if settings.feature_weight > 0:
-            assert outputs.features is not None
-            assert targets.features is not None
             loss = loss + settings.feature_weight * feature_loss(outputs.features, targets.features)
         return loss
 
-    def _distillation(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
+    def _distillation(self, outputs: Outputs, targets: Outputs, labels: Tensor) -> Tensor:
         """The distance between the logits that the recipe chooses: (B,)."""
         settings, student, teacher = self.settings, outputs.logits, targets.logits
         if settings.reshaping == "zscore":

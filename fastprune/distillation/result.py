@@ -1,11 +1,17 @@
 """What a run cost and what it reached, as a record and as result.json."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastprune.artifacts.atomic import write_text
+from fastprune.artifacts.subset import Subset
+from fastprune.distillation.evaluation import Evaluation
 from fastprune.environment import describe_machine, describe_versions
+from fastprune.loading.loader import Loader
+from fastprune.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +26,13 @@ class Result:
         seed: of the student's weights, the order and the views.
         rows: rows of the subset.
         keep_ratio: share in (0, 1] of the beton's rows: as the subset was asked for, where it
-            tells, else as it is.
-        metric: what the subset's rows were ranked by; None where nothing tells.
-        strategy: the rule that chose them; None where nothing tells.
+            says, else as it is.
+        metric: what the subset's rows were ranked by; None where nothing says.
+        strategy: the rule that chose them; None where nothing says.
         images_per_epoch: images of an epoch, on average where epochs skip rows; the last few rows,
             drawn anew, fill no batch.
         epochs: passes over them.
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: images per step, over all processes.
         processes: how many trained together.
         backend: the loader's engine.
@@ -36,7 +42,7 @@ class Result:
         wait_seconds: the part of train_seconds in which the host waited for a batch.
         teacher_seconds: the part in which the device ran the teacher.
         student_seconds: the part for the student's forward and backward pass and the loss.
-        optimizer_seconds: the part for the optimiser, clipping and averaging of weights.
+        optimizer_seconds: the part for the optimizer, clipping and averaging of weights.
         validation_seconds: all validations.
         checkpoint_seconds: writing checkpoints.
         total_seconds: everything that the caller waited for.
@@ -82,3 +88,60 @@ class Result:
         fields = asdict(self) | {"student": self.student.name}
         fields |= {"machine": describe_machine(), "versions": describe_versions()}
         write_text(folder / "result.json", json.dumps(fields, indent=2) + "\n")
+
+
+def make_result(
+    recipe: Recipe,
+    loader: Loader,
+    *,
+    seconds: dict[str, float],
+    rows: int,
+    epochs: int,
+    steps: int,
+    processes: int,
+    evaluations: Sequence[Evaluation],
+    curve: list[dict[str, float]],
+    student: Path,
+) -> Result:
+    """Put together what a run cost and what it reached.
+
+    Args:
+        recipe: its settings.
+        loader: of the rows it trained on.
+        seconds: of its phases and parts, and in total.
+        rows: rows of the subset.
+        epochs: passes over them.
+        steps: optimizer steps.
+        processes: how many trained together.
+        evaluations: one or more, in their order.
+        curve: one dict per evaluation.
+        student: file with the student's weights.
+    """
+    subset = Subset.load(recipe.data.subset) if recipe.data.subset else None
+    asked = subset.keep_ratio if subset else None
+    images_per_step = loader.batch_size * processes
+    costs: dict[str, Any] = {
+        f"{name}_seconds": value for name, value in seconds.items() if name != "closing"
+    }
+    return Result(
+        name=recipe.run.name or recipe.run.out.resolve().name,
+        seed=recipe.run.seed,
+        rows=rows,
+        keep_ratio=asked or rows / loader.beton.num_rows,
+        metric=subset.metric if subset else None,
+        strategy=subset.strategy if subset else None,
+        images_per_epoch=steps * images_per_step // epochs,
+        epochs=epochs,
+        steps=steps,
+        batch_size=images_per_step,
+        processes=processes,
+        backend=loader.backend,
+        device=loader.device.type,
+        **costs,
+        data_wait_share=seconds["wait"] / seconds["train"],
+        top1_last=evaluations[-1].top1,
+        top1_best=max(evaluation.top1 for evaluation in evaluations),
+        top5_last=evaluations[-1].top5,
+        curve=curve,
+        student=student,
+    )

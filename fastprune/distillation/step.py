@@ -1,67 +1,167 @@
-"""One optimiser step: the teacher, the student there and back, the optimiser."""
+"""One optimizer step: the teacher, the student there and back, the optimizer."""
 
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastprune.distillation.averaging import WeightAverage
-from fastprune.distillation.clocks import Clocks
+from fastprune.distillation.compatibility import (
+    explain_missing_features,
+    read_class_std,
+    require_logits,
+)
 from fastprune.distillation.infobatch import InfoBatch
-from fastprune.distillation.learner import Learner
+from fastprune.distillation.learner import Learner, Outputs
+from fastprune.distillation.losses import LogitReshaper
+from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.objective import Objective
-from fastprune.distillation.schedule import make_optimizer
+from fastprune.distillation.schedule import WeightAverage, make_optimizer
 from fastprune.distributed import Ranks
-from fastprune.errors import InvalidValueError, RecipeError
-from fastprune.recipe import Recipe
+from fastprune.errors import RecipeError
+from fastprune.networks import FeatureNetwork, build_network, load_weights
+from fastprune.recipe import NetworkSettings, Recipe
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all parts of a run work with.
+
+    Attributes:
+        recipe: settings, validated.
+        ranks: the processes that train together.
+        device: of this process.
+        timer: where the time of this process goes.
+    """
+
+    recipe: Recipe
+    ranks: Ranks
+    device: torch.device
+    timer: PhaseTimer
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The order in memory of networks and images."""
+        return torch.channels_last if self.recipe.run.channels_last else torch.contiguous_format
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 where the recipe asks for it, or leaves it open and CUDA has it; else float32."""
+        precision = self.recipe.run.precision
+        enabled = precision == "bf16" or (
+            precision == "auto"
+            and self.device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+class Batch(NamedTuple):
+    """What the loader gives for a step, on the device.
+
+    Attributes:
+        images: (B, 3, S, S) floating.
+        labels: (B,) int64.
+        rows: (B,) int64, of the beton.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+def make_pair(
+    context: Context, *, num_classes: int, keep_ratio: float
+) -> tuple[Learner, Objective]:
+    """Build what a recipe trains and what it minimizes.
+
+    The student's weights depend on torch's generator alone: nothing is drawn before them.
+
+    Args:
+        context: networks, losses and memory format of the recipe, and the device.
+        num_classes: C, of the beton.
+        keep_ratio: share of the beton's rows that is trained on.
+
+    Returns:
+        The learner, with projectors where features are compared, and the objective with its
+        teacher.
+
+    Raises:
+        RecipeError: the subset carries no class std, or a network has no features, and the loss
+            asks for them.
+        ArtifactMismatch: the class std are of other classes.
+        ArtifactError: a checkpoint cannot be read or does not fit its network.
+    """
+    recipe = context.recipe
+    takes_features = recipe.loss.feature_weight > 0
+    student, teacher = _build(recipe.student, num_classes), None
+    with explain_missing_features(recipe):
+        if recipe.teacher is not None:
+            network = _build(recipe.teacher, num_classes)
+            teacher = FeatureNetwork(
+                network, num_classes=num_classes, takes_features=takes_features
+            )
+        if takes_features:
+            assert teacher is not None, "the recipe is validated"
+            learner = Learner.with_projectors(
+                student, teacher, num_classes=num_classes, projectors=recipe.loss.projectors
+            )
+        else:
+            learner = Learner(
+                FeatureNetwork(student, num_classes=num_classes, takes_features=False)
+            )
+    class_std = read_class_std(recipe, num_classes)
+    reshaper = None if class_std is None else LogitReshaper(class_std)
+    objective = Objective(recipe.loss, teacher, reshaper, keep_ratio=keep_ratio)
+    for module in (learner, objective):
+        module.to(context.device).to(memory_format=context.memory_format)
+    return learner, objective
+
+
+def _build(settings: NetworkSettings, num_classes: int) -> nn.Module:
+    """A network, with published weights or its checkpoint where it has any."""
+    network = build_network(settings.network, num_classes=num_classes, weights=settings.weights)
+    if settings.checkpoint is not None:
+        load_weights(network, settings.checkpoint)
+    return network
 
 
 class Stepper:
-    """Takes optimiser steps; nothing in them makes the host wait for the device."""
+    """Takes optimizer steps; nothing in them makes the host wait for the device."""
 
     def __init__(
         self,
-        recipe: Recipe,
+        context: Context,
         learner: Learner,
         objective: Objective,
         pruning: InfoBatch | None = None,
-        *,
-        ranks: Ranks,
-        device: torch.device,
-        clocks: Clocks,
     ) -> None:
         """Wrap what is trained as the recipe says.
 
         Args:
-            recipe: schedule, precision and the like.
+            context: of the run.
             learner: trained in place.
-            objective: what is minimised.
+            objective: what is minimized.
             pruning: weighs the losses of rows; None lets each count once.
-            ranks: the processes that train together.
-            device: where learner, objective and batches are.
-            clocks: told of the parts of each step.
 
         Raises:
             RecipeError: run.sync_batchnorm away from CUDA.
         """
-        self._recipe = recipe
+        recipe = context.recipe
+        self._context = context
         self._objective = objective
         self._pruning = pruning
-        self._device = device
-        self._clocks = clocks
-        self._layout = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
         if recipe.run.sync_batchnorm:
-            synchronize_batchnorm(learner, ranks, device)
+            synchronize_batchnorm(learner, context.ranks, context.device)
         if recipe.run.compile:
             learner.compile()
             if objective.teacher is not None:
                 objective.teacher.compile()
         self._learner = learner
-        self._wrapped = distribute(learner, ranks, device)
+        self._wrapped = distribute(learner, context.ranks, context.device)
         self._optimizer = make_optimizer(learner, recipe.schedule)
         decay = recipe.schedule.ema_decay
         self._average = None if decay is None else WeightAverage(learner.student, decay=decay)
@@ -76,27 +176,22 @@ class Stepper:
         self._wrapped.train()
         self._objective.begin_epoch(epoch)
 
-    def update(
-        self, images: Tensor, labels: Tensor, rows: Tensor, *, step: int, learning_rate: float
-    ) -> Tensor:
+    def update(self, batch: Batch, *, step: int, learning_rate: float) -> Tensor:
         """Take a step.
 
         Args:
-            images: (B, 3, S, S) on the device.
-            labels: (B,) int64 on the device.
-            rows: (B,) int64 on the device, of the beton.
-            step: optimiser steps done, this one included.
+            batch: of this process.
+            step: optimizer steps done, this one included.
             learning_rate: of this step.
 
         Returns:
             (B,) float32 on the device: the loss of every row, detached.
         """
-        losses = self._backward(images, labels, rows)
-        with self._clocks.part("optimizer"):
-            if self._recipe.schedule.clip_norm is not None:
-                nn.utils.clip_grad_norm_(
-                    self._learner.parameters(), self._recipe.schedule.clip_norm
-                )
+        schedule = self._context.recipe.schedule
+        losses = self._backward(batch)
+        with self._context.timer.part("optimizer"):
+            if schedule.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self._learner.parameters(), schedule.clip_norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
@@ -105,22 +200,28 @@ class Stepper:
                 self._average.update(self._learner.student, step=step)
         return losses
 
-    def _backward(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
+    def _backward(self, batch: Batch, *, is_counted: bool = True) -> Tensor:
         """The gradients of the batch; returns the loss of every row, not weighed."""
+        context = self._context
         # Loaders give channels_last; nothing is copied where that is asked for.
-        images = images.contiguous(memory_format=self._layout)
-        with self.autocast(), self._clocks.part("teacher"):
-            targets = self._objective.teach(images, labels)
-        with self._clocks.part("student"):
-            with self.autocast():
-                losses: Tensor = self._objective(self._wrapped(images), targets, labels)
-            if self._pruning is None or rows is None:
-                losses.mean().backward()
-            else:
-                self._pruning.weigh(losses, rows).mean().backward()
+        images = batch.images.contiguous(memory_format=context.memory_format)
+        batch = batch._replace(images=images)
+        with context.autocast(), context.timer.part("teacher"):
+            targets = self._objective.reshape(self._ask_teacher(batch), batch.labels)
+        with context.timer.part("student"):
+            with context.autocast():
+                losses: Tensor = self._objective(self._wrapped(images), targets, batch.labels)
+            weighed = losses
+            if self._pruning is not None and is_counted:
+                weighed = self._pruning.weigh(losses, batch.rows)
+            weighed.mean().backward()
         return losses.detach()
 
-    def rehearse(self, *, num_classes: int, image_sizes: Sequence[int]) -> None:
+    def _ask_teacher(self, batch: Batch) -> Outputs | None:
+        """The teacher's features and logits on a batch, before reshaping: the one place of both."""
+        return self._objective.ask_teacher(batch.images)
+
+    def warm_up(self, *, num_classes: int, image_sizes: Sequence[int]) -> None:
         """Run steps on empty images and undo them, so that no clock counts what happens once.
 
         Args:
@@ -130,48 +231,29 @@ class Stepper:
         Raises:
             InvalidValueError: a network gives no logits of these classes.
         """
-        rows = self._recipe.data.batch_size
+        context = self._context
+        rows = context.recipe.data.batch_size
         before = copy.deepcopy(self._learner.state_dict())
-        labels = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        labels = torch.zeros(rows, dtype=torch.int64, device=context.device)
         for size in image_sizes:
-            images = torch.zeros((rows, 3, size, size), device=self._device)
-            images = images.contiguous(memory_format=self._layout)
+            images = torch.zeros((rows, 3, size, size), device=context.device)
+            images = images.contiguous(memory_format=context.memory_format)
             # A whole batch: a single image would have the compiled teacher compiled twice.
-            self._require_logits(images, num_classes)
+            with torch.no_grad(), context.autocast():
+                answers = {
+                    "student": self._learner.network.eval()(images),
+                    "teacher": self._objective.ask_teacher(images),
+                }
+            for name, answer in answers.items():
+                if answer is not None:
+                    require_logits(name, answer[1], rows=rows, num_classes=num_classes)
             self._wrapped.train()
-            self._backward(images, labels)
+            self._backward(Batch(images, labels, labels), is_counted=False)
         self._optimizer.zero_grad(set_to_none=True)
         self._learner.load_state_dict(before)
 
-    @torch.no_grad()
-    def _require_logits(self, images: Tensor, num_classes: int) -> None:
-        """Refuse networks whose outputs for B images are not (B, C)."""
-        networks = {"student": self._learner.student.eval(), "teacher": self._objective.teacher}
-        for name, network in networks.items():
-            if network is None:
-                continue
-            with self.autocast():
-                answer = network(images)
-            logits = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else answer
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            if shape != (len(images), num_classes):
-                raise InvalidValueError(
-                    f"the {name} returned {shape} for {len(images)} images, not logits of shape "
-                    f"({len(images)}, {num_classes}). Take a network with an output for each class."
-                )
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """bf16 where the recipe asks for it, or leaves it open and CUDA has it; else float32."""
-        precision = self._recipe.run.precision
-        enabled = precision == "bf16" or (
-            precision == "auto"
-            and self._device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
-
     def state_dict(self) -> dict[str, Any]:
-        """Weights, momentum and average."""
+        """Return weights, momentum and average."""
         average = None if self._average is None else self._average.student.state_dict()
         return {
             "learner": self._learner.state_dict(),
@@ -180,7 +262,7 @@ class Stepper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what `state_dict` returned."""
+        """Continue from what `state_dict` returned."""
         self._learner.load_state_dict(state["learner"])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:

@@ -1,40 +1,54 @@
-"""From a recipe to a student: opens what the recipe names, trains, writes the run's folder."""
+"""From a recipe to a student: open what the recipe names, build, train, write the run's folder."""
 
+import logging
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
-from fastprune.artifacts.subset import Subset
-from fastprune.distillation.checkpoint import Checkpoints
-from fastprune.distillation.clocks import Clocks
-from fastprune.distillation.faults import naming_memory
-from fastprune.distillation.infobatch import InfoBatch
-from fastprune.distillation.interval import Interval
-from fastprune.distillation.loop import TrainingLoop
-from fastprune.distillation.opening import (
-    identity,
-    make_batches,
-    open_loaders,
-    require_same_run,
-    student_metadata,
-    training_sizes,
+from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.distillation.checkpoint import (
+    Checkpoints,
+    hold_run_folder,
+    rng_state,
+    set_rng_state,
 )
-from fastprune.distillation.pair import make_pair
-from fastprune.distillation.result import Result
+from fastprune.distillation.compatibility import (
+    identity,
+    require_same_classes,
+    require_same_run,
+    require_teacher_fits,
+    student_metadata,
+)
+from fastprune.distillation.evaluation import Evaluation, evaluate
+from fastprune.distillation.failures import bad_loss_error, naming_memory
+from fastprune.distillation.infobatch import InfoBatch
+from fastprune.distillation.meters import LossMeter, PhaseTimer, ProgressMeter, StepLosses
+from fastprune.distillation.preemption import Signals, stopped
+from fastprune.distillation.progressive_resizing import GrowingLoader, training_sizes
+from fastprune.distillation.result import Result, make_result
 from fastprune.distillation.runlog import RunLog
-from fastprune.distillation.schedule import num_passes
-from fastprune.distillation.step import Stepper
-from fastprune.distributed import Ranks, device_of_rank, join_ranks
-from fastprune.errors import RecipeError
+from fastprune.distillation.schedule import learning_rate, num_passes
+from fastprune.distillation.step import Batch, Context, Stepper, make_pair, share_buffers
+from fastprune.distributed import Agreement, device_of_rank, join_ranks
+from fastprune.errors import TrainingError
+from fastprune.loading.augment import Recipe as Views
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import save_weights
 from fastprune.recipe import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
+
+# What a process asks of all of them at a step: nothing (0), this, or a signal's number, which is
+# larger; the largest request is heard.
+_CHECKPOINT = 1
 
 
 def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
@@ -46,19 +60,19 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
 
     Args:
         recipe: settings, or the TOML file that holds them.
-        resume: go on from the newest checkpoint in the folder, if there is one; on the CPU the
+        resume: continue from the newest checkpoint in the folder, if there is one; on the CPU the
             weights at the end are those of a run that was never interrupted, to the bit.
 
     Returns:
         What the run cost and what it reached; the same as in result.json. Every process has it.
 
     Raises:
-        RecipeError: a setting does not fit the data or the run to go on with, or the folder holds
-            a finished run, or an unfinished one without `resume`.
+        RecipeError: a setting does not fit the data or the run to resume, or the folder holds a
+            finished run, or an unfinished one without `resume`.
         ArtifactMismatch: subset, train and val beton or the teacher do not belong together.
         ArtifactError: another process is at work in the folder, or it cannot be written.
         TrainingError: the loss is no longer a finite number, or the memory is used up.
-        TrainingStopped: SIGTERM or SIGINT came; the run can be gone on with.
+        TrainingStopped: SIGTERM or SIGINT came; the run can be resumed.
         PeerError: another process of the run failed first.
     """
     began = time.perf_counter()
@@ -67,124 +81,136 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
     memory = naming_memory(
         batch_size=recipe.data.batch_size, image_size=recipe.data.image_size, device=device
     )
-    # Events, streams and libraries mean the current device where they are told none.
+    # Events, streams and libraries use the current device where none is named.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with current, join_ranks(device) as ranks, memory:
-        train_loader, val_loader = open_loaders(recipe, device)
-        with _run_folder(recipe, resume=resume) if ranks.is_first else nullcontext():
-            clocks = Clocks(device, began=began)
-            run = _Run(recipe, train_loader, val_loader, ranks=ranks, device=device, clocks=clocks)
-            return run.finish(resume=resume)
+        context = Context(recipe, ranks, device, PhaseTimer(device, began=began))
+        train_loader, val_loader = _open_loaders(context)
+        with hold_run_folder(recipe.run.out, resume=resume) if ranks.is_first else nullcontext():
+            trainer = Trainer(context, train_loader, val_loader)
+            if resume:
+                trainer.resume()
+            trainer.train()
+            return trainer.close()
 
 
-class _Run:
-    """A run between its opening and its result."""
+def _open_loaders(context: Context) -> tuple[Loader, Loader]:
+    """Loaders of both betons: (images, labels, rows) to train on, and (images, labels) of all."""
+    recipe = context.recipe
+    train = _open_train_loader(context, recipe.data.image_size)
+    val_size = recipe.data.val_image_size or recipe.data.image_size
+    val = Loader(recipe.data.val, train=False, image_size=val_size, **_loader_settings(context))
+    require_same_classes(train, val)
+    require_teacher_fits(recipe, train)
+    return train, val
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        train_loader: Loader,
-        val_loader: Loader,
-        *,
-        ranks: Ranks,
-        device: torch.device,
-        clocks: Clocks,
-    ) -> None:
-        """Build what trains, and do once what happens once."""
-        self._recipe, self._ranks, self._clocks = recipe, ranks, clocks
+
+def _open_train_loader(context: Context, image_size: int) -> Loader:
+    """This process's share of the rows to train on."""
+    data = context.recipe.data
+    # With growing images, the kind of views is that of the last size.
+    views = Views.make(data.augment, image_size=data.image_size, train=True)
+    return Loader(
+        data.train,
+        data.subset,
+        train=True,
+        augment=views.kind,
+        image_size=image_size,
+        seed=context.recipe.run.seed,
+        layout="xyi",
+        **_loader_settings(context),
+    )
+
+
+def _loader_settings(context: Context) -> dict[str, Any]:
+    """What all loaders of a run have in common."""
+    names = ("batch_size", "backend", "mean", "std", "num_workers")
+    data = context.recipe.data
+    return {"device": context.device} | {name: getattr(data, name) for name in names}
+
+
+class Trainer:
+    """A run from its opened loaders to its result.
+
+    Every process of a run has one. The first writes the log and the checkpoints; all of them
+    validate, each on its share of the rows.
+
+    Attributes:
+        steps: optimizer steps done.
+        epochs_done: passes that are complete.
+        evaluations: one per validation.
+        curve: one dict per validation: epoch, train_seconds so far, top1, val_loss.
+    """
+
+    def __init__(self, context: Context, train_loader: Loader, val_loader: Loader) -> None:
+        """Build what trains, and do once what happens once: compilation and other warm-up.
+
+        Args:
+            context: of the run.
+            train_loader: yields (images, labels, rows) of the recipe's image size.
+            val_loader: yields (images, labels), this process's share.
+        """
+        recipe, ranks, timer = context.recipe, context.ranks, context.timer
+        self._context, self._recipe, self._ranks, self._timer = context, recipe, ranks, timer
         self._folder = recipe.run.out
-        self._train_loader = train_loader
+        self._train_loader, self._val_loader = train_loader, val_loader
         # The student's weights depend on the seed alone, whatever was built before.
         torch.manual_seed(recipe.run.seed)
         learner, objective = make_pair(
-            recipe,
+            context,
             num_classes=train_loader.num_classes,
             keep_ratio=len(train_loader.rows) / train_loader.beton.num_rows,
-            device=device,
         )
         self._identity = identity(
             recipe, train_loader, val_loader, objective, processes=ranks.world
         )
         train_loader.warm_up()
         val_loader.warm_up()
-        self._epochs = self._num_passes()
+        stride = train_loader.batch_size * ranks.world
+        self._epochs = num_passes(
+            recipe.schedule,
+            steps_of_pass=len(train_loader),
+            steps_of_all=train_loader.beton.num_rows // stride,
+        )
         self._rows = train_loader.rows
-        self._batches = make_batches(recipe, train_loader, epochs=self._epochs, device=device)
-        pruning = self._pruning(device)
-        self._stepper = Stepper(
-            recipe, learner, objective, pruning, ranks=ranks, device=device, clocks=clocks
+        sizes = training_sizes(recipe.data)
+        self._batches: Loader | GrowingLoader = (
+            train_loader
+            if len(sizes) == 1
+            else GrowingLoader(self._loader_of_size, sizes, epochs=self._epochs)
         )
-        self._stepper.rehearse(
-            num_classes=train_loader.num_classes, image_sizes=training_sizes(recipe)
-        )
-        clocks.forget_parts()
-        # Processes differ, as in the rows that they see.
+        self._pruning = self._make_pruning(stride)
+        self._stepper = Stepper(context, learner, objective, self._pruning)
+        self._stepper.warm_up(num_classes=train_loader.num_classes, image_sizes=sizes)
+        timer.forget_parts()
+        # Processes draw different numbers (dropout), as they see different rows.
         torch.manual_seed(recipe.run.seed + ranks.rank)
         self._checkpoints = Checkpoints(
             self._folder / "checkpoints", keep=recipe.run.keep_checkpoints
         )
-        self._loop = TrainingLoop(
-            recipe,
-            self._stepper,
-            epochs=self._epochs,
-            train_loader=self._batches,
-            val_loader=val_loader,
-            interval=self._interval(),
-            pruning=pruning,
-            checkpoints=self._checkpoints,
-            identity=self._identity,
-            ranks=ranks,
-            device=device,
-            clocks=clocks,
-        )
+        self._losses = LossMeter(ranks)
+        self._progress = ProgressMeter(timer, ranks, epochs=self._epochs)
+        self._agreement = Agreement(ranks)
+        self._signals = Signals()
+        self._log: RunLog | None = None
+        self._log_bytes = 0
+        self._learning_rate = 0.0
+        self._is_saved = True
+        self._saved_at = time.monotonic()
+        self.steps = 0
+        self.epochs_done = 0
+        self.evaluations: list[Evaluation] = []
+        self.curve: list[dict[str, float]] = []
 
-    def finish(self, *, resume: bool) -> Result:
-        """Train, save the student, and tell what it cost."""
-        state = self._resumed() if resume else None
-        kept = state or {"log_bytes": 0, "steps": 0}
-        del state
-        if self._ranks.is_first:
-            text = self._recipe.model_dump_json(indent=2)
-            write_text(self._folder / "recipe.json", text + "\n")
-        with (
-            RunLog(self._folder, num_bytes=kept["log_bytes"], step=kept["steps"])
-            if self._ranks.is_first
-            else nullcontext()
-        ) as log:
-            self._loop.run(log)
-        self._clocks.switch("closing")
-        student = self._folder / "student.safetensors"
-        if self._ranks.is_first:
-            with atomic_path(student) as temporary:
-                metadata = student_metadata(self._recipe, self._train_loader)
-                save_weights(self._stepper.student, temporary, metadata=metadata)
-        self._clocks.switch("closing")
-        result = self._result(student)
-        if self._ranks.is_first:
-            result.save(self._folder)
-            self._checkpoints.remove()
-        return result
+    def _loader_of_size(self, size: int) -> Loader:
+        """A loader of training images of a size, warm."""
+        if size == self._recipe.data.image_size:
+            return self._train_loader
+        loader = _open_train_loader(self._context, size)
+        loader.warm_up()
+        return loader
 
-    def _resumed(self) -> dict[str, Any] | None:
-        """The checkpoint that the run goes on from; None where it begins."""
-        newest = (self._checkpoints.newest(),) if self._ranks.is_first else None
-        (state,) = self._ranks.from_first(newest)
-        if state is not None:
-            require_same_run(state["identity"], self._identity, folder=str(self._folder))
-            self._loop.load_state_dict(state)
-        return state
-
-    def _num_passes(self) -> int:
-        """How often the rows are seen."""
-        loader = self._train_loader
-        stride = loader.batch_size * self._ranks.world
-        return num_passes(
-            self._recipe.schedule,
-            steps_of_pass=len(loader),
-            steps_of_all=loader.beton.num_rows // stride,
-        )
-
-    def _pruning(self, device: torch.device) -> InfoBatch | None:
+    def _make_pruning(self, stride: int) -> InfoBatch | None:
         """What chooses the rows of each pass, where the recipe asks for it."""
         if self._recipe.pruning is None:
             return None
@@ -193,81 +219,237 @@ class _Run:
             self._rows,
             epochs=self._epochs,
             seed=self._recipe.run.seed,
-            min_rows=self._train_loader.batch_size * self._ranks.world,
-            device=device,
+            min_rows=stride,
+            device=self._context.device,
             ranks=self._ranks,
         )
 
-    def _interval(self) -> Interval:
-        """What examines the losses."""
-        return Interval(
-            folder=self._folder,
-            ranks=self._ranks,
-            batch_again=self._batch_again,
-            cure=f"Lower schedule.learning_rate ({self._recipe.schedule.learning_rate}) or set "
-            "schedule.clip_norm, and see whether the images are as expected.",
-        )
+    def resume(self) -> None:
+        """Continue from the newest checkpoint in the folder; begin where there is none.
 
-    def _batch_again(self, epoch: int, batch: int) -> tuple[torch.Tensor, ...]:
-        """The batch that was this one of an epoch."""
-        loader = self._batches
-        loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batches": batch})
-        again: tuple[torch.Tensor, ...] = next(iter(loader))
-        return again
+        Raises:
+            RecipeError: it is of a run with other settings.
+            ArtifactError: there are checkpoints, and all of them are damaged.
+        """
+        newest = (self._checkpoints.newest(),) if self._ranks.is_first else None
+        (state,) = self._ranks.from_first(newest)
+        if state is not None:
+            require_same_run(state["identity"], self._identity, folder=str(self._folder))
+            self.load_state_dict(state)
 
-    def _result(self, student: Path) -> Result:
-        """What the run cost and what it reached."""
-        loader, loop, seconds = self._train_loader, self._loop, self._clocks.seconds
-        subset = Subset.load(self._recipe.data.subset) if self._recipe.data.subset else None
-        asked = subset.keep_ratio if subset else None
-        return Result(
-            name=self._recipe.run.name or self._folder.resolve().name,
-            seed=self._recipe.run.seed,
+    def train(self) -> None:
+        """Train until the last pass is done and validated.
+
+        Raises:
+            TrainingError: the loss, in training or validation, is no longer a finite number.
+            TrainingStopped: a signal came, and a checkpoint is written.
+        """
+        if self._ranks.is_first:
+            write_text(self._folder / "recipe.json", self._recipe.model_dump_json(indent=2) + "\n")
+            # What an interrupted run logged behind its checkpoint is cut off and written again.
+            self._log = RunLog(self._folder, num_bytes=self._log_bytes, step=self.steps)
+        self._saved_at = time.monotonic()
+        with self._log or nullcontext(), self._signals:
+            self._validate_where_due()
+            while self.epochs_done < self._epochs:
+                self._train_epoch(self.epochs_done)
+                self._validate_where_due()
+        self._agreement.close()
+
+    def _train_epoch(self, epoch: int) -> None:
+        """The batches of a pass that are left, and a checkpoint behind them."""
+        self._stepper.begin_epoch(epoch)
+        # A larger size has a loader of its own, which is opened here.
+        with self._timer.phase("startup"):
+            self._batches.set_epoch(epoch)
+        first = self._batches.state_dict()["batches"]
+        if self._pruning is not None:
+            # A resumed epoch keeps its selection, which is logged already.
+            rows = self._pruning.begin_epoch(epoch)
+            self._batches.set_rows(rows)
+            if self._log is not None and first == 0:
+                self._log.write(step=self.steps, epoch=epoch, rows=len(rows))
+        num_batches = len(self._batches)
+        batches = self._progress.over(self._batches, epoch=epoch, first=first)
+        self._timer.switch("train")
+        for index, batch in enumerate(map(Batch._make, batches), first):
+            progress = (epoch + index / num_batches) / self._epochs
+            self._learning_rate = learning_rate(self._recipe.schedule, progress)
+            self.steps += 1
+            losses = self._stepper.update(batch, step=self.steps, learning_rate=self._learning_rate)
+            self._losses.add(StepLosses(self.steps, epoch, index, losses, batch.rows))
+            if self.steps % self._recipe.run.log_every == 0:
+                self._write_losses()
+            is_last = index + 1 == num_batches
+            request = self._agreement.ask(self._request(is_last))
+            # Behind the last batch there is a checkpoint in any case.
+            if request and not (request == _CHECKPOINT and is_last):
+                self._save()
+                if request != _CHECKPOINT:
+                    raise stopped(request, step=self.steps, is_saved=self._is_saved)
+        self._write_losses()
+        if self._pruning is not None:
+            self._pruning.end_epoch()
+        self.epochs_done += 1
+        self._save()
+
+    def _request(self, is_last: bool) -> int:
+        """What this process asks for: a signal's number, a checkpoint, or nothing."""
+        if self._signals.number:
+            return self._signals.number
+        every, minutes = self._recipe.run.checkpoint_every, self._recipe.run.checkpoint_minutes
+        is_due = every is not None and self.steps % every == 0
+        # Clocks differ among processes, so the first one's counts.
+        is_late = self._ranks.is_first and time.monotonic() - self._saved_at >= 60 * minutes
+        if is_last or not (is_due or is_late):
+            return 0
+        # The answer comes a step later; until then nothing more is due.
+        self._saved_at = time.monotonic()
+        return _CHECKPOINT
+
+    def _write_losses(self) -> None:
+        """Write a line with the mean loss since the last one."""
+        self._examine_losses()
+        if not self._losses.means:
+            return
+        mean = self._losses.pop_mean()
+        if self._log is not None:
+            self._log.write(
+                step=self.steps,
+                epoch=self.epochs_done,
+                loss=mean,
+                learning_rate=self._learning_rate,
+            )
+
+    def _examine_losses(self) -> None:
+        """Bring losses and seconds to the host; refuse a loss that is no number."""
+        bad = self._losses.fetch()
+        self._timer.read()
+        if bad is not None:
+            # Views are pure functions of epoch and row, so the loader makes the batch again.
+            position = {"epoch": bad.epoch, "batches": bad.batch}
+            self._batches.load_state_dict(self._batches.state_dict() | position)
+            raise bad_loss_error(self._context, bad, Batch._make(next(iter(self._batches))))
+
+    def _save(self) -> None:
+        """Write a checkpoint."""
+        # Losses first: a checkpoint of a run that went wrong would push out the good ones.
+        self._examine_losses()
+        with self._timer.phase("checkpoint"):
+            rng_states = self._ranks.all_gather(rng_state(self._context.device))
+            pruning = self._pruning.state_dict() if self._pruning is not None else None
+            is_saved = None
+            if self._ranks.is_first:
+                state = self.state_dict() | {"rng": rng_states, "pruning": pruning}
+                is_saved = self._checkpoints.save(state, step=self.steps)
+            # None leaves before it is written: a launcher may end the others when one ends.
+            self._is_saved = self._ranks.from_first(is_saved)
+        self._saved_at = time.monotonic()
+
+    def _validate_where_due(self) -> None:
+        """Evaluate the student after the last pass, and after each that the recipe names."""
+        epoch = self.epochs_done
+        is_named = epoch == self._epochs or epoch % self._recipe.run.validate_every == 0
+        is_validated = bool(self.curve) and self.curve[-1]["epoch"] == epoch
+        if epoch == 0 or is_validated or not is_named:
+            return
+        train_seconds = self._timer.seconds["train"]
+        with self._timer.phase("validation"), self._context.autocast():
+            share_buffers(self._stepper.student, self._ranks)
+            batches = self._until_signal(self._val_loader)
+            evaluation = evaluate(self._stepper.student, batches, ranks=self._ranks)
+        if not math.isfinite(evaluation.loss):
+            # The last step can ruin the weights; its own loss was that of the weights before.
+            rate = self._recipe.schedule.learning_rate
+            raise TrainingError(
+                f"the loss became {evaluation.loss} in the validation after step {self.steps}. "
+                f"Lower schedule.learning_rate ({rate}) or set schedule.clip_norm, and begin anew."
+            )
+        self.evaluations.append(evaluation)
+        point = {"top1": evaluation.top1, "val_loss": evaluation.loss}
+        self.curve.append({"epoch": epoch, "train_seconds": train_seconds, **point})
+        if self._log is not None:
+            self._log.write(step=self.steps, epoch=epoch, **point)
+            logger.info(
+                "epoch %d/%d: top-1 %.1f%%, %.0f s of training",
+                epoch,
+                self._epochs,
+                100 * evaluation.top1,
+                train_seconds,
+            )
+
+    def _until_signal(self, batches: Loader) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of a validation, which a signal ends at once: a checkpoint stands before it.
+
+        Several processes could not agree in here; they heed it after the next step.
+        """
+        for batch in batches:
+            if self._signals.number and self._ranks.world == 1:
+                raise stopped(self._signals.number, step=self.steps, is_saved=self._is_saved)
+            yield batch
+
+    def close(self) -> Result:
+        """Write the student and the result, and remove the checkpoints.
+
+        Returns:
+            What the run cost and what it reached.
+        """
+        self._timer.switch("closing")
+        student = self._folder / "student.safetensors"
+        if self._ranks.is_first:
+            with atomic_path(student) as temporary:
+                metadata = student_metadata(self._recipe, self._train_loader)
+                save_weights(self._stepper.student, temporary, metadata=metadata)
+        self._timer.switch("closing")
+        result = make_result(
+            self._recipe,
+            self._train_loader,
+            seconds=self._timer.seconds | {"total": self._timer.total},
             rows=len(self._rows),
-            keep_ratio=asked or len(self._rows) / loader.beton.num_rows,
-            metric=subset.metric if subset else None,
-            strategy=subset.strategy if subset else None,
-            images_per_epoch=loop.steps * loader.batch_size * self._ranks.world // self._epochs,
             epochs=self._epochs,
-            steps=loop.steps,
-            batch_size=loader.batch_size * self._ranks.world,
+            steps=self.steps,
             processes=self._ranks.world,
-            backend=loader.backend,
-            device=loader.device.type,
-            startup_seconds=seconds["startup"],
-            train_seconds=seconds["train"],
-            wait_seconds=seconds["wait"],
-            teacher_seconds=seconds["teacher"],
-            student_seconds=seconds["student"],
-            optimizer_seconds=seconds["optimizer"],
-            validation_seconds=seconds["validation"],
-            checkpoint_seconds=seconds["checkpoint"],
-            total_seconds=self._clocks.total,
-            data_wait_share=seconds["wait"] / seconds["train"],
-            top1_last=loop.evaluations[-1].top1,
-            top1_best=max(evaluation.top1 for evaluation in loop.evaluations),
-            top5_last=loop.evaluations[-1].top5,
-            curve=loop.curve,
+            evaluations=self.evaluations,
+            curve=self.curve,
             student=student,
         )
+        if self._ranks.is_first:
+            result.save(self._folder)
+            self._checkpoints.remove()
+        return result
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rest of the run depends on, on this process alone."""
+        return {
+            "identity": self._identity,
+            "steps": self.steps,
+            "epochs_done": self.epochs_done,
+            "learning_rate": self._learning_rate,
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "curve": self.curve,
+            "means": self._losses.means,
+            "log_bytes": self._log.num_bytes if self._log is not None else 0,
+            "timer": self._timer.state_dict(),
+            "loader": self._batches.state_dict(),
+            "stepper": self._stepper.state_dict(),
+        }
 
-@contextmanager
-def _run_folder(recipe: Recipe, *, resume: bool) -> Iterator[None]:
-    """Make the run's folder where it is missing, and hold it against other processes."""
-    folder = recipe.run.out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"run.out = {str(folder)!r} cannot be made: {error.strerror}.") from error
-    with exclusive(folder / ".lock"):
-        if (folder / "result.json").exists():
-            raise RecipeError(
-                f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
-            )
-        if not resume and Checkpoints(folder / "checkpoints", keep=1).exist():
-            raise RecipeError(
-                f"{folder} holds an unfinished run. Go on with it (--resume), name another folder "
-                "(run.out), or remove this one."
-            )
-        yield
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the run was that wrote a checkpoint.
+
+        Args:
+            state: what `state_dict` returned, the rng states of all processes (`rng`), and the
+                losses that they prune by (`pruning`).
+        """
+        self.steps, self.epochs_done = state["steps"], state["epochs_done"]
+        self._learning_rate = state["learning_rate"]
+        self.evaluations = [Evaluation(**fields) for fields in state["evaluations"]]
+        self.curve = state["curve"]
+        self._losses.means = state["means"]
+        self._log_bytes = state["log_bytes"]
+        self._timer.load_state_dict(state["timer"])
+        self._batches.load_state_dict(state["loader"])
+        self._stepper.load_state_dict(state["stepper"])
+        if self._pruning is not None:
+            self._pruning.load_state_dict(state["pruning"])
+        set_rng_state(state["rng"][self._ranks.rank], self._context.device)

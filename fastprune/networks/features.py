@@ -1,8 +1,9 @@
-"""The penultimate features of any classifier, taken by a hook."""
+"""The form in which a network runs, as teacher or student: (features, logits) of a batch."""
 
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastprune.errors import InvalidValueError
 
@@ -42,18 +43,24 @@ def classifier_name(network: nn.Module, *, num_classes: int) -> str:
 
 
 class FeatureNetwork(nn.Module):
-    """A classifier that gives its features beside its logits.
+    """A classifier that gives its features beside its logits: what a teacher and a student run as.
 
     Calling it with (B, 3, H, W) images returns (features (B, D), logits (B, C)). Feature maps
     (B, D, H, W) are averaged over their positions. Use it as a context manager, or call `close`:
     the hook stays on the wrapped network until then.
 
     Attributes:
-        layer: the dotted name of the layer that was hooked.
+        network: the classifier itself, which maps images to logits.
+        layer: the dotted name of the layer that was hooked; None without features.
     """
 
     def __init__(
-        self, network: nn.Module, *, num_classes: int, feature_layer: str | None = None
+        self,
+        network: nn.Module,
+        *,
+        num_classes: int,
+        feature_layer: str | None = None,
+        takes_features: bool = True,
     ) -> None:
         """Hook the network.
 
@@ -62,13 +69,19 @@ class FeatureNetwork(nn.Module):
             num_classes: C.
             feature_layer: the layer whose output are the features; by default the input of the
                 classifier is taken, found by `classifier_name`.
+            takes_features: False where nobody looks at features: they are (B, 0) then, and the
+                network needs no layer that makes its logits.
 
         Raises:
             InvalidValueError: the classifier is not found, or no layer is called so.
         """
         super().__init__()
         self.network = network
+        self.layer: str | None = None
         self._features: Tensor | None = None
+        self._hook: RemovableHandle | None = None
+        if not takes_features:
+            return
         modules = dict(network.named_modules())
         if feature_layer is None:
             self.layer = classifier_name(network, num_classes=num_classes)
@@ -85,6 +98,7 @@ class FeatureNetwork(nn.Module):
     @property
     def classifier_width(self) -> int:
         """D, the numbers in a feature, where the features are the classifier's input."""
+        assert self.layer is not None, "its features were asked for"
         layer = self.network.get_submodule(self.layer)
         width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         assert isinstance(width, int)
@@ -93,6 +107,8 @@ class FeatureNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> features (B, D), logits (B, C)."""
         logits = self.network(images)
+        if self.layer is None:
+            return logits.new_empty((len(images), 0)), logits
         features, self._features = self._features, None
         if features is None:
             raise InvalidValueError(
@@ -104,7 +120,8 @@ class FeatureNetwork(nn.Module):
 
     def close(self) -> None:
         """Take the hook off the network."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.distillation.averaging import WeightAverage
+from fastprune.distillation.schedule import WeightAverage
 
 
 def test_average_moves_towards_the_weights_and_statistics_by_its_decay():

@@ -2,12 +2,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.distillation.pair import make_pair
+from fastprune.distillation.meters import PhaseTimer
+from fastprune.distillation.step import Context, make_pair
 from fastprune.distillation.trainer import distill
+from fastprune.distributed import Ranks
 from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.networks import build_network, load_weights
 
 CPU = torch.device("cpu")
+
+
+def context(settings) -> Context:
+    return Context(settings, Ranks(), CPU, PhaseTimer(CPU, began=0.0))
 
 
 def without_classifier(num_classes: int) -> nn.Module:
@@ -20,7 +26,7 @@ def test_weights_of_the_student_depend_on_the_seed_alone(recipe, teacher):
     pairs = []
     for settings in (recipe(), recipe(teacher=section, loss={"feature_weight": 25})):
         torch.manual_seed(3)
-        pairs.append(make_pair(settings, num_classes=10, keep_ratio=1, device=CPU))
+        pairs.append(make_pair(context(settings), num_classes=10, keep_ratio=1))
     first, second = (learner.student.state_dict() for learner, _ in pairs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -30,7 +36,7 @@ def test_keep_ratio_reaches_the_weight_of_the_distillation(recipe, teacher):
         teacher={"network": "resnet8", "checkpoint": teacher},
         loss={"distillation_weight": [[0.5, 2.0], [1.0, 1.0]]},
     )
-    _, objective = make_pair(settings, num_classes=10, keep_ratio=0.75, device=CPU)
+    _, objective = make_pair(context(settings), num_classes=10, keep_ratio=0.75)
     assert objective.distillation_weight == pytest.approx(1.5)
 
 
@@ -43,7 +49,7 @@ def test_network_without_features_is_named(recipe, teacher):
     with pytest.raises(
         RecipeError, match=r"but Sequential has no linear layer with 10 outputs.*Take other netw"
     ):
-        make_pair(settings, num_classes=10, keep_ratio=1, device=CPU)
+        make_pair(context(settings), num_classes=10, keep_ratio=1)
 
 
 def test_published_teacher_of_images_with_other_values_is_refused(recipe):

@@ -1,11 +1,10 @@
-"""What a step asks of the networks, in the run and in the rehearsal before it."""
+"""What a step asks of the networks, in the run and in the warm-up before it."""
 
 import pytest
 import torch
 
-from fastprune.distillation.clocks import Clocks
-from fastprune.distillation.pair import make_pair
-from fastprune.distillation.step import Stepper
+from fastprune.distillation.meters import PhaseTimer
+from fastprune.distillation.step import Batch, Context, Stepper, make_pair
 from fastprune.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -17,25 +16,25 @@ def stepper(recipe, teacher):
 
     def make(**run):
         settings = recipe(teacher={"network": "resnet8", "checkpoint": teacher}, run=run)
-        learner, objective = make_pair(settings, num_classes=10, keep_ratio=1.0, device=CPU)
-        clocks = Clocks(CPU, began=0.0)
+        context = Context(settings, Ranks(), CPU, PhaseTimer(CPU, began=0.0))
+        learner, objective = make_pair(context, num_classes=10, keep_ratio=1.0)
         seen = []
         objective.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        return Stepper(settings, learner, objective, ranks=Ranks(), device=CPU, clocks=clocks), seen
+        return Stepper(context, learner, objective), seen
 
     return make
 
 
-def test_teacher_is_rehearsed_with_whole_batches_of_every_size(stepper):
+def test_teacher_is_warmed_up_with_whole_batches_of_every_size(stepper):
     made, seen = stepper()
-    made.rehearse(num_classes=10, image_sizes=(16, 32))
+    made.warm_up(num_classes=10, image_sizes=(16, 32))
     assert {tuple(images.shape) for images in seen} == {(20, 3, 16, 16), (20, 3, 32, 32)}
 
 
-def test_rehearsal_leaves_the_weights_and_statistics_as_they_were(stepper):
+def test_warm_up_leaves_the_weights_and_statistics_as_they_were(stepper):
     made, _ = stepper()
     before = {name: value.clone() for name, value in made.student.state_dict().items()}
-    made.rehearse(num_classes=10, image_sizes=(16, 32))
+    made.warm_up(num_classes=10, image_sizes=(16, 32))
     assert all(
         torch.equal(value, before[name]) for name, value in made.student.state_dict().items()
     )
@@ -48,6 +47,6 @@ def test_images_have_the_memory_format_of_the_recipe(stepper, channels_last):
     images = torch.rand(20, 3, 32, 32).to(memory_format=torch.channels_last)
     labels = torch.arange(20) % 10
     made.begin_epoch(0)
-    made.update(images, labels, labels, step=1, learning_rate=0.1)
+    made.update(Batch(images, labels, labels), step=1, learning_rate=0.1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert seen[-1].is_contiguous(memory_format=layout)

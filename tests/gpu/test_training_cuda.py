@@ -11,11 +11,10 @@ from fastprune.artifacts.subset import Subset
 from fastprune.beton.reader import open_beton
 from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
-from fastprune.distillation.clocks import Clocks
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.losses import LogitReshaper
-from fastprune.distillation.pair import make_pair
-from fastprune.distillation.step import Stepper
+from fastprune.distillation.meters import PhaseTimer
+from fastprune.distillation.step import Batch, Context, Stepper, make_pair
 from fastprune.distillation.trainer import distill
 from fastprune.distributed import Ranks
 from fastprune.errors import TrainingStopped
@@ -103,8 +102,8 @@ def test_no_step_waits_for_the_device(recipe, tmp_path, sections):
         }
     settings = recipe("run", schedule={"clip_norm": 1.0, "ema_decay": 0.9}, **sections)
     device = torch.device("cuda")
-    learner, objective = make_pair(settings, num_classes=10, keep_ratio=1.0, device=device)
-    clocks = Clocks(device, began=0.0)
+    context = Context(settings, Ranks(), device, PhaseTimer(device, began=0.0))
+    learner, objective = make_pair(context, num_classes=10, keep_ratio=1.0)
     pruning = None
     if settings.pruning is not None:
         pruning = InfoBatch(
@@ -117,21 +116,20 @@ def test_no_step_waits_for_the_device(recipe, tmp_path, sections):
             ranks=Ranks(),
         )
         pruning.begin_epoch(0)
-    stepper = Stepper(
-        settings, learner, objective, pruning, ranks=Ranks(), device=device, clocks=clocks
-    )
-    stepper.rehearse(num_classes=10, image_sizes=(32,))
+    stepper = Stepper(context, learner, objective, pruning)
+    stepper.warm_up(num_classes=10, image_sizes=(32,))
     images = torch.randn(20, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.arange(20, device=device) % 10
+    batch = Batch(images, labels, labels)
     stepper.begin_epoch(0)
-    stepper.update(images, labels, labels, step=1, learning_rate=0.1)
+    stepper.update(batch, step=1, learning_rate=0.1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stepper.update(images, labels, labels, step=2, learning_rate=0.1)
+        stepper.update(batch, step=2, learning_rate=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    clocks.read()
-    assert clocks.seconds["student"] > 0
+    context.timer.read()
+    assert context.timer.seconds["student"] > 0
 
 
 def test_compiled_networks_train(recipe):

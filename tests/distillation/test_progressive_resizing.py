@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastprune.distillation.growth import GrowingLoader, image_sizes, size_at
+from fastprune.distillation.progressive_resizing import GrowingLoader, image_sizes, size_at
 from fastprune.distillation.step import Stepper
 from fastprune.distillation.trainer import distill
 from fastprune.loading.loader import Loader
@@ -93,11 +93,11 @@ def test_run_of_growing_images_resumes_to_the_same_weights(recipe, tmp_path, mon
     whole = distill(make(run={"out": tmp_path / "whole"}))
     sizes, update = [], Stepper.update
 
-    def dying(self, images, *arguments, step, **others):
-        sizes.append(images.shape[-1])
+    def dying(self, batch, *, step, **others):
+        sizes.append(batch.images.shape[-1])
         if step == 7:
             raise Killed
-        return update(self, images, *arguments, step=step, **others)
+        return update(self, batch, step=step, **others)
 
     run = {"out": tmp_path / "killed", "checkpoint_every": 1}
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -112,11 +112,11 @@ def test_run_of_growing_images_resumes_to_the_same_weights(recipe, tmp_path, mon
 def test_what_a_new_size_takes_once_is_start_up(recipe, teacher, monkeypatch):
     sizes, backward, warm_up = [], Stepper._backward, Loader.warm_up
 
-    def slow(self, images, *arguments):
-        if images.shape[-1] not in sizes:
-            sizes.append(images.shape[-1])
+    def slow(self, batch, **options):
+        if batch.images.shape[-1] not in sizes:
+            sizes.append(batch.images.shape[-1])
             time.sleep(1)
-        return backward(self, images, *arguments)
+        return backward(self, batch, **options)
 
     def slow_to_open(self):
         time.sleep(1)

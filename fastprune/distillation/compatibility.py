@@ -1,14 +1,17 @@
-"""What a recipe names: opened, and refused where it does not belong together."""
+"""What belongs together: the identity of a run, and every refusal of what does not fit."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-from fastprune.distillation.growth import GrowingLoader, image_sizes
+from fastprune.artifacts.subset import Subset
 from fastprune.distillation.objective import Objective
-from fastprune.errors import ArtifactMismatch, RecipeError
-from fastprune.loading.augment import Recipe as Views
+from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.loading.loader import Loader
 from fastprune.networks import published_view, published_weights, weights_digest, weights_metadata
 from fastprune.recipe import Recipe
@@ -32,98 +35,8 @@ _FREE = {
 }
 
 
-def open_loaders(recipe: Recipe, device: torch.device) -> tuple[Loader, Loader]:
-    """The loaders of both betons, each with this process's share of the rows.
-
-    Args:
-        recipe: its section `data`, and the seed.
-        device: where batches go.
-
-    Returns:
-        One of (images, labels, rows) to train on, and one of (images, labels), every row once.
-
-    Raises:
-        BetonError: a beton cannot be read.
-        ArtifactMismatch: subset, train and val beton or the teacher do not belong together.
-        InvalidValueError: the subset fills no batch.
-    """
-    train = open_train_loader(recipe, recipe.data.image_size, device=device)
-    val_size = recipe.data.val_image_size or recipe.data.image_size
-    val = Loader(recipe.data.val, train=False, image_size=val_size, **_shared(recipe, device))
-    _require_same_classes(train, val)
-    _require_teacher_of_classes(recipe, train)
-    return train, val
-
-
-def open_train_loader(recipe: Recipe, image_size: int, *, device: torch.device) -> Loader:
-    """This process's share of the rows to train on: batches of (images, labels, rows).
-
-    Args:
-        recipe: its section `data`, and the seed.
-        image_size: side of the images; the kind of views is that of the recipe's size.
-        device: where batches go.
-    """
-    data = recipe.data
-    views = Views.make(data.augment, image_size=data.image_size, train=True)
-    return Loader(
-        data.train,
-        data.subset,
-        train=True,
-        augment=views.kind,
-        image_size=image_size,
-        seed=recipe.run.seed,
-        layout="xyi",
-        **_shared(recipe, device),
-    )
-
-
-def training_sizes(recipe: Recipe) -> tuple[int, ...]:
-    """The sides of the images that a run goes through, in pixels and in their order."""
-    data = recipe.data
-    first = data.image_size if data.first_image_size is None else data.first_image_size
-    return image_sizes(first, data.image_size, step=data.image_size_step)
-
-
-def make_batches(
-    recipe: Recipe, train: Loader, *, epochs: int, device: torch.device
-) -> Loader | GrowingLoader:
-    """What the loop iterates over: the train loader, or loaders of one size after the other.
-
-    Args:
-        recipe: its section `data`, and the seed.
-        train: a loader of the recipe's image size.
-        epochs: passes of the run.
-        device: where batches go.
-    """
-    sizes = training_sizes(recipe)
-    if len(sizes) == 1:
-        return train
-
-    def of_size(size: int) -> Loader:
-        if size == sizes[-1]:
-            return train
-        loader = open_train_loader(recipe, size, device=device)
-        loader.warm_up()
-        return loader
-
-    return GrowingLoader(of_size, sizes, epochs=epochs)
-
-
-def _shared(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """What both loaders have in common."""
-    data = recipe.data
-    return {
-        "batch_size": data.batch_size,
-        "backend": data.backend,
-        "device": device,
-        "mean": data.mean,
-        "std": data.std,
-        "num_workers": data.num_workers,
-    }
-
-
 def student_metadata(recipe: Recipe, loader: Loader) -> dict[str, str]:
-    """What a reader of the student's weights needs to build, feed and understand it."""
+    """Return what a reader of the student's weights needs to build, feed and understand it."""
     metadata = {
         "network": recipe.student.network,
         "num_classes": str(loader.num_classes),
@@ -139,7 +52,7 @@ def student_metadata(recipe: Recipe, loader: Loader) -> dict[str, str]:
 def identity(
     recipe: Recipe, train: Loader, val: Loader, objective: Objective, *, processes: int
 ) -> dict[str, Any]:
-    """Everything that decides which weights a run ends with, by dotted name.
+    """Return everything that decides which weights a run ends with, by dotted name.
 
     Args:
         recipe: its settings, but those of no consequence and names of files.
@@ -165,7 +78,12 @@ def identity(
 
 
 def require_same_run(theirs: dict[str, Any], ours: dict[str, Any], *, folder: str) -> None:
-    """Refuse to go on with a run of other settings.
+    """Refuse to continue a run of other settings.
+
+    Args:
+        theirs: `identity` of the run in the folder.
+        ours: `identity` of this one.
+        folder: the run's, for the message.
 
     Raises:
         RecipeError: they differ; each difference is named.
@@ -182,8 +100,12 @@ def require_same_run(theirs: dict[str, Any], ours: dict[str, Any], *, folder: st
         )
 
 
-def _require_same_classes(train: Loader, val: Loader) -> None:
-    """Refuse betons whose labels do not mean the same, as far as they tell."""
+def require_same_classes(train: Loader, val: Loader) -> None:
+    """Refuse betons whose labels do not mean the same, as far as their class names say.
+
+    Raises:
+        ArtifactMismatch: names, order or number of the classes differ.
+    """
     ours, theirs = train.class_names, val.class_names
     if ours is not None and theirs is not None and ours != theirs:
         detail = _difference(ours, theirs)
@@ -197,8 +119,12 @@ def _require_same_classes(train: Loader, val: Loader) -> None:
     )
 
 
-def _require_teacher_of_classes(recipe: Recipe, train: Loader) -> None:
-    """Refuse a teacher of other classes or of images with other values, as far as it tells."""
+def require_teacher_fits(recipe: Recipe, train: Loader) -> None:
+    """Refuse a teacher of other classes or of images with other values, as far as its file says.
+
+    Raises:
+        ArtifactMismatch: classes, mean or standard deviation differ.
+    """
     if recipe.teacher is None:
         return
     checkpoint = recipe.teacher.checkpoint
@@ -209,15 +135,15 @@ def _require_teacher_of_classes(recipe: Recipe, train: Loader) -> None:
             values = {"mean": json.dumps(view.mean), "std": json.dumps(view.std)}
             _require_same_values(recipe, values)
         return
-    told = weights_metadata(checkpoint)
-    names = tuple(json.loads(told.get("class_names", "null")) or ())
-    count = int(told.get("num_classes", train.num_classes))
+    metadata = weights_metadata(checkpoint)
+    names = tuple(json.loads(metadata.get("class_names", "null")) or ())
+    count = int(metadata.get("num_classes", train.num_classes))
     if count != train.num_classes:
         detail = f"{count} and {train.num_classes} classes"
     elif names and train.class_names is not None and names != train.class_names:
         detail = _difference(names, train.class_names)
     else:
-        _require_same_values(recipe, told)
+        _require_same_values(recipe, metadata)
         return
     raise ArtifactMismatch(
         f"{checkpoint} and {train.beton.path} have different classes: {detail}. Take a teacher "
@@ -225,11 +151,11 @@ def _require_teacher_of_classes(recipe: Recipe, train: Loader) -> None:
     )
 
 
-def _require_same_values(recipe: Recipe, told: dict[str, str]) -> None:
-    """Refuse a teacher whose images were normalised in another way."""
+def _require_same_values(recipe: Recipe, metadata: dict[str, str]) -> None:
+    """Refuse a teacher whose images were normalized in another way."""
     assert recipe.teacher is not None
     for name, ours in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-        theirs = json.loads(told.get(name, json.dumps(ours)))
+        theirs = json.loads(metadata.get(name, json.dumps(ours)))
         if list(theirs) != list(ours):
             raise ArtifactMismatch(
                 f"{recipe.teacher.checkpoint or recipe.teacher.weights} was trained with "
@@ -245,3 +171,60 @@ def _difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
         if one != other:
             return f"class {number} is {one!r} and {other!r}"
     return f"{len(ours)} and {len(theirs)} classes"
+
+
+def require_logits(name: str, logits: Any, *, rows: int, num_classes: int) -> None:
+    """Refuse a network whose output for a batch is not (rows, num_classes).
+
+    Raises:
+        InvalidValueError: it is something else; `name` says which network it is.
+    """
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (rows, num_classes):
+        raise InvalidValueError(
+            f"the {name} returned {shape} for {rows} images, not logits of shape "
+            f"({rows}, {num_classes}). Take a network with an output for each class."
+        )
+
+
+@contextmanager
+def explain_missing_features(recipe: Recipe) -> Iterator[None]:
+    """Turn a network without features into an error that names the setting that needs them.
+
+    Raises:
+        RecipeError: a network has no layer that makes its logits.
+    """
+    try:
+        yield
+    except InvalidValueError as error:
+        if recipe.loss.feature_weight == 0:
+            raise
+        raise RecipeError(
+            f"loss.feature_weight = {recipe.loss.feature_weight} compares penultimate features, "
+            f"the inputs of the classifiers, but {str(error).partition('. ')[0]}. Take other "
+            "networks, or set loss.feature_weight to 0."
+        ) from error
+
+
+def read_class_std(recipe: Recipe, num_classes: int) -> NDArray[np.float64] | None:
+    """Return the (C,) class std that the subset carries; None where the recipe wants none.
+
+    Raises:
+        RecipeError: the subset carries none.
+        ArtifactMismatch: they are of another number of classes.
+    """
+    if recipe.loss.reshaping != "class_std":
+        return None
+    assert recipe.data.subset is not None, "the recipe is validated"
+    class_std = Subset.load(recipe.data.subset).class_std
+    if class_std is None:
+        raise RecipeError(
+            f"loss.reshaping = 'class_std', but {recipe.data.subset} carries no class std. "
+            "Make the subset with `fastprune select`, or set loss.reshaping to 'none'."
+        )
+    if len(class_std) != num_classes:
+        raise ArtifactMismatch(
+            f"{recipe.data.subset} has the class std of {len(class_std)} classes, but "
+            f"{recipe.data.train} has {num_classes}. Select again from scores of this beton."
+        )
+    return class_std

@@ -1,16 +1,12 @@
-"""What can end a run from outside: signals, and memory that is used up."""
+"""What ends a run from outside: signals of a scheduler, a launcher, or a terminal."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import torch
-
-from fastprune.errors import TrainingError, TrainingStopped
+from fastprune.errors import TrainingStopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _REPEAT_SECONDS = 5.0
@@ -69,35 +65,4 @@ def stopped(number: int, *, step: int, is_saved: bool) -> TrainingStopped:
     return TrainingStopped(
         f"{name} stopped the run after step {step}. Go on {where} with --resume.",
         exit_code=128 + number,
-    )
-
-
-@contextmanager
-def naming_memory(*, batch_size: int, image_size: int, device: torch.device) -> Iterator[None]:
-    """Turn a failed allocation into an error that tells which batch size to try.
-
-    Raises:
-        TrainingError: the device's memory is used up.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        cure = (
-            f"Try data.batch_size = {batch_size // 2}, and schedule.learning_rate lowered as much"
-            if batch_size > 1
-            else "Use a smaller network, or data.image_size"
-        )
-        raise TrainingError(
-            f"out of memory on {device} with data.batch_size = {batch_size} at {image_size} "
-            f"pixels ({str(error).splitlines()[0]}). {cure}; run.precision = 'bf16' saves memory "
-            "as well."
-        ) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch has no class of its own for the CPU's."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error)
     )

@@ -1,4 +1,4 @@
-"""Progressive resolution: small images first, the full size at the end."""
+"""Progressive resizing: small images first, the full size at the end."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ import numpy as np
 
 from fastprune.beton.rows import RowsLike
 from fastprune.loading.loader import Loader
+from fastprune.recipe import DataSettings
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,12 @@ def image_sizes(first: int, last: int, *, step: int) -> tuple[int, ...]:
     (128, 160, 176)
     """
     return (*range(first, last, step), last)
+
+
+def training_sizes(data: DataSettings) -> tuple[int, ...]:
+    """The sides of the images that a run goes through, in pixels and in their order."""
+    first = data.image_size if data.first_image_size is None else data.first_image_size
+    return image_sizes(first, data.image_size, step=data.image_size_step)
 
 
 def size_at(epoch: int, sizes: tuple[int, ...], *, epochs: int) -> int:
@@ -88,7 +95,7 @@ class GrowingLoader:
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader of the same sizes was; see `Loader`."""
+        """Continue where another loader of the same sizes was; see `Loader`."""
         self._grow(state["epoch"])
         self._loader.load_state_dict(state)
 

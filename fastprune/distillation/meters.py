@@ -1,0 +1,230 @@
+"""What a run measures of itself: seconds of phases and parts, losses, and how far it has come."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprune.distillation.progressive_resizing import GrowingLoader
+from fastprune.distributed import Ranks
+from fastprune.loading.loader import Loader
+from fastprune.progress import track
+
+PHASES = ("startup", "train", "validation", "checkpoint", "closing")
+PARTS = ("wait", "teacher", "student", "optimizer")
+
+
+class PhaseTimer:
+    """Seconds of each phase and part of a run.
+
+    One phase runs at any time, beginning with "startup"; on CUDA a phase ends when the device has
+    done its work. Parts run within the phase "train". On CUDA they are timed by events in the
+    device's stream, so that no step waits for it; `read` adds up those that are over.
+
+    Attributes:
+        seconds: of each of `PHASES` and `PARTS`.
+    """
+
+    def __init__(self, device: torch.device, *, began: float) -> None:
+        """Start the first phase.
+
+        Args:
+            device: where the parts run.
+            began: when the first phase did, by `time.perf_counter`.
+        """
+        self.seconds = dict.fromkeys((*PHASES, *PARTS), 0.0)
+        self._device = device
+        self._phase, self._since = PHASES[0], began
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases, as of the last switch."""
+        return sum(self.seconds[name] for name in PHASES)
+
+    def switch(self, phase: str) -> str:
+        """End the running phase and begin another; returns the one that ended."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[self._phase] += now - self._since
+        ended, self._phase, self._since = self._phase, phase, now
+        return ended
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Run a phase in the midst of another one, which stands still meanwhile."""
+        outer = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(outer)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part of a step on the device."""
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - started
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((name, begin, end))
+
+    def forget_parts(self) -> None:
+        """Start the parts anew: compilation and autotuning in the warm-up are no part of a step."""
+        self._events.clear()
+        self.seconds.update(dict.fromkeys(PARTS, 0.0))
+
+    def waiting_share(self) -> float:
+        """Share in [0, 1] of the time for training, up to now, that was spent waiting."""
+        running = time.perf_counter() - self._since if self._phase == "train" else 0.0
+        return self.seconds["wait"] / max(self.seconds["train"] + running, 1e-9)
+
+    def add_wait(self, seconds: float) -> None:
+        """Count seconds in which the host waited for a batch."""
+        self.seconds["wait"] += seconds
+
+    def read(self) -> None:
+        """Add up the parts so far; call it where the host has waited for the device anyway."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self.seconds[name] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds as of the last switch and the last `read`."""
+        return dict(self.seconds)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Add the seconds of the run so far to those of this process."""
+        for name, seconds in state.items():
+            self.seconds[name] += seconds
+
+
+class StepLosses(NamedTuple):
+    """The losses of one step on this process.
+
+    Attributes:
+        step: optimizer steps done, this one included.
+        epoch: passes complete before it.
+        batch: its position in the epoch.
+        losses: (B,) of its rows, detached, on the device.
+        rows: (B,) of the beton, on the device.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    losses: Tensor
+    rows: Tensor
+
+
+class LossMeter:
+    """The losses since the last line of the log.
+
+    They stay on the device until a line is due, and come to the host together, where it would wait
+    for the device anyway. Only then can a loss that is no number be noticed, steps later.
+
+    Attributes:
+        means: of the fetched steps since the last line, over all processes.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.means: list[float] = []
+        self._ranks = ranks
+        self._pending: list[StepLosses] = []
+
+    def add(self, step: StepLosses) -> None:
+        """Keep what a step gave."""
+        self._pending.append(step)
+
+    def fetch(self) -> StepLosses | None:
+        """Bring the steps' mean losses to the host, as `means`; a collective.
+
+        Returns:
+            The first step whose mean is not finite, the same on every process; None where all are.
+            After a bad one, nothing is added to `means`.
+        """
+        if not self._pending:
+            return None
+        means = torch.stack([step.losses.mean() for step in self._pending]).double().cpu()
+        means = self._ranks.all_sum(means) / self._ranks.world
+        bad = (~means.isfinite()).nonzero()
+        if len(bad):
+            return self._pending[int(bad[0])]
+        self.means += means.tolist()
+        self._pending.clear()
+        return None
+
+    def pop_mean(self) -> float:
+        """Return the mean loss of the fetched steps, of which there are some, and forget them."""
+        value = sum(self.means) / len(self.means)
+        self.means.clear()
+        return value
+
+
+class ProgressMeter:
+    """Hands out the batches of each pass, and shows how far the run has come."""
+
+    def __init__(self, timer: PhaseTimer, ranks: Ranks, *, epochs: int) -> None:
+        """Begin with no pass.
+
+        Args:
+            timer: counts the waiting.
+            ranks: the first process shows the bar.
+            epochs: passes of the run.
+        """
+        self._timer = timer
+        self._ranks = ranks
+        self._epochs = epochs
+        self._began = time.monotonic()
+        self._steps = self._steps_left = 0
+
+    def over(
+        self, loader: Loader | GrowingLoader, *, epoch: int, first: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the batches of a pass that are left.
+
+        Args:
+            loader: gives them.
+            epoch: counted from 0.
+            first: batches of it that were done before.
+        """
+        self._steps_left = len(loader) * (self._epochs - epoch) - first
+        batches = self._timed(loader)
+        if not self._ranks.is_first:
+            return batches
+        images_per_step = loader.batch_size * self._ranks.world
+        return track(
+            batches,
+            description=f"epoch {epoch + 1}/{self._epochs}",
+            total=len(loader) * images_per_step,
+            done=first * images_per_step,
+            unit="images",
+            step=images_per_step,
+            note=self._outlook,
+        )
+
+    def _timed(self, loader: Loader | GrowingLoader) -> Iterator[tuple[Tensor, ...]]:
+        """Batches; the time until each arrives is waiting time."""
+        asked = time.perf_counter()
+        for batch in loader:
+            self._timer.add_wait(time.perf_counter() - asked)
+            yield batch
+            self._steps += 1
+            self._steps_left -= 1
+            asked = time.perf_counter()
+        self._timer.add_wait(time.perf_counter() - asked)
+
+    def _outlook(self) -> str:
+        """How much of the time goes into waiting, and when the run will be over."""
+        minutes_per_step = (time.monotonic() - self._began) / 60 / max(self._steps, 1)
+        minutes = self._steps_left * minutes_per_step
+        return f"{self._timer.waiting_share():.0%} waiting, run {minutes:,.0f} min left"
