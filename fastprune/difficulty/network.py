@@ -15,9 +15,9 @@ from fastprune.networks import (
     PublishedView,
     build_network,
     load_weights,
+    network_in_metadata,
     published_view,
     published_weights,
-    told_network,
     weights_digest,
     weights_metadata,
 )
@@ -84,7 +84,7 @@ def make_teacher(
             f"the teacher {teacher}. Leave one of them out."
         )
     metadata = weights_metadata(checkpoint)
-    name = teacher or told_network(metadata, checkpoint)
+    name = teacher or network_in_metadata(metadata, checkpoint)
     if name is None:
         raise InvalidValueError(
             f"{checkpoint} does not say which network it is of. Name it (--teacher)."

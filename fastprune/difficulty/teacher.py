@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -177,7 +177,9 @@ def score(
             precision=precision,
             compile_network=compile_teacher,
         ) as forward:
-            made.identity.update(feature_layer=feature_layer, dtype=str(forward.dtype))
+            # How the teacher is run decides its scores as much as its weights do.
+            run_as = {"feature_layer": feature_layer, "dtype": str(forward.dtype)}
+            made = replace(made, identity=made.identity | run_as)
             identity = {
                 "images": beton.fingerprint.to_dict(),
                 "teacher": made.identity,

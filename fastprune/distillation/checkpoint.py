@@ -46,7 +46,7 @@ class Checkpoints:
     def save(self, state: dict[str, Any], *, step: int) -> bool:
         """Write a checkpoint, then remove those that are too many.
 
-        Where it cannot be written, the run is told so and goes on, and the older ones stay.
+        Where it cannot be written, a warning says so, the run continues, and the older ones stay.
 
         Args:
             state: tensors and plain values.
@@ -182,7 +182,7 @@ def _load(path: Path) -> dict[str, Any]:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     if _digest(data) != match[2]:
-        raise ValueError(f"its {len(data):,} bytes have another digest than its name tells")
+        raise ValueError(f"its {len(data):,} bytes have another digest than its name says")
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 

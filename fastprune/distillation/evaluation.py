@@ -1,4 +1,4 @@
-"""How good a network is on a beton."""
+"""The accuracy of a network on a beton."""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD
-from fastprune.networks import build_network, load_weights, told_network, weights_metadata
+from fastprune.networks import build_network, load_weights, network_in_metadata, weights_metadata
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,26 @@ def evaluate_checkpoint(
     """Measure a network in a file on every row of a beton, centre-cropped.
 
     Args:
-        checkpoint: weights; a student.safetensors of `distill` tells its network, image size, mean
+        checkpoint: weights; a student.safetensors of `distill` names its network, image size, mean
             and standard deviation (else ImageNet's are taken).
         beton: the images.
-        network: name of the network; None for what the checkpoint tells.
-        image_size: side of the crop in pixels; None for what the checkpoint tells.
+        network: name of the network; None for what the checkpoint says.
+        image_size: side of the crop in pixels; None for what the checkpoint says.
         batch_size: images per step.
         device: where to; "auto" takes CUDA where it is there.
 
     Raises:
-        InvalidValueError: network or image size are neither given nor told.
+        InvalidValueError: network or image size are neither given nor in the checkpoint.
         ArtifactError: the checkpoint cannot be read or does not fit the network.
         ArtifactMismatch: the beton has more classes than the checkpoint, or others.
         BetonError: the beton cannot be read.
     """
-    told = weights_metadata(checkpoint)
-    network = network or told_network(told, checkpoint)
-    size = told.get("image_size") if image_size is None else image_size
+    metadata = weights_metadata(checkpoint)
+    network = network or network_in_metadata(metadata, checkpoint)
+    size = metadata.get("image_size") if image_size is None else image_size
     for name, value in (("--network", network), ("--image-size", size)):
         if value is None:
-            raise InvalidValueError(f"{checkpoint} does not tell its {name[2:]}; give {name}.")
+            raise InvalidValueError(f"{checkpoint} does not say its {name[2:]}; give {name}.")
     assert network is not None
     assert size is not None
     place = choose_device(device)
@@ -75,17 +75,17 @@ def evaluate_checkpoint(
         batch_size=batch_size,
         image_size=int(size),
         device=place,
-        mean=json.loads(told["mean"]) if "mean" in told else IMAGENET_MEAN,
-        std=json.loads(told["std"]) if "std" in told else IMAGENET_STD,
+        mean=json.loads(metadata["mean"]) if "mean" in metadata else IMAGENET_MEAN,
+        std=json.loads(metadata["std"]) if "std" in metadata else IMAGENET_STD,
         distributed=None,
     )
-    num_classes = int(told.get("num_classes", loader.num_classes))
+    num_classes = int(metadata.get("num_classes", loader.num_classes))
     if loader.num_classes > num_classes:
         raise ArtifactMismatch(
             f"{checkpoint} knows {num_classes} classes, but {beton} has {loader.num_classes}. "
             "Evaluate on images of the classes that it was trained on."
         )
-    names = json.loads(told.get("class_names", "null"))
+    names = json.loads(metadata.get("class_names", "null"))
     if names and loader.class_names and names[: loader.num_classes] != list(loader.class_names):
         raise ArtifactMismatch(
             f"the classes of {beton} have other names or another order than those that "

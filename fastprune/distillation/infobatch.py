@@ -93,7 +93,7 @@ class InfoBatch:
         self._weights = torch.ones(places, device=device)
 
     def begin_epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Choose the rows of an epoch, by the losses that earlier epochs told.
+        """Choose the rows of an epoch, by the losses of earlier epochs.
 
         Args:
             epoch: counted from 0.

@@ -65,7 +65,7 @@ class RunLog:
         """Write one line and one event per metric.
 
         Args:
-            step: optimiser steps done.
+            step: optimizer steps done.
             epoch: passes over the data that are complete.
             metrics: name -> value; a slash in TensorBoard's sense groups them.
         """

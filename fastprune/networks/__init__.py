@@ -9,8 +9,8 @@ from fastprune.networks.catalog import (
 from fastprune.networks.features import FeatureNetwork, classifier_name
 from fastprune.networks.weights import (
     load_weights,
+    network_in_metadata,
     save_weights,
-    told_network,
     weights_digest,
     weights_metadata,
 )
@@ -21,10 +21,10 @@ __all__ = [
     "build_network",
     "classifier_name",
     "load_weights",
+    "network_in_metadata",
     "published_view",
     "published_weights",
     "save_weights",
-    "told_network",
     "weights_digest",
     "weights_metadata",
 ]

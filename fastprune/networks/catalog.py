@@ -233,7 +233,7 @@ def _require_timm(name: str) -> None:
 
 
 def _timm_config(name: str, weights: str) -> Any:
-    """What timm tells of the published weights of a network."""
+    """Timm's description of the published weights of a network."""
     if weights != "pretrained":
         raise InvalidValueError(f"weights {weights!r}: for timm networks say 'pretrained'.")
     _require_timm(name)

@@ -102,7 +102,7 @@ class MobileNetV1(nn.Module):
 def _convolution(
     in_channels: int, channels: int, *, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Module, ...]:
-    """A convolution that keeps the size but for the stride, normalised and activated."""
+    """A convolution that keeps the size but for the stride, normalized and activated."""
     padding = kernel_size // 2
     return (
         nn.Conv2d(in_channels, channels, kernel_size, stride, padding, groups=groups, bias=False),

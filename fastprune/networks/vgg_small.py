@@ -1,4 +1,4 @@
-"""VGG networks for small images: batch normalisation, one linear layer."""
+"""VGG networks for small images: batch normalization, one linear layer."""
 
 import math
 
@@ -16,7 +16,7 @@ _SIDE_WITH_FOURTH_POOL = 64
 
 
 class SmallVGG(nn.Module):
-    """A VGG with batch normalisation whose parameters are named as RepDistiller names them.
+    """A VGG with batch normalization whose parameters are named as RepDistiller names them.
 
     The feature map is halved three times below 64 pixels and four times from there on, then
     averaged, so any image of at least 8x8 pixels fits.

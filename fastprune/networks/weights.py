@@ -43,7 +43,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         path: a .safetensors file, or a PyTorch checkpoint: a state dict, or a dict that holds one
             under `state_dict`, `model`, `model_state_dict`, `net` or `network` (RepDistiller,
             timm, torchvision's references). The prefixes of DistributedDataParallel and
-            torch.compile are taken off, and batch normalisation's counters may be missing, as in
+            torch.compile are taken off, and batch normalization's counters may be missing, as in
             old files. Pickled code is never run (`weights_only=True`).
 
     Raises:
@@ -84,7 +84,7 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
         raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error
 
 
-def told_network(metadata: dict[str, str], path: str | Path) -> str | None:
+def network_in_metadata(metadata: dict[str, str], path: str | Path) -> str | None:
     """The network that a checkpoint's metadata names, if it names one.
 
     Raises:
