@@ -6,8 +6,8 @@ from fastprune.errors import ArtifactError
 from fastprune.networks import (
     build_network,
     load_weights,
+    network_in_metadata,
     save_weights,
-    told_network,
     weights_digest,
     weights_metadata,
 )
@@ -133,8 +133,8 @@ def test_metadata_of_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 
 def test_file_may_name_a_network_but_no_code(tmp_path):
-    assert told_network({"network": "resnet8"}, "a.safetensors") == "resnet8"
-    assert told_network({"network": "timm:resnet18"}, "a.safetensors") == "timm:resnet18"
-    assert told_network({}, "a.safetensors") is None
+    assert network_in_metadata({"network": "resnet8"}, "a.safetensors") == "resnet8"
+    assert network_in_metadata({"network": "timm:resnet18"}, "a.safetensors") == "timm:resnet18"
+    assert network_in_metadata({}, "a.safetensors") is None
     with pytest.raises(ArtifactError, match=r"a\.safetensors names the factory 'os:system'"):
-        told_network({"network": "os:system"}, "a.safetensors")
+        network_in_metadata({"network": "os:system"}, "a.safetensors")
