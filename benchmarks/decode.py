@@ -36,7 +36,7 @@ from _view_peers import (
 from numba import njit
 
 from fastprune.jpeg import scan
-from fastprune.jpeg.frame import ACROSS, DOWN, RESTART, SCAN, WIDTH, read_frame
+from fastprune.jpeg.frame import H_FACTOR, RESTART, SCAN, V_FACTOR, WIDTH, read_frame
 from fastprune.jpeg.headers import read_header
 from fastprune.jpeg.rewrite import to_restart_rows
 from fastprune.jpeg.stream import unstuff
@@ -229,18 +229,18 @@ def _up_to(data, starts, boxes, work, stage):
         if stage >= 1:
             scan.prepare_tables(work)
         frame = work.frame
-        unit_height, unit_width = 8 * frame[DOWN], 8 * frame[ACROSS]
-        row, column = top // unit_height, left // unit_width
-        rows = (top + height - 1) // unit_height - row + 1
-        columns = (left + width - 1) // unit_width - column + 1
+        mcu_height, mcu_width = 8 * frame[V_FACTOR], 8 * frame[H_FACTOR]
+        row, column = top // mcu_height, left // mcu_width
+        rows = (top + height - 1) // mcu_height - row + 1
+        columns = (left + width - 1) // mcu_width - column + 1
         if stage == 2:
-            unit_columns = -(-frame[WIDTH] // unit_width)
+            mcus_per_row = -(-frame[WIDTH] // mcu_width)
             restart = frame[RESTART] if frame[RESTART] > 0 else 1 << 30
-            first = row * unit_columns // restart
-            last = (row + rows - 1) * unit_columns // restart
+            first = row * mcus_per_row // restart
+            last = (row + rows - 1) * mcus_per_row // restart
             unstuff(content, frame[SCAN], work.stream, work.starts, first, last)
         if stage == 3:
-            scan.decode_units(content, work, row, rows, column, columns)
+            scan.decode_mcus(content, work, row, rows, column, columns)
 
 
 if __name__ == "__main__":

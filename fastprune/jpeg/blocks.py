@@ -9,14 +9,10 @@ import numpy as np
 from fastprune.jpeg.entropy import skip_block
 from fastprune.jpeg.frame import (
     AC_TABLE,
-    ACROSS,
     COMPONENTS,
     DC_TABLE,
-    DOWN,
-    HEIGHT,
     RESTART,
     SCAN,
-    WIDTH,
 )
 from fastprune.jpeg.native import (
     DAMAGED,
@@ -27,11 +23,11 @@ from fastprune.jpeg.native import (
     inlined,
     kernel,
 )
-from fastprune.jpeg.scan import enter_interval, position
+from fastprune.jpeg.scan import mcu_grid, position, start_interval
 from fastprune.jpeg.stream import load_word, unstuff
 from fastprune.jpeg.workspace import SPEC_BYTES
 
-NUM_SIZES = 16  # a DC value's difference takes fewer bits
+NUM_CATEGORIES = 16  # a DC value's difference takes fewer bits
 _WORD_BITS = 48  # what a word holds at least, from any bit of a byte on
 
 
@@ -43,28 +39,28 @@ def find_blocks(data, work, values, begins, ends):
     to ends[i] of the workspace's stream.
     """
     frame = work.frame
-    unit_columns, unit_rows, unit_blocks = units_of(frame)
-    total = unit_columns * unit_rows
-    if len(values) != total * unit_blocks:
+    mcus_per_row, mcu_rows, blocks_per_mcu = mcu_grid(frame)
+    total = mcus_per_row * mcu_rows
+    if len(values) != total * blocks_per_mcu:
         return LACKS_ROOM
     restart = frame[RESTART] if frame[RESTART] > 0 else total
     code = unstuff(data, frame[SCAN], work.stream, work.starts, 0, (total - 1) // restart)
     if code != OK:
         return code
-    reader, end = enter_interval(work, 0)
+    reader, end = start_interval(work, 0)
     block = 0
-    for unit in range(total):
-        if unit % restart == 0:
-            reader, end = enter_interval(work, unit // restart)
-        for i in range(unit_blocks):
-            component = component_of(i, unit_blocks, frame)
+    for mcu in range(total):
+        if mcu % restart == 0:
+            reader, end = start_interval(work, mcu // restart)
+        for i in range(blocks_per_mcu):
+            component = component_of(i, blocks_per_mcu, frame)
             dc_table, ac_table = frame[DC_TABLE + component], frame[AC_TABLE + component]
             before, start = work.predictions[component], position(reader)
             reader = skip_block(work, *reader, component, dc_table, ac_table)
             if reader[0] == 0 or position(reader) > end:
                 return DAMAGED if reader[0] == 0 else TRUNCATED
-            size = size_of(work.predictions[component] - before)
-            if size >= NUM_SIZES:
+            size = category_of(work.predictions[component] - before)
+            if size >= NUM_CATEGORIES:
                 return UNSUPPORTED
             values[block] = work.predictions[component]
             begins[block] = start + _code_length(work.specs, dc_table * SPEC_BYTES, size) + size
@@ -85,31 +81,23 @@ def _code_length(specs, spec, symbol):
     return 0
 
 
-@kernel
-def units_of(frame):
-    """Columns and rows of minimum coded units, and blocks in each."""
-    columns = -(-frame[WIDTH] // (8 * frame[ACROSS]))
-    rows = -(-frame[HEIGHT] // (8 * frame[DOWN]))
-    return columns, rows, frame[ACROSS] * frame[DOWN] + frame[COMPONENTS] - 1
-
-
 @inlined
-def component_of(block, unit_blocks, frame):
-    """The component of a unit's block: the first has all but one for each of the others."""
-    return max(block - unit_blocks + frame[COMPONENTS], 0)
+def component_of(block, blocks_per_mcu, frame):
+    """The component of an MCU's block: the first has all but one for each of the others."""
+    return max(block - blocks_per_mcu + frame[COMPONENTS], 0)
 
 
 @kernel
-def count_sizes(values, frame, counts):
+def count_categories(values, frame, counts):
     """Add up (2, 256): sizes of the DC differences of the first component, and of the others."""
-    unit_columns, _, unit_blocks = units_of(frame)
+    mcus_per_row, _, blocks_per_mcu = mcu_grid(frame)
     predictions = (np.int64(0), np.int64(0), np.int64(0))
     for block in range(len(values)):
-        if block % (unit_columns * unit_blocks) == 0:
+        if block % (mcus_per_row * blocks_per_mcu) == 0:
             predictions = (np.int64(0), np.int64(0), np.int64(0))
-        component = component_of(block % unit_blocks, unit_blocks, frame)
-        size = size_of(values[block] - predictions[component])
-        if size >= NUM_SIZES:
+        component = component_of(block % blocks_per_mcu, blocks_per_mcu, frame)
+        size = category_of(values[block] - predictions[component])
+        if size >= NUM_CATEGORIES:
             return UNSUPPORTED
         counts[min(component, 1), size] += 1
         predictions = _replaced(predictions, component, values[block])
@@ -122,24 +110,24 @@ def write_rows(stream, frame, values, begins, ends, codes, lengths, out):
 
     `codes` and `lengths` (2, 16) are those of DC sizes, for the first component and the others.
     """
-    unit_columns, _, unit_blocks = units_of(frame)
+    mcus_per_row, _, blocks_per_mcu = mcu_grid(frame)
     predictions = (np.int64(0), np.int64(0), np.int64(0))
     state = (np.int64(0), np.int64(0), np.int64(0))
     for block in range(len(values)):
-        if block % (unit_columns * unit_blocks) == 0:
+        if block % (mcus_per_row * blocks_per_mcu) == 0:
             predictions = (np.int64(0), np.int64(0), np.int64(0))
             if block > 0:
                 state = _flushed(out, state)
-                marker = block // (unit_columns * unit_blocks) - 1
+                marker = block // (mcus_per_row * blocks_per_mcu) - 1
                 out[state[0]], out[state[0] + 1] = 0xFF, 0xD0 + (marker & 7)
                 state = (state[0] + 2, np.int64(0), np.int64(0))
         # Each byte may have to be stuffed.
         if state[0] + 2 * ((ends[block] - begins[block]) // 8 + 16) > len(out):
             return -1
-        component = component_of(block % unit_blocks, unit_blocks, frame)
+        component = component_of(block % blocks_per_mcu, blocks_per_mcu, frame)
         table = min(component, 1)
         difference = values[block] - predictions[component]
-        size = size_of(difference)
+        size = category_of(difference)
         state = _put(out, state, codes[table, size], lengths[table, size])
         number = difference if difference >= 0 else difference + (1 << size) - 1
         state = _put(out, state, number, size)
@@ -176,7 +164,7 @@ def _bits_at(stream, bit, count):
 
 
 @inlined
-def size_of(value):
+def category_of(value):
     """How many bits a number takes (T.81, F.1.2.1)."""
     size, rest = np.int64(0), abs(np.int64(value))
     while rest:
@@ -198,18 +186,18 @@ def _replaced(values, place, value):
 @inlined
 def _put(out, state, bits, count):
     """Append bits; the state is (bytes written, bits not yet written, their number)."""
-    at, waiting, held = state
-    waiting = waiting << count | bits
+    at, pending, held = state
+    pending = pending << count | bits
     held += count
     while held >= 8:
         held -= 8
-        byte = (waiting >> held) & 255
+        byte = (pending >> held) & 255
         out[at] = byte
         at += 1
         if byte == 0xFF:
             out[at] = 0
             at += 1
-    return at, waiting & ((1 << held) - 1), held
+    return at, pending & ((1 << held) - 1), held
 
 
 @inlined

@@ -1,9 +1,10 @@
-"""Huffman decoding of single blocks: the ones that are shown, and the ones that are passed over.
+"""Huffman decoding of single blocks: the ones that are shown, and the ones that are skipped.
 
-A reader is three numbers: `at`, the next byte of the stream; `bits`, those at hand, leftmost first;
-`held`, how many they are. Both functions take a reader and return it behind the block, with `at` 0
-where the data is damaged. At most 64 symbols of 31 bits are read for a block, so a caller that
-checks the end of the data after each block needs a guard of 256 bytes behind it.
+A reader is three uint64: `at`, the next byte of the stream; `bits`, a window onto the stream with
+the next bit leftmost; `held`, how many bits of the window are valid. Both functions take a reader
+and return it behind the block, with `at` 0 where the data is damaged. At most 64 symbols of 31 bits
+are read for a block, so a caller that checks the end of the data after each block needs a guard of
+256 bytes behind it.
 """
 
 import numpy as np
@@ -11,13 +12,13 @@ import numpy as np
 from fastprune.jpeg.native import inlined
 from fastprune.jpeg.stream import load_word
 from fastprune.jpeg.tables import (
+    ADVANCE_SHIFT,
     END_OF_BLOCK,
-    FIRST_BITS_AT,
-    PLACES_AT,
-    SECOND_NUMBER_AT,
-    SECOND_PLACES_AT,
+    FIRST_BITS_SHIFT,
+    SECOND_ADVANCE_SHIFT,
+    SECOND_VALUE_SHIFT,
     entry_of,
-    number_of,
+    receive_extend,
 )
 from fastprune.jpeg.workspace import (
     LIMIT_ITEMS,
@@ -29,16 +30,18 @@ from fastprune.jpeg.workspace import (
     ZIGZAG,
 )
 
-# Numbers that meet a uint64 must be one, or Numba makes the result signed.
+# Numbers that meet a uint64 must be one, or Numba makes the result signed: shifts would copy the
+# sign bit, and indices would be checked for being negative.
 _ZERO, _THREE = np.uint64(0), np.uint64(3)
 _SIX_BITS, _NINE_BITS, _BYTE = np.uint64(63), np.uint64(511), np.uint64(255)
+# The window's next bits are its leftmost, so a shift to the right leaves a table's index.
 _LOOKUP_SHIFT, _SKIP_SHIFT = np.uint64(64 - LOOKUP_BITS), np.uint64(64 - SKIP_BITS)
-_SKIP_PLACES_AT = np.uint64(6)
+_SKIP_ADVANCE_SHIFT = np.uint64(6)
 _REFILLED = np.uint64(56)
 
 # A refilled reader holds at least 56 bits: three symbols of up to 18, or two steps of up to 12 bits
-# of codes and 15 of the last one's number. A fixed number for each refill needs no branch, which
-# would be mispredicted often.
+# of codes and 15 of the last one's additional bits. A fixed number for each refill needs no branch
+# on what is left, which would be mispredicted often.
 _SYMBOLS_A_REFILL = 3
 _SKIPS_A_REFILL = 2
 
@@ -47,16 +50,22 @@ _SKIPS_A_REFILL = 2
 def refilled(stream, at, bits, held):
     """The reader with at least 56 bits at hand.
 
-    Bytes that fit in part are read again, to the same bits, so nothing waits for the shift alone.
     Source: F. Giesen, "Reading bits in far too many ways", variant 4.
     """
+    # The next eight bytes go behind the bits held. Of the last one only a part may fit; it is read
+    # again at the next refill, to the same bits, so ORing them in twice does no harm, and nothing
+    # but this OR waits for `held`.
     bits |= load_word(stream, at) >> held
+    # (63 - held) // 8 bytes fit whole. With them `held` lies in [56, 63] and its lower three bits
+    # are what they were, so setting the bits of 56 is the addition.
     return at + ((_SIX_BITS - held) >> _THREE), bits, held | _REFILLED
 
 
 @inlined
 def _long_symbol(bits, work, table):
     """The entry of a symbol that the lookup does not hold; 0 where there is no such code."""
+    # Canonical codes grow with their length: left-aligned to 16 bits, a code has `length` bits if
+    # it is the first to lie below the end of the codes of that length (T.81, figure F.16).
     code = np.int64(bits >> np.uint64(48))
     limit = table * LIMIT_ITEMS
     length = np.int64(1)
@@ -64,10 +73,12 @@ def _long_symbol(bits, work, table):
         length += 1
     if length > 16:
         return _ZERO
-    place = (code >> (16 - length)) + work.limits[limit + 17 + length - 1]
-    if place < 0 or place > 255:
+    # The second half of `limits` turns a code into the index of its symbol. Only a damaged table
+    # leads out of the 256 symbols.
+    index = (code >> (16 - length)) + work.limits[limit + 17 + length - 1]
+    if index < 0 or index > 255:
         return _ZERO
-    return np.uint64(entry_of(np.int64(work.specs[table * SPEC_BYTES + 16 + place]), length))
+    return np.uint64(entry_of(np.int64(work.specs[table * SPEC_BYTES + 16 + index]), length))
 
 
 @inlined
@@ -87,73 +98,86 @@ def decode_block(work, at, bits, held, component, dc_table, ac_table, start):
     entry = _symbol(bits, work, dc_table)
     if entry == _ZERO:
         return _ZERO, bits, held
-    work.predictions[component] += number_of(bits, entry)
+    # DC is coded as the difference from the component's block before.
+    work.predictions[component] += receive_extend(bits, entry)
     blocks[start] = work.predictions[component]
+    # An entry's lowest byte is the bits of code and value together; a shift takes its low six bits.
     bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
+    # Pairs exist for AC tables alone, which are numbers 4 to 7.
     base = np.uint64((ac_table - 4) * LOOKUP_STRIDE)
-    place = _ZERO
-    while place < _SIX_BITS:
+    zigzag = _ZERO
+    while zigzag < _SIX_BITS:
         at, bits, held = refilled(stream, at, bits, held)
         for _ in range(_SYMBOLS_A_REFILL):
             entry = pairs[base + (bits >> _LOOKUP_SHIFT)]
             if entry == _ZERO:
                 break
-            place += (entry >> PLACES_AT) & _BYTE
-            second = place + ((entry >> SECOND_PLACES_AT) & _BYTE)
-            # Without a second symbol this is the first one's place, which is written next.
-            blocks[start + np.uint64(ZIGZAG[second])] = entry >> SECOND_NUMBER_AT
-            blocks[start + np.uint64(ZIGZAG[place])] = number_of(bits, entry)
-            if place >= _SIX_BITS:
-                length = (entry >> FIRST_BITS_AT) & _SIX_BITS
+            zigzag += (entry >> ADVANCE_SHIFT) & _BYTE
+            second = zigzag + ((entry >> SECOND_ADVANCE_SHIFT) & _BYTE)
+            # Both are always written, since a branch would be mispredicted often. Without a second
+            # symbol `second` is the first one's index, so what is written there is overwritten
+            # next. An end of block adds END_OF_BLOCK, and ZIGZAG leads all beyond 63 to a spare
+            # item.
+            blocks[start + np.uint64(ZIGZAG[second])] = entry >> SECOND_VALUE_SHIFT
+            blocks[start + np.uint64(ZIGZAG[zigzag])] = receive_extend(bits, entry)
+            if zigzag >= _SIX_BITS:
+                # The first symbol ended the block; what looks like a second is the next block's DC.
+                length = (entry >> FIRST_BITS_SHIFT) & _SIX_BITS
                 bits, held = bits << length, held - length
                 break
-            place = second
+            zigzag = second
             bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
-            if place >= _SIX_BITS:
+            if zigzag >= _SIX_BITS:
                 break
         if entry == _ZERO:
+            # A code of more than LOOKUP_BITS, or a symbol of more than MOST_BITS, for which a
+            # refill of its own is needed: 16 bits of code and 15 of value.
             at, bits, held = refilled(stream, at, bits, held)
             entry = _long_symbol(bits, work, ac_table)
             if entry == _ZERO:
                 return _ZERO, bits, held
-            place += entry >> PLACES_AT
-            blocks[start + np.uint64(ZIGZAG[place])] = number_of(bits, entry)
+            zigzag += entry >> ADVANCE_SHIFT
+            blocks[start + np.uint64(ZIGZAG[zigzag])] = receive_extend(bits, entry)
             bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
-    if _SIX_BITS < place < np.uint64(END_OF_BLOCK):
+    # A whole block ends at 63 or by its symbol. Anything between is a run that leads out of it.
+    if _SIX_BITS < zigzag < np.uint64(END_OF_BLOCK):
         return _ZERO, bits, held
     return at, bits, held
 
 
 @inlined
 def skip_block(work, at, bits, held, component, dc_table, ac_table):
-    """Pass over a block; only its DC value is noted, for the blocks that follow."""
+    """Read over a block; only its DC value is noted, as the next block's prediction."""
     stream, skips = work.stream, work.skips
     at, bits, held = refilled(stream, at, bits, held)
     entry = _symbol(bits, work, dc_table)
     if entry == _ZERO:
         return _ZERO, bits, held
-    work.predictions[component] += number_of(bits, entry)
+    work.predictions[component] += receive_extend(bits, entry)
     bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
     base = np.uint64((ac_table - 4) * SKIP_STRIDE)
-    place = _ZERO
-    while place < _SIX_BITS:
+    zigzag = _ZERO
+    while zigzag < _SIX_BITS:
         at, bits, held = refilled(stream, at, bits, held)
         for _ in range(_SKIPS_A_REFILL):
             step = np.uint64(skips[base + (bits >> _SKIP_SHIFT)])
-            ahead = place + (step >> _SKIP_PLACES_AT)
+            ahead = zigzag + (step >> _SKIP_ADVANCE_SHIFT)
+            # An end of block counts 513, that is 1 modulo 512. So the test holds for a step whose
+            # symbols stay in the block, with or without an end behind them, and fails for one
+            # that joins symbols of the next block.
             is_single = step == _ZERO or (ahead & _NINE_BITS) > _SIX_BITS
             if is_single:
                 break
-            place = ahead
+            zigzag = ahead
             bits, held = bits << (step & _SIX_BITS), held - (step & _SIX_BITS)
-            if place >= _SIX_BITS:
+            if zigzag >= _SIX_BITS:
                 break
         if is_single:
             # A long code, or symbols joined beyond this block's end: one symbol alone.
             at, bits, held = refilled(stream, at, bits, held)
             entry = _symbol(bits, work, ac_table)
-            place += entry >> PLACES_AT
-            if entry == _ZERO or _SIX_BITS < place < np.uint64(END_OF_BLOCK):
+            zigzag += entry >> ADVANCE_SHIFT
+            if entry == _ZERO or _SIX_BITS < zigzag < np.uint64(END_OF_BLOCK):
                 return _ZERO, bits, held
             bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
     return at, bits, held

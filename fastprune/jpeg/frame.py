@@ -3,16 +3,15 @@
 Whatever is unusual is called unsupported here, damage too: a full decoder then has the last word.
 """
 
-from fastprune.jpeg.native import (
-    OK,
-    UNSUPPORTED,
-    kernel,
-)
+import numpy as np
+
+from fastprune.jpeg.native import OK, UNSUPPORTED, inlined, kernel
 from fastprune.jpeg.workspace import NUM_TABLES, SPEC_BYTES, ZIGZAG
 
 # Items of Workspace.frame. Those of the second and third line are three each, one a component.
-WIDTH, HEIGHT, COMPONENTS, ACROSS, DOWN, RESTART, SCAN = range(7)
-QUANTIZER, DC_TABLE, AC_TABLE, IDENTIFIER = 8, 12, 16, 20
+# H_FACTOR and V_FACTOR are the sampling factors of the first component; the others' are 1.
+WIDTH, HEIGHT, COMPONENTS, H_FACTOR, V_FACTOR, RESTART, SCAN = range(7)
+QUANTIZER, DC_TABLE, AC_TABLE, COMPONENT_ID = 8, 12, 16, 20
 PLANE, STRIDE = 28, 32  # where the component's samples are in Workspace.planes, see scan.py
 _JFIF, _ADOBE, _QUANTIZERS_SEEN = 24, 25, 26
 
@@ -135,18 +134,18 @@ def _read_frame_header(data, start, end, frame):
             return UNSUPPORTED
     for component in range(components):
         at = start + 6 + 3 * component
-        frame[IDENTIFIER + component] = data[at]
+        frame[COMPONENT_ID + component] = data[at]
         sampling = data[at + 1]
         if component == 0:
             # A scan of one component is not interleaved: its sampling has no effect.
-            frame[ACROSS] = sampling >> 4 if components == 3 else 1
-            frame[DOWN] = sampling & 15 if components == 3 else 1
+            frame[H_FACTOR] = sampling >> 4 if components == 3 else 1
+            frame[V_FACTOR] = sampling & 15 if components == 3 else 1
         elif sampling != 0x11:
             return UNSUPPORTED
         if data[at + 2] > 3:
             return UNSUPPORTED
         frame[QUANTIZER + component] = data[at + 2]
-    for factor in (frame[ACROSS], frame[DOWN]):
+    for factor in (frame[H_FACTOR], frame[V_FACTOR]):
         if factor < 1 or factor > 2:
             return UNSUPPORTED
     return OK
@@ -162,7 +161,7 @@ def _read_scan_header(data, start, end, work):
     for component in range(components):
         at = start + 1 + 2 * component
         dc, ac = data[at + 1] >> 4, data[at + 1] & 15
-        if data[at] != frame[IDENTIFIER + component] or dc > 3 or ac > 3:
+        if data[at] != frame[COMPONENT_ID + component] or dc > 3 or ac > 3:
             return UNSUPPORTED
         frame[DC_TABLE + component], frame[AC_TABLE + component] = dc, 4 + ac
         if not (frame[_QUANTIZERS_SEEN] >> frame[QUANTIZER + component]) & 1:
@@ -173,6 +172,14 @@ def _read_scan_header(data, start, end, work):
     return OK if components == 1 or _is_ycbcr(frame) else UNSUPPORTED
 
 
+@inlined
+def sampling_factors(frame, component):
+    """Blocks per MCU of a component, horizontally and vertically; chroma has one of each."""
+    if component > 0:
+        return np.int64(1), np.int64(1)
+    return frame[H_FACTOR], frame[V_FACTOR]
+
+
 @kernel
 def _is_ycbcr(frame):
     """Libjpeg's guess of the color space (jdapimin.c, default_decompress_parms)."""
@@ -181,8 +188,8 @@ def _is_ycbcr(frame):
     if frame[_ADOBE] != _NO_ADOBE:
         return frame[_ADOBE] != 0
     named_rgb = (
-        frame[IDENTIFIER] == 0x52
-        and frame[IDENTIFIER + 1] == 0x47
-        and frame[IDENTIFIER + 2] == 0x42
+        frame[COMPONENT_ID] == 0x52
+        and frame[COMPONENT_ID + 1] == 0x47
+        and frame[COMPONENT_ID + 2] == 0x42
     )
     return not named_rgb

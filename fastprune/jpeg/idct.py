@@ -24,8 +24,10 @@ from fastprune.jpeg.native import (
     store,
     vector_type,
 )
-from fastprune.jpeg.workspace import PADDED_BLOCK
+from fastprune.jpeg.workspace import BLOCK_STRIDE
 
+# libjpeg's CONST_BITS is 13: constants are multiplied by 2**13. PASS1_BITS is 2: between the passes
+# two bits of fraction are kept. The 3 takes out the transform's own factor of 8.
 _COLUMNS_SHIFT = 11  # CONST_BITS - PASS1_BITS
 _ROWS_SHIFT = 18  # CONST_BITS + PASS1_BITS + 3
 
@@ -35,6 +37,8 @@ def _eight_points(
 ) -> Any:
     """One-dimensional transform of eight numbers, scaled down by 2**shift, rounded."""
     half = 1 << (shift - 1)
+    # Even part: a rotation of x2 and x6 in three multiplications. The numbers below are 2**13 times
+    # 0.541196100, 1.847759065 and 0.765366865.
     even = (x2 + x6) * 4433
     even_2 = even - x6 * 15137
     even_3 = even + x2 * 6270
@@ -42,6 +46,8 @@ def _eight_points(
     even_1 = ((x0 - x4) << 13) + half
     sum_0, sum_3 = even_0 + even_3, even_0 - even_3
     sum_1, sum_2 = even_1 + even_2, even_1 - even_2
+    # Odd part, figure 8 of the paper. 2**13 times 1.175875602, 0.899976223, 2.562915447,
+    # 1.961570560, 0.390180644, 0.298631336, 2.053119869, 3.072711026 and 1.501321110.
     z3, z4 = x7 + x3, x5 + x1
     z5 = (z3 + z4) * 9633
     z1, z2 = (x7 + x1) * -7373, (x5 + x3) * -20995
@@ -50,6 +56,8 @@ def _eight_points(
     odd_1 = x5 * 16819 + z2 + z4
     odd_2 = x3 * 25172 + z2 + z3
     odd_3 = x1 * 12299 + z1 + z4
+    # Outputs come in pairs mirrored at the middle: the cosines of even frequencies are symmetric
+    # there, those of odd ones antisymmetric.
     return (
         (sum_0 + odd_3) >> shift,
         (sum_1 + odd_2) >> shift,
@@ -72,8 +80,8 @@ def inverse_dct_plain(blocks, block, quantizers, quantizer, plane, start, stride
     blocks[block:] are rows of frequencies, which are overwritten; quantizers[quantizer:] are the
     factors. Their products are cut to 16 bits, and only damaged data has larger ones.
     """
-    for place in range(block, block + 64):
-        blocks[place] *= quantizers[quantizer + place - block]
+    for i in range(64):
+        blocks[block + i] *= quantizers[quantizer + i]
     for column in range(block, block + 8):
         results = _eight_numbers(
             np.int64(blocks[column]),
@@ -86,6 +94,7 @@ def inverse_dct_plain(blocks, block, quantizers, quantizer, plane, start, stride
             np.int64(blocks[column + 56]),
             _COLUMNS_SHIFT,
         )
+        # As the vectors do it, see there. Whole data stays far below.
         for row in range(8):
             blocks[column + 8 * row] = min(max(results[row], -32768), 32767)
     for row in range(8):
@@ -102,19 +111,20 @@ def inverse_dct_plain(blocks, block, quantizers, quantizer, plane, start, stride
             _ROWS_SHIFT,
         )
         for column in range(8):
+            # Samples are coded around 0 (T.81, A.3.1).
             level = min(max(results[column] + 128, 0), 255)
             plane[start + column * stride + row] = level
 
 
 @kernel
 def inverse_dct_pair_plain(blocks, block, quantizers, plane, first, second):
-    """Transform two blocks, PADDED_BLOCK apart.
+    """Transform two blocks, BLOCK_STRIDE apart.
 
     `first` and `second` are (quantizer, start, stride) of each; if both have the same start, the
     first block is what remains there.
     """
     inverse_dct_plain(
-        blocks, block + PADDED_BLOCK, quantizers, second[0], plane, second[1], second[2]
+        blocks, block + BLOCK_STRIDE, quantizers, second[0], plane, second[1], second[2]
     )
     inverse_dct_plain(blocks, block, quantizers, first[0], plane, first[1], first[2])
 
@@ -127,20 +137,23 @@ def inverse_dct_pair_vector(typing_context, blocks, block, quantizers, plane, fi
         blocks_value, block_at, quantizers_value, plane_value, first_value, second_value = arguments
         targets = [cgutils.unpack_tuple(builder, v, 3) for v in (second_value, first_value)]
 
-        def both(kind, array, places):
+        def both(kind, array, offsets):
             halves = []
-            for place in places:
-                at = pointer(context, builder, kind, array, place)
+            for offset in offsets:
+                at = pointer(context, builder, kind, array, offset)
                 halves.append(load(builder, at, vector_type(16, 8)))
             return shuffled(builder, *halves, list(range(16)))
 
         rows = []
         for row in range(8):
-            skips = (PADDED_BLOCK + 8 * row, 8 * row)
-            places = [builder.add(block_at, block_at.type(skip)) for skip in skips]
-            coefficients = both(signature.args[0], blocks_value, places)
-            places = [builder.add(target[0], block_at.type(8 * row)) for target in targets]
-            factors = both(signature.args[2], quantizers_value, places)
+            # A vector has a row of the second block, then the same row of the first. Each lane is a
+            # column of its own, so the first pass needs no shuffle.
+            skips = (BLOCK_STRIDE + 8 * row, 8 * row)
+            offsets = [builder.add(block_at, block_at.type(skip)) for skip in skips]
+            coefficients = both(signature.args[0], blocks_value, offsets)
+            offsets = [builder.add(target[0], block_at.type(8 * row)) for target in targets]
+            factors = both(signature.args[2], quantizers_value, offsets)
+            # 16 bits hold every product that T.81 allows.
             product = builder.mul(coefficients, factors)
             rows.append(Lanes(builder, builder.sext(product, vector_type(32, 16))))
         # Cut to 16 bits, which takes half the shuffles, and keeps the next pass within 32 bits.
@@ -153,6 +166,8 @@ def inverse_dct_pair_vector(typing_context, blocks, block, quantizers, plane, fi
         for number, column in enumerate(_eight_points(*lanes, _ROWS_SHIFT)):
             levels = clamped(builder, (column + 128).value, 0, 255)
             levels = builder.trunc(levels, vector_type(8, 16))
+            # After the transposition a vector is a column of pixels, the plane's contiguous
+            # direction. The first block is stored last, see inverse_dct_pair_plain.
             for half, (_, start, stride) in enumerate(targets):
                 offset = builder.add(start, builder.mul(stride, stride.type(number)))
                 at = pointer(context, builder, signature.args[3], plane_value, offset)
@@ -166,7 +181,9 @@ def inverse_dct_pair_vector(typing_context, blocks, block, quantizers, plane, fi
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """Eight vectors of twice eight lanes, each half of them mirrored at its diagonal."""
+    """Eight vectors of twice eight lanes, each half of them transposed."""
+    # Vector i and i + 4 are interleaved, three times. A round moves the highest bit of the row's
+    # number to the lowest of the lane's, so after three rounds row and lane are exchanged.
     low = [half + lane for half in (0, 8) for i in range(4) for lane in (i, 16 + i)]
     high = [lane + 4 for lane in low]
     for _ in range(3):

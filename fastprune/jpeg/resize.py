@@ -24,11 +24,12 @@ from fastprune.jpeg.native import (
     vector_type,
 )
 
-ACROSS_IT, DOWN_IT = 0, 1  # the picture: the directions of a resize
-LANES = 32
+HORIZONTAL, VERTICAL = 0, 1
+LANES = 32  # of 16 bits: two of AVX2's registers
 TILE = 16
 # A line of more samples is summed in full: so many products rounded down would darken it.
 _MOST_ROUNDED = 64
+# The sum of an output's weights: with 16 bits, a weight alone can be nearly 1.
 _WHOLE = 65_535.0
 
 
@@ -42,20 +43,26 @@ def weigh(work, direction, start, size, first, last, outputs, support, mirrored)
     half's beginning; returns taps.
     """
     half, weights_half = direction * (len(work.firsts) // 2), direction * (len(work.weights) // 2)
+    # The filter is PIL's (Resample.c, precompute_coeffs): a triangle that is as wide as two output
+    # samples where the picture shrinks, and as two input samples where it grows.
     scale = size / outputs
     taps = np.int64(math.ceil(support)) * 2 + 2
-    inverse = 1.0 / support
+    inverse = 1.0 / support  # a multiplication is cheaper, and enough before rounding to 16 bits
     for i in range(outputs):
         center = start + (i + 0.5) * scale
+        # Samples whose centers, at + 0.5, lie under the triangle; at the border fewer, and always
+        # one at least.
         low = max(np.int64(center - support + 0.5), first)
         high = min(max(np.int64(center + support + 0.5), low + 1), last)
         low = min(low, high - 1)
         total = 0.0
         for sample in range(low, high):
             total += max(1.0 - abs(sample + 0.5 - center) * inverse, 0.0)
+        # A flip costs nothing: output i is made where its mirror image belongs.
         target = outputs - 1 - i if mirrored else i
         work.firsts[half + target], work.counts[half + target] = low, high - low
-        # What rounding leaves goes to the next weight, so that they are 65535 together.
+        # Rounded are the sums so far, and weights are their differences. So what rounding leaves
+        # goes to the next weight, and they are 65535 together: a flat area keeps its level.
         factor = _WHOLE / total if total > 0.0 else 0.0
         sum_so_far, given = 0.0, np.int64(0)
         for sample in range(low, high):
@@ -69,7 +76,7 @@ def weigh(work, direction, start, size, first, last, outputs, support, mirrored)
 @kernel
 def blend_plain(planes, start, stride, weights, first_weight, count, target):
     """Blend 32 samples of `count` lines, `stride` apart, into 32 samples at `target`."""
-    bias = 128 + count // 2  # the high products are rounded down
+    bias = 128 + count // 2  # the high products are rounded v_factor
     for lane in range(LANES):
         total = bias
         for i in range(count):
@@ -82,7 +89,7 @@ def blend_plain(planes, start, stride, weights, first_weight, count, target):
 def blend_many(planes, start, stride, weights, first_weight, count, target):
     """The same, rounded once, for strong reductions."""
     for lane in range(LANES):
-        total = np.int64(1 << 15)
+        total = np.int64(1 << 15)  # half of what the last shift takes
         for i in range(count):
             sample = np.int64(planes[start + i * stride + lane])
             total += sample * np.int64(weights[first_weight + i])
@@ -96,6 +103,7 @@ def blend_vector(typing_context, planes, start, stride, weights, first_weight, c
 
     def generate(context, builder, signature, arguments):
         planes_value, first, step, weights_value, weight, number, to = arguments
+        # The same bias as in blend_plain.
         half = builder.lshr(number, number.type(1))
         bias = builder.add(half, half.type(128))
         total = cgutils.alloca_once_value(builder, _splat(builder, bias, lane))
@@ -107,12 +115,14 @@ def blend_vector(typing_context, planes, start, stride, weights, first_weight, c
             item = builder.add(weight, loop.index)
             at = pointer(context, builder, signature.args[3], weights_value, item)
             factor = builder.zext(_splat(builder, builder.load(at), lane), wide)
+            # LLVM makes one instruction of widening, multiplying and shifting: the multiplication
+            # that keeps the upper half (vpmulhuw).
             product = builder.mul(builder.zext(samples, wide), factor)
             high = builder.trunc(builder.lshr(product, filled(wide, 16)), lane)
             builder.store(builder.add(builder.load(total), high), total)
         levels = builder.lshr(builder.load(total), filled(lane, 8))
-        place = pointer(context, builder, signature.args[0], planes_value, to)
-        store(builder, builder.trunc(levels, narrow), place)
+        at = pointer(context, builder, signature.args[0], planes_value, to)
+        store(builder, builder.trunc(levels, narrow), at)
         return context.get_dummy_value()
 
     integer = types.int64
@@ -124,6 +134,7 @@ def _splat(builder, number, kind):
     """A number, cut to the lane's bits, in each lane."""
     if number.type.width > kind.element.width:
         number = builder.trunc(number, kind.element)
+    # LLVM's idiom for a broadcast.
     undefined = ir.Constant(kind, ir.Undefined)
     single = builder.insert_element(undefined, number, ir.IntType(32)(0))
     return shuffled(builder, single, undefined, [0] * kind.count)
@@ -131,7 +142,7 @@ def _splat(builder, number, kind):
 
 @kernel
 def transpose_plain(planes, start, stride, target, target_stride):
-    """Mirror a tile of 16 × 16 samples at its diagonal."""
+    """Transpose a tile of 16 × 16 samples."""
     for y in range(TILE):
         for x in range(TILE):
             planes[target + x * target_stride + y] = planes[start + y * stride + x]
@@ -149,6 +160,8 @@ def transpose_vector(typing_context, planes, start, stride, target, target_strid
             offset = builder.add(first, builder.mul(step, step.type(y)))
             at = pointer(context, builder, signature.args[0], planes_value, offset)
             lines.append(load(builder, at, line))
+        # Line i and i + 8 are interleaved. Each round moves the highest bit of the line's number to
+        # the lowest of the lane's, so after four rounds line and lane are exchanged.
         low = [lane for i in range(TILE // 2) for lane in (i, TILE + i)]
         high = [lane + TILE // 2 for lane in low]
         for _ in range(4):
@@ -181,8 +194,11 @@ def blend_lines(work, direction, start, stride, length, taps, target, target_str
     for i in range(outputs):
         source = start + work.firsts[half + i] * stride
         first_weight, count = np.int64(weights_half + i * taps), work.counts[half + i]
+        # What is written behind the line is the next one's, which comes later, or padding.
+        # A line's samples lie side by side, and each lane blends its own: no lane waits for another.
         for x in range(0, length, LANES):
             at, to = np.int64(source + x), np.int64(target + i * target_stride + x)
+            # Only views much smaller than their box come here, so it is not made fast.
             if count > _MOST_ROUNDED:
                 blend_many(work.planes, at, np.int64(stride), work.weights, first_weight, count, to)
             else:
@@ -191,7 +207,7 @@ def blend_lines(work, direction, start, stride, length, taps, target, target_str
 
 @kernel
 def transpose(planes, start, stride, lines, length, target, target_stride):
-    """Mirror `lines` lines of `length` samples; both are rounded up to tiles."""
+    """Transpose `lines` lines of `length` samples; both are rounded up to tiles."""
     for y in range(0, lines, TILE):
         for x in range(0, length, TILE):
             _transpose(

@@ -12,17 +12,16 @@ from numpy.typing import NDArray
 
 from fastprune.errors import JpegError
 from fastprune.jpeg.blocks import (
-    NUM_SIZES,
+    NUM_CATEGORIES,
     are_same,
-    count_sizes,
+    count_categories,
     find_blocks,
-    units_of,
     write_rows,
 )
 from fastprune.jpeg.frame import AC_TABLE, COMPONENTS, read_frame
 from fastprune.jpeg.huffman import best_table
 from fastprune.jpeg.native import LACKS_ROOM, MEANINGS, OK, UNSUPPORTED, entry
-from fastprune.jpeg.scan import prepare_tables
+from fastprune.jpeg.scan import mcu_grid, prepare_tables
 from fastprune.jpeg.workspace import SPEC_BYTES, Workspace, make_workspace
 
 _MOST_DC_BYTES = 4  # a code of 16 bits, a number of 15
@@ -39,7 +38,7 @@ class _Blocks(NamedTuple):
 
 
 def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
-    """Rewrite a JPEG losslessly with a restart marker after each row of units.
+    """Rewrite a JPEG losslessly with a restart marker after each row of MCUs.
 
     Args:
         jpeg_bytes: the whole file.
@@ -56,7 +55,7 @@ def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
     work = _workspace(data)
     if _prepare(data, work) != OK:
         return None
-    unit_columns, _, num_blocks = _units(work)
+    mcus_per_row, _, num_blocks = _units(work)
     if num_blocks > len(data) * 8:
         return None
     blocks = _blocks(num_blocks)
@@ -71,7 +70,7 @@ def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
         return None
     tables = [best_table(row.tolist()) for row in counts if row.any()]
     scan = _scan(work, blocks, tables, len(data))
-    rewritten = _header(jpeg_bytes, work, tables, unit_columns) + scan + b"\xff\xd9"
+    rewritten = _header(jpeg_bytes, work, tables, mcus_per_row) + scan + b"\xff\xd9"
     return rewritten if _is_same(rewritten, work, blocks) else None
 
 
@@ -103,7 +102,7 @@ def _prepare(data: Any, work: Any) -> Any:
 
 @entry()
 def _units(work: Any) -> Any:
-    columns, rows, blocks = units_of(work.frame)
+    columns, rows, blocks = mcu_grid(work.frame)
     return columns, rows, columns * rows * blocks
 
 
@@ -114,7 +113,7 @@ def _find(data: Any, work: Any, values: Any, begins: Any, ends: Any) -> Any:
 
 @entry()
 def _count(values: Any, frame: Any, counts: Any) -> Any:
-    return count_sizes(values, frame, counts)
+    return count_categories(values, frame, counts)
 
 
 @entry()
@@ -133,7 +132,10 @@ def _compare(
 
 def _scan(work: Workspace, blocks: _Blocks, tables: list[Table], num_bytes: int) -> bytes:
     """The scan's data."""
-    codes, lengths = np.zeros((2, NUM_SIZES), np.int64), np.zeros((2, NUM_SIZES), np.int64)
+    codes, lengths = (
+        np.zeros((2, NUM_CATEGORIES), np.int64),
+        np.zeros((2, NUM_CATEGORIES), np.int64),
+    )
     for number, (histogram, symbols) in enumerate(tables):
         code, place = 0, 0
         for length, count in enumerate(histogram, start=1):
@@ -150,7 +152,7 @@ def _scan(work: Workspace, blocks: _Blocks, tables: list[Table], num_bytes: int)
     return scan
 
 
-def _header(jpeg_bytes: bytes, work: Workspace, tables: list[Table], unit_columns: int) -> bytes:
+def _header(jpeg_bytes: bytes, work: Workspace, tables: list[Table], mcus_per_row: int) -> bytes:
     """The original's segments up to the scan, with new DC tables and a restart interval."""
     parts, at = [b"\xff\xd8"], 2
     while True:
@@ -172,7 +174,7 @@ def _header(jpeg_bytes: bytes, work: Workspace, tables: list[Table], unit_column
         num_symbols = int(spec[:16].sum(dtype=np.int64))
         content += bytes([0x10 | (table - 4)]) + spec[: 16 + num_symbols].tobytes()
     parts.append(b"\xff\xc4" + (len(content) + 2).to_bytes(2) + content)
-    parts.append(b"\xff\xdd\x00\x04" + unit_columns.to_bytes(2))
+    parts.append(b"\xff\xdd\x00\x04" + mcus_per_row.to_bytes(2))
     scan = bytearray(jpeg_bytes[at:end])
     for component, table in enumerate(ac_tables):
         scan[6 + 2 * component] = min(component, 1) << 4 | (table - 4)

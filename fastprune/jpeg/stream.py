@@ -1,4 +1,8 @@
-"""The entropy-coded data as one stream of bits: without stuffing, restart intervals found."""
+"""The entropy-coded data as one stream of bits: without stuffing, restart intervals found.
+
+In entropy-coded data an encoder stuffs a zero behind each byte 0xFF, so that an 0xFF with anything
+else behind it is a marker (T.81, F.1.2.3). Without the zeros a reader can load eight bytes at once.
+"""
 
 import numpy as np
 from llvmlite import ir
@@ -21,8 +25,8 @@ from fastprune.jpeg.native import (
 )
 from fastprune.jpeg.workspace import GUARD_BYTES
 
-_CHUNK = 64
-_END = -1
+_CHUNK = 64  # a mask of its bytes is one number
+_FILL = -1
 
 
 @intrinsic
@@ -31,6 +35,7 @@ def load_word_vector(typing_context, array, offset):
 
     def generate(context, builder, signature, arguments):
         at = pointer(context, builder, signature.args[0], *arguments)
+        # The first bit of the stream is the highest of its first byte.
         return builder.bswap(load(builder, at, ir.IntType(64)))
 
     return types.uint64(array, types.uint64), generate
@@ -55,6 +60,8 @@ def copy_chunk_vector(typing_context, source, start, target, target_start):
         chunk = load(builder, at, vector_type(8, _CHUNK))
         to = pointer(context, builder, signature.args[2], target_value, target_first)
         store(builder, chunk, to)
+        # A vector of 64 truth values is the same 64 bits as a number, whose trailing zeros are the
+        # bytes before the first 0xFF; 64 of them where there is none.
         found = builder.icmp_unsigned("==", chunk, filled(chunk.type, 0xFF))
         mask = builder.bitcast(found, ir.IntType(_CHUNK))
         return builder.cttz(mask, ir.Constant(ir.IntType(1), 0))
@@ -83,64 +90,74 @@ def unstuff(data, start, stream, starts, first, last):
 
     Item i of `starts` becomes the first byte of interval first + i; one more item is the end.
     """
+    # Checked once for all copies below: without stuffing the data is never longer.
     if len(stream) < len(data) - start + GUARD_BYTES or len(starts) < 2:
         return LACKS_ROOM
     position, interval = start, 0
+    # No table says where intervals begin: the markers before the first have to be counted. The
+    # bytes are copied all the same, to where they are overwritten later, since copying and
+    # searching 64 bytes is one step.
     while interval < first:
-        # The bytes are copied to where they are overwritten later.
         position, _ = _copy_run(data, position, stream, 0)
         if position >= len(data) - 1:
             return TRUNCATED
         position, marker = _read_escape(data, position)
         if marker > 0:
+            # Markers count up from RST0 (D0) to RST7 and again from RST0. 0xD9 is the image's end.
             if marker != 0xD0 + (interval & 7):
                 return TRUNCATED if marker == 0xD9 else DAMAGED
             interval += 1
     starts[0] = 0
-    filled_bytes = 0
+    length = 0
     while interval <= last:
-        position, filled_bytes = _copy_run(data, position, stream, filled_bytes)
+        position, length = _copy_run(data, position, stream, length)
+        # A last 0xFF without anything behind it is no escape.
         if position >= len(data) - 1:
             break
         position, marker = _read_escape(data, position)
         if marker == 0:
-            stream[filled_bytes] = 0xFF
-            filled_bytes += 1
+            stream[length] = 0xFF
+            length += 1
         elif marker > 0:
+            # Whatever it is, the scan ends here; decoding finds out whether too early.
             if marker != 0xD0 + (interval & 7):
                 break
             interval += 1
             if interval <= last:
                 if interval - first + 1 >= len(starts):
                     return LACKS_ROOM
-                starts[interval - first] = filled_bytes
-    starts[min(interval, last) - first + 1] = filled_bytes
-    for i in range(filled_bytes, filled_bytes + GUARD_BYTES):
+                starts[interval - first] = length
+    starts[min(interval, last) - first + 1] = length
+    # Readers look beyond the end. Zeros there are not from an earlier image, so a truncated file
+    # gives the same result each time.
+    for i in range(length, length + GUARD_BYTES):
         stream[i] = 0
     return OK if interval >= last else TRUNCATED
 
 
 @inlined
-def _copy_run(data, position, stream, filled_bytes):
+def _copy_run(data, position, stream, length):
     """Copy up to the next 0xFF or the data's end; return where both have got to."""
     end = len(data)
     while position + _CHUNK <= end:
-        run = _copy_chunk(data, position, stream, filled_bytes)
+        # All 64 bytes are copied; those from the 0xFF on are overwritten by the next run.
+        run = _copy_chunk(data, position, stream, length)
         position += run
-        filled_bytes += run
+        length += run
         if run < _CHUNK:
-            return position, filled_bytes
+            return position, length
     while position < end and data[position] != 0xFF:
-        stream[filled_bytes] = data[position]
+        stream[length] = data[position]
         position += 1
-        filled_bytes += 1
-    return position, filled_bytes
+        length += 1
+    return position, length
 
 
 @inlined
 def _read_escape(data, position):
-    """What follows an 0xFF: 0 for a stuffed byte, _END for fill, else the marker."""
+    """Read what follows an 0xFF: 0 for a stuffed byte, _FILL for fill, else the marker."""
     following = np.int64(data[position + 1])
     if following == 0xFF:
-        return position + 1, np.int64(_END)
+        # Any number of 0xFF may come before a marker (T.81, B.1.1.2): the second may begin one.
+        return position + 1, np.int64(_FILL)
     return position + 2, following

@@ -14,12 +14,14 @@ SKIP_STRIDE = (1 << SKIP_BITS) + 8
 NUM_TABLES = 8  # four for DC, then four for AC
 SPEC_BYTES = 16 + 256
 LIMIT_ITEMS = 34
-# Behind the 64 places of a block there is a spare one, so that what ends a block needs no branch.
-PADDED_BLOCK = 128
+# Behind the 64 coefficients of a block there is a spare item, so that the symbol that ends a block
+# is stored like others. A power of two makes a block's offset a shift.
+BLOCK_STRIDE = 128
 GUARD_BYTES = 2048
 PAD = 64
 
-# Zigzag order of the coefficients in a block. What lies beyond the 63rd goes to a spare place.
+# Where the coefficient of a zigzag index lies in its block: along the diagonals, in alternating
+# direction (T.81, figure A.6). What lies beyond the 63rd goes to the spare item.
 ZIGZAG = np.full(256, 64, np.uint8)
 ZIGZAG[:64] = sorted(
     range(64),
@@ -32,7 +34,7 @@ class Workspace(NamedTuple):
 
     Attributes:
         frame: (40,) int64, what the header says; its items are named in frame.py.
-        quantizers: (4 * 64,) int16, quantization tables in the order of a block's places.
+        quantizers: (4 * 64,) int16, quantization tables in the order of a block.
         specs: (8 * 272,) uint8, the image's Huffman tables: 16 counts, 256 symbols each.
         built: (8 * 272,) uint8, the tables that `lookups` were built from.
         lookups: (8 * 1032,) uint32, see tables.py.
@@ -49,7 +51,7 @@ class Workspace(NamedTuple):
         firsts: int64, the first sample that each output sample is made of; one half of it for
             each direction, as in the next two.
         counts: int64, how many they are.
-        weights: uint16, how much each counts; 65535 together.
+        weights: uint16, how much each sample counts; 65535 together.
     """
 
     frame: NDArray[np.int64]
@@ -99,7 +101,7 @@ def make_workspace(
         skip_built=np.zeros(4 * SPEC_BYTES, np.uint8),
         skips=np.zeros(4 * SKIP_STRIDE, np.uint16),
         steps=np.zeros(2 << SKIP_BITS, np.uint16),
-        blocks=np.zeros(4 * PADDED_BLOCK, np.int16),
+        blocks=np.zeros(4 * BLOCK_STRIDE, np.int16),
         predictions=np.zeros(4, np.int64),
         stream=np.empty(file_bytes + GUARD_BYTES, np.uint8),
         starts=np.empty(file_bytes // 2 + 2, np.int64),

@@ -41,7 +41,7 @@ def _transpose(planes, start, stride, target, target_stride):
 
 @kernel
 def _color(planes, y, cb, cr, pixels, target):
-    color.colored_vector(planes, y, cb, cr, pixels, target)
+    color.convert_vector(planes, y, cb, cr, pixels, target)
 
 
 def test_inverse_dct():
@@ -131,5 +131,5 @@ def test_color():
     first, second = np.zeros(100, np.uint8), np.zeros(100, np.uint8)
     _color(planes, 0, 40, 70, first, 2)
     for i in range(32):
-        color.colored_plain(planes, i, 40 + i, 70 + i, second, 2 + 3 * i)
+        color.convert_pixel(planes, i, 40 + i, 70 + i, second, 2 + 3 * i)
     np.testing.assert_array_equal(first, second)
