@@ -195,7 +195,7 @@ def blend_lines(work, direction, start, stride, length, taps, target, target_str
         source = start + work.firsts[half + i] * stride
         first_weight, count = np.int64(weights_half + i * taps), work.counts[half + i]
         # What is written behind the line is the next one's, which comes later, or padding.
-        # A line's samples lie side by side, and each lane blends its own: no lane waits for another.
+        # A line's samples lie side by side; each lane blends its own and waits for no other.
         for x in range(0, length, LANES):
             at, to = np.int64(source + x), np.int64(target + i * target_stride + x)
             # Only views much smaller than their box come here, so it is not made fast.
