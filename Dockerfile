@@ -21,6 +21,7 @@ RUN python3 -m venv /opt/fastprune \
     && /opt/fastprune/bin/pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
         --constraint constraints.txt --requirement requirements.txt
 COPY README.md LICENSE ./
+COPY recipes recipes
 COPY fastprune fastprune
 RUN /opt/fastprune/bin/pip install --no-cache-dir --no-deps .
 COPY tools/runtime-packages.sh tools/

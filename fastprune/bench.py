@@ -1,6 +1,5 @@
 """How fast the loaders are on this machine: every backend, stock FFCV and torchvision in turn."""
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.beton.rows import RowsLike, rows_of
-from fastprune.errors import MissingDependencyError
+from fastprune.errors import FastpruneError
 from fastprune.loading._peers import stock_ffcv, torchvision_loader
 from fastprune.loading.device import choose_device
 from fastprune.loading.loader import Loader
@@ -38,6 +37,19 @@ class LoaderRate:
     first_batch_seconds: float
 
 
+@dataclass(frozen=True)
+class LoaderBench:
+    """The loaders of this machine.
+
+    Attributes:
+        rates: of the loaders that work, ours first.
+        skipped: name -> why a loader was not measured.
+    """
+
+    rates: list[LoaderRate]
+    skipped: dict[str, str]
+
+
 def bench_loader(
     beton_path: str | Path,
     subset: RowsLike = None,
@@ -47,7 +59,7 @@ def bench_loader(
     num_workers: int,
     device: str = "auto",
     rounds: int = 3,
-) -> list[LoaderRate]:
+) -> LoaderBench:
     """Measure the loaders that work here on your own beton and subset.
 
     All give uint8 batches of random resized crops with flips, in random order. They take turns,
@@ -63,7 +75,7 @@ def bench_loader(
         rounds: counted epochs of each loader.
 
     Returns:
-        One rate per loader that is installed and can read the beton; ours first.
+        A rate per loader that works here, ours first, and why the others do not.
 
     Raises:
         BetonError: the beton is missing or damaged.
@@ -76,13 +88,15 @@ def bench_loader(
         "num_workers": num_workers,
     }
     makers = _makers(beton, subset, choose_device(device), settings)
-    loaders, first_seconds = {}, {}
+    loaders, first_seconds, skipped = {}, {}, {}
     for name, make in makers.items():
         started = time.perf_counter()
         try:
             loader = make()
             next(iter(loader))
-        except MissingDependencyError:
+        # A broken installation raises what it likes. The others can be measured all the same.
+        except (FastpruneError, ImportError, OSError, RuntimeError) as error:
+            skipped[name] = str(error)
             continue
         loaders[name], first_seconds[name] = loader, time.perf_counter() - started
     rates: dict[str, list[float]] = {name: [] for name in loaders}
@@ -92,10 +106,13 @@ def bench_loader(
             rate = _images_per_second(loader)
             if number > 0:
                 rates[name].append(rate)
-    return [
-        LoaderRate(name, statistics.median(values), min(values), max(values), first_seconds[name])
-        for name, values in rates.items()
-    ]
+    return LoaderBench(
+        rates=[
+            LoaderRate(name, statistics.median(rate), min(rate), max(rate), first_seconds[name])
+            for name, rate in rates.items()
+        ],
+        skipped=skipped,
+    )
 
 
 def _makers(
@@ -117,8 +134,7 @@ def _makers(
     makers: dict[str, Callable[[], Any]] = {"fastprune, ffcv": partial(ours, backend="ffcv")}
     if not has_raw_rows:
         makers["fastprune, dali"] = partial(ours, backend="dali")
-    if importlib.util.find_spec("ffcv") is not None:
-        makers["stock ffcv"] = partial(stock_ffcv, beton, rows, **settings)
+    makers["stock ffcv"] = partial(stock_ffcv, beton, rows, **settings)
     if not has_raw_rows:
         makers["torchvision"] = partial(torchvision_loader, beton, rows, **settings)
     return makers

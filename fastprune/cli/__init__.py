@@ -4,6 +4,7 @@ One file holds the subcommands of one station. They import what they call when t
 that `fastprune --help` answers at once.
 """
 
+import errno
 import logging
 import sys
 import warnings
@@ -12,9 +13,11 @@ from typing import Any
 import click
 
 from fastprune import __version__
-from fastprune.cli import bench, beton, cache, demo, doctor, report, scores, training
-from fastprune.errors import FastpruneError
+from fastprune.cli import bench, beton, cache, demo, doctor, report, scores, subsets, training
+from fastprune.cli.options import flags_of, named_by_flag
+from fastprune.errors import FastpruneError, InvalidValueError
 
+_COMMAND = "fastprune.command"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 
 
@@ -26,14 +29,25 @@ class _InOrder(click.Group):
         del ctx
         return list(self.commands)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find the command, and remember it for error messages."""
+        found = super().resolve_command(ctx, args)
+        ctx.meta[_COMMAND] = found[1]
+        return found
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; a fault of the user's data or disk becomes one message and exit code 1."""
         try:
             return super().invoke(ctx)
         except (FastpruneError, OSError) as error:
-            if ctx.params["debug"]:
+            # Of a reader that has seen enough (`| head`), click ends the command quietly.
+            is_closed_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE
+            if ctx.params["debug"] or is_closed_pipe:
                 raise
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            message = str(error)
+            if isinstance(error, InvalidValueError):
+                message = named_by_flag(message, flags_of(ctx.meta[_COMMAND]))
+            click.echo(f"{type(error).__name__}: {message}", err=True)
             sys.exit(1)
 
 
@@ -52,7 +66,11 @@ def main(debug: bool) -> None:
     images --convert--> train.beton --score--> scores --select--> subset --train--> student
     """  # noqa: D301 - click reads \b as "keep these lines"
     # Other libraries stay quiet: numba and matplotlib log thousands of lines at DEBUG.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+    )
     logging.getLogger("fastprune").setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:
         warnings.showwarning = _show_warning
@@ -61,6 +79,7 @@ def main(debug: bool) -> None:
 for _command in (
     *beton.COMMANDS,
     *scores.COMMANDS,
+    *subsets.COMMANDS,
     *training.COMMANDS,
     *cache.COMMANDS,
     *report.COMMANDS,

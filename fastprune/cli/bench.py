@@ -1,10 +1,12 @@
 """`fastprune bench`: the measurements that a user runs on their own machine."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-_FILE = click.Path(path_type=Path)
+from fastprune.cli.options import COUNT, PATH, device_option, json_option
 
 
 @click.group()
@@ -13,13 +15,14 @@ def bench() -> None:
 
 
 @bench.command()
-@click.argument("beton", type=_FILE)
-@click.option("--subset", type=_FILE, help="Load these rows only.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64)
-@click.option("--image-size", type=click.IntRange(min=1), default=224)
-@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads or processes.")
-@click.option("--device", default="auto", help="Where our loaders deliver: auto, cpu, cuda.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, help="Counted epochs of each.")
+@click.argument("beton", type=PATH)
+@click.option("--subset", type=PATH, help="Load these rows only.")
+@click.option("--batch-size", type=COUNT, default=64)
+@click.option("--image-size", type=COUNT, default=224)
+@click.option("--workers", type=COUNT, help="Decoding threads or processes.")
+@device_option
+@click.option("--rounds", type=COUNT, default=3, help="Counted epochs of each.")
+@json_option
 def loader(
     beton: Path,
     subset: Path | None,
@@ -28,6 +31,7 @@ def loader(
     workers: int | None,
     device: str,
     rounds: int,
+    as_json: bool,
 ) -> None:
     """Images per second of every loader that works here, on your beton and subset.
 
@@ -39,7 +43,7 @@ def loader(
     from fastprune.bench import bench_loader
     from fastprune.cpus import usable_cpus
 
-    rates = bench_loader(
+    measured = bench_loader(
         beton,
         subset,
         batch_size=batch_size,
@@ -48,8 +52,11 @@ def loader(
         device=device,
         rounds=rounds,
     )
+    if as_json:
+        click.echo(json.dumps(asdict(measured), indent=2))
+        return
     table = Table("loader", "images/s", "range", "first batch")
-    for rate in rates:
+    for rate in measured.rates:
         table.add_row(
             rate.name,
             f"{rate.images_per_second:,.0f}",
@@ -57,8 +64,13 @@ def loader(
             f"{rate.first_batch_seconds:.1f} s",
         )
     Console().print(table)
-    best = max(rates, key=lambda rate: rate.images_per_second)
-    click.echo(f"fastest: {best.name}, {best.images_per_second:,.0f} images/s")
+    for name, reason in measured.skipped.items():
+        click.echo(f"{name} was not measured: {reason}")
+    if measured.skipped:
+        click.echo("What to change, if it is wanted: fastprune doctor")
+    if measured.rates:
+        best = max(measured.rates, key=lambda rate: rate.images_per_second)
+        click.echo(f"fastest: {best.name}, {best.images_per_second:,.0f} images/s")
 
 
 COMMANDS: tuple[click.Command, ...] = (bench,)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-_FILE = click.Path(path_type=Path)
+from fastprune.cli.options import COUNT, PATH, json_option, show
 
 
 @click.command()
-@click.argument("images", type=_FILE)
-@click.argument("beton", type=_FILE)
-@click.option("--labels", type=_FILE, help='A file of "name class" lines for a flat folder.')
-@click.option("--workers", type=int, help="Processes.  [default: one per usable CPU, at most 16]")
+@click.argument("images", type=PATH)
+@click.argument("beton", type=PATH)
+@click.option("--labels", type=PATH, help='A file of "name class" lines for a flat folder.')
+@click.option("--workers", type=COUNT, help="Processes.  [default: one per usable CPU, at most 16]")
 @click.option(
     "--jpeg",
     type=click.Choice(["auto", "fast", "original"]),
@@ -29,19 +29,22 @@ _FILE = click.Path(path_type=Path)
     default="stop",
     help="stop at the first unreadable image, or leave it out and list it in the manifest.",
 )
-@click.option("--quality", type=int, default=95, help="JPEG quality of transcoded images.")
-@click.option("--max-side", type=int, help="Shrink images with a longer side, in pixels.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), default=95, help="JPEG quality of transcoded images."
+)
+@click.option("--max-side", type=COUNT, help="Shrink images with a longer side, in pixels.")
 @click.option(
     "--exif",
     type=click.Choice(["ignore", "apply"]),
     default="ignore",
     help="EXIF orientation: ignore it as FFCV and torchvision do, or turn the pixels.",
 )
-@click.option("--classes-from", type=_FILE, help="Number the classes as in this beton.")
+@click.option("--classes-from", type=PATH, help="Number the classes as in this beton.")
 @click.option("--verify", is_flag=True, help="Decode every image once to find damage in its data.")
 @click.option("--shuffle-rows", type=int, metavar="SEED", help="Put the rows in a random order.")
 @click.option("--resume", is_flag=True, help="Resume from the partial file of an interrupted run.")
 @click.option("--keep-partial", is_flag=True, help="Leave a partial file when the run fails.")
+@json_option
 def convert(
     images: Path,
     beton: Path,
@@ -57,6 +60,7 @@ def convert(
     shuffle_rows: int | None,
     resume: bool,
     keep_partial: bool,
+    as_json: bool,
 ) -> None:
     """Write images into a beton, without loss where they are JPEGs.
 
@@ -85,19 +89,22 @@ def convert(
     )
     seconds = time.monotonic() - start
     counts = ", ".join(f"{count:,} {action}" for action, count in manifest.counts.items())
-    click.echo(
-        f"wrote {manifest.fingerprint.num_rows:,} rows ({counts}) in {seconds:.1f} s -> {beton}"
+    num_rows = manifest.fingerprint.num_rows
+    show(
+        f"wrote {num_rows:,} rows ({counts}) in {seconds:.1f} s -> {beton}",
+        {"rows": num_rows, **manifest.counts, "seconds": seconds, "out": beton},
+        as_json=as_json,
     )
-    if jpeg != "original":
+    if jpeg != "original" and not as_json:
         click.echo(jpeg_layouts(manifest))
 
 
 @click.command()
-@click.argument("beton", type=_FILE)
+@click.argument("beton", type=PATH)
 @click.option("--deep", is_flag=True, help="Decode every image and compare every CRC-32C.")
-@click.option("--subset", type=_FILE, help="Check this subset against the beton too.")
+@click.option("--subset", type=PATH, help="Check this subset against the beton too.")
 @click.option("--write-manifest", is_flag=True, help="Make a manifest for a beton without one.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def check(
     beton: Path, deep: bool, subset: Path | None, write_manifest: bool, as_json: bool
 ) -> None:
@@ -126,36 +133,48 @@ def check(
 
 
 @click.command()
-@click.argument("beton", type=_FILE)
-@click.option("-o", "--out", type=_FILE, required=True, help="The beton to write.")
-@click.option("--subset", type=_FILE, help="The rows to keep.  [default: all]")
+@click.argument("beton", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="The beton to write.")
+@click.option("--subset", type=PATH, help="The rows to keep.  [default: all]")
 @click.option("--row-field", is_flag=True, help='Store the original rows as a field "row".')
-def compact(beton: Path, out: Path, subset: Path | None, row_field: bool) -> None:
+@json_option
+def compact(beton: Path, out: Path, subset: Path | None, row_field: bool, as_json: bool) -> None:
     """Copy a subset's rows into a beton of their own, without decoding."""
     from fastprune.beton.compact import compact as compact_beton
 
     start = time.monotonic()
     manifest = compact_beton(beton, out, subset=subset, row_field=row_field)
     seconds = time.monotonic() - start
-    click.echo(f"copied {manifest.fingerprint.num_rows:,} rows in {seconds:.1f} s -> {out}")
+    num_rows = manifest.fingerprint.num_rows
+    show(
+        f"copied {num_rows:,} rows in {seconds:.1f} s -> {out}",
+        {"rows": num_rows, "seconds": seconds, "out": out},
+        as_json=as_json,
+    )
 
 
 @click.command("dali-index")
-@click.argument("beton", type=_FILE)
-@click.option("-o", "--out", type=_FILE, required=True, help="The index to write.")
-@click.option("--subset", type=_FILE, help="The rows to read.  [default: all]")
-def dali_index(beton: Path, out: Path, subset: Path | None) -> None:
+@click.argument("beton", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="The index to write.")
+@click.option("--subset", type=PATH, help="The rows to read.  [default: all]")
+@json_option
+def dali_index(beton: Path, out: Path, subset: Path | None, as_json: bool) -> None:
     """Write the index that lets DALI's own reader read a subset of a beton."""
     from fastprune.beton.dali_index import write_dali_index
 
     start = time.monotonic()
     num_rows = write_dali_index(beton, out, subset=subset)
-    click.echo(f"indexed {num_rows:,} rows in {time.monotonic() - start:.1f} s -> {out}")
+    seconds = time.monotonic() - start
+    show(
+        f"indexed {num_rows:,} rows in {seconds:.1f} s -> {out}",
+        {"rows": num_rows, "seconds": seconds, "out": out},
+        as_json=as_json,
+    )
 
 
 @click.command()
-@click.argument("file", type=_FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("file", type=PATH)
+@json_option
 def info(file: Path, as_json: bool) -> None:
     """Show what is in a beton, a score table (.parquet) or a subset (.npy)."""
     from fastprune.beton.summary import summarize

@@ -1,30 +1,36 @@
 """The demo's subcommand."""
 
-from pathlib import Path
-
 import click
+
+from fastprune.cli.options import COUNT, PATH, Share
 
 
 @click.command()
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="ImageFolder to use, with or without train/ and val/ in it. [default: generated pictures]",
 )
-@click.option("--out", default="demo", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--keep", default=0.5, help="Share of the rows that the pruned runs keep.")
-@click.option("--epochs", default=16, help="Passes of every student over its rows.")
-@click.option("--seeds", default=1, help="Students per kind of run, each with another seed.")
+@click.option("--out", default="demo", type=PATH, help="Folder to write.")
+@click.option(
+    "--keep", type=Share(), default=0.5, help="Share of the rows that the pruned runs keep."
+)
+@click.option("--epochs", type=COUNT, default=16, help="Passes of every student over its rows.")
+@click.option(
+    "--seeds", type=COUNT, default=1, help="Students per kind of run, each with another seed."
+)
 @click.option("--teacher", default="resnet20", help="Network of the teacher.")
 @click.option(
     "--teacher-checkpoint",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Weights of the teacher. [default: trained there and then]",
 )
-@click.option("--teacher-epochs", default=12, help="Passes of the teacher, where it is trained.")
+@click.option(
+    "--teacher-epochs", type=COUNT, default=12, help="Passes of the teacher, where it is trained."
+)
 @click.option("--student", default="resnet8", help="Network of the students.")
-@click.option("--per-class", type=int, help="Take at most this many training images per class.")
-@click.option("--image-size", type=int, help="Side of a view. [default: the images', at most 48]")
+@click.option("--per-class", type=COUNT, help="Take at most this many training images per class.")
+@click.option("--image-size", type=COUNT, help="Side of a view. [default: the images', at most 48]")
 def demo(**options: object) -> None:
     """Walk the whole way on small images: full, medium half and random half side by side.
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from fastprune.cli.options import PATH, json_option
+
 _MARKS = {"good": "ok", "note": "note", "bad": "BAD"}
 
 
 @click.command()
-@click.argument("betons", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("betons", nargs=-1, type=PATH)
 @click.option(
     "--require",
     "required",
@@ -19,7 +21,7 @@ _MARKS = {"good": "ok", "note": "note", "bad": "BAD"}
     type=click.Choice(["ffcv", "dali", "cuda"]),
     help="Fail where this does not work; may be given several times.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def doctor(betons: tuple[Path, ...], required: tuple[str, ...], as_json: bool) -> None:
     """Say what is installed, what works here, and what to change.
 

@@ -5,6 +5,9 @@ from typing import Any
 
 import click
 
+from fastprune.cli.options import COUNT, PATH, Metric
+
+_SECONDS = click.FloatRange(min=0)
 _SUFFIXES = (".parquet", ".npy")
 _OF_SCORES = ("beton", "metric", "num_classes", "per_strip")
 _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
@@ -16,36 +19,40 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
     nargs=-1,
     required=True,
     metavar="RUN... | SCORES [SUBSET]",
-    type=click.Path(path_type=Path),
+    type=PATH,
 )
 @click.option(
     "-o",
     "--out",
     default="report.html",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Page to write.",
 )
 @click.option("--reference", help="Runs: name that ratios are of.  [default: those on all rows]")
-@click.option("--convert-seconds", type=float, help="Runs: count so many seconds of conversion.")
+@click.option("--convert-seconds", type=_SECONDS, help="Runs: count so many seconds of conversion.")
 @click.option(
     "--score-seconds",
-    type=float,
+    type=_SECONDS,
     help="Runs: seconds of scoring, where a subset does not record them.",
 )
 @click.option(
     "--beton",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Scores: images, for contact sheets of the classes.",
 )
 @click.option(
     "--metric",
+    type=Metric(),
     help="Scores: difficulty to show.  [default: the one SUBSET was made by, or centroid]",
 )
 @click.option(
-    "--classes", "num_classes", type=int, help="Scores: classes with a sheet.  [default: 10]"
+    "--classes", "num_classes", type=COUNT, help="Scores: classes with a sheet.  [default: 10]"
 )
 @click.option(
-    "--images", "per_strip", type=int, help="Scores: images in each strip of a sheet.  [default: 8]"
+    "--images",
+    "per_strip",
+    type=COUNT,
+    help="Scores: images in each strip of a sheet.  [default: 8]",
 )
 def report(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Draw training runs, or a score table, as an HTML page.

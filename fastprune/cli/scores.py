@@ -1,4 +1,4 @@
-"""The subcommand that scores; those around subsets are in subsets.py."""
+"""The subcommand that scores."""
 
 import os
 import sys
@@ -8,32 +8,28 @@ from typing import Any
 
 import click
 
-from fastprune.cli import subsets
+from fastprune.cli.options import (
+    COUNT,
+    PATH,
+    NumberList,
+    Precision,
+    backend_option,
+    device_option,
+    json_option,
+    show,
+    workers_option,
+)
 
-
-def _channels(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> tuple[float, ...] | None:
-    """Parse three numbers with commas between."""
-    del context, parameter
-    if text is None:
-        return None
-    try:
-        values = tuple(map(float, text.split(",")))
-    except ValueError:
-        values = ()
-    if len(values) != 3:
-        raise click.BadParameter(f"{text!r} is not red,green,blue, such as 0.485,0.456,0.406.")
-    return values
+_CHANNELS = NumberList("red,green,blue, such as 0.485,0.456,0.406", count=3)
 
 
 @click.command()
-@click.argument("beton", type=click.Path(path_type=Path))
+@click.argument("beton", type=PATH)
 @click.option(
     "-o",
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Score table to write (.parquet).",
 )
 @click.option(
@@ -43,7 +39,7 @@ def _channels(
 )
 @click.option(
     "--teacher-checkpoint",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Weights: safetensors or a PyTorch checkpoint; a student of fastprune names its network.",
 )
 @click.option(
@@ -56,7 +52,7 @@ def _channels(
     help="A function of yours that makes the network; called with num_classes.",
 )
 @click.option(
-    "--teacher-classes", type=int, help="Logits of the teacher.  [default: the beton's classes]"
+    "--teacher-classes", type=COUNT, help="Logits of the teacher.  [default: the beton's classes]"
 )
 @click.option(
     "--feature-layer",
@@ -64,35 +60,41 @@ def _channels(
 )
 @click.option(
     "--image-size",
-    type=int,
+    type=COUNT,
     help="Side of the images in pixels.  [default: the teacher's; 224, less for small images]",
 )
 @click.option(
     "--mean",
     metavar="R,G,B",
-    callback=_channels,
+    type=_CHANNELS,
     help="Mean of pixel values in [0, 1].  [default: the teacher's, ImageNet's]",
 )
 @click.option(
     "--std",
     metavar="R,G,B",
-    callback=_channels,
+    type=_CHANNELS,
     help="Standard deviation of pixel values.  [default: the teacher's, ImageNet's]",
 )
 @click.option(
-    "--views", type=int, help="Average so many augmented views.  [default: one center crop]"
+    "--views", type=COUNT, help="Average so many augmented views.  [default: one center crop]"
 )
 @click.option("--seed", default=0, help="Seed of the augmented views.")
-@click.option("--batch-size", default=256, help="Images per step and rank.")
-@click.option("--device", default="auto", help="Device of torch; auto takes CUDA if it is there.")
-@click.option("--precision", default="auto", help="auto, float32 or bfloat16.")
+@click.option("--batch-size", type=COUNT, default=256, help="Images per step and rank.")
+@device_option
+@click.option(
+    "--precision",
+    type=Precision(),
+    default="auto",
+    help="Arithmetic of the teacher; auto is bf16 on CUDA devices that have it.",
+)
 @click.option("--compile", "compile_teacher", is_flag=True, help="Use torch.compile.")
-@click.option("--backend", default="auto", help="Engine of the loader: auto, ffcv or dali.")
-@click.option("--workers", type=int, help="Decoding threads.  [default: one per usable CPU]")
+@backend_option
+@workers_option
 @click.option(
     "--restart", is_flag=True, help="Start anew even where an unfinished pass could be resumed."
 )
 @click.option("--keep-features", is_flag=True, help="Leave the features beside the table (.npy).")
+@json_option
 def score(
     beton: Path,
     out: Path,
@@ -101,8 +103,8 @@ def score(
     teacher_classes: int | None,
     teacher_checkpoint: Path | None,
     teacher_weights: str | None,
-    workers: int | None,
     restart: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Score every row of BETON by one pass of a teacher.
@@ -110,13 +112,20 @@ def score(
     A pass that was killed is resumed by the same command. For several devices or
     machines: torchrun ... -m fastprune score ...
     """
-    from fastprune.difficulty.teacher import score
+    from fastprune.beton.reader import open_beton
+    from fastprune.networks.names import require_known_network
 
     if teacher and teacher_factory:
         raise click.UsageError("give --teacher or --teacher-factory, not both.")
+    # What is wrong with the arguments is said before torch is imported, which takes seconds.
+    if teacher:
+        require_known_network(teacher)
+    open_beton(beton)
     if teacher_factory:
         # As `python -m` does: a module in the working folder can be named.
         sys.path.insert(0, str(Path.cwd()))
+    from fastprune.difficulty.teacher import score
+
     started = time.perf_counter()
     table = score(
         beton,
@@ -125,17 +134,18 @@ def score(
         checkpoint=teacher_checkpoint,
         weights=teacher_weights,
         num_classes=teacher_classes,
-        num_workers=workers,
         resume=not restart,
         **options,
     )
     if os.environ.get("RANK", "0") == "0":
         seconds = time.perf_counter() - started
-        top1 = (table.predictions == table.labels).mean()
-        click.echo(
+        top1 = float((table.predictions == table.labels).mean())
+        show(
             f"scored {table.num_rows:,} rows in {seconds:.1f} s, teacher's top-1 {top1:.2%} "
-            f"-> {out}"
+            f"-> {out}",
+            {"rows": table.num_rows, "seconds": seconds, "teacher_top1": top1, "out": out},
+            as_json=as_json,
         )
 
 
-COMMANDS: tuple[click.Command, ...] = (score, *subsets.COMMANDS)
+COMMANDS: tuple[click.Command, ...] = (score,)

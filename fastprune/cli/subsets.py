@@ -1,5 +1,6 @@
 """Subcommands around subsets."""
 
+import json
 import shlex
 import sys
 import time
@@ -8,66 +9,84 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastprune.cli.options import (
+    EXPORT_FORMATS,
+    PATH,
+    QUOTAS,
+    STRATEGIES,
+    Metric,
+    NumberList,
+    Share,
+    json_option,
+    show,
+)
+
 if TYPE_CHECKING:
     from fastprune.artifacts.scores import ScoreTable
     from fastprune.artifacts.subset import Subset
 
 
-def _ratios(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> tuple[float, ...]:
-    """Parse numbers with commas between."""
-    del context, parameter
-    try:
-        return tuple(map(float, text.split(","))) if text else ()
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list such as 0.3,0.4,0.5,0.7.") from error
-
-
 @click.command()
-@click.argument("scores", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Subset to write (.npy)."
-)
-@click.option("--keep", type=float, help="Share of the rows to keep, in (0, 1].")
+@click.argument("scores", type=PATH)
+@click.option("-o", "--out", required=True, type=PATH, help="Subset to write (.npy).")
+@click.option("--keep", type=Share(), help="Share of the rows to keep, in (0, 1].")
 @click.option(
     "--sweep",
     metavar="R,R,...",
-    callback=_ratios,
+    type=NumberList("0.3,0.4,0.5,0.7", item=Share()),
+    default=(),
+    show_default=False,
     help="Keep each of these shares; subset.npy becomes subset-30.npy and so on.",
 )
 @click.option(
     "--beton",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Images of SCORES: needed where these are numbers of another tool (.npy, .csv, "
     ".parquet); a score table is held against them.",
 )
 @click.option(
     "--metric",
+    type=Metric(),
     help="Rank rows by a metric of the table, or a blend by rank such as "
     "centroid:0.5,loss:0.5.  [default: centroid; loss with --compat mdslr]",
 )
 @click.option(
     "--strategy",
+    type=click.Choice(STRATEGIES),
     default="medium",
-    help="medium, window, easy, hard, random, moderate or ccs.",
+    help="Which rows of a class are kept.",
 )
-@click.option("--quota", default="proportional", help="Rows per class: proportional or equal.")
-@click.option("--global", "is_global", is_flag=True, help="Take all rows as one class.")
-@click.option("--quantile", default=0.5, help="window: where its center is, in [0, 1].")
 @click.option(
-    "--drop-hardest", default=0.1, help="ccs: share of the hardest rows left out, in [0, 1)."
+    "--quota", type=click.Choice(QUOTAS), default="proportional", help="Share of each class."
+)
+@click.option("--global", "is_global", is_flag=True, help="Take all rows as one class.")
+@click.option(
+    "--quantile",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    help="window: where its center is, in [0, 1].",
+)
+@click.option(
+    "--drop-hardest",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    help="ccs: share of the hardest rows left out, in [0, 1).",
 )
 @click.option("--seed", default=0, help="random, ccs: seed of the draw.")
-@click.option("--compat", help="mdslr: the reference code's selection, row for row.")
+@click.option(
+    "--compat",
+    type=click.Choice(["mdslr"]),
+    help="mdslr: the reference code's selection, row for row.",
+)
 @click.option(
     "--exclude",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Rows that are never kept (.npy); --keep is a share of the others.",
 )
 @click.option(
     "--allow-empty-classes", is_flag=True, help="Let classes that have rows keep none of them."
 )
+@json_option
 def select(
     scores: Path,
     out: Path,
@@ -76,6 +95,7 @@ def select(
     beton: Path | None,
     is_global: bool,
     exclude: Path | None,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Choose the rows of SCORES that are kept, and write them as a subset."""
@@ -88,7 +108,8 @@ def select(
     started = time.perf_counter()
     table = _load_scores(scores, beton)
     excluded = None if exclude is None else read_array(exclude)
-    for ratio in ratios:
+    written = []
+    for ratio in dict.fromkeys(ratios):
         subset = make_subset(
             table,
             keep_ratio=ratio,
@@ -99,25 +120,29 @@ def select(
         )
         path = out.with_name(f"{out.stem}-{100 * ratio:.6g}{out.suffix}") if sweep else out
         subset.save(path)
-        click.echo(f"{_kept(subset)} in {time.perf_counter() - started:.1f} s -> {path}")
+        seconds = time.perf_counter() - started
+        written.append(_fields(subset, path, seconds=seconds))
+        if not as_json:
+            click.echo(f"{_kept(subset)} in {seconds:.1f} s -> {path}")
         started = time.perf_counter()
+    if as_json:
+        click.echo(json.dumps(written if sweep else written[0], indent=2))
 
 
 @click.command("import")
-@click.argument("listing", type=click.Path(path_type=Path))
-@click.option(
-    "--beton", required=True, type=click.Path(path_type=Path), help="Images that the rows are of."
-)
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Subset to write (.npy)."
-)
+@click.argument("listing", type=PATH)
+@click.option("--beton", required=True, type=PATH, help="Images that the rows are of.")
+@click.option("-o", "--out", required=True, type=PATH, help="Subset to write (.npy).")
 @click.option("--drop", is_flag=True, help="LISTING is of what is dropped, not kept.")
 @click.option(
     "--class-std",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="MDSLR's std.npy, which logit reshaping needs.",
 )
-def import_(listing: Path, beton: Path, out: Path, drop: bool, class_std: Path | None) -> None:
+@json_option
+def import_(
+    listing: Path, beton: Path, out: Path, drop: bool, class_std: Path | None, as_json: bool
+) -> None:
     """Make a subset of LISTING, a file of another tool.
 
     LISTING holds rows (.npy, .txt, .json), file names (.txt, .json), or DeepCore's indices and
@@ -130,32 +155,35 @@ def import_(listing: Path, beton: Path, out: Path, drop: bool, class_std: Path |
         listing, open_beton(beton), drop=drop, class_std=class_std, command=_command_line()
     )
     subset.save(out)
-    click.echo(f"{_kept(subset)} -> {out}")
+    show(f"{_kept(subset)} -> {out}", _fields(subset, out), as_json=as_json)
 
 
 @click.command()
-@click.argument("subset", type=click.Path(path_type=Path))
+@click.argument("subset", type=PATH)
 @click.option(
     "-o",
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="File to write; for mdslr a folder.",
 )
 @click.option(
     "--format",
     "file_format",
+    type=click.Choice(EXPORT_FORMATS),
     required=True,
     help="mdslr (ratio_50.npy and std.npy), deepcore (JSON), rows, dropped or names (text).",
 )
-@click.option(
-    "--beton", type=click.Path(path_type=Path), help="names: images whose manifest has the names."
-)
-@click.option(
-    "--scores", type=click.Path(path_type=Path), help="deepcore: table that rows were chosen by."
-)
+@click.option("--beton", type=PATH, help="names: images whose manifest has the names.")
+@click.option("--scores", type=PATH, help="deepcore: table that rows were chosen by.")
+@json_option
 def export(
-    subset: Path, out: Path, file_format: str, beton: Path | None, scores: Path | None
+    subset: Path,
+    out: Path,
+    file_format: str,
+    beton: Path | None,
+    scores: Path | None,
+    as_json: bool,
 ) -> None:
     """Write SUBSET for another tool."""
     from fastprune.artifacts.scores import ScoreTable
@@ -171,7 +199,11 @@ def export(
         beton=None if beton is None else open_beton(beton),
         scores=None if scores is None else ScoreTable.load(scores),
     )
-    click.echo(f"exported {len(loaded.rows):,} rows -> {', '.join(map(str, written))}")
+    show(
+        f"exported {len(loaded.rows):,} rows -> {', '.join(map(str, written))}",
+        {"rows": len(loaded.rows), "written": written},
+        as_json=as_json,
+    )
 
 
 def _load_scores(path: Path, beton: Path | None) -> "ScoreTable":
@@ -196,6 +228,13 @@ def _kept(subset: "Subset") -> str:
     assert subset.fingerprint is not None
     kept, num_rows = len(subset.rows), subset.fingerprint.num_rows
     return f"kept {kept:,} of {num_rows:,} rows ({kept / num_rows:.2%})"
+
+
+def _fields(subset: "Subset", path: Path, **more: float) -> dict[str, Any]:
+    """Describe a written subset in JSON values."""
+    assert subset.fingerprint is not None
+    kept, num_rows = len(subset.rows), subset.fingerprint.num_rows
+    return {"rows": kept, "of_rows": num_rows, "share": kept / num_rows, **more, "out": str(path)}
 
 
 COMMANDS: tuple[click.Command, ...] = (select, import_, export)

@@ -1,17 +1,29 @@
-"""Subcommands around the student."""
+"""Subcommands around the student, and the recipes that come with fastprune."""
 
 import logging
 import os
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from fastprune.cli.options import COUNT, PATH, device_option, json_option, show
+
+
+def _complete_recipe(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    del context, parameter
+    from fastprune.recipe import packaged_recipes
+
+    return [name for name in packaged_recipes() if name.startswith(incomplete)]
+
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", shell_complete=_complete_recipe)
 @click.option(
     "--set",
     "overrides",
@@ -28,23 +40,33 @@ import click
     help="Take as many steps as all rows would need, so more passes over a subset "
     "(schedule.fixed_iterations).",
 )
-def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iterations: bool) -> None:
-    """Train a student by the settings in RECIPE, a TOML file.
+@json_option
+def train(
+    recipe: str, overrides: tuple[str, ...], resume: bool, fixed_iterations: bool, as_json: bool
+) -> None:
+    """Train a student by RECIPE, a TOML file or the name of one that comes with fastprune.
 
     Several GPUs: torchrun --nproc-per-node 8 -m fastprune train RECIPE
     """
-    from fastprune.distillation.trainer import distill
     from fastprune.errors import PeerError, TrainingStopped
+    from fastprune.networks.names import require_known_network
     from fastprune.recipe import load_recipe
+
+    if fixed_iterations:
+        overrides = (*overrides, "schedule.fixed_iterations=true")
+    settings = load_recipe(recipe, overrides)
+    for network in (settings.student, settings.teacher):
+        if network is not None:
+            require_known_network(network.network)
+    # What is wrong with the recipe is said before torch is imported, which takes seconds.
+    from fastprune.distillation.trainer import distill
 
     is_first = os.environ.get("RANK", "0") == "0"
     if not is_first:  # the first process speaks for all
         logging.getLogger("fastprune").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-    if fixed_iterations:
-        overrides = (*overrides, "schedule.fixed_iterations=true")
     try:
-        result = distill(load_recipe(recipe, overrides), resume=resume)
+        result = distill(settings, resume=resume)
     except TrainingStopped as stop:
         if is_first:
             click.echo(str(stop), err=True)
@@ -53,23 +75,28 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, fixed_iteratio
         sys.exit(1)
     if not is_first:
         return
-    click.echo(
+    show(
         f"trained on {result.rows:,} rows for {result.epochs} epochs in "
         f"{result.train_seconds:.1f} s ({result.total_seconds:.1f} s in all): "
         f"top-1 {result.top1_last:.2%} after the last epoch, {result.top1_best:.2%} at best "
-        f"-> {result.student}"
+        f"-> {result.student}",
+        asdict(result),
+        as_json=as_json,
     )
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("beton", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
+@click.argument("beton", type=PATH)
 @click.option("--network", help="Name of the network, where the checkpoint does not name it.")
 @click.option(
-    "--image-size", type=int, help="Side of the center crop, where the checkpoint does not name it."
+    "--image-size",
+    type=COUNT,
+    help="Side of the center crop, where the checkpoint does not name it.",
 )
-@click.option("--batch-size", default=256, help="Images per step.")
-@click.option("--device", default="auto", help="Device of torch; auto takes CUDA if it is there.")
+@click.option("--batch-size", type=COUNT, default=256, help="Images per step.")
+@device_option
+@json_option
 def evaluate(
     checkpoint: Path,
     beton: Path,
@@ -77,8 +104,19 @@ def evaluate(
     image_size: int | None,
     batch_size: int,
     device: str,
+    as_json: bool,
 ) -> None:
     """Measure the accuracy of CHECKPOINT on BETON."""
+    from fastprune.beton.reader import open_beton
+
+    if checkpoint.is_dir():
+        student = checkpoint / "student.safetensors"
+        cure = f"Its student: {student}" if student.is_file() else "Name a file of weights in it."
+        raise click.BadParameter(f"{checkpoint} is a folder. {cure}", param_hint="CHECKPOINT")
+    # Both would be found out after the import of torch, which takes seconds.
+    if not checkpoint.exists():
+        raise click.BadParameter(f"{checkpoint} does not exist.", param_hint="CHECKPOINT")
+    open_beton(beton)
     from fastprune.distillation.evaluation import evaluate_checkpoint
 
     started = time.perf_counter()
@@ -90,10 +128,43 @@ def evaluate(
         batch_size=batch_size,
         device=device,
     )
-    click.echo(
+    seconds = time.perf_counter() - started
+    show(
         f"top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f} "
-        f"on {evaluation.rows:,} rows in {time.perf_counter() - started:.1f} s"
+        f"on {evaluation.rows:,} rows in {seconds:.1f} s",
+        {**asdict(evaluation), "seconds": seconds},
+        as_json=as_json,
     )
 
 
-COMMANDS = (train, evaluate)
+@click.group(invoke_without_command=True)
+@json_option
+@click.pass_context
+def recipes(context: click.Context, as_json: bool) -> None:
+    """List the recipes that come with fastprune: train takes their names."""
+    if context.invoked_subcommand is not None:
+        return
+    from fastprune.recipe import packaged_recipes
+
+    titles = {name: _title(path) for name, path in packaged_recipes().items()}
+    lines = "\n".join(f"{name:40}  {title}" for name, title in titles.items())
+    show(lines, titles, as_json=as_json)
+
+
+@recipes.command("show")
+@click.argument("name", shell_complete=_complete_recipe)
+def show_recipe(name: str) -> None:
+    """Print a recipe, to be saved and changed: recipes show NAME > recipe.toml."""
+    from fastprune.recipe import find_recipe
+
+    click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+def _title(path: Path) -> str:
+    """Take the first sentence of the comment that a recipe begins with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in lines[:2])
+    return comment.partition(". ")[0].strip().removesuffix(".") + "."
+
+
+COMMANDS: tuple[click.Command, ...] = (train, evaluate, recipes)

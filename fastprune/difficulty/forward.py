@@ -12,7 +12,9 @@ from fastprune.difficulty.metrics import LOGIT_METRICS, logit_metrics
 from fastprune.errors import InvalidValueError
 from fastprune.networks import FeatureNetwork
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "fp32", "bf16")
+# The names of earlier versions; recipes never had them.
+_LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 # One float64 tensor carries all of them through a gather: rows beyond 2**53 do not occur.
 COLUMNS = (*LOGIT_METRICS, "prediction", "row")
 
@@ -79,11 +81,12 @@ def ready_forward(
         InvalidValueError: the network gives another number of logits than C, its features are not
             found, or there is no such precision.
     """
+    precision = _LONG_NAMES.get(precision, precision)
     if precision not in PRECISIONS:
         raise InvalidValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}.")
     # Only CUDA devices are asked: torch emulates bfloat16 on CPUs that do not have it.
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    is_half = precision == "bfloat16" or (precision == "auto" and has_bfloat16)
+    is_half = precision == "bf16" or (precision == "auto" and has_bfloat16)
     dtype = torch.bfloat16 if is_half else torch.float32
     # The caller's network is borrowed: it must not come back in eval mode.
     modes = [(module, module.training) for module in network.modules()]
@@ -124,5 +127,5 @@ def _refuse_bad_rows(features: Tensor, logits: Tensor, rows: Tensor) -> None:
         row = int(rows[is_bad].min())
         raise InvalidValueError(
             f"the teacher returned NaN or infinity for row {row:,}. Score in float32 "
-            "(--precision float32), and check the teacher's weights."
+            "(--precision fp32), and check the teacher's weights."
         )

@@ -130,8 +130,8 @@ def score(
         seed: of the augmented views.
         batch_size: images per step and rank.
         device: of the teacher; "auto" takes CUDA where it is there, one device per rank.
-        precision: of the teacher: "bfloat16" (autocast), "float32", or "auto" for bfloat16 on CUDA
-            devices that have it.
+        precision: of the teacher: "bf16" (autocast), "fp32", or "auto" for bf16 on CUDA devices
+            that have it.
         compile_teacher: run the teacher through torch.compile.
         backend: the loader's engine.
         num_workers: decoding threads; None for one per usable CPU.

@@ -17,6 +17,7 @@ _ENOUGH_FILES = 1024
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written
 _DEVICES = Path("/dev")
+_PAIR = "Install torch and torchvision as a pair, such as those of constraints.txt."
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,13 @@ def check_cuda(*, devices: Path = _DEVICES) -> Finding:
             topic,
             "bad",
             f"torch cannot be imported: {error}",
-            "Install torch and torchvision as a pair, such as those of constraints.txt.",
+            _PAIR,
         )
+    try:
+        # Wheels of another build load, and fail at the first operator that both register.
+        import torchvision  # noqa: F401
+    except Exception as error:
+        return Finding(topic, "bad", f"torchvision does not fit torch: {error!r}", _PAIR)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Finding(topic, "good", f"{', '.join(names)}; CUDA {torch.version.cuda}")

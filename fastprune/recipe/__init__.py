@@ -1,6 +1,6 @@
 """Recipes: TOML in, validated and frozen settings out; unknown keys are refused."""
 
-from fastprune.recipe.reading import load_recipe, make_recipe
+from fastprune.recipe.reading import find_recipe, load_recipe, make_recipe, packaged_recipes
 from fastprune.recipe.settings import (
     DataSettings,
     LossSettings,
@@ -19,6 +19,8 @@ __all__ = [
     "Recipe",
     "RunSettings",
     "ScheduleSettings",
+    "find_recipe",
     "load_recipe",
     "make_recipe",
+    "packaged_recipes",
 ]

@@ -15,11 +15,11 @@ from fastprune.recipe.settings import Recipe
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a TOML recipe; its relative paths are relative to the working folder.
 
-    A file that begins with `extends = "other.toml"` has the settings of that file, which lies
-    beside it, and replaces or adds those that it names.
+    A file that begins with `extends = "other.toml"` takes the settings of that file, which lies
+    beside it or comes with fastprune, and replaces or adds the settings that it names.
 
     Args:
-        path: the TOML file.
+        path: the TOML file, or the name of a recipe that comes with fastprune.
         overrides: settings of the form "section.key=value", the value in TOML's notation or a bare
             word; an empty value removes the key, and "section=" the whole section.
 
@@ -30,10 +30,39 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: a file cannot be read, files extend each other in a circle, a key is unknown,
             or a value is outside its domain.
     """
-    settings = _read(Path(path))
+    settings = _read(find_recipe(path))
     for override in overrides:
         _set(settings, override)
     return make_recipe(settings, name=str(path))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Find a recipe: a file, or one that comes with fastprune, by its name.
+
+    Raises:
+        RecipeError: it is neither; the nearest name is in the message.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    packaged = packaged_recipes()
+    if str(name) in packaged:
+        return packaged[str(name)]
+    # A path is no misspelled name.
+    is_name = path.name == str(name) and not path.suffix
+    hint = did_you_mean(str(name), packaged if is_name else (), list_known=False)
+    raise RecipeError(
+        f"{name} does not exist, and no recipe that comes with fastprune is named so.{hint} They "
+        "are listed by: fastprune recipes"
+    )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Map the names of the recipes that come with fastprune to their files, in order."""
+    package = Path(__file__).parents[1]
+    # The wheel has them in the package; a checkout beside it.
+    folders = (package / "recipes", package.parent / "recipes")
+    return {file.stem: file for folder in folders[::-1] for file in sorted(folder.glob("*.toml"))}
 
 
 def make_recipe(settings: dict[str, Any], *, name: str = "recipe") -> Recipe:
@@ -68,7 +97,11 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         return settings
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends = {base!r} must be the name of a file beside it.")
-    extended = _read(path.parent / base, (*extending, path.resolve()))
+    beside = path.parent / base
+    # A recipe that was copied out of the package (`recipes show`) still extends those in it.
+    packaged = packaged_recipes().get(Path(base).stem)
+    source = beside if beside.exists() or packaged is None else packaged
+    extended = _read(source, (*extending, path.resolve()))
     for name, keys in settings.items():
         is_section = isinstance(keys, dict) and isinstance(extended.get(name), dict)
         extended[name] = {**extended[name], **keys} if is_section else keys

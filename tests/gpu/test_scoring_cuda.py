@@ -30,7 +30,7 @@ def _losses(beton, out, **settings):
 
 def test_float32_scores_on_the_gpu_are_those_of_the_cpu(beton, tmp_path):
     expected, _ = _losses(beton, tmp_path / "cpu.parquet", device="cpu")
-    losses, _ = _losses(beton, tmp_path / "cuda.parquet", device="cuda", precision="float32")
+    losses, _ = _losses(beton, tmp_path / "cuda.parquet", device="cuda", precision="fp32")
     np.testing.assert_allclose(losses, expected, rtol=0.02, atol=0.02)
 
 

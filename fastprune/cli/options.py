@@ -1,0 +1,139 @@
+"""Options that several subcommands share, so that one thing has one name and one domain."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+# The values are repeated here, because `--help` and completion must not import what they are of
+# (a test holds them against the library's own).
+BACKENDS = ("auto", "ffcv", "dali")
+METRICS = (
+    "centroid",
+    "centroid_median",
+    "loss",
+    "el2n",
+    "grand_last",
+    "margin",
+    "entropy",
+    "confidence",
+)
+STRATEGIES = ("medium", "window", "easy", "hard", "random", "moderate", "ccs")
+QUOTAS = ("proportional", "equal")
+EXPORT_FORMATS = ("mdslr", "deepcore", "rows", "dropped", "names")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class Share(click.ParamType[float]):
+    """A share in (0, 1]; 50 is refused, with what was probably meant."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Parse and check a number."""
+        try:
+            share = float(value)
+        except ValueError:
+            share = float("nan")
+        if 0 < share <= 1:
+            return share
+        meant = f" {share:g}% is {share / 100:g}." if 1 < share <= 100 else ""
+        return self.fail(f"{value} is not a share in (0, 1].{meant}", param, ctx)
+
+
+class NumberList(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas between, so many as there are names, or any where there are none."""
+
+    name = "numbers"
+
+    def __init__(self, example: str, *, count: int | None = None, item: Any = click.FLOAT) -> None:
+        self._example, self._count, self._item = example, count, item
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """Parse the numbers."""
+        if isinstance(value, tuple):  # a default that is converted already
+            return value
+        try:
+            numbers = tuple(map(float, value.split(",")))
+        except ValueError:
+            numbers = ()
+        if not numbers or len(numbers) != (self._count or len(numbers)):
+            self.fail(f"{value!r} is not a list such as {self._example}.", param, ctx)
+        return tuple(self._item.convert(number, param, ctx) for number in numbers)
+
+
+class Metric(click.ParamType[str]):
+    """A metric or a blend of them; only the metrics are completed."""
+
+    name = "metric"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Take any name: score tables of other tools have metrics of their own."""
+        del param, ctx
+        return str(value)
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[Any]:
+        """Complete the metrics of our own tables."""
+        from click.shell_completion import CompletionItem
+
+        del ctx, param
+        return [CompletionItem(name) for name in METRICS if name.startswith(incomplete)]
+
+
+class Precision(click.Choice[str]):
+    """fp32 or bf16; the long names of earlier versions are understood."""
+
+    def __init__(self) -> None:
+        super().__init__(PRECISIONS)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Shorten a long name and check the choice."""
+        short = {"float32": "fp32", "bfloat16": "bf16"}.get(value, value)
+        return super().convert(short, param, ctx)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+workers_option = click.option(
+    "--workers",
+    "num_workers",
+    type=COUNT,
+    help="Decoding threads.  [default: one per usable CPU]",
+)
+device_option = click.option(
+    "--device", default="auto", help="Device of torch; auto takes CUDA if it is there."
+)
+backend_option = click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", help="Engine that decodes."
+)
+
+
+def show(line: str, fields: dict[str, Any], *, as_json: bool) -> None:
+    """Print a command's summary: one line, or its numbers as JSON."""
+    click.echo(json.dumps(fields, indent=2, default=str) if as_json else line)
+
+
+def flags_of(command: click.Command) -> dict[str, str]:
+    """Map Python names of a command's parameters, and of its subcommands', to their flags."""
+    commands = command.commands.values() if isinstance(command, click.Group) else ()
+    flags = {name: flag for child in commands for name, flag in flags_of(child).items()}
+    for param in command.params:
+        if isinstance(param, click.Option) and param.name:
+            flags[param.name] = max(param.opts, key=len)
+    return flags
+
+
+def named_by_flag(message: str, flags: dict[str, str]) -> str:
+    """Name the flag where an error message begins with the name of a Python argument.
+
+    >>> named_by_flag("num_workers (0) must be >= 1.", {"num_workers": "--workers"})
+    '--workers (0) must be >= 1.'
+    """
+    name = re.match(r"\w+", message)
+    if name is None or not re.match(r" (\(|must|=)", message[name.end() :]):
+        return message
+    return flags.get(name[0], name[0]) + message[name.end() :]

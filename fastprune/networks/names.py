@@ -1,0 +1,57 @@
+"""Which network names there are, without importing torch: a typing error is found at once."""
+
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastprune.checks import did_you_mean
+from fastprune.errors import InvalidValueError
+
+SMALL_NAMES = (
+    *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
+    *(f"resnet{depth}x4" for depth in (8, 32)),
+    *(f"ResNet{depth}" for depth in (18, 34, 50)),
+    *(f"vgg{depth}" for depth in (8, 11, 13, 16, 19)),
+    *("MobileNetV1", "MobileNetV2", "mobile_half", "mobile_full", "ShuffleV1", "ShuffleV2"),
+)
+WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
+_WIDE_EXAMPLES = ("wrn_40_2", "wrn_16_2", "wrn_40_1")
+# torchvision registers its builders by this decorator; importing it to ask takes seconds.
+_REGISTERED = re.compile(
+    r"^@register_model\((?:name=\"(\w+)\")?\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE
+)
+
+
+def require_known_network(name: str) -> None:
+    """Refuse a name that no network can have.
+
+    Networks of timm and factories (`package.module:function`) are not looked up: that takes an
+    import of them.
+
+    Raises:
+        InvalidValueError: neither a small network nor a classifier of torchvision is named so; the
+            nearest name is in the message.
+    """
+    source, _, rest = name.partition(":")
+    if rest and source != "torchvision":
+        return
+    if not rest and (name in SMALL_NAMES or WIDE_RESNET.fullmatch(name)):
+        return
+    known = torchvision_names()
+    # Without its sources, a zipped installation say, torchvision itself has the last word.
+    if known and (rest or name) not in known:
+        hint = did_you_mean(rest or name, [*known, *SMALL_NAMES, *_WIDE_EXAMPLES], list_known=False)
+        raise InvalidValueError(f"network {name!r} is not known.{hint}")
+
+
+@cache
+def torchvision_names() -> tuple[str, ...]:
+    """List torchvision's classifiers from its source files; empty where these cannot be read."""
+    package = find_spec("torchvision")
+    if package is None or package.origin is None:
+        return ()
+    # Detection, segmentation and video have folders of their own.
+    files = sorted((Path(package.origin).parent / "models").glob("*.py"))
+    found = [match for file in files for match in _REGISTERED.findall(file.read_text("utf-8"))]
+    return tuple(sorted(given or function for given, function in found))
