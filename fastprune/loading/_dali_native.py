@@ -22,7 +22,7 @@ from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.reader import Beton
 from fastprune.errors import LoadingError
 from fastprune.loading.augment import Recipe
-from fastprune.loading.dali import require_nvjpeg
+from fastprune.loading.dali_pipeline import require_nvjpeg
 from fastprune.loading.device import Copies, cuda_index
 from fastprune.loading.faults import FileWatch
 from fastprune.loading.order import Plan

@@ -1,14 +1,13 @@
 """The DALI engine: decode batches on the GPU (nvJPEG) or, without one, on the CPU.
 
-The order and the boxes are ours: `external_source` hands over slices of the mapped file with a crop
-window each, and `decoders.image_slice` decodes what lies in the window.
+The order and the boxes are ours: DALI is fed slices of the mapped file with a crop window each.
 """
 
-import logging
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,28 +15,33 @@ from numpy.typing import NDArray
 
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
-from fastprune.errors import BetonError, JpegError, LoadingError, MissingDependencyError
+from fastprune.errors import BetonError, JpegError, LoadingError
 from fastprune.jpeg.headers import read_header
 from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
-from fastprune.loading.device import Copies, cuda_index
+from fastprune.loading.dali_pipeline import (
+    BATCHES_AHEAD,
+    Pipeline,
+    PipelineError,
+    Sample,
+    sound_sample,
+)
 from fastprune.loading.faults import FileWatch, RowFaults
+from fastprune.loading.threads import ThreadDiedError, WorkerThreads
 
-try:
-    import nvidia.dali.fn
-    import nvidia.dali.types
-    from nvidia.dali.pipeline import pipeline_def
-except ImportError as error:
-    raise MissingDependencyError(
-        f'backend="dali" needs NVIDIA DALI ({error}). Install it with: '
-        "pip install fastprune[dali-cuda13]"
-    ) from error
 
-# Their stubs know neither dictionaries of arguments nor the constants.
-fn: Any = nvidia.dali.fn
-types: Any = nvidia.dali.types
+@dataclass(frozen=True)
+class _Fed:
+    """A batch on its way through the pipeline.
 
-_LOG = logging.getLogger(__name__)
-_BATCHES_AHEAD = 2
+    Attributes:
+        rows: (n,) int64, those that are decoded.
+        left_out: the other rows of the batch, and what is wrong with each.
+        sample: of the rows; DALI reads its arrays in place, so they must outlive the decoding.
+    """
+
+    rows: NDArray[np.int64]
+    left_out: dict[int, str]
+    sample: Sample
 
 
 class DaliEngine:
@@ -60,9 +64,10 @@ class DaliEngine:
         self._device = device
         self._faults = faults
         self._file = FileWatch(beton)
-        self._copies = Copies()
-        self._decoder_is_known = False
         self._header_was_read = np.zeros(beton.num_rows, np.bool_)
+        # Kept for good, so that every epoch leaves out the same rows.
+        self._broken: dict[int, str] = {}
+        self._idle: list[Pipeline] = []
         _require_jpegs(beton)
 
     def decode(
@@ -72,85 +77,99 @@ class DaliEngine:
     ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
         """Decode batches in order, two ahead of the caller; see `engine.Engine.decode`."""
         waiting = deque(batches)
-        unusable: set[int] = set()
+        examined: set[int] = set()
         while waiting:
+            fed: deque[_Fed] = deque()
             try:
-                for pixels, rows in self._run(list(waiting), draw_views, unusable):
-                    waiting.popleft()
-                    yield pixels, rows
-            except RuntimeError as error:
-                # DALI neither names the row that failed nor continues after it.
-                found: dict[int, str] = {}
-                for rows in list(waiting)[: _BATCHES_AHEAD + 1]:
-                    unknown = set(rows.tolist()) - unusable - found.keys()
-                    found |= self._find_unusable(sorted(unknown))
-                if not found:
-                    raise LoadingError(
-                        f"DALI failed on {self._beton.path}: {_reason(error)}. Start the epoch "
-                        "again, or resume it from a state_dict."
-                    ) from error
-                for row, reason in found.items():
-                    self._faults.report(row, reason)
-                unusable.update(found)
+                yield from self._run(waiting, draw_views, fed)
+            except PipelineError as error:
+                rows = set(fed[0].rows.tolist()) if fed else set()
+                if rows <= examined:
+                    # Each of its rows was decoded alone, and still the batch is not.
+                    raise self._failure(str(error)) from error
+                self._examine(fed[0], error)
+                examined = rows
 
     def _run(
         self,
-        batches: list[NDArray[np.int64]],
+        waiting: deque[NDArray[np.int64]],
         draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
-        unusable: set[int],
+        fed: deque[_Fed],
     ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """One pipeline over these batches without the unusable rows."""
-        fed: deque[NDArray[np.int64]] = deque()
-        samples = self._samples(batches, draw_views, unusable, fed)
-        pipeline = self._pipeline(samples, max(map(len, batches)))
-        while True:
-            pixels = self._next_pixels(pipeline)
-            while fed and len(fed[0]) == 0:
-                size = self._image_size
-                yield torch.empty((0, size, size, 3), dtype=torch.uint8), fed.popleft()
-            if pixels is None:
-                return
-            yield pixels, fed.popleft()
+        """Decode batches until one fails; those that the caller got are taken off `waiting`."""
+        threads = WorkerThreads(self._num_workers, name="fastprune-inspect")
+        samples = self._samples(list(waiting), draw_views, threads, fed)
+        decoded = self._run_pipeline(samples, max(map(len, waiting)))
+        try:
+            for pixels in decoded:
+                batch = fed.popleft()
+                waiting.popleft()
+                for row, reason in batch.left_out.items():
+                    self._faults.report(row, reason)
+                yield pixels[: len(batch.rows)], batch.rows
+        finally:
+            decoded.close()
+            threads.close()
 
     def _samples(
         self,
         batches: list[NDArray[np.int64]],
         draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
-        unusable: set[int],
-        fed: deque[NDArray[np.int64]],
-    ) -> Iterator[tuple[Any, ...]]:
-        """Feed the pipeline batch by batch, and note the rows of each batch in `fed`."""
+        threads: WorkerThreads,
+        fed: deque[_Fed],
+    ) -> Iterator[Sample]:
+        """Feed the pipeline batch by batch, and note each batch in `fed`."""
+        for rows in self._inspected(batches, threads):
+            left_out = {row: self._broken[row] for row in rows.tolist() if row in self._broken}
+            kept = rows[~np.isin(rows, list(left_out))]
+            # A batch of which nothing is left goes through the pipeline, too, to come out in turn.
+            sample = self._sample(kept, draw_views(kept)) if len(kept) else sound_sample()
+            fed.append(_Fed(kept, left_out, sample))
+            yield sample
+
+    def _inspected(
+        self, batches: list[NDArray[np.int64]], threads: WorkerThreads
+    ) -> Iterator[NDArray[np.int64]]:
+        """Give the batches in order; threads look at the rows of the next ones meanwhile."""
+        started: deque[tuple[NDArray[np.int64], list[Future[None]]]] = deque()
+
+        def finished() -> NDArray[np.int64]:
+            rows, parts = started.popleft()
+            try:
+                for part in parts:
+                    threads.wait(part)
+            except ThreadDiedError as error:
+                raise self._failure("a thread that looked at rows was killed") from error
+            return rows
+
         for rows in batches:
             self._file.check()
-            rows = rows[~np.isin(rows, list(unusable))]
-            altered = np.unique(rows[self._faults.altered(rows)]).tolist()
-            found = dict.fromkeys(altered, "its bytes are not those that were written (CRC-32C)")
-            found |= self._broken_headers(rows[~np.isin(rows, altered)])
-            for row, reason in found.items():
-                self._faults.report(row, reason)
-            unusable.update(found)
-            rows = rows[~np.isin(rows, list(found))]
-            fed.append(rows)
-            if len(rows):
-                yield self._sample(rows, draw_views(rows))
+            parts = np.array_split(np.unique(rows), min(self._num_workers, len(rows)))
+            started.append((rows, [threads.submit(self._inspect, part) for part in parts]))
+            if len(started) > BATCHES_AHEAD:
+                yield finished()
+        while started:
+            yield finished()
 
-    def _broken_headers(self, rows: NDArray[np.int64]) -> dict[int, str]:
-        """Find the rows whose header no decoder should see; each header is read once."""
+    def _inspect(self, rows: NDArray[np.int64]) -> None:
+        """Find the rows that no decoder should see; each header is read once."""
         # DALI's CPU decoder can crash the process on a batch in which one image has a bad header.
-        found = {}
-        for row in np.unique(rows[~self._header_was_read[rows]]).tolist():
+        for row, is_altered in zip(rows.tolist(), self._faults.altered(rows), strict=True):
+            if is_altered:
+                self._broken[row] = "its bytes are not those that were written (CRC-32C)"
+            if row in self._broken or self._header_was_read[row]:
+                continue
             try:
                 header = read_header(self._beton.image_bytes(row).tobytes())
             except JpegError as error:
-                found[row] = str(error)
+                self._broken[row] = str(error)
                 continue
             size = (int(self._beton.widths[row]), int(self._beton.heights[row]))
             if (header.width, header.height) != size:
-                found[row] = "its JPEG is not of the size that the beton says"
-        self._header_was_read[rows] = True
-        return found
+                self._broken[row] = "its JPEG is not of the size that the beton says"
+            self._header_was_read[row] = True
 
-    def _sample(self, rows: NDArray[np.int64], views: NDArray[np.int32]) -> tuple[Any, ...]:
+    def _sample(self, rows: NDArray[np.int64], views: NDArray[np.int32]) -> Sample:
         """Stored bytes, anchors, shapes, shifts and flips of these rows."""
         return (
             [self._beton.image_bytes(row) for row in rows],
@@ -160,107 +179,83 @@ class DaliEngine:
             np.ascontiguousarray(views[:, FLIP]),
         )
 
-    def _pipeline(self, samples: Iterator[tuple[Any, ...]], batch_size: int) -> Any:
-        """Build a pipeline that reads these samples."""
-        pipeline = _decode(
-            samples=lambda: next(samples),
-            image_size=self._image_size,
-            mixed=self._device.type == "cuda",
-            size_hint=(int(self._beton.widths.max()), int(self._beton.heights.max())),
-            batch_size=batch_size,
-            num_threads=self._num_workers,
-            device_id=cuda_index(self._device),
-            prefetch_queue_depth=_BATCHES_AHEAD,
+    def _run_pipeline(
+        self, samples: Iterator[Sample], batch_size: int
+    ) -> Generator[torch.Tensor, None, None]:
+        """Decode samples in the pipeline that an earlier iterator left, or in a new one."""
+        pipeline = None
+        with contextlib.suppress(IndexError):  # another iterator may be running in it
+            pipeline = self._idle.pop()
+        if pipeline is None or pipeline.batch_size < batch_size:
+            try:
+                pipeline = Pipeline(
+                    batch_size=batch_size,
+                    image_size=self._image_size,
+                    num_threads=self._num_workers,
+                    device=self._device,
+                    size_hint=_large_size(self._beton),
+                )
+            except RuntimeError as error:
+                raise self._failure(str(PipelineError(error))) from error
+        pixels = pipeline.run(samples)
+        try:
+            yield from pixels
+        finally:
+            pixels.close()
+            if pipeline.is_idle and not self._idle:
+                self._idle.append(pipeline)
+
+    def _examine(self, batch: _Fed, error: PipelineError) -> None:
+        """Decode the rows of a failed batch one by one, and keep what is wrong with each.
+
+        Raises:
+            LoadingError: no row is to blame.
+        """
+        if error.is_machine_fault:
+            raise self._failure(str(error))
+        singles = [tuple(part[i : i + 1] for part in batch.sample) for i in range(len(batch.rows))]
+        position, reasons = 0, dict[int, str]()
+        while position < len(singles):
+            try:
+                for _ in self._run_pipeline(iter(singles[position:]), len(batch.rows)):
+                    position += 1
+            except PipelineError as single:
+                if single.is_machine_fault:
+                    raise self._failure(str(single)) from single
+                reasons[int(batch.rows[position])] = str(single)
+                position += 1
+        num_rows = len(np.unique(batch.rows))
+        # Hardly all of several rows are broken at once; and one is not where nothing is decoded.
+        none_works = len(reasons) == num_rows and (num_rows > 1 or not self._decodes_at_all())
+        if not reasons or none_works:
+            raise self._failure(str(error))
+        self._broken |= reasons
+
+    def _decodes_at_all(self) -> bool:
+        """Whether DALI decodes an image that is sound."""
+        try:
+            list(self._run_pipeline(iter([sound_sample()]), 1))
+        except PipelineError:
+            return False
+        return True
+
+    def _failure(self, reason: str) -> LoadingError:
+        """The error for what is no row's fault."""
+        return LoadingError(
+            f"DALI failed on {self._beton.path}: {reason}. Start the epoch again, or resume it "
+            "from a state_dict."
         )
-        pipeline.build()
-        return pipeline
-
-    def _next_pixels(self, pipeline: Any) -> torch.Tensor | None:
-        """The next batch in memory of its own; None at the end."""
-        try:
-            (outputs,) = pipeline.run()
-        except StopIteration:
-            return None
-        pixels = self._copies.of(torch.utils.dlpack.from_dlpack(outputs.as_tensor()))
-        if self._device.type == "cuda" and not self._decoder_is_known:
-            require_nvjpeg()
-            self._decoder_is_known = True
-        return pixels
-
-    def _find_unusable(self, rows: list[int]) -> dict[int, str]:
-        """Find the rows that DALI cannot decode by halving; its reason for each."""
-        if not rows:
-            return {}
-        whole = np.zeros((len(rows), 7), np.int32)
-        whole[:, HEIGHT], whole[:, WIDTH] = self._beton.heights[rows], self._beton.widths[rows]
-        sample = self._sample(np.array(rows), whole)
-        try:
-            self._next_pixels(self._pipeline(iter([sample]), len(rows)))
-            return {}
-        except RuntimeError as error:
-            if len(rows) == 1:
-                return {rows[0]: _reason(error)}
-        half = len(rows) // 2
-        return self._find_unusable(rows[:half]) | self._find_unusable(rows[half:])
 
 
-@pipeline_def
-def _decode(samples: Any, image_size: int, mixed: bool, size_hint: tuple[int, int]) -> Any:
-    """Stored bytes -> the box, resized, shifted over black, flipped: (S, S, 3) uint8 each."""
-    jpegs, anchors, shapes, shifts, flips = fn.external_source(
-        source=samples, num_outputs=5, batch=True, no_copy=False
-    )
-    hints = {"preallocate_width_hint": size_hint[0], "preallocate_height_hint": size_hint[1]}
-    images = fn.decoders.image_slice(
-        jpegs,
-        anchors,
-        shapes,
-        axes=[0, 1],
-        device="mixed" if mixed else "cpu",
-        output_type=types.RGB,
-        # As PIL, torchvision and FFCV do, which know no orientation and smooth the chroma.
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-        **(hints if mixed else {}),
-    )
-    images = fn.resize(
-        images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True
-    )
-    images = fn.slice(
-        images,
-        start=shifts,
-        shape=[image_size, image_size],
-        axes=[0, 1],
-        out_of_bounds_policy="pad",
-        fill_values=0,
-    )
-    return fn.flip(images, horizontal=flips)
+def _large_size(beton: Beton) -> tuple[int, int]:
+    """Width and height of an image that at most one in a hundred exceeds in area.
 
-
-def _reason(error: RuntimeError) -> str:
-    """Cut DALI's message down to its reason, without the traceback of the pipeline definition."""
-    text = str(error).split("encountered:")[-1]
-    lines = [line.strip(" :") for line in text.splitlines()]
-    return "; ".join(
-        line for line in lines if line and not line.startswith(("C++ context", "Current pipeline"))
-    )
-
-
-def require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
-    """Refuse "mixed" decoding that silently fell back to the CPU.
-
-    Raises:
-        MissingDependencyError: DALI has not loaded nvJPEG.
+    nvJPEG's buffers are made for it beforehand. The greatest width and the greatest height are
+    those of two outliers, of which the product may be a hundred times any image.
     """
-    mapped = maps.read_text(encoding="utf-8").splitlines()
-    libraries = {line.split()[-1] for line in mapped if "libnvjpeg" in line}
-    ours = [path for path in libraries if "torchvision" not in path]
-    if not ours:
-        raise MissingDependencyError(
-            "DALI decodes on the CPU although a GPU was asked for, because it found no nvJPEG. "
-            'Install it with: pip install nvidia-nvjpeg, or decode with backend="ffcv".'
-        )
-    _LOG.info("decoding on the GPU with %s", ours[0])
+    areas = beton.widths.astype(np.int64) * beton.heights
+    row = int(np.argpartition(areas, position := (99 * (len(areas) - 1)) // 100)[position])
+    return int(beton.widths[row]), int(beton.heights[row])
 
 
 def _require_jpegs(beton: Beton) -> None:

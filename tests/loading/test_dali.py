@@ -130,21 +130,107 @@ def test_a_broken_header_never_reaches_dali(
     from fastprune.loading.dali import DaliEngine
 
     damage_row(beton_copy, 13, data, start)
-    monkeypatch.setattr(DaliEngine, "_find_unusable", None)
+    monkeypatch.setattr(DaliEngine, "_examine", None)
     with pytest.raises(LoadingError, match=f"row 13 of .*{reason}"):
         list(_loader(beton_copy, tail="exact"))
 
 
-def test_a_failure_that_is_no_rows_fault_is_an_error_too(beton_copy, monkeypatch):
-    from fastprune.loading.dali import DaliEngine
+@pytest.fixture
+def break_tables(damage_row):
+    """A function that gives a row Huffman tables that only decoding finds out about."""
 
-    def fail(*arguments):
-        raise RuntimeError("out of patience")
+    def damage(path, row):
+        tables = open_beton(path).image_bytes(row).tobytes().rindex(b"\xff\xc4")
+        damage_row(path, row, b"\xff" * 16, tables + 5)
 
-    monkeypatch.setattr(DaliEngine, "_next_pixels", fail)
-    monkeypatch.setattr(DaliEngine, "_find_unusable", lambda *arguments: {})
+    return damage
+
+
+def test_a_row_that_only_decoding_finds_broken_is_named(beton_copy, break_tables):
+    break_tables(beton_copy, 13)
+    batches = iter(_loader(beton_copy, tail="exact", order="sequential"))
+    assert [next(batches)[2].tolist() for _ in range(3)][-1] == [8, 9, 10, 11]
+    with pytest.raises(LoadingError, match=r"row 13 of .*copy\.beton .*Failed to decode"):
+        next(batches)
+
+
+@pytest.mark.parametrize("damage", ["size", "tables", "header"])
+def test_every_epoch_leaves_out_the_same_rows(beton_copy, damage_row, break_tables, damage):
+    if damage == "size":
+        frame = open_beton(beton_copy).image_bytes(2).tobytes().rindex(b"\xff\xc0")
+        damage_row(beton_copy, 2, (160).to_bytes(2), frame + 5)
+    elif damage == "tables":
+        break_tables(beton_copy, 2)
+    else:
+        damage_row(beton_copy, 2, b"\0\0\0\0")
+    loader = _loader(beton_copy, tail="exact", order="sequential", on_error="skip")
+    epochs = [[row for _, _, rows in loader for row in rows.tolist()] for _ in range(3)]
+    assert epochs == [[row for row in range(30) if row != 2]] * 3
+    assert loader.num_skipped == 3
+
+
+def test_a_broken_row_is_refused_again_after_its_error(beton_copy, damage_row):
+    frame = open_beton(beton_copy).image_bytes(2).tobytes().rindex(b"\xff\xc0")
+    damage_row(beton_copy, 2, (160).to_bytes(2), frame + 5)
+    loader = _loader(beton_copy, tail="exact")
+    for _ in range(2):
+        with pytest.raises(LoadingError, match=r"row 2 of .*is not of the size"):
+            list(loader)
+
+
+def test_a_broken_row_that_makes_a_batch_alone_is_left_out(beton_copy, break_tables):
+    break_tables(beton_copy, 2)
+    loader = _loader(beton_copy, np.array([2]), tail="exact", on_error="skip")
+    assert list(loader) == []
+    assert loader.num_skipped == 1
+
+
+def test_a_batch_in_which_every_row_fails_is_no_batch_of_broken_rows(beton_copy, break_tables):
+    for row in range(4, 8):
+        break_tables(beton_copy, row)
+    loader = _loader(beton_copy, tail="exact", order="sequential", on_error="skip")
     with pytest.raises(LoadingError, match=r"DALI failed on .*copy\.beton.*Start the epoch again"):
-        list(_loader(beton_copy, tail="exact"))
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory",
+        "std::bad_alloc",
+        "nvImageCodec failure: '#8'",
+        "out of patience",
+    ],
+)
+def test_a_fault_of_the_machine_is_an_error_and_costs_no_row(beton_copy, monkeypatch, text):
+    from nvidia.dali.pipeline import Pipeline
+
+    def fail(self, stream=None):
+        raise RuntimeError(f"Critical error in pipeline:\nencountered:\n{text}")
+
+    monkeypatch.setattr(Pipeline, "run", fail)
+    loader = _loader(beton_copy, tail="exact", on_error="skip")
+    with pytest.raises(LoadingError, match=f"DALI failed on .*{text[:8]}.*Start the epoch again"):
+        list(loader)
+    assert loader.num_skipped == 0
+    monkeypatch.undo()
+    assert sum(len(rows) for _, _, rows in loader) == 30
+
+
+def test_a_pipeline_serves_all_epochs_also_after_one_that_was_left(stock_beton, monkeypatch):
+    from nvidia.dali.pipeline import Pipeline
+
+    built = []
+    build = Pipeline.build
+    monkeypatch.setattr(Pipeline, "build", lambda self: (built.append(id(self)), build(self))[1])
+    loader = _loader(stock_beton)
+    loader.warm_up()
+    whole = list(loader)
+    next(iter(loader))
+    loader.set_epoch(0)
+    for one, other in zip(whole, loader, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len(set(built)) == 1
 
 
 def test_undecodable_rows_are_left_out_and_counted_where_asked(beton_copy, damage_row):
@@ -195,8 +281,19 @@ def test_raw_rows_are_refused(tmp_path):
         _loader(path, batch_size=1)
 
 
+def test_buffers_are_made_for_an_image_and_not_for_two_outliers(tmp_path):
+    from fastprune.beton.writer import convert
+    from fastprune.loading.dali import _large_size
+    from tests.images import jpeg_bytes
+
+    sizes = [(20, 20)] * 118 + [(400, 10), (10, 400), (30, 28)]
+    images = [(jpeg_bytes(number, width=w, height=h), 0) for number, (w, h) in enumerate(sizes)]
+    convert(images, tmp_path / "a.beton", workers=1)
+    assert _large_size(open_beton(tmp_path / "a.beton")) == (30, 28)
+
+
 def test_decoding_on_a_gpu_needs_nvjpeg_in_the_process(tmp_path):
-    from fastprune.loading.dali import require_nvjpeg
+    from fastprune.loading.dali_pipeline import require_nvjpeg
 
     maps = tmp_path / "maps"
     maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/torchvision.libs/libnvjpeg.so\n")

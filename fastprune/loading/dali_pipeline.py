@@ -1,0 +1,215 @@
+"""A DALI pipeline from stored bytes and crop windows to pixels; DALI is imported here alone."""
+
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastprune.errors import MissingDependencyError
+from fastprune.loading.device import Copies, cuda_index
+
+try:
+    import nvidia.dali.fn
+    import nvidia.dali.types
+    from nvidia.dali.pipeline import pipeline_def
+except ImportError as error:
+    raise MissingDependencyError(
+        f'backend="dali" needs NVIDIA DALI ({error}). Install it with: '
+        "pip install fastprune[dali-cuda13]"
+    ) from error
+
+# Their stubs know neither dictionaries of arguments nor the constants.
+fn: Any = nvidia.dali.fn
+types: Any = nvidia.dali.types
+
+_LOG = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2
+# Texts of CUDA, of allocators, and of nvImageCodec's statuses but for those that blame the image:
+# 3 and 13 (bad code stream), 4 and 14 (unsupported), 19 (incomplete), see nvimgcodec.h.
+_MACHINE_FAULT = re.compile(
+    r"cuda|out of memory|bad_alloc|cannot allocate|nvml|driver|"
+    r"nvimagecodec failure: '#(?!(?:3|4|13|14|19)')\d+",
+    re.IGNORECASE,
+)
+
+#: One batch as the pipeline reads it: stored bytes, anchors, shapes, shifts and flips, n of each.
+Sample = tuple[Any, ...]
+
+
+class PipelineError(Exception):
+    """DALI could not decode the batch that comes next; its pipeline is of no use any more.
+
+    Attributes:
+        is_machine_fault: whether the text blames CUDA, memory or nvImageCodec, and no image.
+    """
+
+    def __init__(self, error: RuntimeError):
+        # Without DALI's traceback of the pipeline definition.
+        text = str(error).split("encountered:")[-1]
+        lines = (line.strip(" :") for line in text.splitlines())
+        noise = ("C++ context", "Current pipeline")
+        super().__init__("; ".join(line for line in lines if line and not line.startswith(noise)))
+        self.is_machine_fault = bool(_MACHINE_FAULT.search(str(self)))
+
+
+class Pipeline:
+    """A DALI pipeline that is fed anew in every epoch; starting one costs as much as a few batches.
+
+    Attributes:
+        batch_size: the most rows that a batch may have.
+        is_idle: whether it can be run; False while it runs, and for good after an error.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        image_size: int,
+        num_threads: int,
+        device: torch.device,
+        size_hint: tuple[int, int],
+    ):
+        self.batch_size = batch_size
+        self.is_idle = True
+        self._device = device
+        self._copies = Copies()
+        self._source = _Source()
+        self._pipeline = _decode(
+            source=self._source,
+            image_size=image_size,
+            mixed=device.type == "cuda",
+            size_hint=size_hint,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=cuda_index(device),
+            # The one that is waited for, and those ahead of it.
+            prefetch_queue_depth=1 + BATCHES_AHEAD,
+        )
+        self._pipeline.build()
+        self._decoder_is_known = False
+
+    def run(self, samples: Iterator[Sample]) -> Generator[torch.Tensor, None, None]:
+        """Decode samples in order, two ahead of the caller.
+
+        Yields:
+            (n, S, S, 3) uint8 pixels that belong to the caller.
+
+        Raises:
+            PipelineError: the next batch cannot be decoded.
+        """
+        self.is_idle = False
+        self._source.samples = samples
+        try:
+            while (pixels := self._next()) is not None:
+                yield pixels
+        except GeneratorExit:
+            # The next epoch must not begin with what this one left in the pipeline.
+            self._source.samples = iter(())
+            with contextlib.suppress(PipelineError):
+                while self._next() is not None:
+                    pass
+                self._reset()
+            raise
+        self._reset()
+
+    def _next(self) -> torch.Tensor | None:
+        """Take the next batch out, in memory of its own; None at the end."""
+        on_gpu = self._device.type == "cuda"
+        # In torch's stream, so that the host need not wait for the decoder.
+        stream = torch.cuda.current_stream(self._device) if on_gpu else None
+        try:
+            (outputs,) = self._pipeline.run(stream)
+        except StopIteration:
+            return None
+        except RuntimeError as error:
+            raise PipelineError(error) from error
+        pixels = self._copies.of(torch.utils.dlpack.from_dlpack(outputs.as_tensor()))
+        if on_gpu and not self._decoder_is_known:
+            require_nvjpeg()
+            self._decoder_is_known = True
+        return pixels
+
+    def _reset(self) -> None:
+        """Get ready for the next epoch."""
+        self._pipeline.reset()
+        self.is_idle = True
+
+
+class _Source:
+    """Hands DALI whatever samples are set; it keeps the callback of a pipeline for good."""
+
+    def __init__(self) -> None:
+        self.samples: Iterator[Sample] = iter(())
+
+    def __call__(self) -> Sample:
+        return next(self.samples)
+
+
+@pipeline_def
+def _decode(source: Any, image_size: int, mixed: bool, size_hint: tuple[int, int]) -> Any:
+    """Stored bytes -> the box, resized, shifted over black, flipped: (S, S, 3) uint8 each."""
+    jpegs, anchors, shapes, shifts, flips = fn.external_source(
+        # Read in place: the decoding threads touch the pages of the file, and not the caller.
+        source=source,
+        num_outputs=5,
+        batch=True,
+        no_copy=True,
+    )
+    hints = {"preallocate_width_hint": size_hint[0], "preallocate_height_hint": size_hint[1]}
+    images = fn.decoders.image_slice(
+        jpegs,
+        anchors,
+        shapes,
+        axes=[0, 1],
+        device="mixed" if mixed else "cpu",
+        output_type=types.RGB,
+        # As PIL, torchvision and FFCV do, which know no orientation and smooth the chroma.
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        **(hints if mixed else {}),
+    )
+    images = fn.resize(
+        images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True
+    )
+    images = fn.slice(
+        images,
+        start=shifts,
+        shape=[image_size, image_size],
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+    return fn.flip(images, horizontal=flips)
+
+
+def sound_sample() -> Sample:
+    """One small image that every decoder knows."""
+    jpeg = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
+    zeros = np.zeros((1, 2), np.int32)
+    return [np.frombuffer(jpeg.getvalue(), np.uint8)], zeros, zeros + 16, zeros, zeros[:, 0]
+
+
+def require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
+    """Refuse "mixed" decoding that silently fell back to the CPU.
+
+    Raises:
+        MissingDependencyError: DALI has not loaded nvJPEG.
+    """
+    mapped = maps.read_text(encoding="utf-8").splitlines()
+    libraries = {line.split()[-1] for line in mapped if "libnvjpeg" in line}
+    ours = [path for path in libraries if "torchvision" not in path]
+    if not ours:
+        raise MissingDependencyError(
+            "DALI decodes on the CPU although a GPU was asked for, because it found no nvJPEG. "
+            'Install it with: pip install nvidia-nvjpeg, or decode with backend="ffcv".'
+        )
+    _LOG.info("decoding on the GPU with %s", ours[0])
