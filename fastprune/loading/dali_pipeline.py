@@ -3,7 +3,9 @@
 import contextlib
 import io
 import logging
+import os
 import re
+import weakref
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,13 @@ class PipelineError(Exception):
         self.is_machine_fault = bool(_MACHINE_FAULT.search(str(self)))
 
 
+# A forked child has none of DALI's threads, and would wait for them for ever if it collected a
+# pipeline of its parent: it keeps them all.
+_LIVE: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
+_KEPT_IN_CHILD: "list[Pipeline]" = []
+os.register_at_fork(after_in_child=lambda: _KEPT_IN_CHILD.extend(_LIVE))
+
+
 class Pipeline:
     """A DALI pipeline that is fed anew in every epoch; starting one costs as much as a few batches.
 
@@ -94,6 +103,7 @@ class Pipeline:
             prefetch_queue_depth=1 + BATCHES_AHEAD,
         )
         self._pipeline.build()
+        _LIVE.add(self)
         self._decoder_is_known = False
 
     def run(self, samples: Iterator[Sample]) -> Generator[torch.Tensor, None, None]:

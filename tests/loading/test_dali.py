@@ -1,6 +1,10 @@
 """The DALI engine on the CPU: the same promise as FFCV's, kept by another decoder."""
 
+import gc
 import io
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -279,6 +283,31 @@ def test_raw_rows_are_refused(tmp_path):
     writer.from_indexed_dataset([(np.zeros((8, 8, 3), np.uint8), 0)])
     with pytest.raises(BetonError, match=r'row 0 of .*raw\.beton .*Use backend="ffcv"'):
         _loader(path, batch_size=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_may_collect_what_its_parent_left(stock_beton):
+    """FFCV's writer forks, and DALI's threads, which its pipelines wait for, are not in the child."""
+    gc.disable()
+    try:
+        cycle = [_loader(stock_beton)]
+        cycle.append(cycle)
+        list(cycle[0])
+        del cycle
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            os._exit(0)
+    finally:
+        gc.enable()
+    deadline = time.monotonic() + 20
+    while not (has_ended := os.waitpid(child, os.WNOHANG)[0] == child):
+        time.sleep(0.01)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            break
+    assert has_ended
 
 
 def test_buffers_are_made_for_an_image_and_not_for_two_outliers(tmp_path):
