@@ -134,10 +134,12 @@ class LossMeter:
 
     Attributes:
         means: of the fetched steps since the last line, over all processes.
+        latest: mean of the last fetched steps; None before the first.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.means: list[float] = []
+        self.latest: float | None = None
         self._ranks = ranks
         self._pending: list[StepLosses] = []
 
@@ -160,6 +162,7 @@ class LossMeter:
         if len(bad):
             return self._pending[int(bad[0])]
         self.means += means.tolist()
+        self.latest = float(means.mean())
         self._pending.clear()
         return None
 
@@ -173,18 +176,20 @@ class LossMeter:
 class ProgressMeter:
     """Hands out the batches of each pass, and shows how far the run has come."""
 
-    def __init__(self, timer: PhaseTimer, ranks: Ranks, *, epochs: int) -> None:
+    def __init__(self, timer: PhaseTimer, losses: LossMeter, ranks: Ranks, *, epochs: int) -> None:
         """Begin with no pass.
 
         Args:
             timer: counts the waiting.
+            losses: their latest mean is shown.
             ranks: the first process shows the bar.
             epochs: passes of the run.
         """
         self._timer = timer
+        self._losses = losses
         self._ranks = ranks
         self._epochs = epochs
-        self._began = time.monotonic()
+        self._first_step_ended = 0.0
         self._steps = self._steps_left = 0
 
     def over(
@@ -209,7 +214,8 @@ class ProgressMeter:
             done=first * images_per_step,
             unit="images",
             step=images_per_step,
-            note=self._outlook,
+            note=self._note,
+            seconds_left=self._seconds_left,
         )
 
     def _timed(self, loader: Loader | GrowingLoader) -> Iterator[tuple[Tensor, ...]]:
@@ -218,13 +224,20 @@ class ProgressMeter:
         for batch in loader:
             self._timer.add_wait(time.perf_counter() - asked)
             yield batch
+            if self._steps == 0:
+                self._first_step_ended = time.monotonic()
             self._steps += 1
             self._steps_left -= 1
             asked = time.perf_counter()
         self._timer.add_wait(time.perf_counter() - asked)
 
-    def _outlook(self) -> str:
-        """How much of the time goes into waiting, and when the run will be over."""
-        minutes_per_step = (time.monotonic() - self._began) / 60 / max(self._steps, 1)
-        minutes = self._steps_left * minutes_per_step
-        return f"{self._timer.waiting_share():.0%} waiting, run {minutes:,.0f} min left"
+    def _seconds_left(self) -> float | None:
+        """Estimate the time to the run's end, by the steps after the first, which compiles."""
+        if self._steps < 2:
+            return None
+        seconds_per_step = (time.monotonic() - self._first_step_ended) / (self._steps - 1)
+        return self._steps_left * seconds_per_step
+
+    def _note(self) -> str:
+        loss = "" if self._losses.latest is None else f"loss {self._losses.latest:.3g}, "
+        return f"{loss}{self._timer.waiting_share():.0%} waiting"

@@ -189,7 +189,7 @@ class Trainer:
             self._folder / "checkpoints", keep=recipe.run.keep_checkpoints
         )
         self._losses = LossMeter(ranks)
-        self._progress = ProgressMeter(timer, ranks, epochs=self._epochs)
+        self._progress = ProgressMeter(timer, self._losses, ranks, epochs=self._epochs)
         self._agreement = Agreement(ranks)
         self._signals = Signals()
         self._log: RunLog | None = None
