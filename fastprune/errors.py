@@ -1,5 +1,11 @@
 """The errors a user can cause. Each text says what, which value, which file, and the cure."""
 
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+
 
 class FastpruneError(Exception):
     """Base of every error that the user's data, files or settings can cause."""
@@ -59,3 +65,15 @@ class TrainingStopped(TrainingError):  # noqa: N818 - nothing went wrong
 
 class PeerError(TrainingError):
     """Another process of the run failed; the text has its reason."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn about the line outside of fastprune that the current call came from.
+
+    How deep that is depends on the way through the package, so a fixed stack level would point
+    at a line of ours.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

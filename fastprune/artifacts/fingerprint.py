@@ -1,14 +1,13 @@
 """Fingerprints: they tie scores and subsets to the images that they were made from."""
 
 import hashlib
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.errors import ArtifactMismatch
+from fastprune.errors import ArtifactMismatch, warn_user
 
 _DIGEST_BYTES = 16
 
@@ -108,10 +107,9 @@ def require_same_images(
             f"{artifact_name} was made from beton {artifact}, but {beton_name} is {beton}.\n{cure}"
         )
     if not contents_known:
-        warnings.warn(
+        warn_user(
             f"{artifact_name} and {beton_name} agree in rows, labels and image sizes; their "
             "contents were not compared, because one of them carries no content fingerprint. "
             f"`fastprune convert` writes one into the manifest beside {beton_name}.",
             ContentNotComparedWarning,
-            stacklevel=3,
         )

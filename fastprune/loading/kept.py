@@ -1,6 +1,5 @@
 """The kept rows: any form of a subset, held against the beton it is to be used with."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from fastprune.artifacts.fingerprint import ContentNotComparedWarning
 from fastprune.artifacts.subset import Subset
 from fastprune.beton.reader import Beton
 from fastprune.beton.rows import RowsLike, rows_of
+from fastprune.errors import warn_user
 
 
 def kept_rows(subset: RowsLike, beton: Beton) -> NDArray[np.int64]:
@@ -33,11 +33,10 @@ def kept_rows(subset: RowsLike, beton: Beton) -> NDArray[np.int64]:
     rows = rows_of(beton, subset)
     if _is_unbound(subset):
         name = subset if isinstance(subset, str | Path) else "subset"
-        warnings.warn(
+        warn_user(
             f"{name} does not say which images it was made from, so nothing was compared with "
             f"{beton.path}. Keep the .json that `fastprune select` writes beside the .npy.",
             ContentNotComparedWarning,
-            stacklevel=4,
         )
     return rows
 
