@@ -24,7 +24,7 @@ from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.learner import Learner
 from fastprune.distillation.objective import Objective
-from fastprune.loading.device import choose_device
+from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import FeatureNetwork, build_network
 from fastprune.recipe import LossSettings

@@ -5,7 +5,8 @@
 Every candidate gives uint8 batches of random resized crops with flips, in random order: ours over
 betons of the original bytes and in the fast layout, and over FFCV's own re-encoding to 500 pixels
 at quality 90, as it is and in the fast layout; stock FFCV over the original bytes and its
-re-encoding; DALI's file reader, torchvision and SPDL over the files. An epoch is timed from the
+re-encoding, and with our decoder in place of its own; DALI's file reader, its reader of a beton by
+`fastprune dali-index`, torchvision and SPDL over the files. An epoch is timed from the
 request for its first batch to its last batch; start-up is measured apart, in processes of its own,
 and so is the memory that a loader needs.
 """
@@ -25,11 +26,12 @@ import torch
 from _harness import ratios, spread, take_turns, write_result
 from PIL import Image
 
+from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.beton.writer import convert
 from fastprune.cpus import usable_cpus
-from fastprune.loading._peers import stock_ffcv, torchvision_loader
 from fastprune.loading.loader import Loader
+from fastprune.peers import our_decoder_in_ffcv, stock_ffcv, torchvision_loader
 
 SIZE = 224
 OURS = (
@@ -38,9 +40,9 @@ OURS = (
     "ours q90-500",
     "ours q90-500 fast",
     "ours dali",
-    "ours dali buffered",
+    "our decoder in ffcv",
 )
-PEERS = ("stock ffcv", "stock ffcv q90-500", "dali files", "torchvision", "spdl")
+PEERS = ("stock ffcv", "stock ffcv q90-500", "dali files", "dali index", "torchvision", "spdl")
 
 START_UP = """
 import sys, time
@@ -180,19 +182,24 @@ def candidates(
     common = {"augment": "rrc", "raw": True, "tail": "exact", **settings}
     ours = partial(Loader, subset=rows, **common)
     loaders = {
-        **{f"ours {name}": ours(path, backend="ffcv") for name, path in betons.items()},
+        **{f"ours {name}": ours(path, backend="cpu") for name, path in betons.items()},
         "ours dali": ours(beton.path, backend="dali"),
-        "ours dali buffered": ours(beton.path, backend="dali", order="buffered"),
+        "our decoder in ffcv": our_decoder_in_ffcv(beton, rows, **settings),
         "stock ffcv": stock_ffcv(beton, rows, **settings),
         "stock ffcv q90-500": stock_ffcv(small, rows, **settings),
         "torchvision": torchvision_loader(beton, rows, **settings),
     }
     runs = {name: partial(exhaust, loader) for name, loader in loaders.items()}
+    # DALI's readers crop by themselves, and give neither our rows nor our views.
     paths = [str(path) for path in sorted(files.rglob("*.JPEG"))] or [
         str(path) for path in sorted(files.rglob("*.jpg"))
     ]
     kept = [paths[row] for row in rows]
-    runs["dali files"] = partial(dali_files, kept, settings)
+    runs["dali files"] = partial(dali_views, partial(dali_file_reader, kept), len(rows), settings)
+    index = betons["original"].with_suffix(f".{len(rows)}.idx")
+    write_dali_index(beton.path, index, subset=rows)
+    reader = partial(dali_index_reader, beton.path, index)
+    runs["dali index"] = partial(dali_views, reader, len(rows), settings)
     if spdl_works(kept[0]):
         runs["spdl"] = partial(spdl_files, kept, settings)
     return runs
@@ -203,15 +210,36 @@ def exhaust(loader) -> None:
         pass
 
 
-def dali_files(paths: list[str], settings: dict) -> None:
-    """One epoch of DALI's own file reader and random crop, on the CPU."""
+def dali_file_reader(paths: list[str]):
+    """DALI's own reader of files."""
+    from nvidia.dali import fn
+
+    jpegs, _ = fn.readers.file(files=paths, random_shuffle=True, name="files")
+    return jpegs
+
+
+def dali_index_reader(beton: Path, index: Path):
+    """DALI's own reader of archives, on the rows of a beton that an index names."""
+    from nvidia.dali import fn, types
+
+    return fn.readers.webdataset(
+        paths=[str(beton)],
+        index_paths=[str(index)],
+        ext=["jpg"],
+        dtypes=[types.UINT8],
+        missing_component_behavior="error",
+        random_shuffle=True,
+    )
+
+
+def dali_views(reader: Callable, num_rows: int, settings: dict) -> None:
+    """One epoch of a reader of DALI's with its own random crop, on the CPU."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def
     def pipeline():
-        jpegs, _ = fn.readers.file(files=paths, random_shuffle=True, name="files")
         images = fn.decoders.image_random_crop(
-            jpegs, random_area=[0.08, 1.0], adjust_orientation=False, output_type=types.RGB
+            reader(), random_area=[0.08, 1.0], adjust_orientation=False, output_type=types.RGB
         )
         images = fn.resize(images, size=[SIZE, SIZE])
         return fn.flip(images, horizontal=fn.random.coin_flip())
@@ -220,7 +248,7 @@ def dali_files(paths: list[str], settings: dict) -> None:
         batch_size=settings["batch_size"], num_threads=settings["num_workers"], device_id=None
     )
     pipe.build()
-    for _ in range(-(-len(paths) // settings["batch_size"])):
+    for _ in range(-(-num_rows // settings["batch_size"])):
         (images,) = pipe.run()
         torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()
 
@@ -283,11 +311,11 @@ def start_up(beton: Path, settings: dict) -> dict[str, dict]:
             from_loader,
             ours.format(path=str(beton), backend=backend, arguments=arguments),
         )
-        for backend in ("ffcv", "dali")
+        for backend in ("cpu", "dali")
     }
     scripts["stock ffcv"] = (
         "import numpy as np\nfrom fastprune.beton.reader import open_beton\n"
-        "from fastprune.loading._peers import stock_ffcv\n"
+        "from fastprune.peers import stock_ffcv\n"
         f"beton = open_beton({str(beton)!r})",
         f"stock_ffcv(beton, np.arange(beton.num_rows), {arguments})",
     )
@@ -301,10 +329,10 @@ def start_up(beton: Path, settings: dict) -> dict[str, dict]:
             START_UP.format(imports=imports, loader=loader),
         ]
         measured[name] = spread([run(command) for _ in range(3)])
-        if name == "ours ffcv":
+        if name == "ours cpu":
             with tempfile.TemporaryDirectory() as cache:
-                environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
-                measured["ours ffcv, nothing compiled yet"] = spread([run(command, environment)])
+                environment = {**os.environ, "NUMBA_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
+                measured["ours cpu, nothing compiled yet"] = spread([run(command, environment)])
     return measured
 
 
@@ -312,7 +340,7 @@ def memory(beton: Path) -> dict[str, float]:
     """Growth of RssAnon + RssShmem over two epochs of batch 256, in fresh processes."""
     return {
         f"ours {backend}, {dtype}": run([sys.executable, "-c", MEMORY, str(beton), backend, dtype])
-        for backend in ("ffcv", "dali")
+        for backend in ("cpu", "dali")
         for dtype in ("uint8", "float32")
     }
 
@@ -333,18 +361,18 @@ def pixels(beton: Beton) -> dict[str, dict[str, float]]:
         )
         return torch.cat([batch for batch, _ in loader]).permute(0, 2, 3, 1).numpy()
 
-    ffcv, dali = images("ffcv"), images("dali")
-    loader = Loader(beton.path, augment="rrc", backend="ffcv")
+    cpu, dali = images("cpu"), images("dali")
+    loader = Loader(beton.path, augment="rrc", backend="cpu")
     views = loader.views(np.arange(beton.num_rows), epoch=0)
-    reference = np.empty_like(ffcv)
+    reference = np.empty_like(cpu)
     for row, (top, left, height, width, _, _, flip) in enumerate(views):
         whole = Image.open(io.BytesIO(beton.image_bytes(row))).convert("RGB")
         box = whole.crop((left, top, left + width, top + height))
         resized = np.asarray(box.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
         reference[row] = resized[:, ::-1] if flip else resized
     pairs = {
-        "ours ffcv to ours dali": (ffcv, dali),
-        "ours ffcv to PIL": (ffcv, reference),
+        "ours cpu to ours dali": (cpu, dali),
+        "ours cpu to PIL": (cpu, reference),
         "ours dali to PIL": (dali, reference),
     }
     return {name: difference(*pair) for name, pair in pairs.items()}

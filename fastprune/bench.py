@@ -13,9 +13,9 @@ import torch
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.beton.rows import RowsLike, rows_of
 from fastprune.errors import FastpruneError
-from fastprune.loading._peers import stock_ffcv, torchvision_loader
-from fastprune.loading.device import choose_device
+from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
+from fastprune.peers import our_decoder_in_ffcv, stock_ffcv, torchvision_loader
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,10 @@ def _makers(
         **settings,
     )
     has_raw_rows = bool(beton.modes.any())
-    makers: dict[str, Callable[[], Any]] = {"fastprune, ffcv": partial(ours, backend="ffcv")}
+    makers: dict[str, Callable[[], Any]] = {"fastprune, cpu": partial(ours, backend="cpu")}
     if not has_raw_rows:
         makers["fastprune, dali"] = partial(ours, backend="dali")
+    makers["fastprune in ffcv"] = partial(our_decoder_in_ffcv, beton, rows, **settings)
     makers["stock ffcv"] = partial(stock_ffcv, beton, rows, **settings)
     if not has_raw_rows:
         makers["torchvision"] = partial(torchvision_loader, beton, rows, **settings)

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprune.artifacts.fingerprint import require_same_images
+from fastprune.artifacts.fingerprint import ContentNotComparedWarning, require_same_images
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton.reader import Beton
+from fastprune.errors import warn_user
 
 RowsLike = str | Path | Subset | ArrayLike | None
 
@@ -44,3 +45,26 @@ def rows_of(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
             "fastprune select ...",
         )
     return checked_rows(subset.rows, name=name, num_rows=beton.num_rows)
+
+
+def kept_rows(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
+    """Return what `rows_of` does, and warn of a file or `Subset` that names no images.
+
+    An array of rows never warns: whoever passes one has just made it.
+
+    Warns:
+        ContentNotComparedWarning: nothing, or the structure alone, ties the subset to the beton.
+    """
+    rows = rows_of(beton, subset)
+    if isinstance(subset, str | Path):
+        is_unbound = not Path(subset).with_suffix(".json").exists()
+    else:
+        is_unbound = isinstance(subset, Subset) and subset.fingerprint is None
+    if is_unbound:
+        name = subset if isinstance(subset, str | Path) else "subset"
+        warn_user(
+            f"{name} does not say which images it was made from, so nothing was compared with "
+            f"{beton.path}. Keep the .json that `fastprune select` writes beside the .npy.",
+            ContentNotComparedWarning,
+        )
+    return rows

@@ -18,7 +18,7 @@ _MARKS = {"good": "ok", "note": "note", "bad": "BAD"}
     "--require",
     "required",
     multiple=True,
-    type=click.Choice(["ffcv", "dali", "cuda"]),
+    type=click.Choice(["cpu", "dali", "ffcv", "cuda"]),
     help="Fail where this does not work; may be given several times.",
 )
 @json_option
@@ -42,8 +42,8 @@ def doctor(betons: tuple[Path, ...], required: tuple[str, ...], as_json: bool) -
     finally:
         log.setLevel(level)
     works = {
-        name: any(f"{name}," in f.topic and f.verdict == "good" for f in findings)
-        for name in ("ffcv", "dali")
+        name: any(f.topic.startswith(f"engine {name},") and f.verdict == "good" for f in findings)
+        for name in ("cpu", "dali", "ffcv")
     }
     works["cuda"] = any(f.topic == "torch and CUDA" and f.verdict == "good" for f in findings)
     missing = [name for name in required if not works[name]]

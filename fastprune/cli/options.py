@@ -12,7 +12,7 @@ COUNT = click.IntRange(min=1)
 
 # The values are repeated here, because `--help` and completion must not import what they are of
 # (a test holds them against the library's own).
-BACKENDS = ("auto", "ffcv", "dali")
+BACKENDS = ("auto", "cpu", "dali", "ffcv")
 METRICS = (
     "centroid",
     "centroid_median",

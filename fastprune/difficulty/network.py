@@ -10,7 +10,7 @@ from torch import nn
 
 from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError
-from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD
+from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastprune.networks import (
     PublishedView,
     build_network,

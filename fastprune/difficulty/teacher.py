@@ -21,7 +21,7 @@ from fastprune.difficulty.metrics import LOGIT_METRICS
 from fastprune.difficulty.network import Channels, Teacher, ViewSpec, choose_view, make_teacher
 from fastprune.distributed import Ranks, device_of_rank, join_ranks
 from fastprune.errors import InvalidValueError
-from fastprune.loading.device import choose_device
+from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.progress import track
 

@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from fastprune.distributed import Ranks
 from fastprune.errors import ArtifactMismatch, InvalidValueError
-from fastprune.loading.device import choose_device
+from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD, choose_device
 from fastprune.loading.loader import Loader
-from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fastprune.networks import build_network, load_weights, network_in_metadata, weights_metadata
 
 

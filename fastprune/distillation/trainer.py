@@ -38,8 +38,8 @@ from fastprune.distillation.schedule import learning_rate, num_passes
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair, share_buffers
 from fastprune.distributed import Agreement, device_of_rank, join_ranks
 from fastprune.errors import TrainingError
-from fastprune.loading.augment import Recipe as Views
-from fastprune.loading.device import choose_device
+from fastprune.loading.batch import choose_device
+from fastprune.loading.crops import CropPolicy
 from fastprune.loading.loader import Loader
 from fastprune.networks import save_weights
 from fastprune.recipe import Recipe, load_recipe
@@ -109,7 +109,7 @@ def _open_train_loader(context: Context, image_size: int) -> Loader:
     """This process's share of the rows to train on."""
     data = context.recipe.data
     # With growing images, the kind of views is that of the last size.
-    views = Views.make(data.augment, image_size=data.image_size, train=True)
+    views = CropPolicy.make(data.augment, image_size=data.image_size, train=True)
     return Loader(
         data.train,
         data.subset,

@@ -21,8 +21,9 @@ _SIDE = 64
 _MOST_LEVELS = 6.0
 
 _FFCV_ADVICE = (
-    "It is built from source. On Debian or Ubuntu: apt-get install -y --no-install-recommends "
-    "pkg-config g++ python3-dev libopencv-dev libturbojpeg0-dev && pip install 'fastprune[ffcv]'"
+    'Only backend="ffcv" and an ffcv.Loader of your own need it. It is built from source. On '
+    "Debian or Ubuntu: apt-get install -y --no-install-recommends pkg-config g++ python3-dev "
+    "libopencv-dev libturbojpeg0-dev && pip install 'ffcv>=1.0.2'"
 )
 _FFCV_REPAIR = (
     "It was built against other system libraries. Install libopencv-dev and libturbojpeg0-dev, and "
@@ -30,27 +31,28 @@ _FFCV_REPAIR = (
 )
 _DALI_ADVICE = "Install it with: pip install 'fastprune[dali-cuda13]' (driver for CUDA 12: -cuda12)"
 
+_REINSTALL = "Install it again, or use another engine."
+
+# Of each engine: the package it needs, advice where that is missing, advice where it fails.
+_PACKAGES = {
+    "cpu": ("numba", "Install fastprune again.", "Report this with the versions above."),
+    "dali": ("nvidia.dali", _DALI_ADVICE, _REINSTALL),
+    "ffcv": ("ffcv", _FFCV_ADVICE, _FFCV_REPAIR),
+}
+
 
 def check_engines() -> list[Finding]:
-    """Try every engine on every device; "bad" where an installed one fails, or none works."""
+    """Try every engine on every device; "bad" where an installed one fails."""
     try:
         with _beton() as (beton, pixels):
             findings = [
-                _check("ffcv", "cpu", beton, pixels),
+                _check("cpu", "cpu", beton, pixels),
                 _check("dali", "cpu", beton, pixels),
                 *([_check("dali", "cuda", beton, pixels)] if _has_cuda() else []),
+                _check("ffcv", "cpu", beton, pixels),
             ]
     except (FastpruneError, OSError) as error:
         return [Finding("engines", "bad", f"no image could be converted: {error}", _ROOM)]
-    if not any(finding.verdict == "good" for finding in findings):
-        findings.append(
-            Finding(
-                "engines",
-                "bad",
-                "no engine decodes: nothing can be scored or trained",
-                "Converting, choosing rows and reports work without. Repair one of the above.",
-            )
-        )
     return findings
 
 
@@ -78,16 +80,14 @@ def _beton() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
 def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) -> Finding:
     """Decode the image with one engine and compare it."""
     topic = f"engine {backend}, {device}"
-    package = "nvidia.dali" if backend == "dali" else backend
+    package, advice, repair = _PACKAGES[backend]
     if not _is_installed(package):
-        advice = _DALI_ADVICE if backend == "dali" else _FFCV_ADVICE
         return Finding(topic, "note", "not installed", advice)
     started = time.perf_counter()
     try:
         pixels = _decode(beton, backend, device)
     # A broken installation may raise anything; the doctor reports it and continues.
     except Exception as error:
-        repair = _FFCV_REPAIR if backend == "ffcv" else "Install it again, or use the other engine."
         said = str(error) if isinstance(error, FastpruneError) else repr(error)
         return Finding(topic, "bad", said, repair)
     seconds = time.perf_counter() - started

@@ -25,7 +25,7 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        topic: subject of the check, such as "engine ffcv, cpu".
+        topic: subject of the check, such as "engine dali, cpu".
         verdict: "good"; "note" for what could be better or is not there; "bad" for what keeps
             fastprune from working.
         found: the state of things, in words.

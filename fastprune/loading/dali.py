@@ -17,7 +17,7 @@ from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
 from fastprune.errors import BetonError, JpegError, LoadingError
 from fastprune.jpeg.headers import read_header
-from fastprune.loading.augment import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
+from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.loading.dali_pipeline import (
     BATCHES_AHEAD,
     Pipeline,
@@ -25,7 +25,7 @@ from fastprune.loading.dali_pipeline import (
     Sample,
     sound_sample,
 )
-from fastprune.loading.faults import FileWatch, RowFaults
+from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
 from fastprune.loading.threads import ThreadDiedError, WorkerThreads
 
 
@@ -156,7 +156,7 @@ class DaliEngine:
         # DALI's CPU decoder can crash the process on a batch in which one image has a bad header.
         for row, is_altered in zip(rows.tolist(), self._faults.altered(rows), strict=True):
             if is_altered:
-                self._broken[row] = "its bytes are not those that were written (CRC-32C)"
+                self._broken[row] = ALTERED
             if row in self._broken or self._header_was_read[row]:
                 continue
             try:
@@ -268,5 +268,5 @@ def _require_jpegs(beton: Beton) -> None:
     if len(raw):
         raise BetonError(
             f"DALI reads JPEGs, but row {raw[0]:,} of {beton.path} (and {len(raw) - 1:,} others) "
-            'hold raw pixels. Use backend="ffcv", or convert the images again.'
+            'hold raw pixels. Use backend="cpu", or convert the images again.'
         )

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fastprune.errors import MissingDependencyError
-from fastprune.loading.device import Copies, cuda_index
+from fastprune.loading.batch import Copies, cuda_index
 
 try:
     import nvidia.dali.fn
@@ -220,6 +220,6 @@ def require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
     if not ours:
         raise MissingDependencyError(
             "DALI decodes on the CPU although a GPU was asked for, because it found no nvJPEG. "
-            'Install it with: pip install nvidia-nvjpeg, or decode with backend="ffcv".'
+            'Install it with: pip install nvidia-nvjpeg, or decode with backend="cpu".'
         )
     _LOG.info("decoding on the GPU with %s", ours[0])

@@ -1,4 +1,4 @@
-"""What can go wrong with a file while it is read, found out and named."""
+"""Find and name what goes wrong with a file while it is read."""
 
 from functools import cached_property
 from typing import Any
@@ -6,10 +6,14 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError, LoadingError
+
+#: Why a row cannot be used whose checksum is not the manifest's.
+ALTERED = "its bytes are not those that were written (CRC-32C)"
 
 
 class FileWatch:
@@ -49,7 +53,7 @@ class FileWatch:
 
 
 class RowFaults:
-    """What becomes of rows that cannot be used: an error that names them, or a count.
+    """Decides on rows that cannot be used: an error that names them, or a count.
 
     Attributes:
         num_skipped: rows left out so far.
@@ -79,6 +83,31 @@ class RowFaults:
             return np.zeros(len(rows), np.bool_)
         found = [google_crc32c.value(self._beton.image_bytes(row).tobytes()) for row in rows]
         return np.not_equal(np.array(found, np.uint32), self._crcs[rows])
+
+    def without_failed(
+        self, pixels: torch.Tensor, rows: NDArray[np.int64], faults: dict[int, str]
+    ) -> tuple[torch.Tensor, NDArray[np.int64]]:
+        """Report the failed rows of a batch, and leave them out.
+
+        Args:
+            pixels: (n, S, S, 3) uint8.
+            rows: (n,) int64.
+            faults: why a row cannot be used, by its position in the batch.
+
+        Returns:
+            Pixels and rows of the others.
+
+        Raises:
+            LoadingError: rows are not to be skipped.
+        """
+        # A row that comes twice may be damaged in one view alone; it is left out of both.
+        failed = {int(rows[at]): reason for at, reason in sorted(faults.items())}
+        for row, reason in failed.items():
+            self.report(row, reason)
+        if not failed:
+            return pixels, rows
+        kept = np.flatnonzero(~np.isin(rows, list(failed)))
+        return pixels[torch.from_numpy(kept)], rows[kept]
 
     def report(self, row: int, reason: str) -> None:
         """Count a row that cannot be used, or raise.

@@ -14,20 +14,31 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.beton.reader import open_beton
-from fastprune.beton.rows import RowsLike
+from fastprune.beton.rows import RowsLike, kept_rows
 from fastprune.checks import require_at_least, require_channels, require_one_of
 from fastprune.cpus import cpus_per_rank
 from fastprune.errors import InvalidValueError
-from fastprune.loading.augment import AUGMENTS, Recipe
-from fastprune.loading.delivery import Delivery
-from fastprune.loading.device import choose_device
-from fastprune.loading.dropin import EpochSampler, KeptImages
-from fastprune.loading.engine import make_engine, make_native_reader
+from fastprune.loading.batch import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LAYOUTS,
+    Collate,
+    ContrastRows,
+    Normalizer,
+    Transform,
+    choose_device,
+)
+from fastprune.loading.crops import AUGMENTS, CropPolicy
+from fastprune.loading.engine import make_engine
 from fastprune.loading.faults import RowFaults
-from fastprune.loading.kept import kept_rows
-from fastprune.loading.layouts import LAYOUTS, ContrastRows, Transform
-from fastprune.loading.order import ORDERS, TAILS, Plan, this_rank
-from fastprune.loading.pixels import IMAGENET_MEAN, IMAGENET_STD, Normalizer
+from fastprune.loading.sampler import (
+    ORDERS,
+    TAILS,
+    EpochSampler,
+    KeptImages,
+    NextEpoch,
+    this_rank,
+)
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +47,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Loader:
     """Batches of the kept rows of a beton.
 
-    Each iterator is one epoch: the next one, or the one told by `set_epoch`. What an epoch holds,
+    Each iterator is one epoch: the next one, or the one named by `set_epoch`. What an epoch holds,
     and how each image is cropped, depends on (seed, epoch, subset) alone: not on the number of
     workers or ranks, and not on where a run was resumed. Batches belong to the caller, and
     iterators may be left at any time.
@@ -88,9 +99,10 @@ class Loader:
             subset: the kept rows: a file, a `Subset`, an array of rows, or None for all rows.
             batch_size: rows per batch and rank.
             train: chooses the defaults of `augment`, `order` and `tail`.
-            backend: "ffcv" decodes on the CPU; "dali" on the GPU if that is the device, else on the
-                CPU; "auto" is DALI where CUDA and DALI are there, else FFCV. Both give the
-                same rows and boxes; their pixels differ by the decoders' and filters' arithmetic.
+            backend: "cpu" decodes on the CPU; "dali" on the GPU if that is the device, else on the
+                CPU; "ffcv" is the CPU's decoder inside a stock ffcv.Loader; "auto" is DALI where
+                CUDA and DALI are there, else "cpu". All give the same rows and boxes; DALI's
+                pixels differ by the decoders' and filters' arithmetic.
             device: where batches are delivered; "auto" is CUDA where it is there, else the CPU.
             image_size: S, side of the square images in a batch, in pixels.
             augment: "rrc" (RandomResizedCrop and flip; default for training above 64 pixels),
@@ -100,10 +112,8 @@ class Loader:
             mean: per channel, of pixel values in [0, 1].
             std: per channel, of pixel values in [0, 1].
             dtype: of the images: torch.float32, torch.float16 or torch.bfloat16.
-            order: "random" (default for training), "sequential", "pages" (random within a sliding
-                set of `open_pages` pages of the file, for storage that is read by page), or
-                "buffered" (DALI's own reader, shuffle buffer and boxes: each row once, but neither
-                order nor views are those of the other engine, and no epoch resumes half-way).
+            order: "random" (default for training), "sequential", or "pages" (random within a
+                sliding set of `open_pages` pages of the file, for storage that is read by page).
             seed: of order and views.
             tail: what becomes of rows that fill no batch: "drop" (default for training), "pad"
                 (repeats rows, see `num_repeated`) or "exact" (uneven last batches; the default for
@@ -112,7 +122,7 @@ class Loader:
                 (images, labels, {"rows": rows}); "xyi_contrast" for (images, labels, rows, contrast
                 rows), the last (B, 1 + num_negatives); "two_view" for ((images, images), labels,
                 rows), two views of each row. Rows are those of the beton.
-            raw: deliver uint8 pixels, not normalised.
+            raw: deliver uint8 pixels, not normalized.
             transform: further augmentation of each (3, S, S) uint8 image on the device, such as
                 torchvision's v2.RandAugment(), seeded by (seed, epoch, row); with "two_view" of the
                 second view alone.
@@ -145,14 +155,12 @@ class Loader:
         require_at_least("num_negatives", num_negatives, 1)
         if num_workers is not None:
             require_at_least("num_workers", num_workers, 1)
-        if order == "buffered":
-            _require_plain_reading(backend, layout, on_error, verify_crc)
         self.batch_size = batch_size
         # Its file is looked at again later, when the working folder may be another one.
         self.beton = open_beton(Path(beton).absolute())
         self.num_workers = num_workers or cpus_per_rank()
         self.device = choose_device(device)
-        self._unranked = Plan(
+        self._unranked = EpochSampler(
             rows=np.empty(0, np.int64),
             batch_size=batch_size,
             order=order or ("random" if train else "sequential"),
@@ -163,8 +171,8 @@ class Loader:
         self._num_negatives = num_negatives
         self._seed = seed
         self._distributed = distributed
-        self._recipe = Recipe.make(augment, image_size=image_size, train=train)
-        self._deliver = Delivery(
+        self._policy = CropPolicy.make(augment, image_size=image_size, train=train)
+        self._collate = Collate(
             layout=layout,
             labels=self.beton.labels,
             normalize=Normalizer(
@@ -176,20 +184,19 @@ class Loader:
             seed=seed,
             transform=transform,
         )
+        # (epoch, batches consumed): where the next iterator begins, and where the last one was.
         self._next = self._position = (0, 0)
         self._rows_changed = False
         self._faults = RowFaults(self.beton, skip=on_error == "skip", verify_crc=verify_crc)
-        decoding: dict[str, Any] = {
-            "image_size": image_size,
-            "num_workers": self.num_workers,
-            "device": self.device,
-        }
-        self._native = self._engine = None
-        if order == "buffered":
-            self._native = make_native_reader(self.beton, recipe=self._recipe, **decoding)
-        else:
-            self._engine = make_engine(backend, self.beton, faults=self._faults, **decoding)
-        self._use(kept_rows(subset, self.beton))
+        self._engine = make_engine(
+            backend,
+            self.beton,
+            image_size=image_size,
+            num_workers=self.num_workers,
+            device=self.device,
+            faults=self._faults,
+        )
+        self._use(kept_rows(self.beton, subset))
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -198,10 +205,8 @@ class Loader:
 
     @property
     def backend(self) -> str:
-        """The engine at work: "ffcv" or "dali"."""
-        engine = self._native or self._engine
-        assert engine is not None
-        return engine.name
+        """The engine at work: "cpu", "dali" or "ffcv"."""
+        return self._engine.name
 
     @property
     def num_classes(self) -> int:
@@ -214,15 +219,15 @@ class Loader:
         return self.beton.class_names
 
     @property
-    def sampler(self) -> EpochSampler:
+    def sampler(self) -> NextEpoch:
         """For code that calls `loader.sampler.set_epoch`."""
         return self.batch_sampler.sampler
 
     @property
-    def batch_sampler(self) -> EpochSampler:
+    def batch_sampler(self) -> NextEpoch:
         """For code that calls `loader.batch_sampler.sampler.set_epoch`."""
-        return EpochSampler(
-            plan=self._plan,
+        return NextEpoch(
+            current=self._sampler,
             next_epoch=lambda: self._next[0],
             set_epoch=self.set_epoch,
             as_batches=True,
@@ -236,11 +241,11 @@ class Loader:
     @property
     def num_repeated(self) -> int:
         """Rows that an epoch repeats over all ranks to fill its batches; 0 but for tail="pad"."""
-        return self._plan().num_repeated()
+        return self._sampler().num_repeated()
 
     @property
     def num_decoded_whole(self) -> int:
-        """Views so far of JPEGs that the FFCV engine's view decoder does not know, and Pillow does.
+        """Views so far of JPEGs that the view decoder does not know, and Pillow decodes whole.
 
         Progressive JPEGs above all; the log says once of each loader how many there are.
         """
@@ -253,10 +258,10 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
-        return self._plan().num_batches()
+        return self._sampler().num_batches()
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Run the next epoch, or the one told by `set_epoch`; it begins with the first batch.
+        """Run the next epoch, or the one named by `set_epoch`; it begins with the first batch.
 
         Yields:
             What `layout` says: images (B, 3, S, S), channels_last; labels (B,) int64; rows (B,)
@@ -268,11 +273,11 @@ class Loader:
         # An iterator that is never advanced takes no epoch: Lightning makes one before the first.
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
-        deliver, decoded = self._deliver, self._decoded(self._plan(), epoch, consumed)
+        collate, decoded = self._collate, self._decoded(self._sampler(), epoch, consumed)
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:
                 continue  # every row of it was left out
-            batch = [deliver(pixels, rows, epoch=epoch)]
+            batch = [collate(pixels, rows, epoch=epoch)]
             self._position = (epoch, count)
             # The suspended generator keeps no batch that its caller has let go of.
             del pixels
@@ -280,7 +285,7 @@ class Loader:
         self._position = (epoch + 1, 0)
 
     def views(self, rows: NDArray[np.int64], *, epoch: int, k: int = 0) -> NDArray[np.int32]:
-        """Which part of each image an epoch shows.
+        """Return which part of each image an epoch shows.
 
         Args:
             rows: (n,) int64, in the beton.
@@ -288,21 +293,21 @@ class Loader:
             k: which view of the row within the epoch.
 
         Returns:
-            (n, 7) int32, see `augment.Recipe.views`.
+            (n, 7) int32, see `crops.CropPolicy.views`.
         """
-        return self._recipe.views(
+        return self._policy.views(
             rows,
             self.beton.widths[rows].astype(np.int64),
             self.beton.heights[rows].astype(np.int64),
             seed=self._seed,
-            epoch=epoch,
+            slot=epoch,
             k=k,
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next iterator runs.
 
-        An epoch that `load_state_dict` left half done goes on where it was, if it is named.
+        An epoch that `load_state_dict` left half done continues where it was, if it is named.
 
         Raises:
             InvalidValueError: the epoch is outside [0, 2**63).
@@ -322,12 +327,12 @@ class Loader:
             InvalidValueError: the rows cannot index the beton, or fill no batch.
             ArtifactMismatch: the subset was made from other images.
         """
-        self._use(kept_rows(rows, self.beton))
+        self._use(kept_rows(self.beton, rows))
         self._rows_changed = True
         self._position = self._next
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is: what `load_state_dict` needs to go on with the very next batch.
+        """Return where the loader is: what `load_state_dict` needs to continue with the next batch.
 
         Returns:
             Plain numbers and strings, and the kept rows (K,) int64 if `set_rows` changed them. The
@@ -342,7 +347,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was: the batches that follow are equal to the bit.
+        """Continue where another loader was: the batches that follow are equal to the bit.
 
         The next iterator gives the rest of the epoch, which is empty if all of its batches were
         consumed.
@@ -353,11 +358,6 @@ class Loader:
         Raises:
             InvalidValueError: this loader would give other batches than the one of the state.
         """
-        if self._native is not None and state["batches"] > 0:
-            raise InvalidValueError(
-                f'an epoch of order="buffered" cannot be resumed after {state["batches"]} batches. '
-                'Resume from a state between epochs, or use order="random".'
-            )
         rows = self.rows if state["rows"] is None else state["rows"].numpy()
         theirs, ours = {name: state[name] for name in self._terms()}, self._terms(rows)
         if theirs != ours:
@@ -376,101 +376,84 @@ class Loader:
 
     def warm_up(self) -> None:
         """Compile and decode one batch that nobody sees, so that no clock counts it later."""
-        plan = replace(self._plan(), tail="pad", rank=0, world=1)
-        if self._native is None:
-            plan = replace(plan, rows=self.rows[: self.batch_size], order="sequential")
-        decoded = self._decoded(plan, 0, 0)
-        for pixels, rows in itertools.islice(decoded, 1):
-            self._deliver(pixels, rows, epoch=0)
+        # Repeated to a full batch, whose memory is then the size that training needs.
+        sampler = replace(
+            self._sampler(),
+            rows=self.rows[: self.batch_size],
+            order="sequential",
+            tail="pad",
+            rank=0,
+            world=1,
+        )
+        for pixels, rows in itertools.islice(self._decoded(sampler, 0, 0), 1):
+            self._collate(pixels, rows, epoch=0)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""
         labels = self.beton.labels[rows]
         pages = self.beton.offsets[rows] // self.beton.page_bytes
-        delivery = self._deliver
-        if delivery.layout == "xyi_contrast":
+        collate = self._collate
+        if collate.layout == "xyi_contrast":
             contrast = ContrastRows(
                 rows, labels, num_negatives=self._num_negatives, seed=self._seed
             )
-            delivery = replace(delivery, contrast=contrast)
-        plan = replace(self._unranked, rows=rows, pages=pages)
-        num_repeated = self._require_batches(plan).num_repeated()
+            collate = replace(collate, contrast=contrast)
+        unranked = replace(self._unranked, rows=rows, pages=pages)
+        num_repeated = self._require_batches(unranked).num_repeated()
         if num_repeated:
             _LOG.info(
                 "%s: each epoch repeats %d rows to fill its batches", self.beton.path, num_repeated
             )
-        if self._native is not None:
-            self._native.use(rows)
-        self._unranked, self._deliver = plan, delivery
+        self._unranked, self._collate = unranked, collate
         names = self.beton.class_names
         self.dataset = KeptImages(
             targets=labels,
             classes=names or tuple(str(label) for label in range(self.beton.num_classes)),
         )
 
-    def _plan(self) -> Plan:
-        """The epochs of this rank, as many ranks as there are now."""
+    def _sampler(self) -> EpochSampler:
+        """Return the epochs of this rank, among as many ranks as there are now."""
+        # Asked each time: a loader may be made before the process group is.
         return self._require_batches(self._unranked)
 
-    def _require_batches(self, unranked: Plan) -> Plan:
-        """The plan for this rank; refuse one that drops everything."""
+    def _require_batches(self, unranked: EpochSampler) -> EpochSampler:
+        """Return the sampler for this rank; refuse one that drops everything."""
         rank, world = this_rank(self._distributed)
-        plan = replace(unranked, rank=rank, world=world)
-        if plan.tail == "drop" and plan.num_batches() == 0:
+        sampler = replace(unranked, rank=rank, world=world)
+        if sampler.tail == "drop" and sampler.num_batches() == 0:
             ranks = f" on each of {world} ranks" if world > 1 else ""
             raise InvalidValueError(
-                f"{len(plan.rows):,} kept rows of {self.beton.path} fill no batch of "
+                f"{len(sampler.rows):,} kept rows of {self.beton.path} fill no batch of "
                 f'{self.batch_size:,}{ranks}. Use a smaller batch_size, or tail="pad" or "exact".'
             )
-        return plan
+        return sampler
 
     def _terms(self, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
-        """What besides the position decides which batches come."""
+        """Return what besides the position decides which batches come."""
         rows = self.rows if rows is None else rows
-        plan = self._unranked
+        sampler = self._unranked
         return {
-            "seed": plan.seed,
-            "batch_size": plan.batch_size,
+            "seed": sampler.seed,
+            "batch_size": sampler.batch_size,
             "world": this_rank(self._distributed)[1],
-            "order": plan.order,
-            "open_pages": plan.open_pages,
-            "tail": plan.tail,
-            "recipe": str(self._recipe),
+            "order": sampler.order,
+            "open_pages": sampler.open_pages,
+            "tail": sampler.tail,
+            "crops": str(self._policy),
             "images": self.beton.fingerprint.structure,
             "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
         }
 
     def _decoded(
-        self, plan: Plan, epoch: int, consumed: int
+        self, sampler: EpochSampler, epoch: int, consumed: int
     ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """Pixels and rows of an epoch's batches that follow those consumed."""
-        if self._native is not None:
-            return self._native.epoch(plan, epoch)
-        assert self._engine is not None
-        batches = plan.batches(epoch)[consumed:]
-        if self._deliver.num_views > 1:
-            batches = [np.tile(rows, self._deliver.num_views) for rows in batches]
+        """Return pixels and rows of an epoch's batches that follow those consumed."""
+        batches = sampler.batches(epoch)[consumed:]
+        if self._collate.num_views > 1:
+            batches = [np.tile(rows, self._collate.num_views) for rows in batches]
         return self._engine.decode(batches, partial(self._views_in_batch, epoch=epoch))
 
     def _views_in_batch(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
-        """The views of rows that come once for each view."""
-        if self._deliver.num_views == 1:
-            return self.views(rows, epoch=epoch)
-        parts = np.split(rows, self._deliver.num_views)
+        """Return the views of rows that come once for each view."""
+        parts = np.split(rows, self._collate.num_views)
         return np.concatenate([self.views(part, epoch=epoch, k=k) for k, part in enumerate(parts)])
-
-
-def _require_plain_reading(backend: str, layout: str, on_error: str, verify_crc: bool) -> None:
-    """Refuse what DALI's own reader cannot do."""
-    asked = {
-        f"backend={backend!r}": backend == "ffcv",
-        f"layout={layout!r}": layout == "two_view",
-        f"on_error={on_error!r}": on_error == "skip",
-        f"verify_crc={verify_crc!r}": verify_crc,
-    }
-    for argument, refused in asked.items():
-        if refused:
-            raise InvalidValueError(
-                f'order="buffered" is DALI\'s own reader, which cannot do {argument}. Use '
-                'order="random" or "pages".'
-            )

@@ -55,7 +55,7 @@ class DataSettings(_Section):
         val_image_size: side of a validation view in pixels; None for `image_size`.
         augment: how a training view is taken; None for the loader's default at this size.
         batch_size: images per step and process.
-        backend: the loader's engine; "auto" is DALI where CUDA and DALI are there, else FFCV.
+        backend: the loader's engine; "auto" is DALI where CUDA and DALI are there, else "cpu".
         mean: per channel, of pixel values in [0, 1]; for normalization.
         std: as mean.
         num_workers: decoding threads; None for as many as the process may use.
@@ -70,7 +70,7 @@ class DataSettings(_Section):
     val_image_size: Count | None = None
     augment: Literal["rrc", "pad_crop", "center", "none"] | None = None
     batch_size: Count = 256
-    backend: Literal["auto", "ffcv", "dali"] = "auto"
+    backend: Literal["auto", "cpu", "dali", "ffcv"] = "auto"
     mean: Channels = (0.485, 0.456, 0.406)
     std: Deviations = (0.229, 0.224, 0.225)
     num_workers: Count | None = None

@@ -213,7 +213,7 @@ def _origin(runs: Sequence[Run]) -> list[str]:
 
 
 def _machine(run: Run) -> str:
-    """Describe it as `AMD EPYC, 2 cores, torch 2.14.1, on cpu with ffcv`."""
+    """Describe it as `AMD EPYC, 2 cores, torch 2.14.1, on cuda with dali`."""
     recorded = run.result or {}
     machine, versions = recorded.get("machine", {}), recorded.get("versions", {})
     words = [machine.get("cpu", "unknown"), f"{machine.get('cores', '?')} cores"]

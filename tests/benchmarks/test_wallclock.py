@@ -11,7 +11,6 @@ import pytest
 
 from fastprune.environment import describe_machine
 from fastprune.report.runs import read_runs
-from tests.conftest import require_library
 from tests.images import write_image_folder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -116,7 +115,6 @@ def test_runs_of_other_settings_or_machines_do_not_stand_in_one_table(
 
 @pytest.mark.full
 def test_study_runs_goes_on_and_refuses_other_settings(wallclock, monkeypatch, tmp_path, capsys):
-    require_library("ffcv")
     images, work = tmp_path / "images", tmp_path / "work"
     for split in ("train", "test"):
         write_image_folder(images / split, classes=2, per_class=140, same_size=True)

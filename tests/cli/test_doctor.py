@@ -30,11 +30,11 @@ def test_something_bad_exits_with_one(findings):
 
 
 def test_json_says_what_works(findings):
-    findings += [Finding("engine ffcv, cpu", "good", "decoded"), Finding("CPUs", "good", "2")]
+    findings += [Finding("engine cpu, cpu", "good", "decoded"), Finding("CPUs", "good", "2")]
     shown = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
     assert shown["healthy"] is True
-    assert shown["works"] == {"ffcv": True, "dali": False, "cuda": False}
-    assert shown["findings"][0]["topic"] == "engine ffcv, cpu"
+    assert shown["works"] == {"cpu": True, "dali": False, "ffcv": False, "cuda": False}
+    assert shown["findings"][0]["topic"] == "engine cpu, cpu"
 
 
 def test_what_is_required_must_work(findings):

@@ -12,15 +12,13 @@ from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.networks import build_network, save_weights
 from fastprune.recipe import Recipe, make_recipe
-from tests.conftest import require_library
 
 IMAGE_SIZE = 32
 
 
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory) -> Path:
-    """A folder with train.beton (10 × 8 rows) and val.beton (10 × 3 rows), for the FFCV engine."""
-    require_library("ffcv")
+    """A folder with train.beton (10 × 8 rows) and val.beton (10 × 3 rows)."""
     folder = tmp_path_factory.mktemp("betons")
     write_demo_images(folder / "images", train_per_class=8, val_per_class=3, seed=0)
     for split in ("train", "val"):

@@ -13,7 +13,6 @@ import fastprune
 from fastprune.cli import main
 from fastprune.networks import build_network
 from fastprune.networks.weights import save_weights
-from tests.conftest import require_library
 from tests.images import write_image_folder
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +112,6 @@ def _run(words):
 
 @pytest.mark.full
 def test_the_quick_start_runs_as_printed(small_images):
-    require_library("ffcv")
     for words in _commands(ROOT / "docs" / "quickstart.md"):
         _run(words)
     assert Path("run_random/student.safetensors").exists()
@@ -123,7 +121,6 @@ def test_the_quick_start_runs_as_printed(small_images):
 
 @pytest.mark.full
 def test_the_way_through_imagenet_runs_as_printed(small_images):
-    require_library("ffcv")
     save_weights(small_teacher(num_classes=2), Path("small_teacher.safetensors"))
     for words in _commands(ROOT / "docs" / "imagenet.md"):
         _run(words)
@@ -133,7 +130,6 @@ def test_the_way_through_imagenet_runs_as_printed(small_images):
 
 @pytest.mark.full
 def test_the_steps_of_the_readme_run_as_printed(small_images):
-    require_library("ffcv")
     recipe = Path("recipes/small_images.toml").read_text()
     Path("recipe.toml").write_text(recipe.replace("resnet20", "resnet8"))
     Path("teacher").mkdir()

@@ -49,7 +49,7 @@ def test_rows_are_those_of_the_cpu_and_pixels_nearly_so(beton, settings):
     assert (gpu[0] - cpu[0]).abs().float().mean(dim=(1, 2, 3)).max() < 3
 
 
-@pytest.mark.parametrize("backend", ["dali", "ffcv"])
+@pytest.mark.parametrize("backend", ["dali", "cpu"])
 def test_batches_after_a_resume_are_those_of_the_uninterrupted_run(beton, backend):
     uninterrupted = _loader(beton, batch_size=2, backend=backend)
     batches = iter(uninterrupted)
@@ -59,8 +59,3 @@ def test_batches_after_a_resume_are_those_of_the_uninterrupted_run(beton, backen
     resumed.load_state_dict(uninterrupted.state_dict())
     for one, other in zip(list(batches), resumed, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_the_native_reader_gives_every_row_once(beton):
-    rows = [row for _, _, part in _loader(beton, order="buffered", tail="exact") for row in part]
-    assert sorted(int(row) for row in rows) == list(range(30))

@@ -5,10 +5,7 @@ import pytest
 import torch
 
 from fastprune import score
-from tests.conftest import require_library
 from tests.difficulty.betons import small_beton, small_teacher
-
-require_library("ffcv")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +20,7 @@ def beton(tmp_path_factory):
 
 
 def _losses(beton, out, **settings):
-    settings = {"image_size": 32, "batch_size": 8, "backend": "ffcv", **settings}
+    settings = {"image_size": 32, "batch_size": 8, "backend": "cpu", **settings}
     table = score(beton, small_teacher(), out, **settings)
     return table.metric("loss"), table.teacher["dtype"]
 

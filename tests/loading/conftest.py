@@ -1,5 +1,6 @@
-"""A small beton written by FFCV itself, and copies of it that a test may damage."""
+"""A small beton, with and without FFCV, and copies of it that a test may damage."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from fastprune.beton.manifest import manifest_path
+from fastprune.beton.writer import convert
 from tests.conftest import require_library
 from tests.images import picture
 
@@ -18,20 +21,22 @@ NUM_ROWS = 30
 NUM_CLASSES = 3
 
 
-class _Pictures:
+def _picture(row):
     """Pictures of different sizes, one per row."""
+    return picture(row, width=96 + 5 * (row % 7), height=80 + 7 * (row % 5))
 
+
+class _Pictures:
     def __len__(self):
         return NUM_ROWS
 
     def __getitem__(self, row):
-        image = picture(row, width=96 + 5 * (row % 7), height=80 + 7 * (row % 5))
-        return np.array(image), row % NUM_CLASSES
+        return np.array(_picture(row)), row % NUM_CLASSES
 
 
 @pytest.fixture(scope="session")
 def stock_beton(tmp_path_factory) -> Path:
-    """30 JPEG rows of three classes, the fields in another order and under other names."""
+    """30 JPEG rows of three classes by FFCV itself, the fields under other names."""
     require_library("ffcv")
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -43,10 +48,24 @@ def stock_beton(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def bare_beton(tmp_path_factory) -> Path:
+    """30 JPEG rows of three classes, without a manifest, as FFCV would leave it."""
+    path = tmp_path_factory.mktemp("beton") / "bare.beton"
+    jpegs = []
+    for row in range(NUM_ROWS):
+        buffer = io.BytesIO()
+        _picture(row).save(buffer, "JPEG", quality=90)
+        jpegs.append((buffer.getvalue(), row % NUM_CLASSES))
+    convert(jpegs, path, jpeg="original", workers=1)
+    manifest_path(path).unlink()
+    return path
+
+
 @pytest.fixture
-def beton_copy(stock_beton, tmp_path) -> Path:
-    """A copy of the stock beton for the test alone."""
-    return Path(shutil.copy(stock_beton, tmp_path / "copy.beton"))
+def beton_copy(bare_beton, tmp_path) -> Path:
+    """A copy of the bare beton for the test alone."""
+    return Path(shutil.copy(bare_beton, tmp_path / "copy.beton"))
 
 
 @pytest.fixture

@@ -5,9 +5,6 @@ import torch
 from torch import nn
 
 from fastprune.loading.loader import Loader
-from tests.conftest import require_library
-
-require_library("ffcv")
 
 # What other packages warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,13 +19,13 @@ def _network():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
 
 
-def test_timm_schedules_by_length_and_trains_on_normalized_batches(stock_beton):
+def test_timm_schedules_by_length_and_trains_on_normalized_batches(bare_beton):
     timm = pytest.importorskip("timm")
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import AverageMeter, accuracy
 
-    loader = _loader(stock_beton)
+    loader = _loader(bare_beton)
     model = timm.create_model("resnet10t", num_classes=3, in_chans=3).to(
         memory_format=torch.channels_last
     )
@@ -58,9 +55,9 @@ def test_timm_schedules_by_length_and_trains_on_normalized_batches(stock_beton):
     assert meter.count == updates * 6
 
 
-def test_lightning_trains_names_the_epochs_and_validates(stock_beton, tmp_path):
+def test_lightning_trains_names_the_epochs_and_validates(bare_beton, tmp_path):
     lightning = pytest.importorskip("lightning")
-    train, val = _loader(stock_beton, layout="xyi"), _loader(stock_beton, train=False)
+    train, val = _loader(bare_beton, layout="xyi"), _loader(bare_beton, train=False)
     seen = []
 
     class Module(lightning.LightningModule):
@@ -97,9 +94,9 @@ def test_lightning_trains_names_the_epochs_and_validates(stock_beton, tmp_path):
     assert seen == expected
 
 
-def test_accelerate_leaves_the_loader_as_it_is(stock_beton):
+def test_accelerate_leaves_the_loader_as_it_is(bare_beton):
     accelerate = pytest.importorskip("accelerate")
-    loader = _loader(stock_beton)
+    loader = _loader(bare_beton)
     network = _network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     accelerator = accelerate.Accelerator(cpu=True)
@@ -111,7 +108,7 @@ def test_accelerate_leaves_the_loader_as_it_is(stock_beton):
         optimizer.zero_grad()
 
 
-def test_torchdistill_distils_with_the_supplement(stock_beton):
+def test_torchdistill_distils_with_the_supplement(bare_beton):
     pytest.importorskip("torchdistill")
     from torchdistill.core.distillation import DistillationBox
 
@@ -148,7 +145,7 @@ def test_torchdistill_distils_with_the_supplement(stock_beton):
         config[role]["forward_hook"] = {"input": [], "output": ["1"]}
     cpu = torch.device("cpu")
     box = DistillationBox(_network(), _network(), {}, config, cpu, None, False, 1.0)
-    box.train_data_loader = _loader(stock_beton, layout="xy_supp")
+    box.train_data_loader = _loader(bare_beton, layout="xy_supp")
     box.pre_epoch_process(epoch=0)
     losses = []
     for sample_batch, targets, supp_dict in box.train_data_loader:

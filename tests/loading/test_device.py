@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastprune.errors import InvalidValueError
-from fastprune.loading.device import Copies, choose_device, cuda_index
+from fastprune.loading.batch import Copies, choose_device, cuda_index
 
 
 def test_auto_is_cuda_where_it_is_there(monkeypatch):

@@ -7,9 +7,6 @@ import torch.distributed
 import torch.multiprocessing
 
 from fastprune.loading.loader import Loader
-from tests.conftest import require_library
-
-require_library("ffcv")
 
 
 def _run(rank, folder, settings):
@@ -24,11 +21,11 @@ def _run(rank, folder, settings):
 
 
 @pytest.fixture
-def two_ranks(stock_beton, tmp_path):
+def two_ranks(bare_beton, tmp_path):
     """A function that runs two ranks with the same settings."""
 
     def run(**settings):
-        arguments = (str(tmp_path), {"beton": str(stock_beton), **settings})
+        arguments = (str(tmp_path), {"beton": str(bare_beton), **settings})
         torch.multiprocessing.spawn(_run, arguments, nprocs=2)
         return [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
 
@@ -37,11 +34,11 @@ def two_ranks(stock_beton, tmp_path):
 
 @pytest.mark.parametrize("order", ["random", "pages"])
 def test_two_ranks_see_together_what_one_rank_with_twice_the_batch_sees(
-    two_ranks, stock_beton, order
+    two_ranks, bare_beton, order
 ):
     ranks = two_ranks(batch_size=4, order=order)
     assert ranks[0]["len"] == ranks[1]["len"] == 3
-    alone = Loader(stock_beton, batch_size=8, layout="xyi", image_size=16, order=order)
+    alone = Loader(bare_beton, batch_size=8, layout="xyi", image_size=16, order=order)
     for first, second in zip(*(rank["epochs"] for rank in ranks), strict=True):
         whole = [rows.tolist() for _, _, rows in alone]
         together = [

@@ -9,11 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.errors import InvalidValueError
 from fastprune.loading.loader import Loader
-from tests.conftest import require_library
-
-require_library("ffcv")
 
 
 @pytest.fixture
@@ -26,8 +22,8 @@ def _loader(path, **settings):
     return Loader(path, batch_size=6, image_size=32, device="cpu", **settings)
 
 
-def test_repdistiller_trains_on_image_label_and_index(stock_beton, student):
-    loader = _loader(stock_beton, layout="xyi")
+def test_repdistiller_trains_on_image_label_and_index(bare_beton, student):
+    loader = _loader(bare_beton, layout="xyi")
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
     for input, target, index in loader:  # noqa: A001 - their names
         loss = nn.functional.cross_entropy(student(input.float()), target)
@@ -37,8 +33,8 @@ def test_repdistiller_trains_on_image_label_and_index(stock_beton, student):
         assert index.shape == target.shape
 
 
-def test_repdistillers_crd_reads_a_memory_of_all_rows_by_index_and_contrast(stock_beton):
-    loader = _loader(stock_beton, layout="xyi_contrast", num_negatives=20)
+def test_repdistillers_crd_reads_a_memory_of_all_rows_by_index_and_contrast(bare_beton):
+    loader = _loader(bare_beton, layout="xyi_contrast", num_negatives=20)
     n_data = loader.beton.num_rows
     memory = torch.randn(n_data, 8)
     for input, _target, index, contrast_idx in loader:  # noqa: A001
@@ -46,17 +42,17 @@ def test_repdistillers_crd_reads_a_memory_of_all_rows_by_index_and_contrast(stoc
         assert torch.equal(weight[:, 0], memory[index])
 
 
-def test_repdistiller_validates_on_image_and_label(stock_beton, student):
+def test_repdistiller_validates_on_image_and_label(bare_beton, student):
     correct = sum(
         (student(input.float()).argmax(1) == target).sum()
-        for input, target in _loader(stock_beton, train=False)  # noqa: A001
+        for input, target in _loader(bare_beton, train=False)  # noqa: A001
     )
     assert 0 <= correct <= 30
 
 
 @pytest.mark.parametrize("layout", ["xyi", "two_view"])
-def test_mdistiller_draws_as_many_batches_as_it_counted_in_every_epoch(stock_beton, layout):
-    train_loader = _loader(stock_beton, layout=layout)
+def test_mdistiller_draws_as_many_batches_as_it_counted_in_every_epoch(bare_beton, layout):
+    train_loader = _loader(bare_beton, layout=layout)
     for _ in range(2):
         train_iter = iter(train_loader)
         for _ in range(len(train_loader)):
@@ -67,17 +63,17 @@ def test_mdistiller_draws_as_many_batches_as_it_counted_in_every_epoch(stock_bet
     assert (num_data, num_classes) == (30, 3)
 
 
-def test_mdslr_looks_up_statistics_of_the_whole_set_by_index(stock_beton):
+def test_mdslr_looks_up_statistics_of_the_whole_set_by_index(bare_beton):
     kept = np.arange(0, 30, 2)
     statistics = torch.arange(30)
-    loader = Loader(stock_beton, kept, batch_size=5, image_size=32, layout="xyi", device="cpu")
+    loader = Loader(bare_beton, kept, batch_size=5, image_size=32, layout="xyi", device="cpu")
     for _, target, index in loader:
         assert torch.equal(statistics[index] % 3, target)
 
 
 @pytest.mark.parametrize("name", ["sampler", "batch_sampler"])
-def test_the_epoch_is_named_through_the_samplers(stock_beton, name):
-    loader = _loader(stock_beton, layout="xyi")
+def test_the_epoch_is_named_through_the_samplers(bare_beton, name):
+    loader = _loader(bare_beton, layout="xyi")
     sampler = getattr(loader, name)
     sampler = getattr(sampler, "sampler", sampler)
     sampler.set_epoch(4)
@@ -90,32 +86,17 @@ def test_the_epoch_is_named_through_the_samplers(stock_beton, name):
 
 
 @pytest.mark.parametrize(("tail", "num_rows"), [("drop", 12), ("pad", 18), ("exact", 15)])
-def test_the_samplers_count_what_this_rank_gets(stock_beton, tail, num_rows):
-    loader = _loader(stock_beton, tail=tail, distributed=(1, 2))
+def test_the_samplers_count_what_this_rank_gets(bare_beton, tail, num_rows):
+    loader = _loader(bare_beton, tail=tail, distributed=(1, 2))
     assert len(loader.sampler) == len(list(loader.sampler)) == num_rows
     assert len(loader.batch_sampler) == len(list(loader.batch_sampler)) == len(loader)
     assert loader.batch_sampler.drop_last == (tail == "drop")
     assert loader.batch_sampler.batch_size == 6
 
 
-def test_it_is_no_dataloader_that_a_framework_would_build_again(stock_beton):
-    loader = _loader(stock_beton)
+def test_it_is_no_dataloader_that_a_framework_would_build_again(bare_beton):
+    loader = _loader(bare_beton)
     assert not isinstance(loader, torch.utils.data.DataLoader)
     assert (loader.batch_size, loader.drop_last, loader.collate_fn) == (6, True, None)
     assert loader.mixup_enabled is False
     assert loader.num_workers >= 1
-
-
-def test_the_samplers_of_a_buffered_loader_only_name_the_epoch(stock_beton, tmp_path):
-    from fastprune.beton.compact import compact
-
-    require_library("dali")
-    compact(stock_beton, tmp_path / "aligned.beton")
-    loader = _loader(tmp_path / "aligned.beton", order="buffered", layout="xyi")
-    loader.batch_sampler.sampler.set_epoch(3)
-    named = [rows.tolist() for _, _, rows in loader]
-    loader.set_epoch(3)
-    assert [rows.tolist() for _, _, rows in loader] == named
-    assert (len(loader.batch_sampler), len(loader.sampler)) == (5, 30)
-    with pytest.raises(InvalidValueError, match=r'only with its batches.* layout="xyi"'):
-        iter(loader.sampler)

@@ -9,11 +9,8 @@ from fastprune.beton.reader import open_beton
 from fastprune.beton.writer import convert
 from fastprune.errors import InvalidValueError, LoadingError
 from fastprune.loading.loader import Loader
-from tests.conftest import require_library
 from tests.images import picture, write_image_folder
 from tests.jpeg.samples import with_hidden_frame
-
-require_library("ffcv")
 
 
 @pytest.fixture
@@ -56,9 +53,9 @@ def test_whole_rows_pass_the_checksums(beton):
     assert sum(len(rows) for _, _, rows in _loader(beton, verify_crc=True)) == 12
 
 
-def test_checksums_need_a_manifest(stock_beton):
-    with pytest.raises(InvalidValueError, match=r"stock\.beton has none.* --write-manifest"):
-        _loader(stock_beton, verify_crc=True)
+def test_checksums_need_a_manifest(bare_beton):
+    with pytest.raises(InvalidValueError, match=r"bare\.beton has none.* --write-manifest"):
+        _loader(bare_beton, verify_crc=True)
 
 
 def test_a_jpeg_of_another_size_than_the_beton_says_is_refused(beton, damage_row):

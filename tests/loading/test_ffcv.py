@@ -1,278 +1,152 @@
-"""The FFCV engine: what its pixels are, and what it does with damaged rows and dying threads."""
-
-import ctypes
-import io
-import subprocess
-import sys
-import threading
+"""FFCV as a host: our decoder in a stock `ffcv.Loader`, and the engine that is one."""
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 
-from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
-from fastprune.errors import LoadingError
-from fastprune.jpeg.decode import decode_view
-from fastprune.loading.augment import (
-    FLIP,
-    HEIGHT,
-    LEFT,
-    SHIFT_DOWN,
-    SHIFT_RIGHT,
-    TOP,
-    WIDTH,
-    Recipe,
-)
-from fastprune.loading.faults import RowFaults
+from fastprune.errors import InvalidValueError, LoadingError
+from fastprune.loading.loader import Loader
 from tests.conftest import require_library
-from tests.images import picture, write_image_folder
 
 require_library("ffcv")
 
+import ffcv  # noqa: E402
+from ffcv.loader import OrderOption  # noqa: E402
+from ffcv.transforms import ToTensor, ToTorchImage  # noqa: E402
 
-def _engine(path, **settings):
-    from fastprune.loading._ffcv import FfcvEngine
-
-    beton = open_beton(path)
-    faults = RowFaults(beton, **{"skip": False, "verify_crc": False, **settings})
-    engine = FfcvEngine(beton, image_size=32, num_workers=2, pin_memory=False, faults=faults)
-    engine.faults = faults
-    return engine
+from fastprune.ffcv import ViewDecoder, ViewOrder  # noqa: E402
 
 
-def _views(beton, kind):
-    recipe = Recipe.make(kind, image_size=32, train=True)
-    return lambda rows: recipe.views(
-        rows,
-        beton.widths[rows].astype(np.int64),
-        beton.heights[rows].astype(np.int64),
-        seed=5,
-        epoch=2,
-    )
+def _stock_loader(path, decoder, field="photo", **settings):
+    """Somebody's own loader: images as they write them, labels by FFCV's default."""
+    pipelines = {field: [decoder, ToTensor(), ToTorchImage()]}
+    return ffcv.Loader(str(path), 8, num_workers=1, pipelines=pipelines, **settings)
 
 
-def _reference(beton, row, view):
-    """The box by `decode_view`, then moved over a black border."""
-    box = tuple(view[[TOP, LEFT, HEIGHT, WIDTH]].tolist())
-    pixels = decode_view(beton.image_bytes(row), box=box, size=(32, 32), flip=bool(view[FLIP]))
-    return _shifted(pixels, view)
+def _ours(path, **settings):
+    defaults = {"batch_size": 8, "image_size": 32, "seed": 5, "raw": True, "layout": "xyi"}
+    return Loader(path, backend="cpu", augment="rrc", **{**defaults, **settings})
 
 
-def _shifted(pixels, view):
-    """Flipped pixels, moved as the view says before the flip."""
-    bordered = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
-    down, right = 4 - view[SHIFT_DOWN], 4 - view[SHIFT_RIGHT] * (-1 if view[FLIP] else 1)
-    return bordered[down : down + 32, right : right + 32]
+def _images(batches):
+    """All images of an epoch, copied out of FFCV's buffers."""
+    return torch.cat([batch[0].clone() for batch in batches])
 
 
-def _pillow(whole, view):
-    """The same by Pillow, from a whole picture."""
-    box = whole.crop(
-        (view[LEFT], view[TOP], view[LEFT] + view[WIDTH], view[TOP] + view[HEIGHT])
-    ).resize((32, 32), Image.Resampling.BILINEAR)
-    pixels = np.asarray(box.convert("RGB"))
-    return _shifted(pixels[:, ::-1] if view[FLIP] else pixels, view)
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_views_are_the_cpu_engines_in_every_epoch_under_an_order_of_ffcvs(stock_beton, os_cache):
+    decoder = ViewDecoder(32, seed=5)
+    order = OrderOption.SEQUENTIAL
+    theirs = _stock_loader(stock_beton, decoder, order=order, os_cache=os_cache, drop_last=False)
+    ours = _ours(stock_beton, order="sequential", tail="exact")
+    epochs = [_images(theirs) for _ in range(3)]
+    for epoch in epochs:
+        assert torch.equal(epoch, _images(ours))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert decoder.failures == {}
 
 
-def _beton_of(folder, *pictures):
-    """A beton of these pictures: bytes of image files."""
-    (folder / "images" / "class_00").mkdir(parents=True)
-    for number, content in enumerate(pictures):
-        (folder / "images" / "class_00" / f"{number:03d}.jpg").write_bytes(content)
-    convert(folder / "images", folder / "pictures.beton", workers=1)
-    return folder / "pictures.beton"
-
-
-def _encoded(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center", "none"])
-def test_pixels_are_those_of_the_view_decoder_to_the_bit(stock_beton, kind):
-    beton = open_beton(stock_beton)
-    draw = _views(beton, kind)
-    ((pixels, rows),) = _engine(stock_beton).decode([np.arange(30)], draw)
-    for row, image in zip(rows, pixels.numpy(), strict=True):
-        assert (image == _reference(beton, row, draw(rows)[row])).all()
-
-
-@pytest.mark.parametrize("kind", ["pad_crop", "center", "none"])
-def test_a_whole_picture_of_the_views_size_is_not_blurred(tmp_path, kind):
-    gray = [picture(seed, width=32, height=32, mode="L") for seed in range(6)]
-    path = _beton_of(tmp_path, *(_encoded(image) for image in gray))
-    beton, rows = open_beton(path), np.arange(6)
-    draw = _views(beton, kind)
-    ((pixels, _),) = _engine(path).decode([rows], draw)
-    for row, image in enumerate(pixels.numpy()):
-        whole = Image.open(io.BytesIO(beton.image_bytes(row)))
-        assert (image == _pillow(whole, draw(rows)[row])).all()
-
-
-@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center", "none"])
-def test_progressive_pictures_are_decoded_whole_and_counted(tmp_path, kind, caplog):
-    pictures = [_encoded(picture(seed), progressive=seed < 4) for seed in range(6)]
-    path = _beton_of(tmp_path, *pictures)
-    beton, rows = open_beton(path), np.arange(6)
-    draw, engine = _views(beton, kind), _engine(path)
+@pytest.mark.parametrize("subset", [None, np.arange(0, 30, 2)])
+def test_our_order_gives_the_rows_and_views_of_the_loader(stock_beton, subset):
+    decoder = ViewDecoder((32, 32), seed=5)
+    order = ViewOrder(decoder, seed=5)
+    theirs = _stock_loader(stock_beton, decoder, order=order, indices=subset, drop_last=False)
+    ours = _ours(stock_beton, subset=subset, tail="exact")
     for _ in range(2):
-        ((pixels, _),) = engine.decode([rows], draw)
-    for row, image in enumerate(pixels.numpy()[:4]):
-        whole = Image.open(io.BytesIO(beton.image_bytes(row))).convert("RGB")
-        assert (image == _pillow(whole, draw(rows)[row])).all()
-    assert engine.faults.num_decoded_whole == 8
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "4 of the first 6 views (66.7%)" in record.message
-    assert "(4 progressive)" in record.message
-    assert "jpegtran -copy all" in record.message
+        for (images, labels), (x, y, _) in zip(theirs, ours, strict=True):
+            assert torch.equal(images, x)
+            assert torch.equal(labels.squeeze(1), y)
 
 
-def test_views_of_both_layouts_are_equal_to_the_bit(tmp_path):
-    folder = write_image_folder(tmp_path / "images")
-    views = []
-    for jpeg in ("original", "fast"):
-        path = tmp_path / f"{jpeg}.beton"
-        convert(folder, path, jpeg=jpeg, workers=1)
-        draw = _views(open_beton(path), "rrc")
-        ((pixels, _),) = _engine(path).decode([np.arange(12)], draw)
-        views.append(pixels)
-    assert (views[0] == views[1]).all()
+def test_two_live_iterators_under_our_order_have_their_own_epochs(stock_beton):
+    decoder = ViewDecoder(32, seed=5)
+    theirs = _stock_loader(stock_beton, decoder, order=ViewOrder(decoder, seed=5))
+    both = [(a[0].clone(), b[0].clone()) for a, b in zip(theirs, theirs, strict=True)]
+    ours = _ours(stock_beton)
+    for epoch in zip(*both, strict=True):
+        assert torch.equal(torch.cat(epoch), _images(ours))
 
 
-@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center"])
-def test_raw_pixels_are_cropped_and_resized_as_pillow_does(tmp_path, kind):
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 40, 50, 3), np.uint8)
-    path = tmp_path / "raw.beton"
-    writer = DatasetWriter(
-        str(path), {"image": RGBImageField(write_mode="raw"), "label": IntField()}, num_workers=1
-    )
-    writer.from_indexed_dataset([(pixels, 0) for pixels in pictures])
-    draw = _views(open_beton(path), kind)
-    ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)
-    for row, image in enumerate(pixels.numpy()):
-        assert (image == _pillow(Image.fromarray(pictures[row]), draw(rows)[row])).all()
+def test_a_row_that_cannot_be_decoded_is_black_and_the_decoder_says_why(beton_copy, damage_row):
+    damage_row(beton_copy, 3, b"\0\0\0\0")
+    decoder = ViewDecoder(32)
+    theirs = _stock_loader(beton_copy, decoder, field="image", drop_last=False)
+    images = _images(theirs)
+    assert not images[3].any()
+    assert images[[2, 4]].flatten(1).any(1).all()
+    assert list(decoder.failures) == [3]
+    assert "does not start with a JPEG's marker" in decoder.failures[3]
 
 
-def test_pictures_that_take_much_memory_are_decoded_one_by_one(tmp_path, monkeypatch):
-    sides = [(3000, 40), (40, 3000), (48, 64), (1, 1)]
-    shapes = [picture(seed, width=w, height=h) for seed, (w, h) in enumerate(sides)]
-    path = _beton_of(tmp_path, *map(_encoded, shapes))
-    monkeypatch.setattr("fastprune.loading.decoding.MOST_KEPT_BYTES", 1 << 20)
-    monkeypatch.setattr("fastprune.loading._ffcv.MOST_KEPT_BYTES", 1 << 20)
-    beton = open_beton(path)
-    draw = _views(beton, "none")
-    ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)
-    for row, image in zip(rows, pixels.numpy(), strict=True):
-        assert (image == _reference(beton, row, draw(rows)[row])).all()
+def test_an_error_inside_ffcvs_thread_hangs_nobody(stock_beton, monkeypatch):
+    decoder = ViewDecoder(32)
+    theirs = _stock_loader(stock_beton, decoder, drop_last=False)
 
+    def fail(*arguments):
+        raise MemoryError("no room")
 
-def test_a_row_damaged_in_one_of_its_views_is_left_out_of_both(beton_copy, damage_row):
-    beton = open_beton(beton_copy)
-    damage_row(beton_copy, 13, b"\xff\xd9" * 50, int(beton.sizes[13]) - 100)
-    top, whole = [0, 0, 8, 8, 0, 0, 0], [0, 0, int(beton.heights[13]), 96, 0, 0, 0]
-    engine = _engine(beton_copy, skip=True)
-    views = np.array([top, top, whole, top], np.int32)
-    ((_, rows),) = engine.decode([np.array([12, 13, 13, 12])], lambda rows: views)
-    assert rows.tolist() == [12, 12]
-    assert engine.faults.num_skipped == 1
+    monkeypatch.setattr(decoder._decoder, "decode", fail)
+    assert not _images(theirs).any()
+    assert len(decoder.failures) == 30
+    assert decoder.failures[0] == "MemoryError: no room"
 
 
 @pytest.mark.parametrize(
-    ("data", "start", "reason"),
+    ("arguments", "message"),
     [
-        (b"\0\0\0\0", 0, "does not start with a JPEG's marker"),
-        (b"\xff\xd9" * 200, 900, "entropy-coded data ends too early"),
+        ({"size": 0}, "size must be an integer >= 1"),
+        ({"size": (224, 225)}, r"size must be one number or a square, not \(224, 225\)"),
+        ({"size": 8, "seed": -1}, "seed must be"),
+        ({"size": 8, "augment": "cutmix"}, "augment must be one of 'rrc'"),
     ],
 )
-def test_an_undecodable_row_is_named(beton_copy, damage_row, data, start, reason):
-    damage_row(beton_copy, 13, data, start)
-    batches = _engine(beton_copy).decode(
-        [np.arange(5), np.arange(10, 15)], _views(open_beton(beton_copy), "rrc")
-    )
+def test_an_argument_outside_its_domain_is_refused(arguments, message):
+    with pytest.raises(InvalidValueError, match=message):
+        ViewDecoder(**arguments)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"subset": np.arange(0, 30, 3), "batch_size": 4},
+        {"layout": "two_view"},
+        {"order": "pages"},
+        {"tail": "exact", "distributed": (1, 2)},
+    ],
+)
+def test_the_guest_engine_gives_the_batches_of_the_cpu_engine_to_the_bit(stock_beton, settings):
+    def batches(backend):
+        defaults = {"batch_size": 8, "image_size": 32, "layout": "xyi", "augment": "rrc"}
+        loader = Loader(stock_beton, backend=backend, **{**defaults, **settings})
+        return [batch for _ in range(2) for batch in loader]
+
+    for ours, theirs in zip(batches("cpu"), batches("ffcv"), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            one, other = (x if isinstance(x, tuple) else (x,) for x in (one, other))
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_guest_engine_resumes_and_changes_rows(stock_beton):
+    settings = {"batch_size": 4, "image_size": 32, "layout": "xyi", "backend": "ffcv"}
+    loader = Loader(stock_beton, np.arange(8), **settings)
+    list(loader)
+    loader.set_rows(None)
+    batches = iter(loader)
     next(batches)
-    with pytest.raises(LoadingError, match=rf"row 13 of .*copy\.beton .*{reason}.*on_error"):
-        next(batches)
+    resumed = Loader(stock_beton, np.arange(8), **settings)
+    resumed.load_state_dict(loader.state_dict())
+    rest = list(batches)
+    assert len(rest) == 6
+    for one, other in zip(rest, resumed, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_an_undecodable_row_is_left_out_and_counted(beton_copy, damage_row):
-    damage_row(beton_copy, 13, b"\0\0\0\0")
-    engine = _engine(beton_copy, skip=True)
-    ((pixels, rows),) = engine.decode([np.arange(10, 15)], _views(open_beton(beton_copy), "rrc"))
-    assert rows.tolist() == [10, 11, 12, 14]
-    assert len(pixels) == 4
-    assert engine.faults.num_skipped == 1
-
-
-def test_a_file_cut_while_it_is_read_is_noticed(beton_copy):
-    beton = open_beton(beton_copy)
-    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(beton, "rrc"))
-    next(batches)
-    # The cut takes the allocation table alone: no page that a thread may be reading.
-    with beton_copy.open("r+b") as file:
-        file.truncate(len(beton.content) - 8)
-    with pytest.raises(LoadingError, match=r"copy\.beton was cut from .* Get a whole copy"):
-        list(batches)
-
-
-def test_a_file_removed_while_it_is_read_is_noticed(beton_copy):
-    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(open_beton(beton_copy), "rrc"))
-    next(batches)
-    beton_copy.unlink()
-    with pytest.raises(LoadingError, match=r"copy\.beton cannot be found .* Put it back"):
-        list(batches)
-
-
-def test_a_file_replaced_while_it_is_read_is_noticed(beton_copy, stock_beton, tmp_path):
-    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(open_beton(beton_copy), "rrc"))
-    next(batches)
-    other = tmp_path / "other.beton"
-    other.write_bytes(stock_beton.read_bytes())
-    other.replace(beton_copy)
-    with pytest.raises(LoadingError, match=r"copy\.beton was replaced .* Start the loader again"):
-        list(batches)
-
-
-@pytest.mark.timeout(30)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("repetition", range(5))
-def test_a_killed_decoding_thread_ends_the_epoch_with_an_error(stock_beton, repetition):
-    rows = [np.arange(30)] * 1000
-    batches = _engine(stock_beton).decode(rows, _views(open_beton(stock_beton), "rrc"))
-    next(batches)
-    for thread in threading.enumerate():
-        if thread.name.startswith("fastprune-decode"):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
-            )
-    with pytest.raises(LoadingError, match=r"a thread that decoded rows .* Start the epoch again"):
-        list(batches)
-
-
-def test_importing_ffcv_and_starting_the_engine_keep_the_thread_counts(stock_beton):
-    script = f"""
-import numba, torch
-torch.set_num_threads(2)
-numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-before = torch.get_num_threads(), numba.get_num_threads()
-from fastprune.loading.loader import Loader
-next(iter(Loader({str(stock_beton)!r}, batch_size=8, image_size=32, num_workers=1)))
-assert (torch.get_num_threads(), numba.get_num_threads()) == before
-import ffcv.fields.rgb_image
-assert ffcv.fields.rgb_image.IMAGE_MODES == {{"jpg": 0, "raw": 1}}
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
-def test_a_process_may_end_in_the_middle_of_an_epoch(stock_beton):
-    script = f"""
-from fastprune.loading.loader import Loader
-batches = iter(Loader({str(stock_beton)!r}, batch_size=2, image_size=224, num_workers=2))
-next(batches)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+def test_the_guest_engine_names_and_skips_damaged_rows(beton_copy, damage_row):
+    damage_row(beton_copy, 3, b"\0\0\0\0")
+    settings = {"batch_size": 8, "image_size": 32, "layout": "xyi", "train": False}
+    with pytest.raises(LoadingError, match=r"row 3 of .*marker"):
+        list(Loader(beton_copy, backend="ffcv", **settings))
+    loader = Loader(beton_copy, backend="ffcv", on_error="skip", **settings)
+    assert next(iter(loader))[2].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert loader.num_skipped == 1

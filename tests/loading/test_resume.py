@@ -8,9 +8,6 @@ import torch
 
 from fastprune.errors import InvalidValueError
 from fastprune.loading.loader import Loader
-from tests.conftest import require_library
-
-require_library("ffcv")
 
 
 def _loader(path, subset=None, **settings):
@@ -31,14 +28,14 @@ def _equal(one, other):
 
 
 @pytest.mark.parametrize("order", ["random", "pages"])
-def test_batches_after_a_resume_are_those_of_the_uninterrupted_run_to_the_bit(stock_beton, order):
-    uninterrupted = _loader(stock_beton, order=order)
+def test_batches_after_a_resume_are_those_of_the_uninterrupted_run_to_the_bit(bare_beton, order):
+    uninterrupted = _loader(bare_beton, order=order)
     uninterrupted.set_epoch(2)
     batches = iter(uninterrupted)
     for _ in range(7):
         next(batches)
     state = _stored(uninterrupted.state_dict())
-    resumed = _loader(stock_beton, order=order)
+    resumed = _loader(bare_beton, order=order)
     resumed.load_state_dict(state)
     rest = list(batches)
     assert len(rest) == 8
@@ -46,8 +43,8 @@ def test_batches_after_a_resume_are_those_of_the_uninterrupted_run_to_the_bit(st
     assert _equal(next(iter(uninterrupted)), next(iter(resumed)))
 
 
-def test_naming_the_resumed_epoch_does_not_start_it_again(stock_beton):
-    loader = _loader(stock_beton)
+def test_naming_the_resumed_epoch_does_not_start_it_again(bare_beton):
+    loader = _loader(bare_beton)
     batches = iter(loader)
     next(batches)
     state = loader.state_dict()
@@ -58,10 +55,10 @@ def test_naming_the_resumed_epoch_does_not_start_it_again(stock_beton):
     assert len(list(loader)) == 15
 
 
-def test_the_state_between_epochs_is_the_next_epoch(stock_beton):
-    loader = _loader(stock_beton)
+def test_the_state_between_epochs_is_the_next_epoch(bare_beton):
+    loader = _loader(bare_beton)
     list(loader)
-    resumed = _loader(stock_beton)
+    resumed = _loader(bare_beton)
     resumed.load_state_dict(loader.state_dict())
     assert _equal(next(iter(loader)), next(iter(resumed)))
 
@@ -75,23 +72,23 @@ def test_the_state_between_epochs_is_the_next_epoch(stock_beton):
         ({"subset": np.arange(20)}, "rows_digest"),
     ],
 )
-def test_the_state_of_a_loader_with_other_batches_is_refused(stock_beton, settings, difference):
-    state = _loader(stock_beton).state_dict()
+def test_the_state_of_a_loader_with_other_batches_is_refused(bare_beton, settings, difference):
+    state = _loader(bare_beton).state_dict()
     with pytest.raises(InvalidValueError, match=rf"{difference}.*Make this loader with the same"):
-        _loader(stock_beton, **settings).load_state_dict(state)
+        _loader(bare_beton, **settings).load_state_dict(state)
 
 
-def test_the_state_of_a_loader_of_other_images_is_refused(stock_beton, tmp_path):
+def test_the_state_of_a_loader_of_other_images_is_refused(bare_beton, tmp_path):
     from fastprune.beton.compact import compact
 
-    compact(stock_beton, tmp_path / "part.beton", subset=np.arange(1, 30))
-    state = _loader(stock_beton, np.arange(20)).state_dict()
+    compact(bare_beton, tmp_path / "part.beton", subset=np.arange(1, 30))
+    state = _loader(bare_beton, np.arange(20)).state_dict()
     with pytest.raises(InvalidValueError, match=r"images \('.*Make this loader with the same"):
         _loader(tmp_path / "part.beton", np.arange(20)).load_state_dict(state)
 
 
-def test_changed_rows_come_from_the_next_epoch_on_and_stay(stock_beton):
-    loader = _loader(stock_beton, tail="exact")
+def test_changed_rows_come_from_the_next_epoch_on_and_stay(bare_beton):
+    loader = _loader(bare_beton, tail="exact")
     running = iter(loader)
     next(running)
     loader.set_rows(np.arange(5, 15))
@@ -102,20 +99,20 @@ def test_changed_rows_come_from_the_next_epoch_on_and_stay(stock_beton):
     assert len(loader.dataset) == 10
 
 
-def test_changed_rows_are_part_of_the_state(stock_beton):
-    loader = _loader(stock_beton)
+def test_changed_rows_are_part_of_the_state(bare_beton):
+    loader = _loader(bare_beton)
     list(loader)
     loader.set_rows(np.arange(5, 15))
     batches = iter(loader)
     next(batches)
-    resumed = _loader(stock_beton)
+    resumed = _loader(bare_beton)
     resumed.load_state_dict(_stored(loader.state_dict()))
     assert resumed.rows.tolist() == list(range(5, 15))
     assert all(map(_equal, list(batches), resumed))
 
 
-def test_rows_that_fill_no_batch_are_refused_and_change_nothing(stock_beton):
-    loader = _loader(stock_beton)
+def test_rows_that_fill_no_batch_are_refused_and_change_nothing(bare_beton):
+    loader = _loader(bare_beton)
     with pytest.raises(InvalidValueError, match="1 kept rows"):
         loader.set_rows([3])
     assert len(loader.rows) == 30

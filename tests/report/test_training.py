@@ -76,7 +76,7 @@ def test_pictures_are_in_the_page_and_beside_it(runs, tmp_path):
 def test_page_tells_the_machine_the_device_and_the_engine(runs, tmp_path):
     report_runs([runs], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert re.search(r"<th>machine</th><td>.* cores.*, torch [\d.]+.*, on cpu with ffcv</td>", page)
+    assert re.search(r"<th>machine</th><td>.* cores.*, torch [\d.]+.*, on cpu with cpu</td>", page)
 
 
 def test_what_is_not_recorded_is_a_dash_and_the_page_says_so(runs, tmp_path):

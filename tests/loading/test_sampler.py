@@ -1,9 +1,11 @@
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.loading.order import Plan
+from fastprune.loading.sampler import EpochSampler
 
 plans = st.fixed_dictionaries(
     {
@@ -21,7 +23,9 @@ def _ranks(case, tail):
     """The plans of all ranks over rows 3, 5, 7, ..."""
     rows = 3 + 2 * np.arange(case["num_rows"])
     return [
-        Plan(rows, case["batch_size"], case["order"], case["seed"], tail, rank, case["world"])
+        EpochSampler(
+            rows, case["batch_size"], case["order"], case["seed"], tail, rank, case["world"]
+        )
         for rank in range(case["world"])
     ]
 
@@ -71,7 +75,7 @@ def test_the_number_of_batches_is_what_is_announced(case, tail):
 def test_ranks_together_see_in_a_batch_what_one_rank_with_large_batches_sees(case):
     ranks = _ranks(case, "drop")
     world, rows = case["world"], ranks[0].rows
-    large = Plan(rows, case["batch_size"] * world, case["order"], case["seed"], "drop")
+    large = EpochSampler(rows, case["batch_size"] * world, case["order"], case["seed"], "drop")
     together = zip(*(plan.batches(case["epoch"]) for plan in ranks), strict=True)
     for parts, whole in zip(together, large.batches(case["epoch"]), strict=True):
         assert (np.stack(parts, axis=1).ravel() == whole).all()
@@ -79,7 +83,7 @@ def test_ranks_together_see_in_a_batch_what_one_rank_with_large_batches_sees(cas
 
 def _order(rows, seed, epoch, **settings):
     """A whole epoch of one rank."""
-    return Plan(
+    return EpochSampler(
         rows, len(rows), settings.pop("order", "random"), seed, "exact", **settings
     ).batches(epoch)[0]
 
@@ -123,3 +127,16 @@ def test_the_page_order_mixes_the_open_pages():
     entries = _order(rows, 0, 0, order="pages", pages=rows // 100, open_pages=4)
     assert len(np.unique(entries[450:550] // 100)) >= 4
     assert (np.diff(entries) != 1).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("order", "digest"), [("random", "97836ee605b06db8"), ("pages", "42784af1a7508dbc")]
+)
+def test_whole_epochs_are_ordered_as_they_always_were(order, digest):
+    """Another order would break every resumed run and every cache that goes by epochs."""
+    rows, found = np.arange(300), hashlib.blake2b(digest_size=8)
+    settings = {"order": order, "pages": rows // 16, "open_pages": 3}
+    for seed in (0, 7):
+        for epoch in (0, 1, 90):
+            found.update(_order(rows, seed, epoch, **settings).astype("<i8").tobytes())
+    assert found.hexdigest() == digest

@@ -1,6 +1,7 @@
 """Which row comes when: a pure function of (seed, epoch, subset), cut into batches and ranks."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -8,13 +9,13 @@ from numpy.typing import NDArray
 
 from fastprune.errors import InvalidValueError
 
-ORDERS = ("random", "sequential", "pages", "buffered")
+ORDERS = ("random", "sequential", "pages")
 TAILS = ("drop", "pad", "exact")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the rows of an epoch are ordered, divided among ranks, and cut into batches.
+class EpochSampler:
+    """Orders the rows of an epoch, divides them among ranks, and cuts them into batches.
 
     Attributes:
         rows: (K,) int64, the subset, sorted and unique.
@@ -42,7 +43,7 @@ class Plan:
     open_pages: int = 1
 
     def num_batches(self) -> int:
-        """Batches of this rank in an epoch; equal on all ranks unless the tail is "exact"."""
+        """Count this rank's batches in an epoch; equal on all ranks unless the tail is "exact"."""
         num_rows, stride = len(self.rows), self.world * self.batch_size
         if self.tail == "drop":
             return num_rows // stride
@@ -51,20 +52,17 @@ class Plan:
         return -(-self.num_mine() // self.batch_size)
 
     def num_mine(self) -> int:
-        """Rows of this rank in an epoch with an exact tail."""
-        num_rows = len(self.rows)
-        if self.order == "buffered":  # DALI's shards
-            return (self.rank + 1) * num_rows // self.world - self.rank * num_rows // self.world
-        return len(range(self.rank, num_rows, self.world))
+        """Count this rank's rows in an epoch with an exact tail."""
+        return len(range(self.rank, len(self.rows), self.world))
 
     def num_repeated(self) -> int:
-        """Entries of an epoch, over all ranks, that are repetitions: 0 unless the tail is "pad"."""
+        """Count an epoch's repeated entries over all ranks: 0 unless the tail is "pad"."""
         if self.tail != "pad":
             return 0
         return self.num_batches() * self.world * self.batch_size - len(self.rows)
 
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The rows of each batch of this rank.
+    def rank_rows(self, epoch: int) -> NDArray[np.int64]:
+        """Return the rows of this rank in the order of an epoch.
 
         Rank r of W takes every W-th entry of the epoch from r, so that W ranks together see in
         batch b what a single rank with W times the batch size sees.
@@ -73,27 +71,96 @@ class Plan:
             epoch: in [0, 2**63).
 
         Returns:
-            `num_batches()` arrays of up to `batch_size` int64 rows.
+            (n,) int64; n is a multiple of the batch size unless the tail is "exact".
         """
         entries = self.rows[self._permutation(epoch)]
         if self.tail != "exact":
+            # Cuts for "drop"; for "pad" begins the epoch again, as often as it takes.
             entries = np.resize(entries, self.num_batches() * self.world * self.batch_size)
         # A copy, because a stride would show in the rows that the caller gets.
-        mine = entries[self.rank :: self.world].copy()
+        return entries[self.rank :: self.world].copy()
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the rows of each batch of this rank: `num_batches()` arrays, see `rank_rows`."""
+        mine = self.rank_rows(epoch)
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
     def _permutation(self, epoch: int) -> NDArray[np.intp]:
-        """The positions in `rows` in the order in which the epoch visits them."""
+        """Return positions in `rows` in the order in which the epoch visits them."""
         if self.order == "sequential":
             return np.arange(len(self.rows))
         if self.order == "random":
             return _shuffled(len(self.rows), self.seed, epoch)
-        assert self.order == "pages" and self.pages is not None, "DALI orders buffered epochs"
+        assert self.order == "pages" and self.pages is not None
         return _page_by_page(self.pages, self.open_pages, self.seed, epoch)
 
 
+@dataclass(frozen=True, eq=False)
+class KeptImages:
+    """What other code asks of `loader.dataset`.
+
+    Attributes:
+        targets: (K,) int64, the label of every kept row.
+        classes: name of every class; the label itself where the beton knows no names.
+    """
+
+    targets: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class NextEpoch:
+    """What other code asks of `loader.sampler` and `loader.batch_sampler`.
+
+    Iterating gives the rows, or lists of rows, of the loader's next epoch.
+
+    Attributes:
+        current: gives the loader's sampler as it is now, for this rank.
+        next_epoch: gives the epoch that the loader runs next.
+        set_epoch: the loader's own.
+        as_batches: whether this stands for the batch sampler.
+    """
+
+    # Functions and no values: rows, ranks and the epoch may change under a framework that keeps
+    # this object for a whole run.
+    current: Callable[[], EpochSampler]
+    next_epoch: Callable[[], int]
+    set_epoch: Callable[[int], None]
+    as_batches: bool
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per batch and rank."""
+        return self.current().batch_size
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether rows that fill no batch are left out."""
+        return self.current().tail == "drop"
+
+    @property
+    def sampler(self) -> "NextEpoch":
+        """The sampler beneath a batch sampler."""
+        return replace(self, as_batches=False)
+
+    def __len__(self) -> int:
+        now = self.current()
+        if self.as_batches:
+            return now.num_batches()
+        return now.num_mine() if now.tail == "exact" else now.num_batches() * now.batch_size
+
+    def __iter__(self) -> Iterator[int] | Iterator[list[int]]:
+        now, epoch = self.current(), self.next_epoch()
+        if self.as_batches:
+            return (rows.tolist() for rows in now.batches(epoch))
+        return (row for row in now.rank_rows(epoch).tolist())
+
+
 def this_rank(distributed: str | tuple[int, int] | None) -> tuple[int, int]:
-    """This process among those that share an epoch.
+    """Find this process among those that share an epoch.
 
     Args:
         distributed: "auto" asks torch.distributed, as it is now; (rank, world) is returned; None
@@ -123,7 +190,7 @@ def this_rank(distributed: str | tuple[int, int] | None) -> tuple[int, int]:
 def _page_by_page(
     pages: NDArray[np.int64], open_pages: int, seed: int, epoch: int
 ) -> NDArray[np.intp]:
-    """A permutation that draws from a set of open pages, which slides over the shuffled pages.
+    """Permute by drawing from a set of open pages, which slides over the shuffled pages.
 
     A page that is the n-th of the shuffled pages gives each of its rows a random time in
     [n, n + open_pages); the rows are visited by time.
@@ -138,12 +205,12 @@ def _page_by_page(
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.intp]:
-    """A permutation of range(count) that no other (seed, epoch) shares."""
+    """Permute range(count) as no other (seed, epoch) does."""
     return np.argsort(_raw(count, seed, epoch), kind="stable")
 
 
 def _raw(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Random uint64 numbers of a stream that no other (seed, epoch) shares."""
+    """Draw uint64 numbers from a stream that no other (seed, epoch) shares."""
     # The raw stream of Philox and a stable sort are fixed for all time; numpy reserves the right
     # to change what `permutation` makes of a stream.
     return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)

@@ -1,31 +1,38 @@
-"""Views: which part of an image a batch shows, a pure function of (seed, epoch, row, k).
+"""Which part of an image a batch shows: a pure function of (seed, slot, row, k).
 
 Random numbers come from a counter-based hash without state, so that a view does not depend on
-batch size, worker count, rank, backend, or where a run was resumed. Both engines get their boxes
-from here and only carry them out.
+batch size, worker count, rank, backend, or where a run was resumed. Every engine gets its boxes
+from here and only carries them out.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from fastprune import splitmix
+from fastprune.compile_cache import cached
+from fastprune.splitmix import GOLDEN, mix64
 
 AUGMENTS = ("rrc", "pad_crop", "center", "none")
 
 #: Columns of a view: the box in the image, then what is done with the resized box.
 TOP, LEFT, HEIGHT, WIDTH, SHIFT_DOWN, SHIFT_RIGHT, FLIP = range(7)
 
+# Up to this side, in pixels, images are CIFAR-like: shifted by a border, not cropped at random.
 _MAX_SMALL_SIZE = 64
+# As many as torchvision's RandomResizedCrop makes before it takes the central box.
 _TRIES = 10
-_ULP = 2.0**-53
+_ULP = 2.0**-53  # float64 has 53 bits: the top 53 of a draw times this lie evenly in [0, 1)
 _RRC, _PAD_CROP, _CENTER = range(3)
 _KINDS = {"rrc": _RRC, "pad_crop": _PAD_CROP, "center": _CENTER}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CropPolicy:
     """How views are drawn.
 
     Attributes:
@@ -45,11 +52,19 @@ class Recipe:
     center_ratio: float = 1.0
 
     @classmethod
-    def make(cls, kind: str | None, *, image_size: int, train: bool) -> "Recipe":
-        """The usual recipe for an output size: what torchvision's and CIFAR's references do."""
+    def make(cls, kind: str | None, *, image_size: int, train: bool) -> "CropPolicy":
+        """Make the usual policy for an output size: what torchvision's and CIFAR's references do.
+
+        Args:
+            kind: one of `AUGMENTS`; None for "rrc" (large) or "pad_crop" (small) in training,
+                "center" in evaluation.
+            image_size: S, side of the output in pixels.
+            train: whether views are for training.
+        """
         small = image_size <= _MAX_SMALL_SIZE
         if kind is None:
             kind = ("pad_crop" if small else "rrc") if train else "center"
+        # 4 pixels of 32, and the central 224 of 256, are what CIFAR's and ImageNet's papers used.
         return cls(kind, padding=max(1, image_size // 8), center_ratio=1.0 if small else 224 / 256)
 
     def views(
@@ -59,7 +74,7 @@ class Recipe:
         heights: NDArray[np.int64],
         *,
         seed: int,
-        epoch: int,
+        slot: int,
         k: int = 0,
     ) -> NDArray[np.int32]:
         """Draw one view of each row.
@@ -69,8 +84,8 @@ class Recipe:
             widths: (B,) int64 in pixels.
             heights: (B,) int64 in pixels.
             seed: of the views, in [0, 2**63).
-            epoch: in [0, 2**63).
-            k: which view of the row within the epoch.
+            slot: which of a row's views, in [0, 2**63); the epoch where every epoch has new views.
+            k: which view of the row within the slot.
 
         Returns:
             (B, 7) int32: top, left, height, width of the box in the image's pixels; how far the
@@ -79,35 +94,38 @@ class Recipe:
         views = np.zeros((len(rows), 7), np.int32)
         views[:, HEIGHT], views[:, WIDTH] = heights, widths
         if self.kind != "none":
-            key = np.uint64(_key(np.uint64(seed), np.uint64(epoch), np.uint64(k)))
+            key = np.uint64(_slot_key(np.uint64(seed), np.uint64(slot), np.uint64(k)))
             settings = (*self.scale, *self.ratio, float(self.padding), self.center_ratio)
             _draw(views, rows, key, _KINDS[self.kind], settings)
         return views
 
 
-@njit(cache=True, nogil=True)
+_mix = njit(nogil=True)(mix64)
+_compiled = cached(Path(__file__), Path(splitmix.__file__), nogil=True)
+
+
+@njit(nogil=True)
 def _absorb(key, value):  # type: ignore[no-untyped-def]
-    """Extend a key by a value: the output function of splitmix64 over their mixture."""
-    z = (key ^ (value * np.uint64(0xBF58476D1CE4E5B9))) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """Extend a key by a value."""
+    # An odd factor maps values one to one, and spreads small ones over all 64 bits. Both numbers
+    # are part of what every view is: another one would change all training runs.
+    return _mix((key ^ (value * np.uint64(0xBF58476D1CE4E5B9))) + GOLDEN)
 
 
-@njit(cache=True, nogil=True)
-def _key(seed, epoch, k):  # type: ignore[no-untyped-def]
-    """What all rows of an epoch's k-th views share."""
-    return _absorb(_absorb(_absorb(np.uint64(0), seed), epoch), k)
+@_compiled
+def _slot_key(seed, slot, k):  # type: ignore[no-untyped-def]
+    """Mix what all rows of a slot's k-th views share."""
+    return _absorb(_absorb(_absorb(np.uint64(0), seed), slot), k)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _uniform(key, counter, low, high):  # type: ignore[no-untyped-def]
-    """The draw number `counter` under a key: float64 in [low, high), 53 random bits."""
+    """Return the draw number `counter` under a key: float64 in [low, high)."""
     unit = np.float64(_absorb(key, np.uint64(counter)) >> np.uint64(11)) * _ULP
     return low + unit * (high - low)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _draw(views, rows, key, kind, settings):  # type: ignore[no-untyped-def]
     """Fill the (B, 7) views, which hold the whole image as box on entry."""
     scale_low, scale_high, ratio_low, ratio_high, padding, center_ratio = settings
@@ -117,6 +135,7 @@ def _draw(views, rows, key, kind, settings):  # type: ignore[no-untyped-def]
         if kind == _CENTER:
             _center_box(view, center_ratio)
             continue
+        # Draw 0 is the flip's in either kind; boxes and shifts count from 1.
         if kind == _RRC:
             _random_box(view, row_key, scale_low, scale_high, ratio_low, ratio_high)
         else:
@@ -125,12 +144,12 @@ def _draw(views, rows, key, kind, settings):  # type: ignore[no-untyped-def]
         view[FLIP] = int(_uniform(row_key, 0, 0.0, 2.0))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _random_box(view, key, scale_low, scale_high, ratio_low, ratio_high):  # type: ignore[no-untyped-def]
-    """As torchvision's RandomResizedCrop.get_params: ten tries, then the largest central box."""
+    """Draw as torchvision's RandomResizedCrop.get_params: tries, then the largest central box."""
     height, width = view[HEIGHT], view[WIDTH]
     for attempt in range(_TRIES):
-        first = 1 + 4 * attempt
+        first = 1 + 4 * attempt  # four draws a try
         area = height * width * _uniform(key, first, scale_low, scale_high)
         aspect = math.exp(_uniform(key, first + 1, math.log(ratio_low), math.log(ratio_high)))
         box_width = round(math.sqrt(area * aspect))
@@ -148,14 +167,14 @@ def _random_box(view, key, scale_low, scale_high, ratio_low, ratio_high):  # typ
     _set_central(view, box_height, box_width)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _center_box(view, center_ratio):  # type: ignore[no-untyped-def]
-    """The central square."""
+    """Set the central square."""
     side = max(1, int(center_ratio * min(view[HEIGHT], view[WIDTH])))
     _set_central(view, side, side)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _set_central(view, box_height, box_width):  # type: ignore[no-untyped-def]
     """Put a box of this size into the middle."""
     view[TOP] = (view[HEIGHT] - box_height) // 2

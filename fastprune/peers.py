@@ -15,18 +15,32 @@ from fastprune.beton.reader import Beton, image_and_label
 def stock_ffcv(
     beton: Beton, rows: NDArray[np.int64], *, batch_size: int, image_size: int, num_workers: int
 ) -> Any:
-    """A plain `ffcv.Loader` with RandomResizedCrop and flip: uint8 batches, compiled at once."""
-    # With the side effects of importing and constructing FFCV, and its own pipeline.
-    import ffcv
+    """Make a plain `ffcv.Loader` with RandomResizedCrop and flip: uint8 batches."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.transforms import RandomHorizontalFlip
 
+    stages = [RandomResizedCropRGBImageDecoder((image_size, image_size)), RandomHorizontalFlip()]
+    return _ffcv_loader(beton, rows, stages, batch_size, num_workers)
+
+
+def our_decoder_in_ffcv(
+    beton: Beton, rows: NDArray[np.int64], *, batch_size: int, image_size: int, num_workers: int
+) -> Any:
+    """Make the same `ffcv.Loader` with our decoder in place of FFCV's."""
+    from fastprune.ffcv import ViewDecoder
+
+    return _ffcv_loader(beton, rows, [ViewDecoder(image_size)], batch_size, num_workers)
+
+
+def _ffcv_loader(
+    beton: Beton, rows: NDArray[np.int64], stages: list[Any], batch_size: int, num_workers: int
+) -> Any:
+    """Make a loader with these stages, and with FFCV's side effects on thread counts."""
+    import ffcv
+
     image, label = image_and_label(beton.fields, beton.path)
     pipelines: dict[str, Any] = {field.name: None for field in beton.fields}
-    pipelines[beton.fields[image].name] = [
-        RandomResizedCropRGBImageDecoder((image_size, image_size)),
-        RandomHorizontalFlip(),
-    ]
+    pipelines[beton.fields[image].name] = stages
     del pipelines[beton.fields[label].name]
     return ffcv.Loader(
         str(beton.path),
@@ -42,7 +56,7 @@ def stock_ffcv(
 def torchvision_loader(
     beton: Beton, rows: NDArray[np.int64], *, batch_size: int, image_size: int, num_workers: int
 ) -> Any:
-    """A DataLoader whose processes decode and crop with torchvision: uint8 batches."""
+    """Make a DataLoader whose processes decode and crop with torchvision: uint8 batches."""
     return DataLoader(
         _JpegViews(beton, rows, image_size),
         batch_size,

@@ -1,0 +1,273 @@
+"""The CPU engine: what its pixels are, and what it does with damaged rows and dying threads."""
+
+import ctypes
+import io
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastprune.beton.reader import open_beton
+from fastprune.beton.writer import convert
+from fastprune.errors import LoadingError
+from fastprune.jpeg.decode import decode_view
+from fastprune.loading.cpu import CpuEngine
+from fastprune.loading.crops import (
+    FLIP,
+    HEIGHT,
+    LEFT,
+    SHIFT_DOWN,
+    SHIFT_RIGHT,
+    TOP,
+    WIDTH,
+    CropPolicy,
+)
+from fastprune.loading.faults import RowFaults
+from tests.conftest import require_library
+from tests.images import picture, write_image_folder
+
+
+def _engine(path, **settings):
+    beton = open_beton(path)
+    faults = RowFaults(beton, **{"skip": False, "verify_crc": False, **settings})
+    engine = CpuEngine(beton, image_size=32, num_workers=2, pin_memory=False, faults=faults)
+    engine.faults = faults
+    return engine
+
+
+def _views(beton, kind):
+    policy = CropPolicy.make(kind, image_size=32, train=True)
+    return lambda rows: policy.views(
+        rows,
+        beton.widths[rows].astype(np.int64),
+        beton.heights[rows].astype(np.int64),
+        seed=5,
+        slot=2,
+    )
+
+
+def _reference(beton, row, view):
+    """The box by `decode_view`, then moved over a black border."""
+    box = tuple(view[[TOP, LEFT, HEIGHT, WIDTH]].tolist())
+    pixels = decode_view(beton.image_bytes(row), box=box, size=(32, 32), flip=bool(view[FLIP]))
+    return _shifted(pixels, view)
+
+
+def _shifted(pixels, view):
+    """Flipped pixels, moved as the view says before the flip."""
+    bordered = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
+    down, right = 4 - view[SHIFT_DOWN], 4 - view[SHIFT_RIGHT] * (-1 if view[FLIP] else 1)
+    return bordered[down : down + 32, right : right + 32]
+
+
+def _pillow(whole, view):
+    """The same by Pillow, from a whole picture."""
+    box = whole.crop(
+        (view[LEFT], view[TOP], view[LEFT] + view[WIDTH], view[TOP] + view[HEIGHT])
+    ).resize((32, 32), Image.Resampling.BILINEAR)
+    pixels = np.asarray(box.convert("RGB"))
+    return _shifted(pixels[:, ::-1] if view[FLIP] else pixels, view)
+
+
+def _beton_of(folder, *pictures):
+    """A beton of these pictures: bytes of image files."""
+    (folder / "images" / "class_00").mkdir(parents=True)
+    for number, content in enumerate(pictures):
+        (folder / "images" / "class_00" / f"{number:03d}.jpg").write_bytes(content)
+    convert(folder / "images", folder / "pictures.beton", workers=1)
+    return folder / "pictures.beton"
+
+
+def _encoded(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center", "none"])
+def test_pixels_are_those_of_the_view_decoder_to_the_bit(bare_beton, kind):
+    beton = open_beton(bare_beton)
+    draw = _views(beton, kind)
+    ((pixels, rows),) = _engine(bare_beton).decode([np.arange(30)], draw)
+    for row, image in zip(rows, pixels.numpy(), strict=True):
+        assert (image == _reference(beton, row, draw(rows)[row])).all()
+
+
+@pytest.mark.parametrize("kind", ["pad_crop", "center", "none"])
+def test_a_whole_picture_of_the_views_size_is_not_blurred(tmp_path, kind):
+    gray = [picture(seed, width=32, height=32, mode="L") for seed in range(6)]
+    path = _beton_of(tmp_path, *(_encoded(image) for image in gray))
+    beton, rows = open_beton(path), np.arange(6)
+    draw = _views(beton, kind)
+    ((pixels, _),) = _engine(path).decode([rows], draw)
+    for row, image in enumerate(pixels.numpy()):
+        whole = Image.open(io.BytesIO(beton.image_bytes(row)))
+        assert (image == _pillow(whole, draw(rows)[row])).all()
+
+
+@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center", "none"])
+def test_progressive_pictures_are_decoded_whole_and_counted(tmp_path, kind, caplog):
+    pictures = [_encoded(picture(seed), progressive=seed < 4) for seed in range(6)]
+    path = _beton_of(tmp_path, *pictures)
+    beton, rows = open_beton(path), np.arange(6)
+    draw, engine = _views(beton, kind), _engine(path)
+    for _ in range(2):
+        ((pixels, _),) = engine.decode([rows], draw)
+    for row, image in enumerate(pixels.numpy()[:4]):
+        whole = Image.open(io.BytesIO(beton.image_bytes(row))).convert("RGB")
+        assert (image == _pillow(whole, draw(rows)[row])).all()
+    assert engine.faults.num_decoded_whole == 8
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "4 of the first 6 views (66.7%)" in record.message
+    assert "(4 progressive)" in record.message
+    assert "jpegtran -copy all" in record.message
+
+
+def test_views_of_both_layouts_are_equal_to_the_bit(tmp_path):
+    folder = write_image_folder(tmp_path / "images")
+    views = []
+    for jpeg in ("original", "fast"):
+        path = tmp_path / f"{jpeg}.beton"
+        convert(folder, path, jpeg=jpeg, workers=1)
+        draw = _views(open_beton(path), "rrc")
+        ((pixels, _),) = _engine(path).decode([np.arange(12)], draw)
+        views.append(pixels)
+    assert (views[0] == views[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["rrc", "pad_crop", "center"])
+def test_raw_pixels_are_cropped_and_resized_as_pillow_does(tmp_path, kind):
+    require_library("ffcv")
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 40, 50, 3), np.uint8)
+    path = tmp_path / "raw.beton"
+    writer = DatasetWriter(
+        str(path), {"image": RGBImageField(write_mode="raw"), "label": IntField()}, num_workers=1
+    )
+    writer.from_indexed_dataset([(pixels, 0) for pixels in pictures])
+    draw = _views(open_beton(path), kind)
+    ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)
+    for row, image in enumerate(pixels.numpy()):
+        assert (image == _pillow(Image.fromarray(pictures[row]), draw(rows)[row])).all()
+
+
+def test_pictures_that_take_much_memory_are_decoded_one_by_one(tmp_path, monkeypatch):
+    sides = [(3000, 40), (40, 3000), (48, 64), (1, 1)]
+    shapes = [picture(seed, width=w, height=h) for seed, (w, h) in enumerate(sides)]
+    path = _beton_of(tmp_path, *map(_encoded, shapes))
+    monkeypatch.setattr("fastprune.loading.decoding._MOST_KEPT_BYTES", 1 << 20)
+    beton = open_beton(path)
+    draw = _views(beton, "none")
+    ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)
+    for row, image in zip(rows, pixels.numpy(), strict=True):
+        assert (image == _reference(beton, row, draw(rows)[row])).all()
+
+
+def test_a_row_damaged_in_one_of_its_views_is_left_out_of_both(beton_copy, damage_row):
+    beton = open_beton(beton_copy)
+    damage_row(beton_copy, 13, b"\xff\xd9" * 50, int(beton.sizes[13]) - 100)
+    top, whole = [0, 0, 8, 8, 0, 0, 0], [0, 0, int(beton.heights[13]), 96, 0, 0, 0]
+    engine = _engine(beton_copy, skip=True)
+    views = np.array([top, top, whole, top], np.int32)
+    ((_, rows),) = engine.decode([np.array([12, 13, 13, 12])], lambda rows: views)
+    assert rows.tolist() == [12, 12]
+    assert engine.faults.num_skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "start", "reason"),
+    [
+        (b"\0\0\0\0", 0, "does not start with a JPEG's marker"),
+        (b"\xff\xd9" * 200, 900, "entropy-coded data ends too early"),
+    ],
+)
+def test_an_undecodable_row_is_named(beton_copy, damage_row, data, start, reason):
+    damage_row(beton_copy, 13, data, start)
+    batches = _engine(beton_copy).decode(
+        [np.arange(5), np.arange(10, 15)], _views(open_beton(beton_copy), "rrc")
+    )
+    next(batches)
+    with pytest.raises(LoadingError, match=rf"row 13 of .*copy\.beton .*{reason}.*on_error"):
+        next(batches)
+
+
+def test_an_undecodable_row_is_left_out_and_counted(beton_copy, damage_row):
+    damage_row(beton_copy, 13, b"\0\0\0\0")
+    engine = _engine(beton_copy, skip=True)
+    ((pixels, rows),) = engine.decode([np.arange(10, 15)], _views(open_beton(beton_copy), "rrc"))
+    assert rows.tolist() == [10, 11, 12, 14]
+    assert len(pixels) == 4
+    assert engine.faults.num_skipped == 1
+
+
+def test_a_file_cut_while_it_is_read_is_noticed(beton_copy):
+    beton = open_beton(beton_copy)
+    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(beton, "rrc"))
+    next(batches)
+    # The cut takes the allocation table alone: no page that a thread may be reading.
+    with beton_copy.open("r+b") as file:
+        file.truncate(len(beton.content) - 8)
+    with pytest.raises(LoadingError, match=r"copy\.beton was cut from .* Get a whole copy"):
+        list(batches)
+
+
+def test_a_file_removed_while_it_is_read_is_noticed(beton_copy):
+    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(open_beton(beton_copy), "rrc"))
+    next(batches)
+    beton_copy.unlink()
+    with pytest.raises(LoadingError, match=r"copy\.beton cannot be found .* Put it back"):
+        list(batches)
+
+
+def test_a_file_replaced_while_it_is_read_is_noticed(beton_copy, bare_beton, tmp_path):
+    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(open_beton(beton_copy), "rrc"))
+    next(batches)
+    other = tmp_path / "other.beton"
+    other.write_bytes(bare_beton.read_bytes())
+    other.replace(beton_copy)
+    with pytest.raises(LoadingError, match=r"copy\.beton was replaced .* Start the loader again"):
+        list(batches)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("repetition", range(5))
+def test_a_killed_decoding_thread_ends_the_epoch_with_an_error(bare_beton, repetition):
+    rows = [np.arange(30)] * 1000
+    batches = _engine(bare_beton).decode(rows, _views(open_beton(bare_beton), "rrc"))
+    next(batches)
+    for thread in threading.enumerate():
+        if thread.name.startswith("fastprune-decode"):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
+            )
+    with pytest.raises(LoadingError, match=r"a thread that decoded rows .* Start the epoch again"):
+        list(batches)
+
+
+def test_starting_the_engine_keeps_the_thread_counts(bare_beton):
+    script = f"""
+import numba, torch
+torch.set_num_threads(2)
+numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+before = torch.get_num_threads(), numba.get_num_threads()
+from fastprune.loading.loader import Loader
+next(iter(Loader({str(bare_beton)!r}, batch_size=8, image_size=32, num_workers=1)))
+assert (torch.get_num_threads(), numba.get_num_threads()) == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_process_may_end_in_the_middle_of_an_epoch(bare_beton):
+    script = f"""
+from fastprune.loading.loader import Loader
+batches = iter(Loader({str(bare_beton)!r}, batch_size=2, image_size=224, num_workers=2))
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
