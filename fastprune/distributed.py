@@ -71,11 +71,13 @@ class Ranks:
         """
         if self.world == 1:
             return [tensor]
+        # gloo gathers equal shapes alone; the last ranks of an epoch may have fewer rows.
         padded = torch.zeros(rows, *tensor.shape[1:], dtype=tensor.dtype)
         padded[: len(tensor)] = tensor
         count = torch.tensor([len(tensor)])
         counts = [torch.zeros_like(count) for _ in range(self.world)] if self.is_first else None
         gathered = [torch.empty_like(padded) for _ in range(self.world)] if self.is_first else None
+        # All to one, not all to all: the other ranks would throw it away.
         distributed.gather(count, counts, dst=0, group=self.group)
         distributed.gather(padded, gathered, dst=0, group=self.group)
         pairs = zip(gathered or [], counts or [], strict=True)
@@ -85,6 +87,7 @@ class Ranks:
         """Return a small value of every rank, in their order, on every rank."""
         if self.world == 1:
             return [value]
+        # Pickled by torch; for small values of ours, never for what a file holds.
         values: list[Any] = [None] * self.world
         distributed.all_gather_object(values, value, group=self.group)
         return values
@@ -120,6 +123,7 @@ def join_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
         # torchrun's store outlives the processes, so that a failure can be left in it.
         store, rank, world = next(rendezvous("env://"))
         store = PrefixStore(f"fastprune/{next(_joins)}", store)
+        # Scoring exchanges nothing on the device, and NCCL would take memory of each card.
         on_cuda = device is not None and device.type == "cuda"
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -169,6 +173,7 @@ class Agreement:
         """
         if self._ranks.world == 1:
             return request
+        # One request is under way at a time; all ranks start theirs in the same order.
         answer = self.close()
         asked = torch.tensor([request])
         work = distributed.all_reduce(
@@ -195,6 +200,8 @@ def _ending_together(ranks: Ranks, store: Any) -> Iterator[None]:
         raise  # all of them stop, after the same step
     except Exception as error:
         first = str(ranks.rank)
+        # The first to set the key wins; the others read its rank. A caller's own group has no store
+        # that is known here, and each process gives its own reason.
         if store is not None:
             first = store.compare_set(_FAILED, "", first).decode()
         if first != str(ranks.rank):
@@ -210,6 +217,7 @@ def _ending_together(ranks: Ranks, store: Any) -> Iterator[None]:
 
 def _is_lost_connection(error: Exception) -> bool:
     """Whether a collective failed because another process is gone."""
+    # gloo's transport raises RuntimeError, with its name in the text alone.
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )

@@ -55,15 +55,18 @@ class Checkpoints:
         Returns:
             Whether it was written.
         """
+        # In memory first: the name holds the digest, so it must be known before the file is made.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
         path = self._folder / f"step-{step:09d}-{_digest(data)}.pt"
         try:
             self._folder.mkdir(exist_ok=True)
+            # Before the write, so that leftovers of a kill do not fill the disk.
             self._sweep()
             with atomic_path(path) as temporary:
                 temporary.write_bytes(data)
+        # A full disk costs a checkpoint. The run would cost more.
         except (ArtifactError, OSError) as error:
             kept = self._newest_first()
             logger.warning(
@@ -73,6 +76,7 @@ class Checkpoints:
                 kept[0] if kept else "the beginning",
             )
             return False
+        # The old ones go only when the new one is on the disk.
         for old in [old for old in self._newest_first() if old != path][self._keep - 1 :]:
             old.unlink(missing_ok=True)
         return True
@@ -90,7 +94,9 @@ class Checkpoints:
         for path in found:
             try:
                 return _load(path)
+            # All that torch.load raises for bytes that are not what it wrote.
             except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                # To begin anew by itself would throw away the run that --resume asked for.
                 if path == found[-1]:
                     raise ArtifactError(
                         f"none of the {len(found)} checkpoints in {self._folder} is whole; the "
@@ -118,6 +124,7 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what a kill in the midst of writing left behind."""
+        # Names of `atomic_path`; the folder is held by this process alone.
         for path in self._folder.glob(".step-*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -125,7 +132,9 @@ class Checkpoints:
         """The files that are checkpoints by name."""
         if not self._folder.is_dir():
             return []
+        # A name counts by its pattern, so other people's files stay.
         found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+        # The step has nine digits, so names sort as steps do.
         return sorted(found, key=lambda path: path.name, reverse=True)
 
 
@@ -145,7 +154,9 @@ def hold_run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"run.out = {str(folder)!r} cannot be made: {error.strerror}.") from error
+    # Held until the run ends, and freed by the kernel if it is killed.
     with exclusive(folder / ".lock"):
+        # It is written last, so a run without one is unfinished.
         if (folder / "result.json").exists():
             raise RecipeError(
                 f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
@@ -180,9 +191,11 @@ def _load(path: Path) -> dict[str, Any]:
     """What a checkpoint holds; ValueError where its bytes are not those that were written."""
     data = path.read_bytes()
     match = _NAME.fullmatch(path.name)
+    # `_newest_first` lists no other names.
     assert match is not None
     if _digest(data) != match[2]:
         raise ValueError(f"its {len(data):,} bytes have another digest than its name says")
+    # From the bytes that were digested, not from the file again. No pickled code runs.
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 

@@ -61,12 +61,14 @@ def identity(
         objective: the teacher's weights and the class std.
         processes: that train together.
     """
+    # Through JSON, so that paths and tuples compare as they are stored in a checkpoint.
     settings = json.loads(recipe.model_dump_json(exclude=_FREE))
     flat = {
         f"{section}.{key}": value
         for section, keys in settings.items()
         for key, value in (keys or {}).items()
     }
+    # The engine that "auto" chose, and contents in place of file names: what decides the pixels.
     return flat | {
         "data.backend": train.backend,
         "the images of data.train": str(train.beton.fingerprint),
@@ -90,6 +92,7 @@ def require_same_run(theirs: dict[str, Any], ours: dict[str, Any], *, folder: st
     """
     differing = [
         f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)"
+        # Both ways: a setting may be new in this version, or gone.
         for name in sorted(theirs.keys() | ours.keys())
         if theirs.get(name) != ours.get(name)
     ]
@@ -107,6 +110,7 @@ def require_same_classes(train: Loader, val: Loader) -> None:
         ArtifactMismatch: names, order or number of the classes differ.
     """
     ours, theirs = train.class_names, val.class_names
+    # Betons of other tools carry no names; then their number must do.
     if ours is not None and theirs is not None and ours != theirs:
         detail = _difference(ours, theirs)
     elif train.num_classes != val.num_classes:
@@ -128,14 +132,17 @@ def require_teacher_fits(recipe: Recipe, train: Loader) -> None:
     if recipe.teacher is None:
         return
     checkpoint = recipe.teacher.checkpoint
+    # Published weights have as many classes as `build_network` accepts.
     if checkpoint is None:
         assert recipe.teacher.weights is not None, "the recipe is validated"
+        # A factory of the user's loads what it likes; nothing is known of its images.
         if published_weights(recipe.teacher.network) is not None:
             view = published_view(recipe.teacher.network, recipe.teacher.weights)
             values = {"mean": json.dumps(view.mean), "std": json.dumps(view.std)}
             _require_same_values(recipe, values)
         return
     metadata = weights_metadata(checkpoint)
+    # Students of `distill` carry these texts. Other checkpoints have none, and nothing is compared.
     names = tuple(json.loads(metadata.get("class_names", "null")) or ())
     count = int(metadata.get("num_classes", train.num_classes))
     if count != train.num_classes:
@@ -155,6 +162,7 @@ def _require_same_values(recipe: Recipe, metadata: dict[str, str]) -> None:
     """Refuse a teacher whose images were normalized in another way."""
     assert recipe.teacher is not None
     for name, ours in (("mean", recipe.data.mean), ("std", recipe.data.std)):
+        # What the file does not say counts as equal.
         theirs = json.loads(metadata.get(name, json.dumps(ours)))
         if list(theirs) != list(ours):
             raise ArtifactMismatch(
@@ -167,6 +175,7 @@ def _require_same_values(recipe: Recipe, metadata: dict[str, str]) -> None:
 
 def _difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
     """The first class that has two names, or two numbers of classes."""
+    # Not strict: the lists may differ in length, which the last line says.
     for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return f"class {number} is {one!r} and {other!r}"
@@ -179,6 +188,7 @@ def require_logits(name: str, logits: Any, *, rows: int, num_classes: int) -> No
     Raises:
         InvalidValueError: it is something else; `name` says which network it is.
     """
+    # A factory may return anything: tuples, dicts, feature maps.
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (rows, num_classes):
         raise InvalidValueError(
@@ -197,6 +207,7 @@ def explain_missing_features(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except InvalidValueError as error:
+        # Then the error is about something else, and says so itself.
         if recipe.loss.feature_weight == 0:
             raise
         raise RecipeError(

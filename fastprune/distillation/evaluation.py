@@ -68,6 +68,7 @@ def evaluate_checkpoint(
     assert network is not None
     assert size is not None
     place = choose_device(device)
+    # This process alone, also under torchrun: each would print its own share.
     loader = Loader(
         beton,
         train=False,
@@ -79,11 +80,13 @@ def evaluate_checkpoint(
         distributed=None,
     )
     num_classes = int(metadata.get("num_classes", loader.num_classes))
+    # Fewer is fine: a validation set may lack the last classes.
     if loader.num_classes > num_classes:
         raise ArtifactMismatch(
             f"{checkpoint} knows {num_classes} classes, but {beton} has {loader.num_classes}. "
             "Evaluate on images of the classes that it was trained on."
         )
+    # Labels are numbers; without names two betons may number other classes alike.
     names = json.loads(metadata.get("class_names", "null"))
     if names and loader.class_names and names[: loader.num_classes] != list(loader.class_names):
         raise ArtifactMismatch(
@@ -113,9 +116,11 @@ def evaluate(
     Raises:
         InvalidValueError: there is no batch.
     """
+    # Called in the midst of a training, whose mode comes back.
     was_training = model.training
     model.eval()
     try:
+        # In float64: sums of 50,000 losses, and counts, stay exact.
         totals = torch.zeros(4, dtype=torch.float64)
         for images, labels in batches:
             # The first sum takes the totals to the device; there they stay until the end.
@@ -130,6 +135,7 @@ def evaluate(
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     """Rows, hits among one and five guesses, and summed loss: (4,) float64 on the device."""
+    # Of fewer than five classes all are guesses, and top-5 is 1.
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = guesses == labels.unsqueeze(1)
     loss = functional.cross_entropy(logits, labels, reduction="sum")

@@ -11,6 +11,7 @@ from fastprune.distillation.meters import StepLosses
 from fastprune.distillation.step import Batch, Context
 from fastprune.errors import TrainingError
 
+# As many as fit a terminal; the saved batch has all of them.
 _ROWS_NAMED = 8
 
 
@@ -22,9 +23,12 @@ def bad_loss_error(context: Context, bad: StepLosses, batch: Batch) -> TrainingE
         bad: the step, the same on every process, with this process's losses.
         batch: this process's batch of that step.
     """
+    # After a first bad step all weights are bad, so only its own rows mean anything.
     bad_rows = bad.rows[~bad.losses.isfinite()].tolist()
+    # A process whose rows are fine has nothing to look at.
     saved = _save_batch(context, bad, batch) if bad_rows else None
     mean = float(context.ranks.all_sum(bad.losses.mean().double().cpu()) / context.ranks.world)
+    # Every process raises the same text: any of them may be the one that is printed.
     found = context.ranks.all_gather((bad_rows, saved))
     rows = sorted(row for rows, _ in found for row in rows)
     shown = ", ".join(f"{row:,}" for row in rows[:_ROWS_NAMED])
@@ -43,8 +47,10 @@ def _save_batch(context: Context, bad: StepLosses, batch: Batch) -> str:
     rank = f"-rank-{context.ranks.rank}" if context.ranks.world > 1 else ""
     path = Path(context.recipe.run.out) / f"bad-batch-step-{bad.step}{rank}.safetensors"
     tensors = batch._asdict() | {"losses": bad.losses}
+    # Contiguous: channels_last images would be refused.
     data = save({name: value.cpu().contiguous() for name, value in tensors.items()})
     try:
+        # Not through `atomic_path`: the error below must come out, whatever the disk does.
         path.write_bytes(data)
     except OSError as error:
         return f"not saved ({error})"
@@ -63,6 +69,7 @@ def naming_memory(*, batch_size: int, image_size: int, device: torch.device) -> 
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        # Half is what usually fits; the learning rate goes with the batch.
         cure = (
             f"Try data.batch_size = {batch_size // 2}, and schedule.learning_rate lowered as much"
             if batch_size > 1

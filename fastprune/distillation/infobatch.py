@@ -40,8 +40,11 @@ def infobatch_weights(
     seen = losses[~np.isnan(losses)]
     # A loss that is NaN is below no mean.
     is_easy = losses < seen.mean(dtype=np.float64) if len(seen) else np.zeros(len(rows), bool)
+    # A key of the epoch's own, so that a row's luck changes from epoch to epoch.
     epoch_seed = int(row_keys(seed, np.array([epoch]))[0])
+    # A row's key decides alone: any number of processes skips the same rows.
     is_unlucky = row_keys(epoch_seed, rows) < np.uint64(int(skip_probability * 2**64))
+    # Easy rows that stay stand for those that are skipped: the expected gradient is unchanged.
     weights = np.where(is_easy, 1 / (1 - skip_probability), 1.0)
     return np.where(is_easy & is_unlucky, 0.0, weights).astype(np.float32)
 
@@ -111,6 +114,7 @@ class InfoBatch:
                 seed=self._seed,
                 epoch=epoch,
             )
+            # An epoch without a step would divide the curve by nothing.
             if np.count_nonzero(drawn) >= self._min_rows:
                 weights = drawn
         by_row = np.zeros(len(self._losses), np.float32)
@@ -128,6 +132,7 @@ class InfoBatch:
         Returns:
             (B,) float32; its mean is what the step minimises.
         """
+        # On the device; the host learns of it at the end of the epoch.
         self._fresh[rows] = losses.detach()
         return losses * self._weights[rows]
 
@@ -154,6 +159,7 @@ class InfoBatch:
     def _shared(self) -> NDArray[np.float32]:
         """The losses that any process noted in this epoch; NaN where none did."""
         fresh = self._fresh.cpu()
+        # NaN cannot be summed: losses and whether they are there travel apart.
         noted = torch.stack([fresh.nan_to_num(nan=0.0), (~fresh.isnan()).float()])
         total, count = self._ranks.all_sum(noted).numpy()
         shared: NDArray[np.float32] = np.where(count > 0, total, np.float32(np.nan))

@@ -47,6 +47,7 @@ class ProjectorEnsemble(nn.Module):
             "teacher_width": teacher_width,
             "projectors": projectors,
         }
+        # A network without features has width 0.
         for name, value in given.items():
             if value < 1:
                 raise InvalidValueError(f"{name} ({value}) must be at least 1.")
@@ -93,6 +94,7 @@ class Learner(nn.Module):
         Raises:
             InvalidValueError: the student has no linear layer that makes its logits.
         """
+        # Projectors need widths, which both classifiers know without a forward pass.
         network = FeatureNetwork(student, num_classes=num_classes)
         widths = network.classifier_width, teacher.classifier_width
         return cls(network, ProjectorEnsemble(*widths, projectors=projectors))
@@ -100,6 +102,7 @@ class Learner(nn.Module):
     @property
     def student(self) -> nn.Module:
         """The student alone: maps (B, 3, H, W) images to (B, C) logits."""
+        # Without the hook's wrapper, so that names in its file are those of the network.
         return self.network.network
 
     def forward(self, images: Tensor) -> Outputs:

@@ -24,6 +24,7 @@ def distillation_loss(
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """
+    # In float32 also under autocast: bf16 has three digits, and T² multiplies the error.
     student = functional.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
     return _divergence(student, teacher) * temperature**2
@@ -110,6 +111,7 @@ class LogitReshaper(nn.Module):
     def __init__(self, class_std: ArrayLike | Tensor) -> None:
         super().__init__()
         std = torch.as_tensor(class_std).clone()
+        # Integers would truncate what is computed with them.
         std = std if std.is_floating_point() else std.float()
         if std.ndim != 1 or len(std) < 2:
             raise InvalidValueError(
@@ -135,6 +137,7 @@ class LogitReshaper(nn.Module):
             (B, C) float32, or float64 for float64 logits.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        # Unbiased, as the class std are.
         std = logits.std(dim=1, keepdim=True)
         class_std = self.class_std.to(logits.dtype)
         if labels.ndim == 1:

@@ -48,6 +48,8 @@ class PhaseTimer:
     def switch(self, phase: str) -> str:
         """End the running phase and begin another; returns the one that ended."""
         if self._device.type == "cuda":
+            # A phase's kernels may still run, and their time belongs to it. Phases change a few
+            # times an epoch, so waiting costs nothing.
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.seconds[self._phase] += now - self._since
@@ -71,6 +73,7 @@ class PhaseTimer:
             yield
             self.seconds[name] += time.perf_counter() - started
             return
+        # The host is ahead of the device, so its own clock would time the launches.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         yield
@@ -84,6 +87,7 @@ class PhaseTimer:
 
     def waiting_share(self) -> float:
         """Share in [0, 1] of the time for training, up to now, that was spent waiting."""
+        # The running phase is not in `seconds` until it ends.
         running = time.perf_counter() - self._since if self._phase == "train" else 0.0
         return self.seconds["wait"] / max(self.seconds["train"] + running, 1e-9)
 
@@ -93,6 +97,7 @@ class PhaseTimer:
 
     def read(self) -> None:
         """Add up the parts so far; call it where the host has waited for the device anyway."""
+        # Every event lies behind work that the host has waited for, so this returns at once.
         for name, begin, end in self._events:
             end.synchronize()
             self.seconds[name] += begin.elapsed_time(end) / 1000
@@ -104,6 +109,7 @@ class PhaseTimer:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Add the seconds of the run so far to those of this process."""
+        # Added, not set: this process's start-up has been paid on top.
         for name, seconds in state.items():
             self.seconds[name] += seconds
 
@@ -154,10 +160,13 @@ class LossMeter:
             The first step whose mean is not finite, the same on every process; None where all are.
             After a bad one, nothing is added to `means`.
         """
+        # All processes take the same steps, so all of them return here or none.
         if not self._pending:
             return None
+        # One copy to the host for all steps; in float64, as are the sums over processes.
         means = torch.stack([step.losses.mean() for step in self._pending]).double().cpu()
         means = self._ranks.all_sum(means) / self._ranks.world
+        # Of the mean over processes: one bad process is bad news on all of them.
         bad = (~means.isfinite()).nonzero()
         if len(bad):
             return self._pending[int(bad[0])]
@@ -202,6 +211,7 @@ class ProgressMeter:
             epoch: counted from 0.
             first: batches of it that were done before.
         """
+        # Taken anew each epoch: epochs that skip rows are shorter than was thought.
         self._steps_left = len(loader) * (self._epochs - epoch) - first
         batches = self._timed(loader)
         if not self._ranks.is_first:
@@ -220,6 +230,7 @@ class ProgressMeter:
 
     def _timed(self, loader: Loader | GrowingLoader) -> Iterator[tuple[Tensor, ...]]:
         """Batches; the time until each arrives is waiting time."""
+        # Between two `next` lies the step; its launches are no waiting.
         asked = time.perf_counter()
         for batch in loader:
             self._timer.add_wait(time.perf_counter() - asked)
@@ -229,6 +240,7 @@ class ProgressMeter:
             self._steps += 1
             self._steps_left -= 1
             asked = time.perf_counter()
+        # The end of the epoch is waited for, too.
         self._timer.add_wait(time.perf_counter() - asked)
 
     def _seconds_left(self) -> float | None:

@@ -50,6 +50,7 @@ class Objective(nn.Module):
         self.reshaper = reshaper
         self.distillation_weight = settings.distillation_weight_at(keep_ratio)
         self._share = 1.0
+        # The teacher and the class std: nothing in here is the optimizer's.
         self.requires_grad_(False)
         self.train(False)
 
@@ -60,6 +61,7 @@ class Objective(nn.Module):
 
     def begin_epoch(self, epoch: int) -> None:
         """Let the distillation count as much as it should in an epoch, counted from 0."""
+        # Epoch 0 has 1/w of the weight already; 0 and 1 both mean no warm-up.
         warmup_epochs = max(self.settings.distillation_warmup_epochs, 1)
         self._share = min((epoch + 1) / warmup_epochs, 1.0)
 
@@ -93,10 +95,12 @@ class Objective(nn.Module):
             reduction="none",
             label_smoothing=settings.label_smoothing,
         )
+        # Weighing a single term would only rescale the learning rate.
         if targets is None:
             return cross_entropy
         loss = settings.cross_entropy_weight * cross_entropy
         weight = self.distillation_weight * self._share
+        # A term of weight zero costs time, and NaN times zero is NaN.
         if weight > 0:
             loss = loss + weight * self._distillation(outputs, targets, labels)
         if settings.feature_weight > 0:
@@ -106,6 +110,7 @@ class Objective(nn.Module):
     def _distillation(self, outputs: Outputs, targets: Outputs, labels: Tensor) -> Tensor:
         """The distance between the logits that the recipe chooses: (B,)."""
         settings, student, teacher = self.settings, outputs.logits, targets.logits
+        # Here and not in `reshape`: the student's logits are standardized as well.
         if settings.reshaping == "zscore":
             student, teacher = standardize_logits(student), standardize_logits(teacher)
         if settings.distillation == "kd":

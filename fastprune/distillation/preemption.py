@@ -1,4 +1,4 @@
-"""What ends a run from outside: signals of a scheduler, a launcher, or a terminal."""
+"""What interrupts a run: signals of a scheduler or a terminal, and checkpoints that are due."""
 
 import signal
 import threading
@@ -6,9 +6,16 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from fastprune.distributed import Agreement, Ranks
 from fastprune.errors import TrainingStopped
+from fastprune.recipe import RunSettings
+
+# What a process asks of all of them at a step: nothing (0), this, or a signal's number, which is
+# larger; the largest request is heard.
+CHECKPOINT = 1
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# torchrun repeats a signal to its workers within a second; a person waits longer.
 _REPEAT_SECONDS = 5.0
 
 
@@ -29,6 +36,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        # signal.signal raises in any other thread.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
@@ -45,9 +53,11 @@ class Signals:
         """Remember the first signal; let one that is no repetition end the process."""
         del frame
         now = time.monotonic()
+        # Only a note: the step that runs ends, and the checkpoint is of a whole step.
         if not self.number:
             self.number, self._came_at = number, now
         elif number != self.number or now - self._came_at >= _REPEAT_SECONDS:
+            # A second Ctrl-C ends a run that hangs.
             self._restore()
             signal.raise_signal(number)
 
@@ -56,6 +66,70 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+class Requests:
+    """What the processes of a run ask of each other at each step: to save, or to stop.
+
+    Use it as a context manager: signals are taken note of in between.
+
+    Attributes:
+        signals: those that came to this process.
+    """
+
+    def __init__(self, settings: RunSettings, ranks: Ranks) -> None:
+        self.signals = Signals()
+        self._settings = settings
+        self._ranks = ranks
+        self._agreement = Agreement(ranks)
+        self._saved_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.note_checkpoint()
+        self.signals.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.signals.__exit__(kind, error, traceback)
+        if kind is None:
+            # The request of the last step is under way; the group must not end before it.
+            self._agreement.close()
+
+    def note_checkpoint(self) -> None:
+        """Count the minutes until the next checkpoint from here."""
+        self._saved_at = time.monotonic()
+
+    def ask(self, step: int, *, is_last: bool) -> int:
+        """Say what is due on this process, and hear what is due on all of them.
+
+        Args:
+            step: optimizer steps done.
+            is_last: whether it is an epoch's last one, behind which there is a checkpoint anyway.
+
+        Returns:
+            0, `CHECKPOINT`, or the number of a signal; the same on every process.
+        """
+        answer = self._agreement.ask(self._due(step, is_last=is_last))
+        return 0 if answer == CHECKPOINT and is_last else answer
+
+    def _due(self, step: int, *, is_last: bool) -> int:
+        # A signal outweighs a checkpoint, which comes with it anyway.
+        if self.signals.number:
+            return self.signals.number
+        every, minutes = self._settings.checkpoint_every, self._settings.checkpoint_minutes
+        is_due = every is not None and step % every == 0
+        # Clocks differ among processes, so the first one's counts.
+        is_late = self._ranks.is_first and time.monotonic() - self._saved_at >= 60 * minutes
+        if is_last or not (is_due or is_late):
+            return 0
+        # The answer comes a step later; until then nothing more is due.
+        self.note_checkpoint()
+        return CHECKPOINT
 
 
 def stopped(number: int, *, step: int, is_saved: bool) -> TrainingStopped:

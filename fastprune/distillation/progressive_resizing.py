@@ -101,11 +101,14 @@ class GrowingLoader:
 
     def _grow(self, epoch: int) -> None:
         """Take a loader of the epoch's size."""
+        # A state taken behind the last epoch names the one after it.
         size = size_at(min(epoch, self._epochs - 1), self._sizes, epochs=self._epochs)
         if size == self._size:
             return
         logger.info("from epoch %d on, images have %d pixels", epoch + 1, size)
+        # Dynamic pruning has changed the rows of the old loader.
         rows = self._loader.rows
+        # The old loader's threads and buffers end with its last reference.
         self._loader, self._size = self._make(size), size
         if not np.array_equal(rows, self._loader.rows):
             self._loader.set_rows(rows)

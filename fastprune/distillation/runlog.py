@@ -35,6 +35,7 @@ class RunLog:
         path.touch()
         # A file that lost its end with the power must not be filled up with zeros.
         self.num_bytes = min(num_bytes, path.stat().st_size)
+        # In place and not appended: what lies behind the checkpoint is written again.
         self._lines = path.open("r+b")
         self._lines.truncate(self.num_bytes)
         self._lines.seek(self.num_bytes)
@@ -75,6 +76,7 @@ class RunLog:
             return
         try:
             self._lines.write(line.encode())
+            # A kill loses no line, and `tail -f` sees it.
             self._lines.flush()
             self.num_bytes += len(line)
             for name, value in metrics.items():

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastprune.recipe import ScheduleSettings
 
+# One cycle's first rate over its highest: torch's OneCycleLR begins at 1/25.
 _FIRST_SHARE = 0.04
 # Positions are quotients; a milestone must not be missed by a rounding.
 _TOLERANCE = 1e-9
@@ -55,9 +56,11 @@ class WeightAverage:
             step: steps done, >= 1; the average follows faster in the first ones, by
                 min(decay, (1 + step) / (10 + step)), lest it remember untrained weights.
         """
+        # All tensors in one fused call, instead of a kernel launch for each.
         averages, values = [], []
         state = student.state_dict()
         for name, average in self.student.state_dict().items():
+            # Batch counters are integers: they follow, and are not averaged.
             if average.is_floating_point():
                 averages.append(average)
                 values.append(state[name])
@@ -81,6 +84,7 @@ def num_passes(settings: ScheduleSettings, *, steps_of_pass: int, steps_of_all: 
     """
     if not settings.fixed_iterations:
         return settings.epochs
+    # A whole number of passes, so that every row is seen equally often.
     return max(1, round(settings.epochs * steps_of_all / steps_of_pass))
 
 
@@ -100,6 +104,7 @@ def _factor(settings: ScheduleSettings, progress: float) -> float:
         return _rise_and_fall(progress, settings.warmup_share)
     if settings.policy == "cosine":
         return _rise_and_fall(progress, settings.warmup_epochs / settings.epochs)
+    # In the recipe's epochs, also where fixed iterations make more passes of them.
     epoch = progress * settings.epochs + _TOLERANCE
     if epoch < settings.warmup_epochs:
         return _rise(epoch / settings.warmup_epochs)

@@ -51,6 +51,7 @@ class Context:
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 where the recipe asks for it, or leaves it open and CUDA has it; else float32."""
         precision = self.recipe.run.precision
+        # Emulated bf16 is slower than float32, so "auto" takes it only where the card has it.
         enabled = precision == "bf16" or (
             precision == "auto"
             and self.device.type == "cuda"
@@ -96,7 +97,9 @@ def make_pair(
         ArtifactError: a checkpoint cannot be read or does not fit its network.
     """
     recipe = context.recipe
+    # Without a feature loss any classifier will do, also one whose features no hook finds.
     takes_features = recipe.loss.feature_weight > 0
+    # First, so that no other network's random weights come before the student's.
     student, teacher = _build(recipe.student, num_classes), None
     with explain_missing_features(recipe):
         if recipe.teacher is not None:
@@ -116,6 +119,7 @@ def make_pair(
     class_std = read_class_std(recipe, num_classes)
     reshaper = None if class_std is None else LogitReshaper(class_std)
     objective = Objective(recipe.loss, teacher, reshaper, keep_ratio=keep_ratio)
+    # Modules move in place; the optimizer is made later, of what lies on the device.
     for module in (learner, objective):
         module.to(context.device).to(memory_format=context.memory_format)
     return learner, objective
@@ -156,12 +160,15 @@ class Stepper:
         self._pruning = pruning
         if recipe.run.sync_batchnorm:
             synchronize_batchnorm(learner, context.ranks, context.device)
+        # Compiled in place (`module.compile`), so that names in state dicts stay as they are.
         if recipe.run.compile:
             learner.compile()
             if objective.teacher is not None:
                 objective.teacher.compile()
         self._learner = learner
+        # DDP last: it registers the parameters that the learner has by then.
         self._wrapped = distribute(learner, context.ranks, context.device)
+        # Of the learner, projectors included; the teacher's parameters ask for no gradient.
         self._optimizer = make_optimizer(learner, recipe.schedule)
         decay = recipe.schedule.ema_decay
         self._average = None if decay is None else WeightAverage(learner.student, decay=decay)
@@ -188,13 +195,16 @@ class Stepper:
             (B,) float32 on the device: the loss of every row, detached.
         """
         schedule = self._context.recipe.schedule
+        # Gradients are those of the mean over all processes when this returns (DDP).
         losses = self._backward(batch)
         with self._context.timer.part("optimizer"):
+            # Clipped by the norm of the averaged gradient, the same on every process.
             if schedule.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._learner.parameters(), schedule.clip_norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
+            # None instead of zeros: the next backward pass writes gradients and adds to none.
             self._optimizer.zero_grad(set_to_none=True)
             if self._average is not None:
                 self._average.update(self._learner.student, step=step)
@@ -213,8 +223,10 @@ class Stepper:
                 losses: Tensor = self._objective(self._wrapped(images), targets, batch.labels)
             weighed = losses
             if self._pruning is not None and is_counted:
+                # Rows that stand for skipped ones count more; what is logged stays unweighed.
                 weighed = self._pruning.weigh(losses, batch.rows)
             weighed.mean().backward()
+        # The graph would be kept alive until the next line of the log.
         return losses.detach()
 
     def _ask_teacher(self, batch: Batch) -> Outputs | None:
@@ -233,6 +245,7 @@ class Stepper:
         """
         context = self._context
         rows = context.recipe.data.batch_size
+        # A copy: the state dict's tensors are the weights themselves.
         before = copy.deepcopy(self._learner.state_dict())
         labels = torch.zeros(rows, dtype=torch.int64, device=context.device)
         for size in image_sizes:
@@ -247,13 +260,16 @@ class Stepper:
             for name, answer in answers.items():
                 if answer is not None:
                     require_logits(name, answer[1], rows=rows, num_classes=num_classes)
+            # Not `update`: an optimizer step would leave momentum behind.
             self._wrapped.train()
             self._backward(Batch(images, labels, labels), is_counted=False)
         self._optimizer.zero_grad(set_to_none=True)
+        # Running statistics have seen empty images, though the weights are untouched.
         self._learner.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, momentum and average."""
+        # Of the learner and not of its DDP wrapper: any number of processes has these names.
         average = None if self._average is None else self._average.student.state_dict()
         return {
             "learner": self._learner.state_dict(),
@@ -293,6 +309,7 @@ def distribute(learner: nn.Module, ranks: Ranks, device: torch.device) -> nn.Mod
     return DistributedDataParallel(
         learner,
         device_ids=[device] if device.type == "cuda" else None,
+        # Gradients live in the buckets that are sent: one copy of the weights' size less.
         gradient_as_bucket_view=True,
     )
 
@@ -300,5 +317,6 @@ def distribute(learner: nn.Module, ranks: Ranks, device: torch.device) -> nn.Mod
 def share_buffers(network: nn.Module, ranks: Ranks) -> None:
     """Give every process the first one's running statistics, which differ after a step."""
     if ranks.world > 1:
+        # Integers (batch counters) too: the first process's file is the run's.
         for buffer in network.buffers():
             distributed.broadcast(buffer, src=0)

@@ -30,13 +30,13 @@ from fastprune.distillation.evaluation import Evaluation, evaluate
 from fastprune.distillation.failures import bad_loss_error, naming_memory
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.meters import LossMeter, PhaseTimer, ProgressMeter, StepLosses
-from fastprune.distillation.preemption import Signals, stopped
+from fastprune.distillation.preemption import CHECKPOINT, Requests, stopped
 from fastprune.distillation.progressive_resizing import GrowingLoader, training_sizes
 from fastprune.distillation.result import Result, make_result
 from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import learning_rate, num_passes
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair, share_buffers
-from fastprune.distributed import Agreement, device_of_rank, join_ranks
+from fastprune.distributed import device_of_rank, join_ranks
 from fastprune.errors import TrainingError
 from fastprune.loading.batch import choose_device
 from fastprune.loading.crops import CropPolicy
@@ -45,10 +45,6 @@ from fastprune.networks import save_weights
 from fastprune.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
-
-# What a process asks of all of them at a step: nothing (0), this, or a signal's number, which is
-# larger; the largest request is heard.
-_CHECKPOINT = 1
 
 
 def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
@@ -75,6 +71,7 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
         TrainingStopped: SIGTERM or SIGINT came; the run can be resumed.
         PeerError: another process of the run failed first.
     """
+    # Before anything else: start-up is part of what the caller waits for.
     began = time.perf_counter()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     device = device_of_rank(choose_device(recipe.run.device))
@@ -85,6 +82,7 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with current, join_ranks(device) as ranks, memory:
         context = Context(recipe, ranks, device, PhaseTimer(device, began=began))
+        # Loaders before the folder: a run that cannot begin leaves no folder behind.
         train_loader, val_loader = _open_loaders(context)
         with hold_run_folder(recipe.run.out, resume=resume) if ranks.is_first else nullcontext():
             trainer = Trainer(context, train_loader, val_loader)
@@ -99,6 +97,7 @@ def _open_loaders(context: Context) -> tuple[Loader, Loader]:
     recipe = context.recipe
     train = _open_train_loader(context, recipe.data.image_size)
     val_size = recipe.data.val_image_size or recipe.data.image_size
+    # No `layout`: validation needs images and labels, every row once, in any order.
     val = Loader(recipe.data.val, train=False, image_size=val_size, **_loader_settings(context))
     require_same_classes(train, val)
     require_teacher_fits(recipe, train)
@@ -156,22 +155,26 @@ class Trainer:
         self._train_loader, self._val_loader = train_loader, val_loader
         # The student's weights depend on the seed alone, whatever was built before.
         torch.manual_seed(recipe.run.seed)
+        # Weights are drawn on the CPU, so they are the same whatever the device.
         learner, objective = make_pair(
             context,
             num_classes=train_loader.num_classes,
             keep_ratio=len(train_loader.rows) / train_loader.beton.num_rows,
         )
+        # Taken before the first step: the digest is of the teacher as it was loaded.
         self._identity = identity(
             recipe, train_loader, val_loader, objective, processes=ranks.world
         )
         train_loader.warm_up()
         val_loader.warm_up()
+        # Rows of one step of all processes; rows that fill no step are left out of an epoch.
         stride = train_loader.batch_size * ranks.world
         self._epochs = num_passes(
             recipe.schedule,
             steps_of_pass=len(train_loader),
             steps_of_all=train_loader.beton.num_rows // stride,
         )
+        # With pruning the loader's rows change from epoch to epoch; these stay.
         self._rows = train_loader.rows
         sizes = training_sizes(recipe.data)
         self._batches: Loader | GrowingLoader = (
@@ -182,6 +185,7 @@ class Trainer:
         self._pruning = self._make_pruning(stride)
         self._stepper = Stepper(context, learner, objective, self._pruning)
         self._stepper.warm_up(num_classes=train_loader.num_classes, image_sizes=sizes)
+        # Warm-up ran steps whose seconds are those of compilers.
         timer.forget_parts()
         # Processes draw different numbers (dropout), as they see different rows.
         torch.manual_seed(recipe.run.seed + ranks.rank)
@@ -190,13 +194,11 @@ class Trainer:
         )
         self._losses = LossMeter(ranks)
         self._progress = ProgressMeter(timer, self._losses, ranks, epochs=self._epochs)
-        self._agreement = Agreement(ranks)
-        self._signals = Signals()
+        self._requests = Requests(recipe.run, ranks)
         self._log: RunLog | None = None
         self._log_bytes = 0
         self._learning_rate = 0.0
         self._is_saved = True
-        self._saved_at = time.monotonic()
         self.steps = 0
         self.epochs_done = 0
         self.evaluations: list[Evaluation] = []
@@ -231,6 +233,7 @@ class Trainer:
             RecipeError: it is of a run with other settings.
             ArtifactError: there are checkpoints, and all of them are damaged.
         """
+        # A tuple, since `from_first` sends anything but None.
         newest = (self._checkpoints.newest(),) if self._ranks.is_first else None
         (state,) = self._ranks.from_first(newest)
         if state is not None:
@@ -248,13 +251,13 @@ class Trainer:
             write_text(self._folder / "recipe.json", self._recipe.model_dump_json(indent=2) + "\n")
             # What an interrupted run logged behind its checkpoint is cut off and written again.
             self._log = RunLog(self._folder, num_bytes=self._log_bytes, step=self.steps)
-        self._saved_at = time.monotonic()
-        with self._log or nullcontext(), self._signals:
+        # Signals are caught inside of the log, which is closed in any case.
+        with self._log or nullcontext(), self._requests:
+            # A resumed run may have been stopped in the validation of its last epoch.
             self._validate_where_due()
             while self.epochs_done < self._epochs:
                 self._train_epoch(self.epochs_done)
                 self._validate_where_due()
-        self._agreement.close()
 
     def _train_epoch(self, epoch: int) -> None:
         """The batches of a pass that are left, and a checkpoint behind them."""
@@ -262,6 +265,7 @@ class Trainer:
         # A larger size has a loader of its own, which is opened here.
         with self._timer.phase("startup"):
             self._batches.set_epoch(epoch)
+        # 0 but in the epoch that a resumed run stopped in.
         first = self._batches.state_dict()["batches"]
         if self._pruning is not None:
             # A resumed epoch keeps its selection, which is logged already.
@@ -269,49 +273,39 @@ class Trainer:
             self._batches.set_rows(rows)
             if self._log is not None and first == 0:
                 self._log.write(step=self.steps, epoch=epoch, rows=len(rows))
+        # After `set_rows`: a pruned epoch is shorter.
         num_batches = len(self._batches)
         batches = self._progress.over(self._batches, epoch=epoch, first=first)
         self._timer.switch("train")
         for index, batch in enumerate(map(Batch._make, batches), first):
+            # By epochs and not by steps, since pruned epochs differ in length.
             progress = (epoch + index / num_batches) / self._epochs
             self._learning_rate = learning_rate(self._recipe.schedule, progress)
             self.steps += 1
             losses = self._stepper.update(batch, step=self.steps, learning_rate=self._learning_rate)
+            # No `.item()` here: the host would wait for the device at each step.
             self._losses.add(StepLosses(self.steps, epoch, index, losses, batch.rows))
             if self.steps % self._recipe.run.log_every == 0:
                 self._write_losses()
             is_last = index + 1 == num_batches
-            request = self._agreement.ask(self._request(is_last))
-            # Behind the last batch there is a checkpoint in any case.
-            if request and not (request == _CHECKPOINT and is_last):
+            request = self._requests.ask(self.steps, is_last=is_last)
+            if request:
                 self._save()
-                if request != _CHECKPOINT:
-                    raise stopped(request, step=self.steps, is_saved=self._is_saved)
+            if request > CHECKPOINT:
+                raise stopped(request, step=self.steps, is_saved=self._is_saved)
+        # An epoch's last line comes before its validation's, whatever log_every is.
         self._write_losses()
         if self._pruning is not None:
             self._pruning.end_epoch()
         self.epochs_done += 1
         self._save()
 
-    def _request(self, is_last: bool) -> int:
-        """What this process asks for: a signal's number, a checkpoint, or nothing."""
-        if self._signals.number:
-            return self._signals.number
-        every, minutes = self._recipe.run.checkpoint_every, self._recipe.run.checkpoint_minutes
-        is_due = every is not None and self.steps % every == 0
-        # Clocks differ among processes, so the first one's counts.
-        is_late = self._ranks.is_first and time.monotonic() - self._saved_at >= 60 * minutes
-        if is_last or not (is_due or is_late):
-            return 0
-        # The answer comes a step later; until then nothing more is due.
-        self._saved_at = time.monotonic()
-        return _CHECKPOINT
-
     def _write_losses(self) -> None:
         """Write a line with the mean loss since the last one."""
         self._examine_losses()
         if not self._losses.means:
             return
+        # On every process, though only the first logs: all of them start the next line empty.
         mean = self._losses.pop_mean()
         if self._log is not None:
             self._log.write(
@@ -335,6 +329,7 @@ class Trainer:
         """Write a checkpoint."""
         # Losses first: a checkpoint of a run that went wrong would push out the good ones.
         self._examine_losses()
+        # Both are collectives, so every process comes here, though the first alone writes.
         with self._timer.phase("checkpoint"):
             rng_states = self._ranks.all_gather(rng_state(self._context.device))
             pruning = self._pruning.state_dict() if self._pruning is not None else None
@@ -344,7 +339,7 @@ class Trainer:
                 is_saved = self._checkpoints.save(state, step=self.steps)
             # None leaves before it is written: a launcher may end the others when one ends.
             self._is_saved = self._ranks.from_first(is_saved)
-        self._saved_at = time.monotonic()
+        self._requests.note_checkpoint()
 
     def _validate_where_due(self) -> None:
         """Evaluate the student after the last pass, and after each that the recipe names."""
@@ -355,6 +350,7 @@ class Trainer:
             return
         train_seconds = self._timer.seconds["train"]
         with self._timer.phase("validation"), self._context.autocast():
+            # Else each process would validate with the running statistics of its own rows.
             share_buffers(self._stepper.student, self._ranks)
             batches = self._until_signal(self._val_loader)
             evaluation = evaluate(self._stepper.student, batches, ranks=self._ranks)
@@ -384,19 +380,18 @@ class Trainer:
         Several processes could not agree in here; they heed it after the next step.
         """
         for batch in batches:
-            if self._signals.number and self._ranks.world == 1:
-                raise stopped(self._signals.number, step=self.steps, is_saved=self._is_saved)
+            number = self._requests.signals.number
+            if number and self._ranks.world == 1:
+                raise stopped(number, step=self.steps, is_saved=self._is_saved)
             yield batch
 
     def close(self) -> Result:
-        """Write the student and the result, and remove the checkpoints.
-
-        Returns:
-            What the run cost and what it reached.
-        """
+        """Write and return the result, behind the student; remove the checkpoints."""
+        # On CUDA this waits for the device, so that training's time is whole.
         self._timer.switch("closing")
         student = self._folder / "student.safetensors"
         if self._ranks.is_first:
+            # The result comes last: a folder with result.json has its student.
             with atomic_path(student) as temporary:
                 metadata = student_metadata(self._recipe, self._train_loader)
                 save_weights(self._stepper.student, temporary, metadata=metadata)
@@ -437,9 +432,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the run was that wrote a checkpoint.
 
-        Args:
-            state: what `state_dict` returned, the rng states of all processes (`rng`), and the
-                losses that they prune by (`pruning`).
+        It is `state_dict`, with the states of all processes as `rng` and `pruning`.
         """
         self.steps, self.epochs_done = state["steps"], state["epochs_done"]
         self._learning_rate = state["learning_rate"]

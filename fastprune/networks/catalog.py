@@ -22,6 +22,8 @@ from fastprune.networks.vgg_small import SmallVGG
 
 _WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
 
+# Spelled as in RepDistiller, so that its scripts' names, and its checkpoints, work here.
+# "MobileNetV2" is of half width there.
 SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     **{
         f"resnet{depth}": partial(SmallResNet, depth, resnet_small.NARROW)
@@ -65,10 +67,12 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
     if num_classes < 1:
         raise InvalidValueError(f"num_classes ({num_classes}) must be at least 1.")
     source, _, rest = name.partition(":")
+    # A prefix always wins, so that a name means the same whatever is added to the others.
     if source == "timm":
         return _timm_network(rest, num_classes, weights)
     if source == "torchvision":
         return _torchvision_network(rest, num_classes, weights)
+    # Any other colon is of an import path.
     if rest:
         return _factory_network(name, num_classes, weights)
     small = _small_network(name)
@@ -142,6 +146,7 @@ def _small_network(name: str) -> Callable[[int], nn.Module] | None:
     wide = _WIDE_RESNET.fullmatch(name)
     if wide is None:
         return SMALL_NETWORKS.get(name)
+    # Four layers are outside of the stages, and each of three stages has n blocks of two.
     depth, widen_factor = int(wide[1]), int(wide[2])
     if depth < 10 or (depth - 4) % 6 or widen_factor < 1:
         raise InvalidValueError(
@@ -153,6 +158,7 @@ def _small_network(name: str) -> Callable[[int], nn.Module] | None:
 
 def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
     """A classifier of torchvision."""
+    # Imported here: small networks and `--help` need no torchvision.
     from torchvision import models
 
     _require_torchvision(name)
@@ -174,6 +180,7 @@ def _require_torchvision(name: str) -> None:
     from torchvision import models
 
     known = models.list_models(module=models)
+    # Unprefixed names are looked for among the small ones first, so both are offered.
     if name not in known:
         known += [*SMALL_NETWORKS, "wrn_40_2", "wrn_16_2", "wrn_40_1"]
         hint = did_you_mean(name, known, list_known=False)
@@ -223,6 +230,7 @@ def _import_timm(name: str) -> Any:
 def _require_timm(name: str) -> None:
     """Refuse what is no network of timm; a tag of its weights may stand behind a dot."""
     timm = _import_timm(name)
+    # timm names weights behind a dot: vit_base_patch16_224.augreg_in1k.
     network, _, tag = name.partition(".")
     known = timm.list_models()
     if network in known and tag:

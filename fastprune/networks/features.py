@@ -24,6 +24,7 @@ def classifier_name(network: nn.Module, *, num_classes: int) -> str:
     Raises:
         InvalidValueError: the network has no such layer.
     """
+    # The last one in order of definition, which is the order of use in every known network.
     outputs = {
         name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
         for name, module in network.named_modules()
@@ -109,6 +110,7 @@ class FeatureNetwork(nn.Module):
         logits = self.network(images)
         if self.layer is None:
             return logits.new_empty((len(images), 0)), logits
+        # Taken out: a stale feature of the last batch must not pass for this one's.
         features, self._features = self._features, None
         if features is None:
             raise InvalidValueError(
@@ -132,6 +134,7 @@ class FeatureNetwork(nn.Module):
     def _take_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Forward pre-hook of the classifier."""
         del module
+        # A reference, no copy; autograd's graph goes through it.
         self._features = inputs[0]
 
     def _take_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -143,6 +146,7 @@ class FeatureNetwork(nn.Module):
 def _as_rows(features: Any, layer: str) -> Tensor:
     """One vector per image, averaged over the positions of a feature map."""
     if isinstance(features, Tensor) and features.ndim == 4:
+        # Averaged as the networks do before their classifier, so that widths are channels.
         return features.mean(dim=(2, 3))
     if isinstance(features, Tensor) and features.ndim == 2:
         return features

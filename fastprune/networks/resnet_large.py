@@ -58,6 +58,7 @@ class LargeResNet(nn.Module):
         self, block: type[BasicBlock | Bottleneck], blocks: tuple[int, ...], num_classes: int
     ) -> None:
         super().__init__()
+        # No stride and no pooling: 32 pixels would shrink to one before the last stage.
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = _stage(block, 64, 64, blocks[0], stride=1)
@@ -93,6 +94,7 @@ def _stage(
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     """Nothing where the shape stays, else a 1x1 projection."""
     if stride == 1 and in_channels == channels:
+        # Empty and not Identity: RepDistiller's checkpoints have no entry either way.
         return nn.Sequential()
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)

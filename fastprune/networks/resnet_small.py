@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Channels of stem and stages: of He et al. for CIFAR, and of the "x4" networks of the KD
+# literature, whose stem is twice and whose stages are four times as wide.
 NARROW = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)
 
@@ -42,6 +44,7 @@ class SmallResNet(nn.Module):
     def __init__(self, depth: int, channels: tuple[int, int, int, int], num_classes: int) -> None:
         super().__init__()
         assert (depth - 2) % 6 == 0
+        # Stem and classifier are two layers, a block has two, and there are three stages.
         blocks = (depth - 2) // 6
         stem, first, second, third = channels
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
@@ -52,6 +55,7 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                # As RepDistiller initializes it; torch's own default is another.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ class PreActivationBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        # RepDistiller's name, which its checkpoints have.
         self.convShortcut = (
             nn.Conv2d(in_channels, channels, 1, stride, bias=False)
             if in_channels != channels
@@ -24,6 +25,7 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, channels, H / stride, W / stride)."""
         activated = functional.relu(self.bn1(x))
+        # The projection sees the activated input, the identity the raw one.
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
         y = functional.relu(self.bn2(self.conv1(activated)))
         result: Tensor = self.conv2(y) + shortcut

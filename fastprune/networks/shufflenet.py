@@ -15,6 +15,7 @@ class GroupedBottleneck(nn.Module):
         super().__init__()
         hidden = channels // 4
         self.stride = stride
+        # The stem's 24 channels are too few to be cut into groups.
         self.first_groups = 1 if in_channels == _STEM_CHANNELS else _V1_GROUPS
         self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=self.first_groups, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
@@ -30,6 +31,7 @@ class GroupedBottleneck(nn.Module):
         y = self.bn3(self.conv3(y))
         if self.stride == 1:
             return functional.relu(y + x)
+        # Joined and not added: the pooled input brings its channels along.
         return functional.relu(torch.cat([y, functional.avg_pool2d(x, 3, 2, 1)], dim=1))
 
 

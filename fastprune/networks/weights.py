@@ -54,6 +54,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     # Counters that no result depends on; checkpoints from before torch 0.4.1 have none.
     counters = {name: own[name] for name in own if name.endswith(_COUNTER)}
     state = counters | _unwrapped(_read(Path(path)))
+    # Checked before anything is loaded: load_state_dict would leave a half-loaded network.
     faults = [
         _names("missing", own.keys() - state.keys()),
         _names("unexpected", state.keys() - own.keys()),
@@ -107,8 +108,10 @@ def weights_digest(network: nn.Module) -> str:
         state dict, sorted by name.
     """
     digest = hashlib.blake2b(digest_size=16)
+    # Sorted: the order of definition is no part of the weights.
     for name, tensor in sorted(_state(network).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, since numpy has no bfloat16.
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(data.numpy().data)
     return digest.hexdigest()
@@ -124,6 +127,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        # Checkpoints of a GPU are read on machines without one.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
@@ -140,6 +144,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
     """The dict of tensors in what a checkpoint holds."""
+    # The state dict itself first: one of its tensors may be called "model".
     candidates = [content]
     if isinstance(content, dict):
         candidates += [content[name] for name in _CONTAINERS if name in content]
@@ -159,6 +164,7 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names without the prefixes that DistributedDataParallel and torch.compile add."""
+    # Again after each: a compiled network may have been wrapped, or the other way round.
     for prefix in _WRAPPERS:
         if state and all(name.startswith(prefix) for name in state):
             return _unwrapped({name.removeprefix(prefix): state[name] for name in state})
