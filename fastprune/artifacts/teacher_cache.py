@@ -43,9 +43,9 @@ _Pending = tuple[NDArray[np.intp], NDArray[np.generic]]
 class TeacherCache:
     """Logits of one teacher on the K recurring views of some rows.
 
-    Several processes may fill it at once. Data is on the disk before the bitmap says so, so one that
-    is killed loses the last seconds of its own work and nothing else. `close` it, or use it as a
-    context manager.
+    Several processes may fill it at once. Data is on the disk before the bitmap says so: a process
+    that is killed loses the last seconds of its work, no more. `close` it, or use it as a context
+    manager.
 
     Attributes:
         path: the folder.

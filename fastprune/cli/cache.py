@@ -1,13 +1,25 @@
 """Subcommands around the teacher cache."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-_FOLDER = click.Path(path_type=Path)
+from fastprune.cli.options import (
+    CACHE_DTYPES,
+    COUNT,
+    PATH,
+    augment_option,
+    checked_teacher,
+    json_option,
+    pass_options,
+    show,
+    teacher_options,
+)
 
 
 @click.group()
@@ -16,8 +28,81 @@ def cache() -> None:
 
 
 @cache.command()
-@click.argument("folder", type=_FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("beton", type=PATH)
+@click.argument("folder", type=PATH)
+@teacher_options
+@click.option(
+    "--num-views", type=COUNT, help="How many views recur (data.num_views); for a new cache."
+)
+@click.option("--subset", type=PATH, help="The rows to fill.  [default: all]")
+@click.option(
+    "--slots", "slots_text", help="The views to fill, such as 0-3,8.  [default: all of them]"
+)
+@augment_option
+@click.option(
+    "--dtype",
+    type=click.Choice(CACHE_DTYPES),
+    help="Of a new cache.  [default: float16]",
+)
+@pass_options
+@json_option
+def fill(
+    beton: Path,
+    folder: Path,
+    teacher: str | None,
+    teacher_factory: str | None,
+    teacher_classes: int | None,
+    teacher_checkpoint: Path | None,
+    teacher_weights: str | None,
+    slots_text: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Ask the teacher for the logits that FOLDER does not hold yet.
+
+    A run that was killed is continued by the same command. For several devices or machines:
+    torchrun ... -m fastprune cache fill ...
+    """
+    network = checked_teacher(beton, teacher, teacher_factory)
+    from fastprune.difficulty.cache import fill_cache
+
+    start = time.perf_counter()
+    filled = fill_cache(
+        beton,
+        network,
+        folder,
+        checkpoint=teacher_checkpoint,
+        weights=teacher_weights,
+        num_classes=teacher_classes,
+        slots=None if slots_text is None else _parse_slots(slots_text),
+        **options,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        summary = filled.summary() | {"seconds": time.perf_counter() - start}
+        rows, views = summary["num_rows"], summary["num_views"]
+        show(
+            f"{sum(summary['filled']):,} of {rows * views:,} views ({views} of {rows:,} rows) have "
+            f"logits after {summary['seconds']:.1f} s, "
+            f"{summary['disk_bytes'] / 1e6:,.1f} MB -> {folder}",
+            summary,
+            as_json=as_json,
+        )
+
+
+def _parse_slots(text: str) -> list[int]:
+    """Return the numbers of "0-3,8"."""
+    slots: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise click.BadParameter(f"{text!r} is no list of slots, such as 0-3,8.")
+        slots.extend(range(int(first), int(last or first) + 1))
+    return slots
+
+
+@cache.command()
+@click.argument("folder", type=PATH)
+@json_option
 def check(folder: Path, as_json: bool) -> None:
     """Compare the logits in FOLDER with their checksums."""
     from fastprune.artifacts.teacher_cache import TeacherCache
@@ -39,8 +124,8 @@ def check(folder: Path, as_json: bool) -> None:
 
 
 @cache.command()
-@click.argument("folder", type=_FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("folder", type=PATH)
+@json_option
 def info(folder: Path, as_json: bool) -> None:
     """Show what the logits in FOLDER are of, and how many are there."""
     from fastprune.artifacts.teacher_cache import TeacherCache

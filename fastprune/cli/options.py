@@ -1,7 +1,9 @@
 """Options that several subcommands share, so that one thing has one name and one domain."""
 
+import functools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ STRATEGIES = ("medium", "window", "easy", "hard", "random", "moderate", "ccs")
 QUOTAS = ("proportional", "equal")
 EXPORT_FORMATS = ("mdslr", "deepcore", "rows", "dropped", "names")
 PRECISIONS = ("auto", "fp32", "bf16")
+CACHE_DTYPES = ("float16", "float32", "uint8")
+AUGMENTS = ("rrc", "pad_crop", "center", "none")
 
 
 class Share(click.ParamType[float]):
@@ -85,6 +89,22 @@ class Metric(click.ParamType[str]):
         return [CompletionItem(name) for name in METRICS if name.startswith(incomplete)]
 
 
+class Views(click.ParamType[int | str]):
+    """center, train, or a number of training views."""
+
+    name = "views"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """Parse a number, or check the word."""
+        if isinstance(value, int):
+            return value
+        if value in ("center", "train"):
+            return str(value)
+        if value.isdecimal() and int(value) > 0:
+            return int(value)
+        return self.fail(f"{value!r} is not center, train or a number of views.", param, ctx)
+
+
 class Precision(click.Choice[str]):
     """fp32 or bf16; the long names of earlier versions are understood."""
 
@@ -110,6 +130,102 @@ device_option = click.option(
 backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", help="Engine that decodes."
 )
+
+augment_option = click.option(
+    "--augment",
+    type=click.Choice(AUGMENTS),
+    help="How training views are taken.  [default: the loader's at this size]",
+)
+_CHANNELS = NumberList("red,green,blue, such as 0.485,0.456,0.406", count=3)
+_TEACHER_OPTIONS = (
+    click.option(
+        "--teacher",
+        help="Network: one of torchvision, timm:NAME, or a small one such as resnet32x4; with its "
+        "published weights, or those of --teacher-checkpoint.",
+    ),
+    click.option(
+        "--teacher-checkpoint",
+        type=PATH,
+        help="Weights: safetensors or a PyTorch checkpoint; a student of fastprune names its "
+        "network.",
+    ),
+    click.option(
+        "--teacher-weights",
+        help="Published weights, such as IMAGENET1K_V2.  [default: the best ones]",
+    ),
+    click.option(
+        "--teacher-factory",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="A function of yours that makes the network; called with num_classes.",
+    ),
+    click.option(
+        "--teacher-classes",
+        type=COUNT,
+        help="Logits of the teacher.  [default: the beton's classes]",
+    ),
+    click.option(
+        "--image-size",
+        type=COUNT,
+        help="Side of the images in pixels.  [default: the teacher's; 224, less for small images]",
+    ),
+    click.option(
+        "--mean",
+        metavar="R,G,B",
+        type=_CHANNELS,
+        help="Mean of pixel values in [0, 1].  [default: the teacher's, ImageNet's]",
+    ),
+    click.option(
+        "--std",
+        metavar="R,G,B",
+        type=_CHANNELS,
+        help="Standard deviation of pixel values.  [default: the teacher's, ImageNet's]",
+    ),
+)
+_PASS_OPTIONS = (
+    click.option("--seed", default=0, help="Seed of the augmented views."),
+    click.option("--batch-size", type=COUNT, default=256, help="Images per step and rank."),
+    device_option,
+    click.option(
+        "--precision",
+        type=Precision(),
+        default="auto",
+        help="Arithmetic of the teacher; auto is bf16 on CUDA devices that have it.",
+    ),
+    click.option("--compile", "compile_teacher", is_flag=True, help="Use torch.compile."),
+    backend_option,
+    workers_option,
+)
+
+
+def teacher_options(command: Any) -> Any:
+    """Add the options that name a teacher and the images it is shown."""
+    return functools.reduce(
+        lambda wrapped, option: option(wrapped), _TEACHER_OPTIONS[::-1], command
+    )
+
+
+def pass_options(command: Any) -> Any:
+    """Add the options of how a pass of the teacher is run."""
+    return functools.reduce(lambda wrapped, option: option(wrapped), _PASS_OPTIONS[::-1], command)
+
+
+def checked_teacher(beton: Path, teacher: str | None, teacher_factory: str | None) -> str | None:
+    """Return the teacher's name or factory, if it is one, without importing torch.
+
+    What is wrong with the arguments is said before torch is imported, which takes seconds.
+    """
+    from fastprune.beton.reader import open_beton
+    from fastprune.networks.names import require_known_network
+
+    if teacher and teacher_factory:
+        raise click.UsageError("give --teacher or --teacher-factory, not both.")
+    if teacher:
+        require_known_network(teacher)
+    open_beton(beton)
+    if teacher_factory:
+        # As `python -m` does: a module in the working folder can be named.
+        sys.path.insert(0, str(Path.cwd()))
+    return teacher or teacher_factory
 
 
 def show(line: str, fields: dict[str, Any], *, as_json: bool) -> None:

@@ -1,7 +1,6 @@
 """The subcommand that scores."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,17 @@ from typing import Any
 import click
 
 from fastprune.cli.options import (
+    CACHE_DTYPES,
     COUNT,
     PATH,
-    NumberList,
-    Precision,
-    backend_option,
-    device_option,
+    Views,
+    augment_option,
+    checked_teacher,
     json_option,
+    pass_options,
     show,
-    workers_option,
+    teacher_options,
 )
-
-_CHANNELS = NumberList("red,green,blue, such as 0.485,0.456,0.406", count=3)
 
 
 @click.command()
@@ -32,64 +30,27 @@ _CHANNELS = NumberList("red,green,blue, such as 0.485,0.456,0.406", count=3)
     type=PATH,
     help="Score table to write (.parquet).",
 )
-@click.option(
-    "--teacher",
-    help="Network: one of torchvision, timm:NAME, or a small one such as resnet32x4; with its "
-    "published weights, or those of --teacher-checkpoint.",
-)
-@click.option(
-    "--teacher-checkpoint",
-    type=PATH,
-    help="Weights: safetensors or a PyTorch checkpoint; a student of fastprune names its network.",
-)
-@click.option(
-    "--teacher-weights",
-    help="Published weights, such as IMAGENET1K_V2.  [default: the best ones]",
-)
-@click.option(
-    "--teacher-factory",
-    metavar="PACKAGE.MODULE:FUNCTION",
-    help="A function of yours that makes the network; called with num_classes.",
-)
-@click.option(
-    "--teacher-classes", type=COUNT, help="Logits of the teacher.  [default: the beton's classes]"
-)
+@teacher_options
 @click.option(
     "--feature-layer",
     help="Layer whose output are the features.  [default: the input of the classifier]",
 )
 @click.option(
-    "--image-size",
-    type=COUNT,
-    help="Side of the images in pixels.  [default: the teacher's; 224, less for small images]",
+    "--views",
+    type=Views(),
+    default="center",
+    help="What is looked at: center; train (one training view: slot 0 of the training to come); or "
+    "a number of training views, which are averaged.",
 )
+@augment_option
+@click.option("--cache", type=PATH, help="Teacher cache that keeps the logits of these views.")
+@click.option("--num-views", type=COUNT, help="How many views recur in the training; for --cache.")
 @click.option(
-    "--mean",
-    metavar="R,G,B",
-    type=_CHANNELS,
-    help="Mean of pixel values in [0, 1].  [default: the teacher's, ImageNet's]",
+    "--cache-dtype",
+    type=click.Choice(CACHE_DTYPES),
+    help="Of a new cache.  [default: float16]",
 )
-@click.option(
-    "--std",
-    metavar="R,G,B",
-    type=_CHANNELS,
-    help="Standard deviation of pixel values.  [default: the teacher's, ImageNet's]",
-)
-@click.option(
-    "--views", type=COUNT, help="Average so many augmented views.  [default: one center crop]"
-)
-@click.option("--seed", default=0, help="Seed of the augmented views.")
-@click.option("--batch-size", type=COUNT, default=256, help="Images per step and rank.")
-@device_option
-@click.option(
-    "--precision",
-    type=Precision(),
-    default="auto",
-    help="Arithmetic of the teacher; auto is bf16 on CUDA devices that have it.",
-)
-@click.option("--compile", "compile_teacher", is_flag=True, help="Use torch.compile.")
-@backend_option
-@workers_option
+@pass_options
 @click.option(
     "--restart", is_flag=True, help="Start anew even where an unfinished pass could be resumed."
 )
@@ -112,24 +73,13 @@ def score(
     A pass that was killed is resumed by the same command. For several devices or
     machines: torchrun ... -m fastprune score ...
     """
-    from fastprune.beton.reader import open_beton
-    from fastprune.networks.names import require_known_network
-
-    if teacher and teacher_factory:
-        raise click.UsageError("give --teacher or --teacher-factory, not both.")
-    # What is wrong with the arguments is said before torch is imported, which takes seconds.
-    if teacher:
-        require_known_network(teacher)
-    open_beton(beton)
-    if teacher_factory:
-        # As `python -m` does: a module in the working folder can be named.
-        sys.path.insert(0, str(Path.cwd()))
+    network = checked_teacher(beton, teacher, teacher_factory)
     from fastprune.difficulty.teacher import score
 
     started = time.perf_counter()
     table = score(
         beton,
-        teacher or teacher_factory,
+        network,
         out,
         checkpoint=teacher_checkpoint,
         weights=teacher_weights,

@@ -1,6 +1,6 @@
 """A batch through the teacher: features, and the metrics of its logits."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,10 @@ _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 COLUMNS = (*LOGIT_METRICS, "prediction", "row")
 
 
+# What is done with the logits (B, C) float32 of a batch's rows (B,) in view number k.
+Keep = Callable[[Tensor, int, Tensor], None]
+
+
 @dataclass(frozen=True)
 class Forward:
     """The teacher, ready to run.
@@ -28,19 +32,24 @@ class Forward:
         device: of the network's weights.
         dtype: of its arithmetic: float32, or bfloat16 under autocast.
         width: D.
+        num_classes: C.
     """
 
     network: nn.Module
     device: torch.device
     dtype: torch.dtype
     width: int
+    num_classes: int
 
-    def examine(self, views: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    def examine(
+        self, views: Iterable[tuple[Tensor, ...]], *, keep: Keep | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run one batch, in each of its views, and average.
 
         Args:
             views: per view the images (B, 3, S, S), labels (B,) and rows (B,), on the device. One
                 is held at a time.
+            keep: given each view's rows, number and logits.
 
         Returns:
             features (B, D) float32 and COLUMNS (B, len(COLUMNS)) float64, on the CPU.
@@ -49,11 +58,13 @@ class Forward:
             InvalidValueError: a feature or a logit is not finite; the first such row is named.
         """
         features, metrics, probabilities = [], [], []
-        for images, labels, rows in views:
+        for number, (images, labels, rows) in enumerate(views):
             hidden, logits = (
                 part.float() for part in run_network(self.network, images, self.dtype)
             )
             _refuse_bad_rows(hidden, logits, rows)
+            if keep is not None:
+                keep(rows, number, logits)
             features.append(hidden)
             metrics.append(logit_metrics(logits, labels, hidden))
             probabilities.append(logits.softmax(dim=1))
@@ -103,7 +114,7 @@ def ready_forward(
                     "Take a teacher of these classes, or say how many it has (--teacher-classes)."
                 )
             compiled: Any = torch.compile(tap) if compile_network else tap
-            yield Forward(compiled, device, dtype, width=features.shape[1])
+            yield Forward(compiled, device, dtype, features.shape[1], num_classes)
     finally:
         for module, was_training in modes:
             module.training = was_training

@@ -151,6 +151,7 @@ class ViewSpec:
         std: per channel, of pixel values in [0, 1].
         count: augmented views per row, which are averaged; 0 for one center crop.
         seed: of the augmented views.
+        augment: how augmented views are taken, as for `Loader`; None for its default at this size.
     """
 
     image_size: int
@@ -158,6 +159,7 @@ class ViewSpec:
     std: Channels
     count: int = 0
     seed: int = 0
+    augment: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Describe it in JSON values, for the score table."""
@@ -166,7 +168,7 @@ class ViewSpec:
         chance = {"views": self.count, "seed": self.seed} if self.count else {}
         return {
             "image_size": self.image_size,
-            "augment": "train" if self.count else "center",
+            "augment": (self.augment or "train") if self.count else "center",
             **chance,
             "mean": list(self.mean),
             "std": list(self.std),
@@ -180,8 +182,9 @@ def choose_view(
     image_size: int | None,
     mean: Channels | None,
     std: Channels | None,
-    views: int | None,
+    views: int | str | None,
     seed: int,
+    augment: str | None = None,
 ) -> ViewSpec:
     """Take the view that is asked for, else the one the teacher was trained on, else a usual one.
 
@@ -192,14 +195,21 @@ def choose_view(
         image_size: side of the images in pixels, or None.
         mean: per channel, or None.
         std: per channel, or None.
-        views: augmented views, or None for the center crop.
+        views: number of augmented views, or "train" for one; None or "center" for the center crop.
         seed: of the augmented views.
+        augment: how augmented views are taken, or None.
 
     Raises:
         InvalidValueError: fewer than one pixel, or fewer than one view.
     """
-    if views is not None and views < 1:
-        raise InvalidValueError(f"views ({views}) must be at least 1; leave it out for the center.")
+    count = (
+        {"center": 0, "train": 1}.get(views or "center") if not isinstance(views, int) else views
+    )
+    if count is None or (isinstance(views, int) and count < 1):
+        raise InvalidValueError(
+            f'views ({views!r}) must be "center", "train" (one training view) or a number of them, '
+            "at least 1."
+        )
     if image_size is not None and image_size < 1:
         raise InvalidValueError(f"image_size ({image_size}) must be at least 1 pixel.")
     published = teacher.published
@@ -211,6 +221,7 @@ def choose_view(
         image_size=size,
         mean=mean or (published.mean if published else IMAGENET_MEAN),
         std=std or (published.std if published else IMAGENET_STD),
-        count=views or 0,
+        count=count,
         seed=seed,
+        augment=augment if count else None,
     )

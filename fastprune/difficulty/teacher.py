@@ -1,24 +1,27 @@
 """One pass of a teacher over a beton, and the score table made of it."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprune.artifacts.cache_filler import CacheFiller
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.checks import require_at_least
+from fastprune.difficulty.cache import fill_missing, open_cache, recurring_views
 from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward
 from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
 from fastprune.difficulty.metrics import LOGIT_METRICS
 from fastprune.difficulty.network import Channels, Teacher, ViewSpec, choose_view, make_teacher
+from fastprune.difficulty.reading import Reading
 from fastprune.distributed import Ranks, device_of_rank, join_ranks
 from fastprune.errors import InvalidValueError
 from fastprune.loading.batch import choose_device
@@ -27,58 +30,6 @@ from fastprune.progress import track
 
 # A killed pass loses at most this much; a commit flushes the whole map, so not every step.
 _COMMIT_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How the pass reads the beton.
-
-    Attributes:
-        beton: the images.
-        view: size, normalization and number of views.
-        batch_size: rows per step and rank.
-        device: that batches are delivered to.
-        backend: the loader's engine.
-        num_workers: decoding threads; None for one per usable CPU.
-    """
-
-    beton: Beton
-    view: ViewSpec
-    batch_size: int
-    device: torch.device
-    backend: str
-    num_workers: int | None
-
-    def batches(self, start: int, ranks: Ranks) -> Iterator[Iterable[tuple[Tensor, ...]]]:
-        """Yield this rank's batches from row `start` on, each in all of its views."""
-        loader = Loader(
-            self.beton.path,
-            np.arange(start, self.beton.num_rows),
-            batch_size=self.batch_size,
-            train=self.view.count > 0,
-            backend=self.backend,
-            device=self.device,
-            image_size=self.view.image_size,
-            mean=self.view.mean,
-            std=self.view.std,
-            order="sequential",
-            seed=self.view.seed,
-            tail="exact",
-            layout="xyi",
-            num_workers=self.num_workers,
-            distributed=(ranks.rank, ranks.world),
-        )
-
-        def epoch(number: int) -> Iterator[tuple[Tensor, ...]]:
-            # A generator, so that every epoch begins under its own number.
-            loader.set_epoch(number)
-            yield from loader
-
-        # View k of a row is its view in epoch k: the epochs run side by side, a batch at a time.
-        first, *others = map(epoch, range(max(1, self.view.count)))
-        for batch in first:
-            # A view is made when it is asked for: all views of a batch at once take much memory.
-            yield chain([batch], map(next, others))
 
 
 def score(
@@ -93,8 +44,12 @@ def score(
     image_size: int | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
-    views: int | None = None,
+    views: int | str | None = None,
+    augment: str | None = None,
     seed: int = 0,
+    cache: str | Path | None = None,
+    num_views: int | None = None,
+    cache_dtype: str | None = None,
     batch_size: int = 256,
     device: str | torch.device = "auto",
     precision: str = "auto",
@@ -125,9 +80,15 @@ def score(
         mean: per channel, of pixel values in [0, 1]; by default that of the published weights,
             else of ImageNet.
         std: as mean.
-        views: augmented views per row, whose metrics and features are averaged; None for one
-            center crop.
-        seed: of the augmented views.
+        views: augmented views per row, whose metrics and features are averaged; "train" for one;
+            "center" or None for the center crop. View i of a row is the one that training on
+            `num_views` recurring views shows in slot i.
+        augment: how augmented views are taken, as for `Loader`: as the training to come does.
+        seed: of the augmented views, as of the training to come.
+        cache: folder of a teacher cache, which keeps the logits of these views for the training;
+            made where it is missing.
+        num_views: K, how many views recur in the training; for the cache.
+        cache_dtype: of a new cache: "float16" (default), "float32" or "uint8".
         batch_size: images per step and rank.
         device: of the teacher; "auto" takes CUDA where it is there, one device per rank.
         precision: of the teacher: "bf16" (autocast), "fp32", or "auto" for bf16 on CUDA devices
@@ -145,6 +106,7 @@ def score(
     Raises:
         InvalidValueError: an argument is outside its domain, the teacher's classes are not the
             beton's, or it returned a value that is not finite (the row is named).
+        ArtifactMismatch: the cache is of something else; the difference is named.
         ArtifactError: the checkpoint does not fit, or a file cannot be written.
         BetonError: the beton cannot be read.
         LoadingError: an image cannot be decoded.
@@ -163,11 +125,19 @@ def score(
         )
     made = make_teacher(teacher, num_classes=classes, checkpoint=checkpoint, weights=weights)
     view = choose_view(
-        beton, made, image_size=image_size, mean=mean, std=std, views=views, seed=seed
+        beton,
+        made,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        views=views,
+        seed=seed,
+        augment=augment,
     )
+    recurring = 0 if cache is None else recurring_views(cache, num_views, scored=view.count)
     with join_ranks() as ranks:
         rank_device = device_of_rank(choose_device(device))
-        reading = _Reading(beton, view, batch_size, rank_device, backend, num_workers)
+        reading = Reading(beton, view, batch_size, rank_device, backend, num_workers)
         with ready_forward(
             made.network,
             num_classes=classes,
@@ -185,18 +155,25 @@ def score(
                 "teacher": made.identity,
                 "view": view.to_dict(),
             }
-            with (
-                PassJournal(
-                    out_path,
-                    num_rows=beton.num_rows,
-                    identity=identity,
-                    resume=resume,
-                    started=started,
-                )
-                if ranks.is_first
-                else nullcontext()
-            ) as journal:
-                _run(reading, forward, journal, ranks)
+            with ExitStack() as stack:
+                journal = filler = None
+                if ranks.is_first:
+                    files = PassJournal(
+                        out_path,
+                        num_rows=beton.num_rows,
+                        identity=identity,
+                        resume=resume,
+                        started=started,
+                    )
+                    journal = stack.enter_context(files)
+                if cache is not None:
+                    loader = reading.open(np.arange(beton.num_rows), ranks)
+                    digest = made.identity["weights_digest"]
+                    opened = open_cache(
+                        cache, loader, forward, digest, num_views=recurring, dtype=cache_dtype
+                    )
+                    filler = stack.enter_context(CacheFiller(opened))
+                _run(reading, forward, journal, ranks, filler)
                 table = None
                 if journal is not None:
                     table = _make_table(journal, beton, made, view)
@@ -204,16 +181,25 @@ def score(
                     if keep_features:
                         journal.keep_features(out_path.with_suffix(".features.npy"))
                     journal.remove()
+                if filler is not None:
+                    _finish_cache(filler, loader, forward, ranks, num_slots=view.count)
         return ranks.from_first(table)
 
 
-def _run(reading: _Reading, forward: Forward, journal: PassJournal | None, ranks: Ranks) -> None:
+def _run(
+    reading: Reading,
+    forward: Forward,
+    journal: PassJournal | None,
+    ranks: Ranks,
+    filler: CacheFiller | None,
+) -> None:
     """Examine the remaining rows; the first rank collects and writes."""
     num_rows, batch_size = reading.beton.num_rows, reading.batch_size
     start = ranks.from_first(None if journal is None else journal.rows_done)
     if start == num_rows:
         return
     batches = reading.batches(start, ranks)
+    keep = None if filler is None else partial(_keep, filler)
     step_rows = batch_size * ranks.world
     steps: range | Iterator[int] = range(-(-(num_rows - start) // step_rows))
     if journal is not None:
@@ -226,11 +212,28 @@ def _run(reading: _Reading, forward: Forward, journal: PassJournal | None, ranks
             features = torch.zeros(0, forward.width)
             columns = torch.zeros(0, len(COLUMNS), dtype=torch.float64)
         else:
-            features, columns = forward.examine(views)
+            features, columns = forward.examine(views, keep=keep)
         all_features = ranks.gather(features, batch_size)
         all_columns = ranks.gather(columns, batch_size)
         if journal is not None:
             _append(journal, torch.cat(all_features), torch.cat(all_columns))
+
+
+def _keep(filler: CacheFiller, rows: Tensor, slot: int, logits: Tensor) -> None:
+    """Put a view's logits into the cache, copied to the host on its thread."""
+    filler.put(rows.cpu().numpy(), slot, lambda: logits.cpu().numpy())
+
+
+def _finish_cache(
+    filler: CacheFiller, loader: Loader, forward: Forward, ranks: Ranks, *, num_slots: int
+) -> None:
+    """Put the last logits on the disk, and ask again for those that a killed pass lost."""
+    filler.flush()
+    # A disk that is full on one rank costs the cache, but not the scores.
+    if not any(ranks.all_gather(filler.has_failed)):
+        fill_missing(filler.cache, loader, forward, ranks, slots=range(num_slots))
+        if ranks.is_first:
+            filler.flush(seal=True)
 
 
 def _append(journal: PassJournal, features: Tensor, columns: Tensor) -> None:

@@ -3,7 +3,8 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from importlib.metadata import distributions
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from fastprune.errors import InvalidValueError
 from fastprune.loading.faults import RowFaults
 
 BACKENDS = ("auto", "cpu", "dali", "ffcv")
+
+# Raised whenever a pixel of any view changes: logits of other pixels are another cache's.
+_VIEW_DECODER_VERSION = 1
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,6 +96,16 @@ def make_engine(
 def choose_backend(device: torch.device) -> str:
     """Choose DALI where it can decode on a GPU, else our own decoder, which is always there."""
     return "dali" if device.type == "cuda" and _is_installed("nvidia.dali") else "cpu"
+
+
+def decoder_identity(backend: str, device: torch.device) -> dict[str, Any]:
+    """Return what decides the pixels that an engine makes of the same bytes and boxes."""
+    if backend == "dali":
+        kind = "GPU" if device.type == "cuda" else "CPU"
+        # The package's name has CUDA's version in it.
+        packages = [p for p in distributions() if p.name.startswith("nvidia-dali-cuda")]
+        return {"engine": f"dali ({kind})", "version": packages[0].version if packages else None}
+    return {"engine": "cpu", "version": _VIEW_DECODER_VERSION}
 
 
 def _is_installed(package: str) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fastprune.loading.batch import (
     choose_device,
 )
 from fastprune.loading.crops import AUGMENTS, CropPolicy
-from fastprune.loading.engine import make_engine
+from fastprune.loading.engine import decoder_identity, make_engine
 from fastprune.loading.faults import RowFaults
 from fastprune.loading.sampler import (
     ORDERS,
@@ -169,6 +169,7 @@ class Loader:
             open_pages=open_pages,
         )
         self._num_negatives = num_negatives
+        self._image_size = image_size
         self._seed = seed
         self._distributed = distributed
         self._policy = CropPolicy.make(augment, image_size=image_size, train=train)
@@ -303,6 +304,25 @@ class Loader:
             slot=epoch,
             k=k,
         )
+
+    def view_identity(self) -> dict[str, Any]:
+        """Return what decides the pixels of a view, besides its row and slot, as JSON values.
+
+        Order, rows, batch size and ranks are no part of it.
+        """
+        normalize, transform = self._collate.normalize, self._collate.transform
+        return {
+            "images": self.beton.fingerprint.to_dict(),
+            "view": {
+                "augment": asdict(self._policy),
+                "image_size": self._image_size,
+                "seed": self._seed,
+                "mean": list(normalize.mean),
+                "std": list(normalize.std),
+                "transform": None if transform is None else repr(transform),
+            },
+            "decoder": decoder_identity(self.backend, self.device),
+        }
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next iterator runs.

@@ -344,7 +344,7 @@ def test_row_with_features_that_are_not_finite_is_named(beton, tmp_path):
                 features[1] = torch.nan
             return self.fc(features)
 
-    with pytest.raises(InvalidValueError, match=r"NaN or infinity for row 9.*--precision float32"):
+    with pytest.raises(InvalidValueError, match=r"NaN or infinity for row 9.*--precision fp32"):
         run(beton, Spoils(), tmp_path / "s.parquet")
 
 
@@ -356,12 +356,12 @@ def test_row_with_features_that_are_not_finite_is_named(beton, tmp_path):
         ("resnet8", {"checkpoint": "a.pth", "weights": "DEFAULT"}, "Leave one of them out"),
         (None, {"checkpoint": "a.pth"}, r"a.pth does not say which network.*--teacher"),
         ("network", {"checkpoint": "a.pth"}, "the teacher is a network.*leave the checkpoint"),
-        ("network", {"views": 0}, r"views \(0\) must be at least 1"),
+        ("network", {"views": 0}, r"views \(0\) must be .center., .train. .* at least 1"),
         ("network", {"image_size": 0}, r"image_size \(0\) must be at least 1 pixel"),
         (
             "network",
             {"precision": "half"},
-            "precision 'half' is not one of auto, float32, bfloat16",
+            "precision 'half' is not one of auto, fp32, bf16",
         ),
         ("network", {"batch_size": 0}, "batch_size must be an integer >= 1, not 0"),
     ],

@@ -1,0 +1,231 @@
+"""Fill a teacher cache without a student: every row in every one of its recurring views."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.beton.reader import open_beton
+from fastprune.beton.rows import RowsLike, rows_of
+from fastprune.checks import require_at_least
+from fastprune.difficulty.forward import Forward, ready_forward, run_network
+from fastprune.difficulty.network import Channels, choose_view, make_teacher
+from fastprune.difficulty.reading import Reading
+from fastprune.distributed import Ranks, device_of_rank, join_ranks
+from fastprune.errors import InvalidValueError
+from fastprune.loading.batch import choose_device
+from fastprune.loading.loader import Loader
+from fastprune.progress import track
+
+
+def teacher_identity(weights_digest: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what decides a teacher's logits on a view, for the identity of a cache."""
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    return {"weights_digest": weights_digest, "precision": precision}
+
+
+def fill_cache(
+    beton_path: str | Path,
+    teacher: str | nn.Module | None,
+    cache_path: str | Path,
+    *,
+    num_views: int | None = None,
+    subset: RowsLike = None,
+    slots: Sequence[int] | None = None,
+    dtype: str | None = None,
+    checkpoint: str | Path | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    augment: str | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    compile_teacher: bool = False,
+    backend: str = "auto",
+    num_workers: int | None = None,
+) -> TeacherCache:
+    """Ask the teacher for every logit that a cache does not hold yet.
+
+    Under torchrun, or in a process group of the caller's, the ranks share the work. A run that was
+    killed is continued by the same call.
+
+    Args:
+        beton_path: the images.
+        teacher: as for `score`.
+        cache_path: the folder; made where it is missing.
+        num_views: K, how many views of each row recur; None for the K of an existing cache.
+        subset: the rows to fill, which a new cache has room for: a file, a `Subset`, an array of
+            rows, or None for all.
+        slots: the views to fill, each in [0, K); None for all.
+        dtype: of a new cache: "float16" (default), "float32" or "uint8".
+        checkpoint: as for `score`.
+        weights: as for `score`.
+        num_classes: as for `score`.
+        image_size: of the training to come; by default as `score` finds it.
+        augment: of the training to come, as for `Loader`.
+        mean: as for `score`.
+        std: as for `score`.
+        seed: of the views of the training to come.
+        batch_size: images per step and rank.
+        device: of the teacher; "auto" takes CUDA where it is there, one device per rank.
+        precision: as for `score`.
+        compile_teacher: run the teacher through torch.compile.
+        backend: the loader's engine.
+        num_workers: decoding threads; None for one per usable CPU.
+
+    Returns:
+        The cache, with these rows whole in these slots.
+
+    Raises:
+        InvalidValueError: an argument is outside its domain, or a logit cannot be kept.
+        ArtifactMismatch: the cache is of something else; the difference is named.
+        ArtifactError: the disk is full, or a file cannot be read or written.
+    """
+    require_at_least("batch_size", batch_size, 1)
+    num_views = recurring_views(cache_path, num_views)
+    beton = open_beton(beton_path)
+    rows = rows_of(beton, subset)
+    classes = beton.num_classes if num_classes is None else num_classes
+    made = make_teacher(teacher, num_classes=classes, checkpoint=checkpoint, weights=weights)
+    view = choose_view(
+        beton,
+        made,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        views="train",
+        seed=seed,
+        augment=augment,
+    )
+    with join_ranks() as ranks:
+        rank_device = device_of_rank(choose_device(device))
+        reading = Reading(beton, view, batch_size, rank_device, backend, num_workers)
+        loader = reading.open(rows, ranks)
+        with ready_forward(
+            made.network,
+            num_classes=classes,
+            feature_layer=None,
+            image_size=view.image_size,
+            device=rank_device,
+            precision=precision,
+            compile_network=compile_teacher,
+        ) as forward:
+            digest = made.identity["weights_digest"]
+            cache = open_cache(
+                cache_path, loader, forward, digest, num_views=num_views, dtype=dtype
+            )
+            fill_missing(
+                cache, loader, forward, ranks, slots=range(num_views) if slots is None else slots
+            )
+    return cache
+
+
+def recurring_views(path: str | Path, num_views: int | None, *, scored: int = 1) -> int:
+    """Return how many views recur: as is asked for, else as an existing cache has it.
+
+    Args:
+        path: of the cache.
+        num_views: K, or None.
+        scored: views that are put into it, the first ones; 0 for a center crop.
+
+    Raises:
+        InvalidValueError: there is no such number, it is below `scored`, or that is 0.
+        ArtifactError: the cache is damaged.
+    """
+    if scored == 0:
+        raise InvalidValueError(
+            'a teacher cache keeps training views, not the center crop. Score with views="train" '
+            "(--views train)."
+        )
+    if num_views is None and not (Path(path) / "cache.json").exists():
+        raise InvalidValueError(
+            f"how many views recur in the training that {path} is for? Give num_views "
+            "(--num-views), as data.num_views of its recipe."
+        )
+    chosen = TeacherCache.open(path).num_views if num_views is None else num_views
+    require_at_least("num_views", chosen, scored)
+    return chosen
+
+
+def open_cache(
+    path: str | Path,
+    loader: Loader,
+    forward: Forward,
+    weights_digest: str,
+    *,
+    num_views: int,
+    dtype: str | None = None,
+) -> TeacherCache:
+    """Open a cache of what a loader shows a teacher, or make one with room for the loader's rows.
+
+    Raises:
+        ArtifactMismatch: it is of something else; the difference is named.
+        ArtifactError: it is damaged, or the folder cannot be written.
+    """
+    teacher = {"teacher": teacher_identity(weights_digest, forward.dtype)}
+    return TeacherCache.open_or_create(
+        path,
+        rows=loader.rows,
+        num_classes=forward.num_classes,
+        num_views=num_views,
+        identity=loader.view_identity() | teacher,
+        dtype=dtype,
+    )
+
+
+def fill_missing(
+    cache: TeacherCache, loader: Loader, forward: Forward, ranks: Ranks, *, slots: Iterable[int]
+) -> int:
+    """Ask the teacher for what a cache lacks of a loader's rows; a collective.
+
+    Args:
+        cache: opened by every rank.
+        loader: of these views, in any order, every row once; its rows are changed.
+        forward: the teacher.
+        ranks: that share the work.
+        slots: which views.
+
+    Returns:
+        Images that went through the teacher, on all ranks.
+
+    Raises:
+        InvalidValueError: a slot is out of range, the cache has no room for a row, or a logit
+            cannot be kept.
+        ArtifactError: the disk is full.
+    """
+    wanted, asked = loader.rows, 0
+    if not cache.holds(wanted).all():
+        row = wanted[np.argmin(cache.holds(wanted))]
+        raise InvalidValueError(
+            f"{cache.path} has no room for row {row:,}: it was made for other rows. Name another "
+            "folder, or the subset that it was made for."
+        )
+    for slot in slots:
+        # Other ranks write at this moment: what is missing must be the same on all of them.
+        missing = ranks.from_first(
+            np.intersect1d(cache.missing(slot), wanted) if ranks.is_first else None
+        )
+        if len(missing) == 0:
+            continue
+        loader.set_rows(missing)
+        loader.set_epoch(slot)
+        description = f"view {slot + 1} of {cache.num_views}"
+        step = loader.batch_size * ranks.world
+        shown = track(loader, description=description, total=len(missing), unit="images", step=step)
+        for images, _, rows in shown if ranks.is_first else loader:
+            _, logits = run_network(forward.network, images, forward.dtype)
+            cache.put(rows.cpu().numpy(), slot, logits.float().cpu().numpy())
+        cache.commit()
+        ranks.all_gather(None)  # all have written
+        if ranks.is_first:
+            cache.commit(seal=True)
+        asked += len(missing)
+    return asked
