@@ -82,10 +82,23 @@ def _long_symbol(bits, work, table):
 
 
 @inlined
-def _symbol(bits, work, table):
+def symbol_entry(bits, work, table):
     """The entry of the next symbol of any length; 0 where there is no such code."""
     entry = np.uint64(work.lookups[np.uint64(table * LOOKUP_STRIDE) + (bits >> _LOOKUP_SHIFT)])
     return entry if entry != _ZERO else _long_symbol(bits, work, table)
+
+
+@inlined
+def read_dc(work, at, bits, held, component, dc_table):
+    """Read a block's DC value, which becomes the component's prediction."""
+    at, bits, held = refilled(work.stream, at, bits, held)
+    entry = symbol_entry(bits, work, dc_table)
+    if entry == _ZERO:
+        return _ZERO, bits, held
+    # DC is coded as the difference from the component's block before.
+    work.predictions[component] += receive_extend(bits, entry)
+    # An entry's lowest byte is the bits of code and value together; a shift takes its low six bits.
+    return at, bits << (entry & _SIX_BITS), held - (entry & _BYTE)
 
 
 @inlined
@@ -94,15 +107,10 @@ def decode_block(work, at, bits, held, component, dc_table, ac_table, start):
     blocks, pairs, stream = work.blocks, work.pairs, work.stream
     for i in range(64):
         blocks[start + np.uint64(i)] = 0
-    at, bits, held = refilled(stream, at, bits, held)
-    entry = _symbol(bits, work, dc_table)
-    if entry == _ZERO:
+    at, bits, held = read_dc(work, at, bits, held, component, dc_table)
+    if at == _ZERO:
         return _ZERO, bits, held
-    # DC is coded as the difference from the component's block before.
-    work.predictions[component] += receive_extend(bits, entry)
     blocks[start] = work.predictions[component]
-    # An entry's lowest byte is the bits of code and value together; a shift takes its low six bits.
-    bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
     # Pairs exist for AC tables alone, which are numbers 4 to 7.
     base = np.uint64((ac_table - 4) * LOOKUP_STRIDE)
     zigzag = _ZERO
@@ -148,13 +156,16 @@ def decode_block(work, at, bits, held, component, dc_table, ac_table, start):
 @inlined
 def skip_block(work, at, bits, held, component, dc_table, ac_table):
     """Read over a block; only its DC value is noted, as the next block's prediction."""
-    stream, skips = work.stream, work.skips
-    at, bits, held = refilled(stream, at, bits, held)
-    entry = _symbol(bits, work, dc_table)
-    if entry == _ZERO:
+    at, bits, held = read_dc(work, at, bits, held, component, dc_table)
+    if at == _ZERO:
         return _ZERO, bits, held
-    work.predictions[component] += receive_extend(bits, entry)
-    bits, held = bits << (entry & _SIX_BITS), held - (entry & _BYTE)
+    return skip_ac(work, at, bits, held, ac_table)
+
+
+@inlined
+def skip_ac(work, at, bits, held, ac_table):
+    """Read over what follows the DC value of a block."""
+    stream, skips = work.stream, work.skips
     base = np.uint64((ac_table - 4) * SKIP_STRIDE)
     zigzag = _ZERO
     while zigzag < _SIX_BITS:
@@ -175,7 +186,7 @@ def skip_block(work, at, bits, held, component, dc_table, ac_table):
         if is_single:
             # A long code, or symbols joined beyond this block's end: one symbol alone.
             at, bits, held = refilled(stream, at, bits, held)
-            entry = _symbol(bits, work, ac_table)
+            entry = symbol_entry(bits, work, ac_table)
             zigzag += entry >> ADVANCE_SHIFT
             if entry == _ZERO or _SIX_BITS < zigzag < np.uint64(END_OF_BLOCK):
                 return _ZERO, bits, held

@@ -11,7 +11,7 @@ def best_table(counts: Sequence[int]) -> tuple[list[int], list[int]]:
     """Counts of code lengths and the symbols in order of their codes: a DHT segment's content.
 
     Args:
-        counts: (256,), how often each symbol occurs; those of 0 get no code.
+        counts: (n,), how often each symbol occurs, n <= 256; where that is 0, it gets no code.
 
     Returns:
         (16,) how many codes have 1, 2, ... 16 bits, and the symbols, shortest code first.
@@ -34,21 +34,22 @@ def best_table(counts: Sequence[int]) -> tuple[list[int], list[int]]:
 
 def _code_lengths(counts: Sequence[int]) -> dict[int, int]:
     """Depth of each symbol that occurs, and of the reserved one, in the Huffman tree."""
-    weights = {symbol: int(count) for symbol, count in enumerate(counts) if count}
-    # The rarest symbol is the deepest, so the reserved one is at the end of the longest codes.
-    weights[_RESERVED] = 0
-    heap: list[tuple[int, int, tuple[int, ...]]] = [
-        (weight, -symbol, (symbol,)) for symbol, weight in weights.items()
-    ]
+    symbols = [symbol for symbol, count in enumerate(counts) if count] + [_RESERVED]
+    # Of equal weights the larger symbol is merged first. The reserved one weighs nothing: it is the
+    # deepest, at the end of the longest codes.
+    heap = [(int(counts[s]) if s < _RESERVED else 0, -s, node) for node, s in enumerate(symbols)]
     heapq.heapify(heap)
-    lengths = dict.fromkeys(weights, 0)
-    while len(heap) > 1:
-        first, second = heapq.heappop(heap), heapq.heappop(heap)
-        merged = first[2] + second[2]
-        for symbol in merged:
-            lengths[symbol] += 1
-        heapq.heappush(heap, (first[0] + second[0], min(first[1], second[1]), merged))
-    return {symbol: max(length, 1) for symbol, length in lengths.items()}
+    parents = [0] * (2 * len(symbols) - 1)
+    for node in range(len(symbols), len(parents)):
+        weight, rank, child = heapq.heappop(heap)
+        other_weight, other_rank, other = heap[0]
+        heapq.heapreplace(heap, (weight + other_weight, min(rank, other_rank), node))
+        parents[child] = parents[other] = node
+    # A node is older than its parent, so from the root, the last, down each finds it done.
+    depths = [0] * len(parents)
+    for node in reversed(range(len(parents) - 1)):
+        depths[node] = depths[parents[node]] + 1
+    return {symbol: max(depths[node], 1) for node, symbol in enumerate(symbols)}
 
 
 def _shorten(histogram: list[int]) -> None:

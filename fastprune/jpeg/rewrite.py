@@ -5,26 +5,26 @@ decoder reads the file as before. AC symbols are copied bit for bit. DC values a
 a row begins without a value to differ from, with tables made for the image.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.errors import JpegError
-from fastprune.jpeg.blocks import (
-    NUM_CATEGORIES,
-    are_same,
-    count_categories,
-    find_blocks,
-    write_rows,
+from fastprune.jpeg.blocks import NUM_CATEGORIES, find_blocks, has_same_blocks, write_rows
+from fastprune.jpeg.frame import (
+    AC_TABLE,
+    COMPONENTS,
+    read_frame,
 )
-from fastprune.jpeg.frame import AC_TABLE, COMPONENTS, read_frame
 from fastprune.jpeg.huffman import best_table
-from fastprune.jpeg.native import LACKS_ROOM, MEANINGS, OK, UNSUPPORTED, entry
+from fastprune.jpeg.native import MEANINGS, OK, entry
 from fastprune.jpeg.scan import mcu_grid, prepare_tables
-from fastprune.jpeg.workspace import SPEC_BYTES, Workspace, make_workspace
+from fastprune.jpeg.workspace import GUARD_BYTES, SPEC_BYTES, Workspace, make_workspace
 
-_MOST_DC_BYTES = 4  # a code of 16 bits, a number of 15
+_MOST_DC_BYTES = 4  # a code of 16 bits, a value of 15
+_CHUNK_BYTES = 64  # are copied at a time, beyond the end too
 
 Table = tuple[list[int], list[int]]
 
@@ -52,104 +52,90 @@ def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
         JpegError: its entropy-coded data is damaged or truncated; the caller says what to do.
     """
     data = np.frombuffer(jpeg_bytes, np.uint8)
-    work = _workspace(data)
-    if _prepare(data, work) != OK:
+    work = make_workspace(file_bytes=len(data), width=8, height=8, output_height=8, output_width=8)
+    code, mcus_per_row, num_blocks = _prepare(data, work)
+    # A block takes two bits at least, one of DC and one of AC.
+    if code != OK or num_blocks > len(data) * 8:
         return None
-    mcus_per_row, _, num_blocks = _units(work)
-    if num_blocks > len(data) * 8:
-        return None
-    blocks = _blocks(num_blocks)
-    code = _find(data, work, *blocks)
-    if code == UNSUPPORTED:
-        return None
-    assert code != LACKS_ROOM
+    blocks = _Blocks(*np.empty((3, num_blocks), np.int64))
+    counts = np.zeros((2, 65), np.int64)
+    code = _find_blocks(data, work, *blocks, counts)
     if code != OK:
         raise JpegError(f"the image cannot be rewritten: {MEANINGS[code]}")
-    counts = np.zeros((2, 256), np.int64)
-    if _count(blocks.values, work.frame, counts) != OK:
+    # Only damaged data has such differences, and no code for them.
+    if counts[:, NUM_CATEGORIES:].any():
         return None
-    tables = [best_table(row.tolist()) for row in counts if row.any()]
-    scan = _scan(work, blocks, tables, len(data))
-    rewritten = _header(jpeg_bytes, work, tables, mcus_per_row) + scan + b"\xff\xd9"
+    tables = [best_table(row) for row in counts[:, :NUM_CATEGORIES].tolist() if any(row)]
+    header = _header(jpeg_bytes, work, tables, mcus_per_row)
+    rewritten = b"".join([header, _scan(work, blocks, tables), b"\xff\xd9"])
     return rewritten if _is_same(rewritten, work, blocks) else None
 
 
 def _is_same(rewritten: bytes, work: Workspace, blocks: _Blocks) -> bool:
-    """Whether the new file has the old one's blocks; one that repeats a symbol's code has not."""
+    """Whether a decoder finds the original's frame, tables and blocks in the new file."""
     data = np.frombuffer(rewritten, np.uint8)
-    again, found = _workspace(data), _blocks(len(blocks.values))
-    if _prepare(data, again) != OK or _find(data, again, *found) != OK:
+    # What is built from the AC tables is shared, since they must be equal.
+    again = work._replace(
+        frame=np.zeros_like(work.frame),
+        quantizers=np.zeros_like(work.quantizers),
+        specs=np.zeros_like(work.specs),
+        stream=np.empty(len(data) + GUARD_BYTES, np.uint8),
+        starts=np.empty(len(data) // 2 + 2, np.int64),
+    )
+    code, _, num_blocks = _prepare(data, again)
+    if code != OK or num_blocks != len(blocks.values):
         return False
-    same: bool = _compare(work, blocks.begins, blocks.ends, again, found.begins, found.ends)
-    return same and np.array_equal(blocks.values, found.values)
-
-
-def _workspace(data: NDArray[np.uint8]) -> Workspace:
-    """Room for a file's data."""
-    return make_workspace(file_bytes=len(data), width=8, height=8, output_height=8, output_width=8)
-
-
-def _blocks(count: int) -> _Blocks:
-    """Room for so many blocks."""
-    return _Blocks(*(np.empty(count, np.int64) for _ in range(3)))
+    same: bool = _has_same_blocks(data, again, work, *blocks)
+    return same
 
 
 @entry()
 def _prepare(data: Any, work: Any) -> Any:
+    """Read the headers and build the tables; a code, MCUs in a row, and all blocks."""
     code = read_frame(data, work)
-    return prepare_tables(work) if code == OK else code
-
-
-@entry()
-def _units(work: Any) -> Any:
+    if code == OK:
+        code = prepare_tables(work)
+    if code != OK:
+        return code, 0, 0
     columns, rows, blocks = mcu_grid(work.frame)
-    return columns, rows, columns * rows * blocks
+    return code, columns, columns * rows * blocks
 
 
 @entry()
-def _find(data: Any, work: Any, values: Any, begins: Any, ends: Any) -> Any:
-    return find_blocks(data, work, values, begins, ends)
+def _find_blocks(data: Any, work: Any, values: Any, begins: Any, ends: Any, counts: Any) -> Any:
+    return find_blocks(data, work, values, begins, ends, counts)
 
 
 @entry()
-def _count(values: Any, frame: Any, counts: Any) -> Any:
-    return count_categories(values, frame, counts)
-
-
-@entry()
-def _write(
-    work: Any, values: Any, begins: Any, ends: Any, codes: Any, lengths: Any, out: Any
+def _write_rows(
+    work: Any, values: Any, begins: Any, ends: Any, codes: Any, lengths: Any, row: Any, out: Any
 ) -> Any:
-    return write_rows(work.stream, work.frame, values, begins, ends, codes, lengths, out)
+    return write_rows(work, values, begins, ends, codes, lengths, row, out)
 
 
 @entry()
-def _compare(
-    work: Any, begins: Any, ends: Any, again: Any, other_begins: Any, other_ends: Any
-) -> Any:
-    return are_same(work.stream, begins, ends, again.stream, other_begins, other_ends)
+def _has_same_blocks(data: Any, again: Any, work: Any, values: Any, begins: Any, ends: Any) -> Any:
+    return has_same_blocks(data, again, work, values, begins, ends)
 
 
-def _scan(work: Workspace, blocks: _Blocks, tables: list[Table], num_bytes: int) -> bytes:
+def _scan(work: Workspace, blocks: _Blocks, tables: list[Table]) -> memoryview:
     """The scan's data."""
-    codes, lengths = (
-        np.zeros((2, NUM_CATEGORIES), np.int64),
-        np.zeros((2, NUM_CATEGORIES), np.int64),
-    )
+    codes, lengths = np.zeros((2, 2, NUM_CATEGORIES), np.int64)
     for number, (histogram, symbols) in enumerate(tables):
-        code, place = 0, 0
+        # Canonical codes (T.81, C.2): consecutive numbers, doubled from a length to the next.
+        code, ordered = 0, iter(symbols)
         for length, count in enumerate(histogram, start=1):
-            for symbol in symbols[place : place + count]:
+            for symbol in itertools.islice(ordered, count):
                 codes[number, symbol], lengths[number, symbol] = code, length
                 code += 1
-            place += count
             code <<= 1
-    # Any byte may have to be stuffed; memory that is not touched costs nothing.
-    out = np.empty(2 * (num_bytes + (_MOST_DC_BYTES + 16) * len(blocks.values)), np.uint8)
-    written = _write(work, *blocks, codes, lengths, out)
-    assert written >= 0
-    scan: bytes = out[:written].tobytes()
-    return scan
+    num_bytes = len(work.stream) + _MOST_DC_BYTES * len(blocks.values)
+    row = np.empty(num_bytes + _CHUNK_BYTES, np.uint8)
+    # Any byte may have to be stuffed, and a row of MCUs ends with a byte that is filled up and a
+    # marker; memory that is not touched costs nothing.
+    out = np.empty(2 * num_bytes + 3 * len(blocks.values) + _CHUNK_BYTES, np.uint8)
+    written = _write_rows(work, *blocks, codes, lengths, row, out)
+    return out[:written].data
 
 
 def _header(jpeg_bytes: bytes, work: Workspace, tables: list[Table], mcus_per_row: int) -> bytes:
@@ -170,9 +156,8 @@ def _header(jpeg_bytes: bytes, work: Workspace, tables: list[Table], mcus_per_ro
     )
     ac_tables = work.frame[AC_TABLE : AC_TABLE + work.frame[COMPONENTS]].tolist()
     for table in sorted(set(ac_tables)):
-        spec = work.specs[table * SPEC_BYTES : (table + 1) * SPEC_BYTES]
-        num_symbols = int(spec[:16].sum(dtype=np.int64))
-        content += bytes([0x10 | (table - 4)]) + spec[: 16 + num_symbols].tobytes()
+        spec = work.specs[table * SPEC_BYTES : (table + 1) * SPEC_BYTES].tobytes()
+        content += bytes([0x10 | (table - 4)]) + spec[: 16 + sum(spec[:16])]
     parts.append(b"\xff\xc4" + (len(content) + 2).to_bytes(2) + content)
     parts.append(b"\xff\xdd\x00\x04" + mcus_per_row.to_bytes(2))
     scan = bytearray(jpeg_bytes[at:end])

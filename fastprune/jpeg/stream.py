@@ -51,6 +51,26 @@ def load_word_plain(array, offset):
 
 
 @intrinsic
+def store_word_vector(typing_context, array, offset, word):
+    """Store a number as eight bytes, big-endian."""
+
+    def generate(context, builder, signature, arguments):
+        array_value, offset_value, number = arguments
+        at = pointer(context, builder, signature.args[0], array_value, offset_value)
+        store(builder, builder.bswap(number), at)
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64, types.uint64), generate
+
+
+@kernel
+def store_word_plain(array, offset, word):
+    """Store a number as eight bytes, big-endian, one by one."""
+    for i in range(8):
+        array[offset + np.uint64(i)] = word >> np.uint64(56 - 8 * i)
+
+
+@intrinsic
 def copy_chunk_vector(typing_context, source, start, target, target_start):
     """Copy 64 bytes; return where the first 0xFF is in them, 64 where there is none."""
 
@@ -81,7 +101,8 @@ def copy_chunk_plain(source, start, target, target_start):
 
 
 load_word = load_word_vector if VECTORS else load_word_plain
-_copy_chunk = copy_chunk_vector if VECTORS else copy_chunk_plain
+store_word = store_word_vector if VECTORS else store_word_plain
+copy_chunk = copy_chunk_vector if VECTORS else copy_chunk_plain
 
 
 @kernel
@@ -141,7 +162,7 @@ def _copy_run(data, position, stream, length):
     end = len(data)
     while position + _CHUNK <= end:
         # All 64 bytes are copied; those from the 0xFF on are overwritten by the next run.
-        run = _copy_chunk(data, position, stream, length)
+        run = copy_chunk(data, position, stream, length)
         position += run
         length += run
         if run < _CHUNK:

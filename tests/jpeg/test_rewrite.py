@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastprune.errors import JpegError
+from fastprune.jpeg import rewrite
 from fastprune.jpeg.decode import decode_view
 from fastprune.jpeg.headers import read_header
 from fastprune.jpeg.huffman import best_table
@@ -45,6 +46,49 @@ def test_views_of_rewritten_and_original_file_are_the_same(kind, box):
 def test_rewriting_twice_gives_the_same_bytes():
     once = to_restart_rows(KINDS["4:2:0"])
     assert to_restart_rows(once) == once
+
+
+@pytest.mark.parametrize("kind", ["4:2:0", "gray", "restart blocks"])
+def test_a_rewrite_with_any_wrong_bit_is_not_handed_out(kind, monkeypatch):
+    honest = rewrite._scan
+    bits = 8 * len(honest_scan(KINDS[kind], monkeypatch))
+    for bit in np.random.default_rng(1).integers(0, bits, 400).tolist():
+
+        def wrong(*arguments, bit=bit):
+            scan = bytearray(honest(*arguments))
+            scan[bit // 8] ^= 1 << bit % 8
+            return scan
+
+        monkeypatch.setattr(rewrite, "_scan", wrong)
+        rewritten = to_restart_rows(KINDS[kind])
+        # A bit of what fills up a row's last byte is of no account.
+        if rewritten is not None:
+            np.testing.assert_array_equal(pixels(rewritten), pixels(KINDS[kind]))
+
+
+def honest_scan(jpeg, monkeypatch):
+    """What the scan is before anything is done to it."""
+    scans = []
+    honest = rewrite._scan
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            rewrite, "_scan", lambda *arguments: scans.append(bytes(honest(*arguments))) or scans[0]
+        )
+        to_restart_rows(jpeg)
+    return scans[0]
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xdb", b"\xff\xc0"])
+def test_a_rewrite_with_another_table_or_size_is_not_handed_out(marker, monkeypatch):
+    honest = rewrite._header
+
+    def wrong(*arguments):
+        header = bytearray(honest(*arguments))
+        header[header.index(marker) + 6] ^= 1
+        return bytes(header)
+
+    monkeypatch.setattr(rewrite, "_header", wrong)
+    assert to_restart_rows(KINDS["4:2:0"]) is None
 
 
 def test_there_is_a_restart_marker_after_each_row_of_units():

@@ -25,6 +25,11 @@ def _load_word_twin(array, offset):
 
 
 @kernel
+def _store_word(array, offset, word):
+    stream.store_word_vector(array, np.uint64(offset), word)
+
+
+@kernel
 def _copy_chunk(source, start, target, target_start):
     return stream.copy_chunk_vector(source, start, target, target_start)
 
@@ -133,3 +138,13 @@ def test_color():
     for i in range(32):
         color.convert_pixel(planes, i, 40 + i, 70 + i, second, 2 + 3 * i)
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("offset", range(9))
+def test_store_word(offset):
+    word = np.uint64(0x0123456789ABCDEF)
+    first, second = np.zeros(17, np.uint8), np.zeros(17, np.uint8)
+    _store_word(first, offset, word)
+    stream.store_word_plain(second, np.uint64(offset), word)
+    np.testing.assert_array_equal(first, second)
+    assert first[offset : offset + 8].tobytes() == int(word).to_bytes(8)
