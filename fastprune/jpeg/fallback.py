@@ -8,6 +8,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from fastprune.errors import JpegError
+from fastprune.jpeg.headers import require_few_scans
 from fastprune.jpeg.native import BAD_BOX, MEANINGS
 
 
@@ -40,9 +41,10 @@ def decode_whole(
 
     Raises:
         BoxOutsideImageError: the box reaches beyond the image.
-        JpegError: Pillow cannot decode it; the caller says what to do.
+        JpegError: Pillow cannot decode it, or would take too long; the caller says what to do.
     """
     top, left, height, width = box
+    require_few_scans(jpeg_bytes)
     try:
         # Image.open would warn of a large image, which is no attack: the user's own data set holds
         # it. Warnings cannot be silenced in one thread alone.

@@ -9,6 +9,12 @@ from fastprune.errors import JpegError
 # libjpeg refuses sides above this (JPEG_MAX_DIMENSION).
 MAX_SIDE = 65_500
 
+# A progressive JPEG may have any number of scans, and one of 33 bytes makes a decoder walk over the
+# whole image: a few megabytes of them take hours. Encoders write about ten. The second limit lets a
+# picture of 500 megapixels have ten; a decoder needs most of a minute for so much.
+MAX_SCANS = 500
+_MOST_SCANNED_PIXELS = 5_000_000_000
+
 _PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
 _OTHER_PROCESSES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
@@ -56,6 +62,10 @@ class _Seen:
     scans: int = 0
 
 
+class TooManyScansError(JpegError):
+    """A JPEG that takes a decoder much longer than its size lets expect."""
+
+
 def is_jpeg(content: bytes) -> bool:
     """Whether the bytes start like a JPEG."""
     return content[:3] == b"\xff\xd8\xff"
@@ -65,7 +75,8 @@ def read_header(content: bytes) -> JpegHeader:
     """Walk a JPEG's markers to its end and return what they tell.
 
     Finds truncation (no end-of-image marker), segments that are cut, a frame or scan that is
-    missing, a second frame, and a size that the amount of data cannot hold. Damage inside the
+    missing, a second frame, a size that the amount of data cannot hold, and scans in such numbers
+    that a decoder would take minutes or hours. Damage inside the
     entropy-coded data is not found: that takes decoding.
 
     Args:
@@ -114,6 +125,7 @@ def _note_segment(seen: _Seen, marker: int, segment: bytes) -> None:
     """Take from one segment what the header needs."""
     if marker == 0xDA:
         seen.scans += 1
+        _refuse_many_scans(seen)
     elif marker in _PROCESSES or marker in _OTHER_PROCESSES:
         if seen.process:
             raise JpegError("it has two frame headers")
@@ -124,6 +136,32 @@ def _note_segment(seen: _Seen, marker: int, segment: bytes) -> None:
         seen.adobe_transform = segment[11]
     elif marker == 0xE1 and segment.startswith(b"Exif\0\0"):
         seen.orientation = _exif_orientation(segment[6:])
+
+
+def _refuse_many_scans(seen: _Seen) -> None:
+    height, width = struct.unpack(">xHH", seen.frame[:5].ljust(5, b"\0"))
+    if seen.scans > MAX_SCANS or seen.scans * height * width > _MOST_SCANNED_PIXELS:
+        raise TooManyScansError(
+            f"it has {seen.scans} scans or more of {width} x {height} pixels; a JPEG may have "
+            f"{MAX_SCANS}, and {_MOST_SCANNED_PIXELS:,} pixels in all scans together"
+        )
+
+
+def require_few_scans(content: bytes) -> None:
+    """Refuse a JPEG that would keep a decoder busy for minutes or hours; other faults are ignored.
+
+    Raises:
+        TooManyScansError: it has such a number of scans; the caller says what to do.
+    """
+    seen = _Seen()
+    try:
+        _walk(content, seen)
+    except TooManyScansError:
+        raise
+    except JpegError:
+        # A decoder may read on behind the fault. Whatever looks like a scan may be one.
+        seen.scans = content.count(b"\xff\xda")
+        _refuse_many_scans(seen)
 
 
 def _header(seen: _Seen, end: int, num_bytes: int) -> JpegHeader:

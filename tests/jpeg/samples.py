@@ -42,6 +42,12 @@ def as_440(jpeg_422: bytes) -> bytes:
     return bytes(changed)
 
 
+def with_many_scans(progressive: bytes, count: int) -> bytes:
+    """A progressive JPEG whose last scan, of a few bytes, comes so many times more."""
+    last = progressive.rindex(b"\xff\xda")
+    return progressive[:-2] + progressive[last:-2] * count + progressive[-2:]
+
+
 def with_two_frames(jpeg: bytes) -> bytes:
     """A JPEG with a second, smaller frame header, which Pillow believes."""
     start = jpeg.index(b"\xff\xc0")

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastprune.errors import JpegError
-from fastprune.jpeg.headers import is_jpeg, read_header
+from fastprune.jpeg.decode import decode_view, require_whole
+from fastprune.jpeg.headers import TooManyScansError, is_jpeg, read_header, require_few_scans
 from tests.images import jpeg_bytes, picture
-from tests.jpeg.samples import with_two_frames
+from tests.jpeg.samples import with_many_scans, with_two_frames
 
 
 def encode(image, **kwargs):
@@ -141,3 +142,40 @@ def test_any_damage_gives_a_header_or_our_error(data):
 
 _EXIF = Image.Exif()
 _EXIF[0x0112] = 6
+
+
+BOMB = with_many_scans(encode(picture(1, mode="L"), progressive=True), 600)
+
+
+def test_more_scans_than_any_encoder_writes_are_refused():
+    with pytest.raises(JpegError, match=r"it has 501 scans or more of 64 x 48 pixels; .* have 500"):
+        read_header(BOMB)
+
+
+def test_as_many_scans_as_are_allowed_are_read():
+    ordinary = encode(picture(1, mode="L"), progressive=True)
+    count = ordinary.count(b"\xff\xda")
+    assert read_header(with_many_scans(ordinary, 500 - count)).process == "progressive"
+
+
+def test_fewer_scans_of_a_large_image_are_refused():
+    jpeg = bytearray(with_many_scans(encode(picture(1, mode="L"), progressive=True), 60))
+    frame = jpeg.index(b"\xff\xc2") + 5
+    jpeg[frame : frame + 4] = (10_000).to_bytes(2) + (20_000).to_bytes(2)
+    with pytest.raises(JpegError, match=r"it has 26 scans or more of 20000 x 10000 pixels"):
+        read_header(bytes(jpeg))
+
+
+def test_other_faults_do_not_hide_the_number_of_scans():
+    first = BOMB.index(b"\xff\xda")
+    for bomb in (BOMB[:-2], BOMB[:first] + b"\xff\xe5\0\0" + BOMB[first:]):
+        with pytest.raises(TooManyScansError):
+            require_few_scans(bomb)
+    require_few_scans(encode(picture(1), progressive=True)[:-2])
+
+
+def test_no_decoder_is_given_too_many_scans():
+    with pytest.raises(JpegError, match=r"501 scans.*Get the file again, or leave it out"):
+        decode_view(BOMB, box=(0, 0, 48, 64), size=(32, 32))
+    with pytest.raises(JpegError, match="501 scans"):
+        require_whole(BOMB, height=48, width=64)
