@@ -9,6 +9,9 @@ import numpy as np
 
 from fastprune.errors import InvalidValueError
 
+#: Loaders keep a name per class, and files numbers for each; a label beyond this is damage.
+MAX_CLASSES = 1_000_000
+
 
 def require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuse a value that is not among the allowed ones.

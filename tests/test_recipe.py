@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,25 @@ def test_recipe_paths_are_relative_to_the_working_folder(recipe_file):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(path):
     assert load_recipe(path).schedule.epochs > 0
+
+
+def test_recipe_that_never_ends_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "recipe.toml")
+    with pytest.raises(RecipeError, match=r"recipe\.toml is no TOML file: it is a FIFO"):
+        load_recipe(tmp_path / "recipe.toml")
+    (tmp_path / "long.toml").write_bytes(b"#" * (2 << 20))
+    with pytest.raises(RecipeError, match=r"long\.toml is no TOML file: it has more than"):
+        load_recipe(tmp_path / "long.toml")
+
+
+def test_recipe_that_is_nested_too_deeply_is_refused(recipe_file):
+    nested = "[" * 10**4 + "]" * 10**4
+    with pytest.raises(RecipeError, match=r"data\.mean = '\[\[\[.*\.\.\.: ") as error:
+        load_recipe(recipe_file, [f"data.mean={nested}"])
+    assert len(str(error.value)) < 1000
+    recipe_file.write_text(f"{RECIPE}\nseed = {nested}")
+    with pytest.raises(RecipeError, match="is no TOML file: it is nested"):
+        load_recipe(recipe_file)
 
 
 def test_overrides_replace_settings_in_toml_notation_or_as_bare_words(recipe_file):

@@ -14,6 +14,7 @@ from fastprune.artifacts.fingerprint import Fingerprint, require_same_images
 from fastprune.artifacts.subset import checked_rows, rows_digest
 from fastprune.checks import require_at_least, require_one_of
 from fastprune.errors import ArtifactError, ArtifactMismatch
+from fastprune.untrusted import read_json, read_npy
 
 _FORMAT = 1
 
@@ -59,7 +60,7 @@ def write_header(path: Path, rows: NDArray[np.int64], settings: dict[str, Any]) 
 def read_header(path: Path) -> dict[str, Any]:
     """cache.json, with every entry of its kind."""
     try:
-        header: dict[str, Any] = json.loads((path / "cache.json").read_text(encoding="utf-8"))
+        header: dict[str, Any] = read_json(path / "cache.json")
         if header["format"] != _FORMAT:
             raise ArtifactError(
                 f"{path} has format {header['format']}, but this version reads {_FORMAT}. Use the "
@@ -86,9 +87,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def read_rows(path: Path, header: dict[str, Any]) -> NDArray[np.int64]:
     """rows.npy, if it is the one that the cache was made with."""
     try:
-        with (path / "rows.npy").open("rb") as file:
-            rows = np.lib.format.read_array(file, allow_pickle=False)
-        rows = checked_rows(rows, name=str(path / "rows.npy"))
+        rows = checked_rows(read_npy(path / "rows.npy"), name=str(path / "rows.npy"))
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path / 'rows.npy'} cannot be read ({error}). Remove the folder {path}: it will be "

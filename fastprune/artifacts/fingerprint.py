@@ -1,6 +1,7 @@
 """Fingerprints: they tie scores and subsets to the images that they were made from."""
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -8,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.errors import ArtifactMismatch, warn_user
+from fastprune.untrusted import member
 
 _DIGEST_BYTES = 16
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 class ContentNotComparedWarning(UserWarning):
@@ -39,9 +42,23 @@ class Fingerprint:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """Make a fingerprint of what `to_dict` returned."""
-        return cls(fields["num_rows"], fields["structure"], fields.get("content"))
+    def from_dict(cls, fields: Any) -> Self:
+        """Make a fingerprint of what `to_dict` returned.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        num_rows = member(fields, "num_rows", int)
+        # Rows are int64 in every array; more are damage.
+        if not 0 < num_rows < 2**63:
+            raise ValueError(f"its 'num_rows' is {num_rows}, but must be in [1, 2**63)")
+        digests = member(fields, "structure", str), member(fields, "content", str, None)
+        for digest in filter(None, digests):
+            if not _DIGEST.fullmatch(digest):
+                raise ValueError(
+                    f"its digest {digest[:40]!r} is not {2 * _DIGEST_BYTES} hex digits"
+                )
+        return cls(num_rows, *digests)
 
 
 def structure_digest(

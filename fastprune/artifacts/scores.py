@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from fastprune.artifacts.atomic import atomic_path
 from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.checks import MAX_CLASSES
 from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.untrusted import member, numbers, parquet_metadata
 
 _METADATA_KEY = b"fastprune"
 _FIXED_COLUMNS = ("row", "label", "prediction")
@@ -65,8 +67,10 @@ class ScoreTable:
         """Write the table as Parquet, whole or not at all.
 
         Raises:
+            InvalidValueError: the path does not end in .parquet.
             ArtifactError: the file cannot be written.
         """
+        require_parquet_name(path)
         columns: dict[str, Any] = {
             "row": np.arange(self.num_rows, dtype=np.int64),
             "label": self.labels,
@@ -95,28 +99,9 @@ class ScoreTable:
                 the beton's rows in their order.
         """
         try:
-            table = pq.read_table(path)
-            metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-            columns = {name: table[name].to_numpy() for name in table.column_names}
-            fingerprint = Fingerprint.from_dict(metadata["fingerprint"])
-            # Arrays are indexed by row: a table that was sorted or filtered would be misread.
-            if not np.array_equal(columns["row"], np.arange(fingerprint.num_rows)):
-                raise ArtifactError(
-                    f"{path} must have one line for each of the {fingerprint.num_rows:,} rows in "
-                    "their order, but it was sorted or filtered. Sort it by the column row, or "
-                    "score again."
-                )
-            return cls(
-                labels=columns["label"],
-                metrics={n: c for n, c in columns.items() if n not in _FIXED_COLUMNS},
-                predictions=columns["prediction"],
-                class_std=np.array(metadata["class_std"], dtype=np.float64),
-                class_counts=np.array(metadata["class_counts"], dtype=np.int64),
-                fingerprint=fingerprint,
-                teacher=metadata["teacher"],
-                view=metadata["view"],
-                seconds=metadata.get("seconds"),
-            )
+            # The metadata first: a file that is no score table is not read whole.
+            metadata = parquet_metadata(path, _METADATA_KEY)
+            return cls._from_file(pq.read_table(path), metadata, path)
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{path} does not exist. Make it with: fastprune score train.beton -o {path} ..."
@@ -127,10 +112,65 @@ class ScoreTable:
                 f"Make it with: fastprune score train.beton -o {path} ..."
             ) from error
 
+    @classmethod
+    def _from_file(cls, table: pa.Table, metadata: Any, path: str | Path) -> Self:
+        """Make a table of a file's columns and metadata, each checked for type and size."""
+        fingerprint = Fingerprint.from_dict(member(metadata, "fingerprint", dict))
+        class_std = numbers(metadata, "class_std", max_count=MAX_CLASSES)
+        class_counts = numbers(metadata, "class_counts", max_count=MAX_CLASSES)
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        # Arrays are indexed by row: a table that was sorted or filtered would be misread.
+        if not np.array_equal(columns["row"], np.arange(table.num_rows)) or (
+            table.num_rows != fingerprint.num_rows
+        ):
+            raise ArtifactError(
+                f"{path} must have one line for each of the {fingerprint.num_rows:,} rows in "
+                "their order, but it was sorted or filtered. Sort it by the column row, or "
+                "score again."
+            )
+        labels = columns["label"]
+        for name, values in columns.items():
+            kinds = "iu" if name in _FIXED_COLUMNS else "f"
+            if values.dtype.kind not in kinds:
+                raise ValueError(f"its column {name!r} holds {values.dtype}")
+        counts = np.bincount(labels.clip(0, MAX_CLASSES), minlength=len(class_counts))
+        if labels.min() < 0 or not np.array_equal(counts, class_counts):
+            raise ValueError("its 'class_counts' are not the numbers of its labels")
+        if len(class_std) != len(class_counts):
+            raise ValueError(
+                f"its 'class_std' has {len(class_std):,} numbers, but it has "
+                f"{len(class_counts):,} classes"
+            )
+        return cls(
+            labels=labels,
+            metrics={n: c for n, c in columns.items() if n not in _FIXED_COLUMNS},
+            predictions=columns["prediction"],
+            class_std=class_std,
+            class_counts=class_counts.astype(np.int64),
+            fingerprint=fingerprint,
+            teacher=member(metadata, "teacher", dict),
+            view=member(metadata, "view", dict),
+            seconds=member(metadata, "seconds", float, None),
+        )
+
+
+def require_parquet_name(path: str | Path) -> None:
+    """Refuse a name for a score table that its content would belie.
+
+    Raises:
+        InvalidValueError: the path does not end in .parquet.
+    """
+    if Path(path).suffix != ".parquet":
+        raise InvalidValueError(
+            f"a score table is a .parquet file, but {path} is not named so. Name it "
+            f"{Path(path).with_suffix('.parquet')}; pyarrow and pandas make it a .csv."
+        )
+
 
 def is_score_table(path: str | Path) -> bool:
     """Say whether a file is a Parquet file that `ScoreTable.save` wrote; no file is refused."""
     try:
-        return _METADATA_KEY in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowException):
+        parquet_metadata(path, _METADATA_KEY)
+    except (OSError, ValueError):
         return False
+    return True

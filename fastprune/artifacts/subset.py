@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastprune.artifacts.atomic import atomic_path, write_text
 from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.checks import MAX_CLASSES
 from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.untrusted import member, numbers, read_json, read_npy
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,25 +75,25 @@ class Subset:
         """
         path = Path(path)
         try:
-            # np.load would also open archives, and leaves a damaged one open.
-            with path.open("rb") as file:
-                rows = np.lib.format.read_array(file, allow_pickle=False)
+            rows = read_npy(path)
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{path} does not exist. Make it with: fastprune select scores.parquet -o {path}"
             ) from error
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is no numpy index file: {error}.") from error
+            raise ArtifactError(
+                f"{path} is no numpy index file: {error}. Make it with: fastprune select "
+                f"scores.parquet -o {path}"
+            ) from error
         rows = checked_rows(rows, name=str(path))
         sidecar_path = path.with_suffix(".json")
         if not sidecar_path.exists():
             return cls(rows)
         try:
-            sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-            return cls._from_sidecar(rows, sidecar, path)
-        except (KeyError, TypeError, ValueError) as error:
+            return cls._from_sidecar(rows, read_json(sidecar_path), path)
+        except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"{sidecar_path} is no sidecar of a subset ({error!r}). Remove it to use the bare "
+                f"{sidecar_path} is no sidecar of a subset ({error}). Remove it to use the bare "
                 "rows, or make the subset again with `fastprune select`."
             ) from error
 
@@ -118,26 +120,40 @@ class Subset:
         }
 
     @classmethod
-    def _from_sidecar(cls, rows: NDArray[np.int64], sidecar: dict[str, Any], path: Path) -> Self:
+    def _from_sidecar(cls, rows: NDArray[np.int64], sidecar: Any, path: Path) -> Self:
         """Make a subset of its rows and what `_sidecar` returned."""
-        if sidecar["rows_digest"] != rows_digest(rows):
+        if member(sidecar, "rows_digest", str) != rows_digest(rows):
             raise ArtifactError(
                 f"{path.with_suffix('.json')} describes other rows than {path} holds: one of them "
                 "was replaced. Make both again with `fastprune select`."
             )
-        fingerprint, class_std = sidecar["fingerprint"], sidecar["class_std"]
+        fingerprint = member(sidecar, "fingerprint", dict, None)
+        class_counts = member(sidecar, "class_counts", list, None)
+        class_std = member(sidecar, "class_std", list, None)
+        keep_ratio = member(sidecar, "keep_ratio", float, None)
+        if keep_ratio is not None and not 0 < keep_ratio <= 1:
+            raise ValueError(f"its 'keep_ratio' is {keep_ratio}, but must be in (0, 1]")
+        if class_counts is not None:
+            counts = numbers(sidecar, "class_counts", max_count=MAX_CLASSES)
+            if class_std is not None and len(class_std) != len(counts):
+                raise ValueError(
+                    f"its 'class_std' has {len(class_std):,} numbers, but {len(counts):,} classes "
+                    "have counts"
+                )
         return cls(
             rows=rows,
-            fingerprint=Fingerprint.from_dict(fingerprint) if fingerprint else None,
-            keep_ratio=sidecar["keep_ratio"],
-            metric=sidecar["metric"],
-            strategy=sidecar["strategy"],
-            parameters=sidecar["parameters"],
-            seed=sidecar["seed"],
-            class_counts=sidecar["class_counts"],
-            class_std=None if class_std is None else np.array(class_std, dtype=np.float64),
-            command=sidecar["command"],
-            score_seconds=sidecar.get("score_seconds"),
+            fingerprint=None if fingerprint is None else Fingerprint.from_dict(fingerprint),
+            keep_ratio=keep_ratio,
+            metric=member(sidecar, "metric", str, None),
+            strategy=member(sidecar, "strategy", str, None),
+            parameters=member(sidecar, "parameters", dict),
+            seed=member(sidecar, "seed", int, None),
+            class_counts=class_counts,
+            class_std=None
+            if class_std is None
+            else numbers(sidecar, "class_std", max_count=MAX_CLASSES),
+            command=member(sidecar, "command", str, None),
+            score_seconds=member(sidecar, "score_seconds", float, None),
         )
 
 

@@ -17,6 +17,7 @@ from fastprune.beton.output import PageCursor, write_frame
 from fastprune.beton.sources.listing import Listing
 from fastprune.beton.transcode import ACTIONS, SKIPPED
 from fastprune.beton.workers import CHUNKS_PER_WORKER, RECORD, Prepared, WorkerError, WorkerPool
+from fastprune.checks import MAX_CLASSES
 from fastprune.errors import ConversionError
 
 FIELDS = (layout.Field("image", "image"), layout.Field("label", "int"))
@@ -105,7 +106,7 @@ def place(assembly: Assembly, records: NDArray[np.void], reasons: dict[int, str]
     first = assembly.num_placed
     positions = slice(first, first + len(records))
     names = assembly.listing.class_names
-    limit = layout.MAX_CLASSES if names is None else len(names)
+    limit = MAX_CLASSES if names is None else len(names)
     assembly.records[positions] = records
     for position, record in enumerate(records, first):
         if record["action"] == SKIPPED:

@@ -23,6 +23,7 @@ from fastprune.beton.reader import Beton, image_and_label, open_beton
 from fastprune.beton.row_check import check_rows
 from fastprune.beton.rows import RowsLike, rows_of
 from fastprune.beton.structure import read_tables
+from fastprune.checks import MAX_CLASSES
 from fastprune.errors import BetonError, InvalidValueError
 from fastprune.progress import track
 
@@ -140,7 +141,7 @@ def _write(
     image = list(placements).index(image_and_label(beton.fields, beton.path)[0])
     _copy(beton, rows, (sources, sizes, targets), lines, image, path)
     # One label block per class; none where the labels do not number classes.
-    is_numbered = beton.labels.min() >= 0 and beton.num_classes <= layout.MAX_CLASSES
+    is_numbered = beton.labels.min() >= 0 and beton.num_classes <= MAX_CLASSES
     write_frame(path, fields, metadata, table, cursor, beton.num_classes if is_numbered else 0)
 
 

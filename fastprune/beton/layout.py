@@ -24,8 +24,6 @@ DEFAULT_PAGE_BYTES = 1 << 23
 ALIGNMENT = 512
 
 JPG, RAW = 0, 1
-# Loaders keep a name per class; a label beyond this is damage, not a class.
-MAX_CLASSES = 1_000_000
 
 HEADER = np.dtype(
     [

@@ -13,6 +13,7 @@ from fastprune import __version__
 from fastprune.artifacts.atomic import atomic_path
 from fastprune.artifacts.fingerprint import Fingerprint
 from fastprune.errors import ArtifactError
+from fastprune.untrusted import member, parquet_metadata
 
 _METADATA_KEY = b"fastprune"
 
@@ -124,20 +125,20 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     path = Path(path)
     try:
-        metadata = json.loads((pq.read_schema(path).metadata or {})[_METADATA_KEY])
-        names = metadata["class_names"]
+        metadata = parquet_metadata(path, _METADATA_KEY)
+        names = member(metadata, "class_names", list, None)
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise ValueError("its 'class_names' must be texts")
         return Manifest(
             path=path,
-            fingerprint=Fingerprint.from_dict(metadata["fingerprint"]),
+            fingerprint=Fingerprint.from_dict(member(metadata, "fingerprint", dict)),
             class_names=None if names is None else tuple(names),
-            counts=metadata["counts"],
-            settings=metadata["settings"],
-            version=metadata["version"],
+            counts=member(metadata, "counts", dict),
+            settings=member(metadata, "settings", dict),
+            version=member(metadata, "version", str),
         )
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} is no manifest of a beton ({error!r}). {_cure(path)}"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is no manifest of a beton ({error}). {_cure(path)}") from error
 
 
 def _cure(path: Path) -> str:

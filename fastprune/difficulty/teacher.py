@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.artifacts.cache_filler import CacheFiller
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.artifacts.scores import ScoreTable, require_parquet_name
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.checks import require_at_least
 from fastprune.difficulty.cache import fill_missing, open_cache, recurring_views
@@ -113,6 +113,7 @@ def score(
     """
     started = time.monotonic()
     require_at_least("batch_size", batch_size, 1)
+    require_parquet_name(out_path)  # now, and not when the pass is done
     out_path, beton = Path(out_path), open_beton(beton_path)
     classes = beton.num_classes if num_classes is None else num_classes
     outside = (beton.labels < 0) | (beton.labels >= classes)

@@ -1,6 +1,5 @@
 """From TOML files and the command line to a recipe."""
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,11 @@ from pydantic import BaseModel, ValidationError
 from fastprune.checks import did_you_mean
 from fastprune.errors import RecipeError
 from fastprune.recipe.settings import Recipe
+from fastprune.untrusted import parse_toml, read_text
+
+# The longest recipe that comes with fastprune has two kilobytes.
+_MAX_BYTES = 1 << 20
+_MOST_SHOWN = 200
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -87,10 +91,10 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in extending:
         raise RecipeError(f"{path} extends itself, through other files perhaps. Break the circle.")
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = parse_toml(read_text(path, max_bytes=_MAX_BYTES))
     except FileNotFoundError as error:
         raise RecipeError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path} is no TOML file: {error}.") from error
     base = settings.pop("extends", None)
     if base is None:
@@ -119,7 +123,9 @@ def _describe(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{message}."
-    return f"{where} = {fault['input']!r}: {message}."
+    value = repr(fault["input"])
+    shown = value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
+    return f"{where} = {shown}: {message}."
 
 
 def _known_keys(sections: list[str]) -> list[str]:
@@ -153,6 +159,6 @@ def _set(settings: dict[str, Any], override: str) -> None:
 def _parse(text: str) -> Any:
     """Parse a value in TOML's notation; anything else is a bare word."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text

@@ -1,6 +1,5 @@
 """Run folders, and runs of one name over several seeds: means, spreads, ratios."""
 
-import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from fastprune.artifacts.subset import Subset
 from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.untrusted import parse_json, read_json, read_text
 
 _RECIPE, _RESULT, _METRICS = "recipe.json", "result.json", "metrics.jsonl"
 # runs/, runs/medium-0/ and study/cell/seed/ are the depths people use; a deeper search would walk
@@ -163,7 +163,7 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path} cannot be read as JSON ({error}). Remove the damaged run, or name others."
@@ -173,13 +173,13 @@ def _read_json(path: Path) -> Any:
 def _unfinished_curve(folder: Path) -> Iterator[Point]:
     """Yield the validations in metrics.jsonl."""
     try:
-        lines = (folder / _METRICS).read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = read_text(folder / _METRICS).splitlines()
+    except (OSError, ValueError):
         return
     before = latest = 0.0
     for line in lines:
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
         except ValueError:
             # The run may be writing its last line right now.
             continue

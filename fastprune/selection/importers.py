@@ -3,11 +3,9 @@
 Nothing is ever unpickled: a pickle can run code when it is read.
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +18,7 @@ from fastprune.artifacts.scores import ScoreTable, is_score_table
 from fastprune.artifacts.subset import Subset
 from fastprune.beton.reader import Beton
 from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.untrusted import open_regular, read_json, read_npy, read_npz_member, read_text
 
 _UNKNOWN_CLASS = -1  # no teacher predicted anything
 _NO_METRICS = ("row", "label", "prediction")
@@ -137,8 +136,9 @@ def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
     if path.suffix not in readers:
         raise ArtifactError(f"{path}: scores are read from .npy, .csv or .parquet files alone.")
     try:
+        open_regular(path).close()
         table = readers[path.suffix](path)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ArtifactError(f"{path} cannot be read as {path.suffix[1:]} ({error}).") from error
     columns = {
         name: table[name].to_numpy()
@@ -192,20 +192,18 @@ def _read_list(path: Path) -> Any:
         return read_array(path)
     try:
         if path.suffix == ".npz":
-            # np.load leaves a damaged file open that it opened itself.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return arrays["indices"]
+            return read_npz_member(path, "indices")
         if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             listed = content["indices"] if isinstance(content, dict) else content
             are_names = isinstance(listed, list) and all(isinstance(e, str) for e in listed)
             return listed if are_names else np.asarray(listed)  # ragged lists are refused here
         if path.suffix == ".txt":
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in read_text(path).splitlines()]
             entries = [line for line in lines if line]
             are_rows = all(line.lstrip("-").isdigit() for line in entries)
             return [int(line) for line in entries] if are_rows else entries
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ArtifactError(
             f"{path} cannot be read as a list of rows or names ({error!r})."
         ) from error
@@ -256,9 +254,6 @@ def read_array(path: Path) -> NDArray[Any]:
         ArtifactError: the file is missing or no .npy file.
     """
     try:
-        # np.load would also open archives.
-        with path.open("rb") as file:
-            array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return read_npy(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as a .npy file ({error}).") from error
-    return array

@@ -197,4 +197,10 @@ def _weights(metric: str) -> dict[str, float]:
                 "name:weight,name:weight with positive weights, such as centroid:0.5,loss:0.5."
             )
         weights[name.strip()] = weights.get(name.strip(), 0.0) + weight
+    # Two weights of 1e308 are finite, their sum is not.
+    if not math.isfinite(sum(weights.values())):
+        raise InvalidValueError(
+            f"metric {metric!r}: the weights are too large to be summed. Only their ratios matter: "
+            "write 0.5 and 0.5."
+        )
     return weights

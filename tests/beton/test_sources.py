@@ -299,6 +299,12 @@ def test_names_that_climb_out_of_the_folder_stay_data(tmp_path):
         ([("a.jpg", b"x")], r"sample 'a' of .*a.tar has no .cls file; it has jpg"),
         ([("a.cls", b"1")], r"sample 'a' of .*a.tar has no image; it has cls"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "has the class b'cat'.*number of a class"),
+        ([("a.jpg", b"x"), ("a.cls", b"1_0")], "has the class b'1_0'.*number of a class"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "has the class b'-1'.*number of a class"),
+        (
+            [("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpg", b"y")],
+            r"sample 'a' of .*a.tar has two \.jpg files",
+        ),
         ([("a.jpg", b"x"), ("a.cls", b"0")], "a.tar/a.jpg: it is no image"),
         (
             [("a.jpg", jpeg_bytes(0)), ("a.cls", b"9" * 40)],

@@ -89,6 +89,7 @@ def test_excluded_row_beyond_the_table_is_refused():
         ("centroid:half,loss:0.5", "weight of 'centroid' is 'half'.*positive weights"),
         ("centroid:-1,loss:0.5", "weight of 'centroid' is '-1'"),
         ("centroid:nan,loss:0.5", "weight of 'centroid' is 'nan'"),
+        ("centroid:1e308,loss:1e308", "the weights are too large to be summed"),
     ],
 )
 def test_metric_that_rows_cannot_be_ranked_by_is_refused(metric, message):

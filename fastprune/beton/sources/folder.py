@@ -11,6 +11,7 @@ import numpy as np
 
 from fastprune.beton.sources.listing import FilesIdentity, Listing
 from fastprune.errors import ConversionError
+from fastprune.untrusted import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -140,8 +141,8 @@ class FlatSource:
     def _classes(self, names: list[str]) -> list[str]:
         """Return the class of every image, as text."""
         try:
-            text = self.labels.read_text(encoding="utf-8-sig")  # spreadsheets put a mark first
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(self.labels)
+        except (OSError, ValueError) as error:
             raise ConversionError(f"cannot read the label file {self.labels}: {error}.") from error
         lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
         if all(len(line) == 1 for line in lines):

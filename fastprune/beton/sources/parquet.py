@@ -1,6 +1,5 @@
 """Parquet files as Hugging Face writes image sets: a struct with the bytes, and a label."""
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastprune.beton.sources.listing import Listing, shards_identity
 from fastprune.errors import ConversionError
+from fastprune.untrusted import open_regular, parse_json
 
 # As the image sets on Hugging Face call them; the first that fits is taken.
 _IMAGE_NAMES = ("image", "img", "jpg", "png")
@@ -90,8 +90,9 @@ def _images(path: Path, group: int) -> pa.Array:
 def _opened(path: Path) -> pq.ParquetFile:
     """Open a Parquet file and read its metadata."""
     try:
+        open_regular(path).close()
         return pq.ParquetFile(path, memory_map=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ConversionError(
             f"{path} cannot be read as Parquet: {error}. Get it again."
         ) from error
@@ -143,7 +144,9 @@ def _pick(schema: pa.Schema, names: tuple[str, ...], fits: Any, missing: str) ->
 def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Read the class names from Hugging Face's description of the label column."""
     try:
-        described = json.loads((schema.metadata or {})[b"huggingface"])
-        return tuple(described["info"]["features"][column]["names"])
+        described = parse_json((schema.metadata or {})[b"huggingface"])
+        names = described["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError):
         return None
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if are_names else None

@@ -84,6 +84,11 @@ def _samples(shard: Path) -> Iterator[tuple[str, _Member, int]]:
                 yield _sample(shard, file, sample)
                 sample = {}
             key = member.key
+            if member.extension in sample:
+                raise ConversionError(
+                    f"sample {key!r} of {shard} has two .{member.extension} files. A second copy "
+                    "was appended, perhaps: write the tar anew with one of them."
+                )
             sample[member.extension] = member
         if sample:
             yield _sample(shard, file, sample)
@@ -102,12 +107,12 @@ def _sample(shard: Path, file: BinaryIO, sample: dict[str, _Member]) -> tuple[st
         )
     label = sample[_LABEL]
     text = os.pread(file.fileno(), min(label.size, _MOST_LABEL_BYTES), label.offset)
-    try:
-        return key, image, int(text)
-    except ValueError:
+    # int() would also take b"1_0" and b"+1", which no other reader takes for 10 and 1.
+    if not text.strip().isdigit():
         raise ConversionError(
             f"{where} has the class {text!r}, but a .{_LABEL} file holds the number of a class."
-        ) from None
+        )
+    return key, image, int(text)
 
 
 def _members(shard: Path, file: BinaryIO) -> Iterator[_Member]:
