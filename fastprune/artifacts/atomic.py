@@ -6,12 +6,14 @@ import fcntl
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from fastprune.errors import ArtifactError
+from fastprune.untrusted import kind_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +32,51 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         The temporary path, which the block must create.
 
     Raises:
-        ArtifactError: the folder does not exist, the disk is full, or writing is not allowed.
+        ArtifactError: the folder does not exist, the disk is full, writing is not allowed, or
+            `path` is a device, a FIFO or a socket.
     """
-    final = Path(path)
+    final = destination(path)
+    with temporary_path(final) as temporary, named_os_errors(Path(path)):
+        yield temporary
+        sync(temporary)
+        temporary.replace(final)
+        # The rename itself is on the disk only when the folder is.
+        sync(final.parent)
+
+
+@contextmanager
+def temporary_path(final: Path) -> Iterator[Path]:
+    """Give a hidden name beside a file; whatever has it in the end is removed."""
     # In the same folder, because a rename is atomic within one file system alone.
     temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
     try:
-        with _named_os_errors(final):
-            yield temporary
-            sync(temporary)
-            temporary.replace(final)
-            # The rename itself is on the disk only when the folder is.
-            sync(final.parent)
+        yield temporary
     finally:
         # On a read-only disk even removing nothing is refused, and would hide the named error.
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def destination(path: str | Path) -> Path:
+    """Return where a file is written: links are followed, so that the data lands on their disk.
+
+    Raises:
+        ArtifactError: something stands there that is no file: a rename would replace a device, a
+            FIFO or a socket without a word. (That of a folder fails by itself.)
+    """
+    final = Path(path)
+    if final.is_symlink():
+        final = Path(os.path.realpath(final))
+    try:
+        mode = final.stat().st_mode
+    except OSError:
+        return final  # nothing is there, or whoever opens it will say why not
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ArtifactError(
+            f"cannot write {path}: it is {kind_of_file(mode)}, which a file would replace. Name a "
+            "new file."
+        )
+    return final
 
 
 @contextmanager
@@ -61,7 +92,7 @@ def exclusive(path: str | Path) -> Iterator[None]:
         ArtifactError: another process holds the lock, or the file cannot be made.
     """
     path = Path(path)
-    with _named_os_errors(path):
+    with named_os_errors(path):
         file = path.open("a")
     with file:
         if not try_lock(file):
@@ -127,7 +158,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def _named_os_errors(path: Path) -> Iterator[None]:
+def named_os_errors(path: Path) -> Iterator[None]:
     """Turn an OSError into an ArtifactError that names the artifact and the cure."""
     try:
         yield

@@ -1,5 +1,6 @@
 """A manifest for a beton of another writer."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastprune.artifacts.fingerprint import Fingerprint, content_digest, structure_digest
-from fastprune.beton.check import own_manifest
+from fastprune.artifacts.fingerprint import Fingerprint, content_digest
 from fastprune.beton.manifest import SCHEMA, Manifest, manifest_path, write_manifest
-from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.reader import Beton, ForeignManifestWarning, open_beton
 from fastprune.beton.transcode import ACTIONS, FOUND
 from fastprune.errors import ArtifactError
 from fastprune.progress import track
@@ -34,9 +34,11 @@ def adopt(path: str | Path) -> Manifest:
         BetonError: the beton is damaged.
         ArtifactError: it has its manifest already, or the manifest cannot be written.
     """
-    beton = open_beton(path)
-    structure = structure_digest(beton.labels, beton.widths, beton.heights)
-    if isinstance(own_manifest(beton.path, structure), Manifest):
+    with warnings.catch_warnings():
+        # A manifest of another beton is what this one replaces.
+        warnings.simplefilter("ignore", ForeignManifestWarning)
+        beton = open_beton(path)
+    if beton.manifest is not None:
         raise ArtifactError(
             f"{manifest_path(path)} belongs to {path} already, and knows more than a new one "
             "could. Remove it first if you want it made again."
@@ -45,7 +47,7 @@ def adopt(path: str | Path) -> Manifest:
     crcs = stored_crc32c(beton, rows)
     manifest = Manifest(
         path=manifest_path(path),
-        fingerprint=Fingerprint(beton.num_rows, structure, content_digest(crcs)),
+        fingerprint=Fingerprint(beton.num_rows, beton.structure, content_digest(crcs)),
         class_names=None,
         counts={ACTIONS[FOUND]: beton.num_rows},
     )

@@ -46,6 +46,7 @@ class Assembly:
         reasons: why an image was transcoded or skipped, or copied though it should have been
             rewritten, by position.
         num_placed: positions that have their offset.
+        is_framed: whether the file is whole.
     """
 
     listing: Listing
@@ -56,6 +57,7 @@ class Assembly:
     offsets: NDArray[np.int64]
     reasons: dict[int, str] = field(default_factory=dict)
     num_placed: int = 0
+    is_framed: bool = False
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -192,6 +194,7 @@ def frame_pages(assembly: Assembly, path: Path) -> Fingerprint:
     table["sample_id"], table["ptr"] = np.arange(len(kept)), offsets
     table["size"] = records["size"]
     write_frame(path, FIELDS, metadata, table, assembly.cursor, assembly.num_classes)
+    assembly.is_framed = True
     structure = structure_digest(records["label"], records["width"], records["height"])
     return Fingerprint(len(kept), structure, content_digest(records["source_crc32c"]))
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton import layout
-from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
+from fastprune.beton.manifest import Manifest, manifest_of
 from fastprune.beton.reader import image_and_label
-from fastprune.beton.row_check import Placement, check_rows
+from fastprune.beton.row_check import Placement, check_rows, label_faults
 from fastprune.beton.structure import Fault, Tables, UnreadableBetonError, read_tables
 from fastprune.cpus import usable_cpus
 from fastprune.errors import ArtifactError, BetonError, FastpruneError, JpegError
@@ -58,16 +58,21 @@ def check_beton(
         return [*faults, Fault("fields", str(error))]
     columns, labels = tables.metadata[f"f{image}"], tables.metadata[f"f{label}"]
     structure = structure_digest(labels, columns["width"], columns["height"])
+    faults += label_faults(labels)
+    known = {"label": labels, "width": columns["width"], "height": columns["height"]}
+    known["bytes"] = placements[image].sizes
+    manifest, differences = manifest_of(path, known, structure)
+    faults += differences
     # The manifest's lines cost a read of it; they name the rows at fault and have the checksums.
-    manifest = own_manifest(path, structure)
-    rows_at_fault = any(fault.row is not None for fault in faults)
-    lines = _lines(manifest) if deep or rows_at_fault else None
-    faults += [found for found in (manifest, lines) if isinstance(found, Fault)]
+    lines = None
+    if manifest is not None and (deep or any(fault.row is not None for fault in faults)):
+        lines = _lines(manifest)
+        faults += [lines] if isinstance(lines, Fault) else []
     if deep:
         crcs = lines.crcs if isinstance(lines, _Lines) else None
         faults += _image_faults(tables, image, placements[image], crcs)
     if subset is not None:
-        content = manifest.fingerprint.content if isinstance(manifest, Manifest) else None
+        content = None if manifest is None else manifest.fingerprint.content
         beton = Fingerprint(len(labels), structure, content)
         faults += _subset_faults(Path(subset), path, beton)
     if isinstance(lines, _Lines):
@@ -78,25 +83,6 @@ def check_beton(
     return faults
 
 
-def own_manifest(path: Path, structure: str) -> Manifest | Fault | None:
-    """Return the manifest beside a beton, or the fault if it is not its own; None without one."""
-    beside = manifest_path(path)
-    if not beside.exists():
-        return None
-    try:
-        manifest = read_manifest(beside)
-    except ArtifactError as error:
-        return Fault("manifest", str(error))
-    if manifest.fingerprint.structure != structure:
-        return Fault(
-            "manifest",
-            f"{beside} was made for another beton: its structure is "
-            f"{manifest.fingerprint.structure}, this one's is {structure}. Remove it, or make it "
-            f"again: fastprune check {path} --deep --write-manifest",
-        )
-    return manifest
-
-
 @dataclass(frozen=True)
 class _Lines:
     """The manifest's lines, by row."""
@@ -105,10 +91,8 @@ class _Lines:
     crcs: dict[int, int]
 
 
-def _lines(manifest: Manifest | Fault | None) -> _Lines | Fault | None:
+def _lines(manifest: Manifest) -> _Lines | Fault:
     """Read the manifest's lines; return a fault if they cannot be read."""
-    if not isinstance(manifest, Manifest):
-        return None
     try:
         table = manifest.table(["row", "source", "stored_crc32c"])
     except ArtifactError as error:

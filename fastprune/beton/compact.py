@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import atomic_path
+from fastprune.artifacts.atomic import destination, named_os_errors, sync, temporary_path
 from fastprune.artifacts.fingerprint import (
     Fingerprint,
     content_digest,
@@ -17,7 +17,7 @@ from fastprune.artifacts.fingerprint import (
 )
 from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines, stored_crc32c
-from fastprune.beton.manifest import Manifest, manifest_path, write_parquet
+from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, write_parquet
 from fastprune.beton.output import PageCursor, write_frame, write_images
 from fastprune.beton.reader import Beton, image_and_label, open_beton
 from fastprune.beton.row_check import check_rows
@@ -61,7 +61,7 @@ def compact(
         BetonError: the beton is damaged; an image's bytes are compared with the manifest's CRC-32C.
         ArtifactError: the new beton cannot be written.
     """
-    beton, out = open_beton(beton_path), Path(out_path)
+    beton, out = open_beton(beton_path), destination(out_path)
     if out.resolve() == beton.path.resolve():
         raise InvalidValueError(f"{out} cannot be compacted into itself. Name another file.")
     rows = rows_of(beton, subset)
@@ -86,12 +86,13 @@ def compact(
             "compacted_from": beton.fingerprint.to_dict(),
         },
     )
-    with atomic_path(out) as temporary:
-        _write(beton, rows, fields, lines, temporary)
-        with atomic_path(manifest.path) as unnamed:
+    with temporary_path(out) as temporary, temporary_path(manifest.path) as unnamed:
+        with named_os_errors(out):
+            _write(beton, rows, fields, lines, temporary)
+        with named_os_errors(manifest.path):
             write_parquet(unnamed, manifest, lines.to_batches())
-            # An older beton must not stand beside the new manifest for a moment.
-            out.unlink(missing_ok=True)
+            sync(unnamed)
+            replace_pair(temporary, unnamed, out)
     return manifest
 
 

@@ -1,17 +1,22 @@
 """The manifest beside a beton: where every row came from and what was done to it."""
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from fastprune import __version__
-from fastprune.artifacts.atomic import atomic_path
+from fastprune.artifacts.atomic import atomic_path, sync
 from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.beton.row_check import per_row
+from fastprune.beton.structure import Fault
 from fastprune.errors import ArtifactError
 from fastprune.untrusted import member, parquet_metadata
 
@@ -77,9 +82,121 @@ class Manifest:
 
 
 def manifest_path(beton_path: str | Path) -> Path:
-    """Return where the manifest of a beton stands."""
+    """Return where the manifest of a beton stands: beside it, or beside the file it links to."""
     beton_path = Path(beton_path)
-    return beton_path.with_name(beton_path.name + ".manifest.parquet")
+    beside = beton_path.with_name(f"{beton_path.name}.manifest.parquet")
+    if beton_path.is_symlink():
+        real = Path(os.path.realpath(beton_path))
+        beside_real = real.with_name(f"{real.name}.manifest.parquet")
+        # Where every file is a link of its own, as in a cache of blobs, only the names belong
+        # together.
+        if beside_real.exists() or not beside.exists():
+            return beside_real
+    return beside
+
+
+def replace_pair(new_beton: Path, new_manifest: Path, path: Path) -> None:
+    """Give a whole beton and its manifest their names; bring an older pair back if that fails.
+
+    The older pair is set aside first, the new beton gets its name last: no beton ever stands beside
+    the manifest of another. A process that is killed here leaves the older pair as `<path>.old`.
+
+    Args:
+        new_beton: flushed to the disk, in the folder of `path`.
+        new_manifest: likewise.
+        path: the beton's name; no link.
+
+    Raises:
+        OSError: a file cannot be renamed; all of them have the names that they had before.
+    """
+    aside = path.with_name(f"{path.name}.old")
+    while aside.exists() or manifest_path(aside).exists():
+        aside = aside.with_name(f"{aside.name}.old")
+    moves = [
+        (path, aside),
+        (manifest_path(path), manifest_path(aside)),
+        (new_manifest, manifest_path(path)),
+        (new_beton, path),
+    ]
+    # A folder in the way is not set aside but makes the renames below fail.
+    moves = [move for move in moves if move[0].is_file()]
+    try:
+        for source, target in moves:
+            source.replace(target)
+    except BaseException:
+        # Ctrl-C can come behind a rename that was not noted yet, so the files are asked.
+        for source, target in reversed(moves):
+            if target.is_file() and not source.exists():
+                target.replace(source)
+        raise
+    sync(path.parent)
+    aside.unlink(missing_ok=True)
+    manifest_path(aside).unlink(missing_ok=True)
+
+
+def manifest_of(
+    path: Path, columns: Mapping[str, NDArray[Any]], structure: str
+) -> tuple[Manifest | None, list[Fault]]:
+    """Find the manifest of a beton.
+
+    Args:
+        path: the beton.
+        columns: (N,) arrays label, width, height and bytes (the size of the image's data).
+        structure: the digest of the first three.
+
+    Returns:
+        The manifest, None if there is none of this beton; and the faults: of kind "manifest" where
+        the manifest is damaged or of another beton, of other kinds, with the row, where the beton
+        is damaged.
+    """
+    beside = manifest_path(path)
+    if not beside.exists():
+        return None, []
+    try:
+        manifest = read_manifest(beside)
+        if manifest.fingerprint.structure == structure:
+            return manifest, []
+        table = manifest.table(["row", *columns])
+    except ArtifactError as error:
+        return None, [Fault("manifest", str(error))]
+    table = table.filter(table["row"].is_valid())
+    if table.num_rows == len(columns["label"]):
+        lines = {name: table[name].to_numpy() for name in columns}
+        differs = {name: lines[name] != columns[name] for name in columns}
+        is_equal = ~np.logical_or.reduce(list(differs.values()))
+        # A flipped bit differs in one value. No other beton has the same sizes in bytes, or
+        # agrees in half of its rows: with it, the manifest must not be made again.
+        if not differs["bytes"].any() or 2 * is_equal.sum() >= len(is_equal):
+            return None, _differences(columns, lines, differs)
+    return None, [
+        Fault(
+            "manifest",
+            f"{beside} was made for another beton ({manifest.fingerprint}) and is not used: its "
+            f"structure is {manifest.fingerprint.structure}, this one's is {structure}. Remove "
+            f"it, or make it again: fastprune check {path} --deep --write-manifest",
+        )
+    ]
+
+
+def _differences(
+    columns: Mapping[str, NDArray[Any]],
+    lines: Mapping[str, NDArray[Any]],
+    differs: Mapping[str, NDArray[np.bool_]],
+) -> list[Fault]:
+    """Name every value of the beton that is not the manifest's."""
+    kinds = {"label": "label", "width": "extent", "height": "extent", "bytes": "size"}
+    return [
+        fault
+        for name, kind in kinds.items()
+        for fault in per_row(
+            kind,
+            np.flatnonzero(differs[name]),
+            lambda row, name=name: (  # type: ignore[misc]
+                f"its {name} is {columns[name][row]:,}, but the manifest says "
+                f"{lines[name][row]:,}: one of them is damaged"
+            ),
+        )
+    ]
 
 
 def write_manifest(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:

@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ from numpy.typing import NDArray
 
 from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.beton import layout
-from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
-from fastprune.beton.row_check import check_rows
+from fastprune.beton.manifest import Manifest, manifest_of
+from fastprune.beton.row_check import check_rows, label_faults
 from fastprune.beton.structure import read_tables
-from fastprune.errors import ArtifactError, BetonError, InvalidValueError
+from fastprune.errors import BetonError, InvalidValueError
 
 
 class ForeignManifestWarning(UserWarning):
@@ -39,6 +38,8 @@ class Beton:
         fields: the columns of the file, in order.
         page_bytes: the page size.
         content: (file size,) uint8, the whole file, not writable.
+        structure: digest of labels, widths and heights.
+        manifest: the manifest beside the file; None where there is none of this beton.
     """
 
     path: Path
@@ -51,6 +52,8 @@ class Beton:
     fields: tuple[layout.Field, ...]
     page_bytes: int
     content: NDArray[np.uint8]
+    structure: str
+    manifest: Manifest | None
 
     def __repr__(self) -> str:
         return f"<Beton {self.path}, {self.num_rows:,} rows>"
@@ -71,41 +74,11 @@ class Beton:
         """Name of every class, in the order of the labels; None without a manifest."""
         return None if self.manifest is None else self.manifest.class_names
 
-    @cached_property
+    @property
     def fingerprint(self) -> Fingerprint:
         """The identity of the images; with the content where the beton's own manifest is there."""
         content = None if self.manifest is None else self.manifest.fingerprint.content
-        return Fingerprint(self.num_rows, self._structure, content)
-
-    @cached_property
-    def manifest(self) -> Manifest | None:
-        """The manifest beside the file; None where there is none of this beton.
-
-        Warns:
-            ForeignManifestWarning: the manifest is damaged or was made for another beton.
-        """
-        path = manifest_path(self.path)
-        if not path.exists():
-            return None
-        try:
-            manifest = read_manifest(path)
-        except ArtifactError as error:
-            warnings.warn(str(error), ForeignManifestWarning, stacklevel=2)
-            return None
-        if manifest.fingerprint.structure != self._structure:
-            warnings.warn(
-                f"{path} was made for another beton ({manifest.fingerprint}) than {self.path} and "
-                f"is not used. Remove it, or make it again: fastprune check {self.path} --deep "
-                "--write-manifest",
-                ForeignManifestWarning,
-                stacklevel=2,
-            )
-            return None
-        return manifest
-
-    @cached_property
-    def _structure(self) -> str:
-        return structure_digest(self.labels, self.widths, self.heights)
+        return Fingerprint(self.num_rows, self.structure, content)
 
     def image_bytes(self, row: int) -> NDArray[np.uint8]:
         """Return the stored bytes of one image, without a copy.
@@ -141,31 +114,50 @@ def open_beton(path: str | Path) -> Beton:
         The open beton.
 
     Raises:
-        BetonError: the file is missing, unfinished, cut or damaged; the text names the first fault.
+        BetonError: the file is missing, unfinished, cut or damaged, or differs from its manifest in
+            some rows; the text names the first fault.
+
+    Warns:
+        ForeignManifestWarning: the manifest is damaged or was made for another beton.
     """
     path = Path(path)
     tables = read_tables(path)
     image, label = image_and_label(tables.fields, path)
     placements, faults = check_rows(tables)
+    columns = tables.metadata[f"f{image}"]
+    # Copied out of the records: strided reads of the mapping would touch every page of it.
+    labels = np.ascontiguousarray(tables.metadata[f"f{label}"])
+    widths = np.ascontiguousarray(columns["width"])
+    heights = np.ascontiguousarray(columns["height"])
+    structure = structure_digest(labels, widths, heights)
+    faults += label_faults(labels)
+    manifest = None
+    if not faults:
+        known = {"label": labels, "width": widths, "height": heights}
+        known["bytes"] = placements[image].sizes
+        manifest, faults = manifest_of(path, known, structure)
+    for fault in [fault for fault in faults if fault.kind == "manifest"]:
+        faults.remove(fault)
+        warnings.warn(fault.message, ForeignManifestWarning, stacklevel=2)
     if faults:
         more = f", and {len(faults) - 1:,} more faults" if len(faults) > 1 else ""
         raise BetonError(
             f"{path} is damaged: {faults[0]}{more}. See all: fastprune check {path}; then convert "
             "the images again or get a whole copy of the file."
         )
-    columns = tables.metadata[f"f{image}"]
-    # Columns are copied out of the records: strided reads of the mapping would touch every page.
     return Beton(
         path=path,
-        labels=np.ascontiguousarray(tables.metadata[f"f{label}"]),
-        widths=np.ascontiguousarray(columns["width"]),
-        heights=np.ascontiguousarray(columns["height"]),
+        labels=labels,
+        widths=widths,
+        heights=heights,
         modes=np.ascontiguousarray(columns["mode"]),
         offsets=placements[image].offsets,
         sizes=placements[image].sizes,
         fields=tables.fields,
         page_bytes=tables.page_bytes,
         content=tables.content,
+        structure=structure,
+        manifest=manifest,
     )
 
 

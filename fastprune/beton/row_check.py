@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fastprune.beton import layout
 from fastprune.beton.structure import Fault, Tables
+from fastprune.checks import MAX_CLASSES
 
 # A file that is cut has a fault in every row.
 _MOST_ROWS_NAMED = 1000
@@ -78,7 +79,7 @@ class _Allocations:
             index = np.maximum(np.searchsorted(self.ptr, offsets, side="right") - 1, 0)
             found = self.ptr[index] == offsets
         missing = np.flatnonzero(~found)
-        faults += _per_row(
+        faults += per_row(
             "pointer",
             missing,
             lambda row: (
@@ -92,7 +93,7 @@ class _Allocations:
         self._used[index[rows]] = True
         # Rows without data may share an offset; rows with data may not.
         foreign = rows[(self.row[index[rows]] != rows) & (sizes[rows] > 0)]
-        faults += _per_row(
+        faults += per_row(
             "owner",
             foreign,
             lambda row: (
@@ -138,6 +139,15 @@ def check_rows(tables: Tables) -> tuple[dict[int, Placement], list[Fault]]:
     return placements, faults
 
 
+def label_faults(labels: NDArray[np.int64]) -> list[Fault]:
+    """Find labels that no set of classes reaches; loaders keep a name for each class."""
+    return per_row(
+        "label",
+        np.flatnonzero(labels >= MAX_CLASSES),
+        lambda row: f"its label is {labels[row]:,}, but labels must be below {MAX_CLASSES:,}",
+    )
+
+
 def _value_faults(tables: Tables, index: int, sizes: NDArray[np.int64]) -> list[Fault]:
     """Find values of one field that do not fit the size of its data."""
     field, column = tables.fields[index], tables.metadata[f"f{index}"]
@@ -147,7 +157,7 @@ def _value_faults(tables: Tables, index: int, sizes: NDArray[np.int64]) -> list[
     if expected is None:
         expected = column["size"].astype(np.int64)
     expected = np.broadcast_to(expected, sizes.shape)
-    return _per_row(
+    return per_row(
         "size",
         np.flatnonzero(sizes != expected),
         lambda row: (
@@ -160,12 +170,12 @@ def _value_faults(tables: Tables, index: int, sizes: NDArray[np.int64]) -> list[
 def _image_faults(image: NDArray[np.void], sizes: NDArray[np.int64]) -> list[Fault]:
     """Find image records with an unknown mode, no extent, or data of the wrong size."""
     mode, width, height = image["mode"], image["width"], image["height"]
-    faults = _per_row(
+    faults = per_row(
         "mode",
         np.flatnonzero(mode > layout.RAW),
         lambda row: f"its image has mode {mode[row]}, but must be 0 (jpg) or 1 (raw)",
     )
-    faults += _per_row(
+    faults += per_row(
         "extent",
         np.flatnonzero((width == 0) | (height == 0)),
         lambda row: f"its image is {width[row]} x {height[row]} pixels",
@@ -173,7 +183,7 @@ def _image_faults(image: NDArray[np.void], sizes: NDArray[np.int64]) -> list[Fau
     # 65,535 x 65,535 overflows uint16 and int32.
     pixels = width.astype(np.int64) * height
     wrong = np.where(mode == layout.RAW, sizes != 3 * pixels, sizes == 0)
-    faults += _per_row(
+    faults += per_row(
         "size",
         np.flatnonzero(wrong),
         lambda row: f"its image of {width[row]} x {height[row]} pixels takes {sizes[row]:,} bytes",
@@ -181,7 +191,7 @@ def _image_faults(image: NDArray[np.void], sizes: NDArray[np.int64]) -> list[Fau
     return faults
 
 
-def _per_row(kind: str, rows: NDArray[np.int64], describe: Callable[[int], str]) -> list[Fault]:
+def per_row(kind: str, rows: NDArray[np.int64], describe: Callable[[int], str]) -> list[Fault]:
     """Return one fault per row, up to a number that can be read."""
     faults = [Fault(kind, describe(row), int(row)) for row in rows[:_MOST_ROWS_NAMED]]
     return [*faults, *_rest(kind, len(rows))]

@@ -113,26 +113,42 @@ class WorkerPool:
     """
 
     def __init__(self, num_workers: int, task: Task) -> None:
-        context = multiprocessing.get_context("fork")
-        pipes = [context.Pipe() for _ in range(num_workers)]
         # Shared memory, because a worker that is killed can report nothing any more.
         self._at_work_on = mmap.mmap(-1, 8 * num_workers)
-        self._connections = [ours for ours, _ in pipes]
+        self._connections: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        for worker, (_, theirs) in enumerate(pipes):
-            others = [end for pair in pipes for end in pair if end is not theirs]
-            arguments = (theirs, others, task, self._at_work_on, worker)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            with warnings.catch_warnings():
-                # Python >= 3.12 warns of threads at a fork. The workers run only code that holds
-                # up there: no torch, no OpenMP, Numba without threads of its own, and pyarrow,
-                # which sets up its threads anew.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-            self._processes.append(process)
-        # Else the pipe of a dead worker would never read as closed here.
-        for _, theirs in pipes:
-            theirs.close()
+        try:
+            self._start(num_workers, task)
+        except OSError as error:
+            # Those that were started must not stay behind.
+            self.__exit__()
+            raise ConversionError(
+                f"cannot start {num_workers:,} worker processes: {os.strerror(error.errno or 0)}. "
+                "Use fewer with --workers, or raise the limits (`ulimit -n`, `ulimit -u`)."
+            ) from error
+
+    def _start(self, num_workers: int, task: Task) -> None:
+        context = multiprocessing.get_context("fork")
+        pipes: list[tuple[Connection, Connection]] = []
+        try:
+            for _ in range(num_workers):
+                pipes.append(context.Pipe())
+                self._connections.append(pipes[-1][0])
+            for worker, (_, theirs) in enumerate(pipes):
+                others = [end for pair in pipes for end in pair if end is not theirs]
+                arguments = (theirs, others, task, self._at_work_on, worker)
+                process = context.Process(target=_work, args=arguments, daemon=True)
+                with warnings.catch_warnings():
+                    # Python >= 3.12 warns of threads at a fork. The workers run only code that
+                    # holds up there: no torch, no OpenMP, Numba without threads of its own, and
+                    # pyarrow, which sets up its threads anew.
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process.start()
+                self._processes.append(process)
+        finally:
+            # Else the pipe of a dead worker would never read as closed here.
+            for _, theirs in pipes:
+                theirs.close()
 
     def __len__(self) -> int:
         return len(self._connections)

@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 
 from fastprune import __version__
-from fastprune.artifacts.atomic import sync
+from fastprune.artifacts.atomic import destination, sync
 from fastprune.beton import layout
 from fastprune.beton.assembly import (
     Assembly,
@@ -22,7 +22,13 @@ from fastprune.beton.assembly import (
     start_assembly,
 )
 from fastprune.beton.journal import Journal, intact_rows
-from fastprune.beton.manifest import Manifest, manifest_path, read_manifest, write_parquet
+from fastprune.beton.manifest import (
+    Manifest,
+    manifest_path,
+    read_manifest,
+    replace_pair,
+    write_parquet,
+)
 from fastprune.beton.reader import open_beton
 from fastprune.beton.sources import source_for
 from fastprune.beton.sources.listing import renumbered
@@ -45,6 +51,7 @@ from fastprune.progress import track
 
 # More processes than this only wait for the disk; --workers may still ask for more.
 _MOST_WORKERS = 16
+_MOST_WORKERS_ASKED = 1024
 _DONE = (COPIED, REWRITTEN, TRANSCODED, SKIPPED)
 
 
@@ -77,7 +84,7 @@ def convert(
             `labels`, a flat folder of images; or an indexable dataset whose samples are
             (image, label) or {"image": ..., "label": ...}, an image being a PIL image, uint8
             pixels (height, width, 3) or (height, width), or the bytes of an image file.
-        beton_path: the file to write; an older one is replaced at the very end.
+        beton_path: the file to write; an older one is replaced at the very end, with its manifest.
         labels: for a flat folder, a text file with a line "name class" per image.
         workers: processes; by default one per CPU that affinity and cgroup quota leave, at
             most 16.
@@ -113,14 +120,11 @@ def convert(
     if shuffle_seed is not None and shuffle_seed < 0:
         raise InvalidValueError(f"shuffle_seed must be >= 0, but is {shuffle_seed}.")
     names = None if classes_from is None else _class_names_of(Path(classes_from))
-    path = Path(beton_path)
-    if path.is_dir():
-        raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
-    partial = path.with_name(path.name + ".partial")
+    path, partial = _destinations(Path(beton_path))
     source = source_for(images, labels)
     task = Task(source, settings, on_error == "skip", partial)
     with (
-        Journal(partial.with_name(partial.name + ".journal")) as journal,
+        Journal(_journal_path(partial)) as journal,
         # Forked before the images are listed: the list would be copied into every worker.
         WorkerPool(num_workers, task) as pool,
     ):
@@ -147,7 +151,8 @@ def convert(
             manifest = _finish(assembly, partial, path, choices)
         except BaseException:
             manifest_path(partial).unlink(missing_ok=True)
-            if not (keep_partial or resume):
+            # What is framed took its time and is whole: only its name is missing.
+            if not (keep_partial or resume or assembly.is_framed):
                 partial.unlink(missing_ok=True)
                 journal.remove()
             raise
@@ -170,9 +175,30 @@ def _checked_settings(
 def _checked_workers(workers: int | None) -> int:
     if workers is None:
         return min(usable_cpus(), _MOST_WORKERS)
-    if workers < 1:
-        raise InvalidValueError(f"workers must be >= 1, but is {workers}.")
+    if not 1 <= workers <= _MOST_WORKERS_ASKED:
+        raise InvalidValueError(
+            f"workers must lie in [1, {_MOST_WORKERS_ASKED:,}], but is {workers:,}. More processes "
+            "than CPUs only cost memory."
+        )
     return workers
+
+
+def _destinations(path: Path) -> tuple[Path, Path]:
+    """Return where the beton and its partial file are written, links followed."""
+    try:
+        path = destination(path)
+        partial = path.with_name(f"{path.name}.partial")
+        for other in (partial, _journal_path(partial), manifest_path(path)):
+            destination(other)
+    except ArtifactError as error:
+        raise ConversionError(str(error)) from None
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
+    return path, partial
+
+
+def _journal_path(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.journal")
 
 
 def _class_names_of(path: Path) -> tuple[str, ...]:
@@ -259,19 +285,17 @@ def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, A
         settings=settings,
     )
     unnamed = manifest_path(partial)
-    with _named_write_errors(unnamed):
+    kept = f" The images are kept in {partial}: repeat the command with --resume."
+    with _named_write_errors(unnamed, kept):
         write_parquet(unnamed, manifest, manifest_lines(assembly))
         sync(unnamed)
-    # A beton of an earlier conversion must not stand beside the new manifest for a moment.
-    path.unlink(missing_ok=True)
-    unnamed.replace(manifest.path)
-    partial.replace(path)
-    sync(path.parent)
+    with _named_write_errors(manifest.path, kept):
+        replace_pair(partial, unnamed, path)
     return manifest
 
 
 @contextmanager
-def _named_write_errors(path: Path) -> Iterator[None]:
+def _named_write_errors(path: Path, kept: str = "") -> Iterator[None]:
     """Turn an OSError into a ConversionError that names the file and the cure."""
     try:
         yield
@@ -279,5 +303,5 @@ def _named_write_errors(path: Path) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConversionError(
             f"cannot write {path}: {reason}. Free some space, or name another folder, and run the "
-            "command again."
+            f"command again.{kept}"
         ) from error

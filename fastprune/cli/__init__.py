@@ -6,6 +6,7 @@ that `fastprune --help` answers at once.
 
 import errno
 import logging
+import os
 import sys
 import warnings
 from typing import Any
@@ -56,6 +57,19 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     click.echo(f"warning: {message}", err=True)
 
 
+def _open_closed_streams() -> None:
+    """Give closed standard streams (`2>&-`, some daemons) a file that takes everything."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Open gives the lowest free number. Else the next file that is written would get it,
+            # and whatever a library prints would land in a beton.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 @click.group(cls=_InOrder, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="fastprune")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
@@ -65,6 +79,7 @@ def main(debug: bool) -> None:
     \b
     images --convert--> train.beton --score--> scores --select--> subset --train--> student
     """  # noqa: D301 - click reads \b as "keep these lines"
+    _open_closed_streams()
     # Other libraries stay quiet: numba and matplotlib log thousands of lines at DEBUG.
     logging.basicConfig(
         level=logging.WARNING,

@@ -1,6 +1,8 @@
 import errno
 import fcntl
+import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +100,35 @@ def test_named_error_survives_where_the_temporary_file_cannot_be_removed(tmp_pat
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ArtifactError, match=r"cannot write .*artifact: Not a directory"):
         write_text(tmp_path / "file" / "artifact", "text")
+
+
+def test_fifo_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(
+        ArtifactError, match=r"cannot write .*fifo: it is a FIFO, which a file would"
+    ):
+        write_text(tmp_path / "fifo", "text")
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_socket_is_not_replaced_by_a_file(tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        (tmp_path / "link").symlink_to(tmp_path / "socket")
+        for name in ("socket", "link"):
+            with pytest.raises(ArtifactError, match=rf"cannot write .*{name}: it is a socket"):
+                write_text(tmp_path / name, "text")
+        assert (tmp_path / "socket").is_socket()
+
+
+def test_link_is_followed_so_that_the_data_lands_on_its_disk(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "file")
+    for text in ("first", "second"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "other" / "file").read_text() == text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "other"]
 
 
 def test_current_folder_is_no_artifact(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from fastprune import Subset, check_beton, convert, open_beton
 from fastprune.artifacts.fingerprint import Fingerprint
 from fastprune.beton import layout
 from fastprune.beton.adopt import adopt
+from fastprune.beton.compact import compact
+from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.manifest import manifest_path
 from fastprune.beton.reader import ForeignManifestWarning
 from fastprune.errors import ArtifactError, BetonError, InvalidValueError
@@ -274,10 +276,57 @@ def test_a_manifest_of_another_beton_is_named_and_not_used(ours, plain):
     [fault] = check_beton(plain)
     assert fault.kind == "manifest"
     assert "was made for another beton" in fault.message
-    beton = open_beton(plain)
     with pytest.warns(ForeignManifestWarning, match=r"made for another beton.*--write-manifest"):
-        assert beton.fingerprint.content is None
+        beton = open_beton(plain)
+    assert beton.fingerprint.content is None
     assert beton.class_names is None
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "content", "kind", "message"),
+    [
+        (1, None, u64(5), "label", "its label is 5, but the manifest says 1"),
+        (0, "width", b"\xff\x01", "extent", "its width is 511, but the manifest says 47"),
+        (0, "height", b"\xff\x01", "extent", "its height is 511, but the manifest says 41"),
+    ],
+)
+def test_a_value_that_differs_from_the_manifest_is_named_and_refused(
+    ours, tmp_path, field, name, content, kind, message
+):
+    patch(ours, column_offset(ours, 5, field, name), content)
+    [fault] = check_beton(ours)
+    assert (fault.kind, fault.row) == (kind, 5)
+    assert message in fault.message
+    for use in (open_beton, adopt, lambda path: compact(path, tmp_path / "b.beton")):
+        with pytest.raises(BetonError, match=f"is damaged: {kind}: row 5: {message}") as error:
+            use(ours)
+        assert "--write-manifest" not in str(error.value)
+    with pytest.raises(BetonError, match=message):
+        write_dali_index(ours, tmp_path / "a.idx")
+    assert not (tmp_path / "b.beton").exists()
+
+
+def test_a_label_beyond_all_classes_is_refused_before_anything_is_made_of_it(plain):
+    patch(plain, column_offset(plain, 3, 1), u64(1 << 40))
+    [fault] = check_beton(plain)
+    assert (fault.kind, fault.row) == ("label", 3)
+    with pytest.raises(BetonError, match="row 3: its label is 1,099,511,627,776, but labels must"):
+        open_beton(plain)
+
+
+def test_a_manifest_is_found_through_a_link_to_the_beton(ours, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "b.beton"
+    link.symlink_to(ours)
+    assert open_beton(link).class_names == ("class_00", "class_01", "class_02")
+
+
+def test_a_manifest_that_is_a_link_beside_a_link_is_found(ours, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate((ours, manifest_path(ours))):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(tmp_path / "blobs" / str(number))
+    assert open_beton(ours).class_names == ("class_00", "class_01", "class_02")
 
 
 def test_a_damaged_manifest_is_named_and_not_used(ours):

@@ -1,6 +1,8 @@
 """Compaction copies rows byte for byte, with all their fields and their history."""
 
 import errno
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from fastprune import Subset, check_beton, compact, convert, open_beton
 from fastprune.artifacts.fingerprint import content_digest
 from fastprune.beton import compact as module
 from fastprune.beton.dali_index import write_dali_index
+from fastprune.beton.manifest import manifest_path
 from fastprune.beton.structure import read_tables
 from fastprune.errors import ArtifactError, ArtifactMismatch, BetonError, InvalidValueError
 from tests.beton.damage import patch, write_plain_beton
@@ -157,6 +160,31 @@ def test_an_older_beton_stands_until_the_new_manifest_is_written(ours, tmp_path,
     child = open_beton(tmp_path / "b.beton")
     assert (child.num_rows, child.fingerprint.content is None) == (4, False)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_older_pair_comes_back_when_the_new_one_cannot_get_its_name(ours, tmp_path, monkeypatch):
+    path = tmp_path / "b.beton"
+    compact(ours, path, subset=ROWS)
+    before = (path.read_bytes(), manifest_path(path).read_bytes())
+    replace = Path.replace
+
+    def interrupted(self, target):
+        if target == path and self.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compact(ours, path)
+    assert (path.read_bytes(), manifest_path(path).read_bytes()) == before
+    assert not [*tmp_path.glob(".*"), *tmp_path.glob("*.old*")]
+
+
+def test_socket_is_not_replaced_by_a_beton(ours, tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        with pytest.raises(ArtifactError, match=r"cannot write .*: it is a socket"):
+            compact(ours, tmp_path / "s")
 
 
 def test_raw_images_cannot_be_indexed_for_dali(tmp_path):

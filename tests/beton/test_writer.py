@@ -5,7 +5,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from PIL import Image
 from fastprune import check_beton, convert, open_beton
 from fastprune.beton import journal, layout
 from fastprune.beton.journal import Journal
+from fastprune.beton.manifest import manifest_path
 from fastprune.beton.output import PageCursor
 from fastprune.beton.sources.folder import FolderSource
 from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
@@ -28,6 +32,11 @@ MIB = 1 << 20
 def contents(folder, name="a.beton"):
     """The beton and its manifest, as bytes."""
     return (folder / name).read_bytes(), (folder / f"{name}.manifest.parquet").read_bytes()
+
+
+def files_in(folder):
+    """Name -> bytes of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def many_images(root, count):
@@ -445,6 +454,118 @@ def test_an_interrupt_leaves_nothing(images, tmp_path, monkeypatch):
     assert leaves_nothing(tmp_path)
 
 
+def test_workers_that_cannot_all_be_started_leave_none_behind(images, tmp_path):
+    script = (
+        "import multiprocessing, resource, sys\n"
+        "from fastprune import convert\n"
+        "from fastprune.errors import ConversionError\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "try:\n"
+        "    convert(sys.argv[1], sys.argv[2], workers=200)\n"
+        "except ConversionError as error:\n"
+        "    print(error, multiprocessing.active_children())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, images, tmp_path / "a.beton"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "cannot start 200 worker processes: Too many open files. Use fewer" in done.stdout
+    assert done.stdout.endswith(" []\n")
+    assert leaves_nothing(tmp_path)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A beton and its manifest in a folder of their own, and other images to replace them by."""
+    folder = tmp_path / "betons"
+    folder.mkdir()
+    convert(write_image_folder(tmp_path / "old"), folder / "a.beton")
+    return folder / "a.beton", write_image_folder(tmp_path / "new", classes=2)
+
+
+def test_older_pair_comes_back_when_the_new_one_cannot_get_its_name(pair, monkeypatch):
+    path, images = pair
+    before = files_in(path.parent)
+    replace = Path.replace
+
+    def refuse_the_beton(self, target):
+        if target == path and self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_the_beton)
+    with pytest.raises(ConversionError, match=r"a\.beton.*Input/output.*kept in .*--resume"):
+        convert(images, path)
+    after = files_in(path.parent)
+    assert {name: after[name] for name in before} == before
+    monkeypatch.undo()
+    assert convert(images, path, resume=True).fingerprint.num_rows == 8
+    assert check_beton(path, deep=True) == []
+    assert sorted(files_in(path.parent)) == sorted(before)
+
+
+def test_interrupt_between_the_renames_loses_neither_beton(pair, monkeypatch):
+    path, images = pair
+    before = files_in(path.parent)
+    replace = Path.replace
+
+    def interrupted_behind_the_manifest(self, target):
+        replace(self, target)
+        if self.name.startswith("a.beton.partial.manifest"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted_behind_the_manifest)
+    with pytest.raises(KeyboardInterrupt):
+        convert(images, path)
+    monkeypatch.undo()
+    after = files_in(path.parent)
+    assert {name: after[name] for name in before} == before
+    assert "a.beton.partial" in after
+    assert convert(images, path, resume=True).fingerprint.num_rows == 8
+
+
+def test_folder_under_the_manifests_name_loses_neither_beton(pair):
+    path, images = pair
+    manifest_path(path).unlink()
+    manifest_path(path).mkdir()
+    old = path.read_bytes()
+    with pytest.raises(ConversionError, match=r"manifest\.parquet: Is a directory.*--resume"):
+        convert(images, path)
+    assert path.read_bytes() == old
+    assert path.with_name("a.beton.partial").exists()
+
+
+def test_pair_that_a_killed_process_left_aside_is_not_overwritten(pair):
+    path, images = pair
+    aside = path.with_name("a.beton.old")
+    aside.write_bytes(b"left by a process that was killed")
+    convert(images, path)
+    assert aside.read_bytes() == b"left by a process that was killed"
+    assert len(files_in(path.parent)) == 3
+
+
+def test_fifo_is_not_replaced_by_a_beton(images, tmp_path):
+    os.mkfifo(tmp_path / "a.beton")
+    with pytest.raises(ConversionError, match=r"cannot write .*a\.beton: it is a FIFO"):
+        convert(images, tmp_path / "a.beton")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.beton"]
+
+
+def test_link_to_another_folder_is_followed(images, expected, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.beton").symlink_to(tmp_path / "disk" / "big.beton")
+    convert(images, tmp_path / "a.beton")
+    assert (tmp_path / "a.beton").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == [
+        "big.beton",
+        "big.beton.manifest.parquet",
+    ]
+    assert open_beton(tmp_path / "a.beton").fingerprint.content is not None
+
+
 def test_a_failure_leaves_an_older_beton_untouched(tmp_path):
     convert(write_image_folder(tmp_path / "images"), tmp_path / "a.beton")
     before = contents(tmp_path)
@@ -471,7 +592,8 @@ def test_a_folder_in_the_betons_place_is_named(images, tmp_path):
         ({"exif": "turn"}, "exif must be one of 'ignore', 'apply', not 'turn'"),
         ({"quality": 0}, r"quality must lie in \[1, 100\], but is 0"),
         ({"max_side": 70_000}, r"max_side must lie in \[1, 65,500\], but is 70,000"),
-        ({"workers": 0}, "workers must be >= 1, but is 0"),
+        ({"workers": 0}, r"workers must lie in \[1, 1,024\], but is 0"),
+        ({"workers": 100_000}, r"workers must lie in .* but is 100,000"),
         ({"shuffle_seed": -1}, "shuffle_seed must be >= 0, but is -1"),
         ({"on_error": "ignore"}, "on_error must be one of 'stop', 'skip', not 'ignore'"),
     ],

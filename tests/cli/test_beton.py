@@ -229,3 +229,12 @@ def test_the_command_stops_within_seconds_when_standard_output_is_a_pipe(tmp_pat
     assert done.returncode == 1
     assert "class_00/x.jpg: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_cost_nothing(images, beton, tmp_path, closed):
+    out = tmp_path / "again.beton"
+    command = f'"$0" -m fastprune convert "$1" "$2" --workers 2 {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, images, out], timeout=60)
+    assert done.returncode == 0
+    assert out.read_bytes() == beton.read_bytes()
