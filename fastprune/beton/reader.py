@@ -1,6 +1,5 @@
 """Open a beton: its columns as arrays, its images as views into the mapped file."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
 from fastprune.beton.row_check import check_rows, label_faults
 from fastprune.beton.structure import read_tables
-from fastprune.errors import BetonError, InvalidValueError
+from fastprune.errors import BetonError, InvalidValueError, warn_user
 
 
 class ForeignManifestWarning(UserWarning):
@@ -138,7 +137,7 @@ def open_beton(path: str | Path) -> Beton:
         manifest, faults = manifest_of(path, known, structure)
     for fault in [fault for fault in faults if fault.kind == "manifest"]:
         faults.remove(fault)
-        warnings.warn(fault.message, ForeignManifestWarning, stacklevel=2)
+        warn_user(fault.message, ForeignManifestWarning)
     if faults:
         more = f", and {len(faults) - 1:,} more faults" if len(faults) > 1 else ""
         raise BetonError(
