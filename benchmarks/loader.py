@@ -363,7 +363,7 @@ def pixels(beton: Beton) -> dict[str, dict[str, float]]:
 
     cpu, dali = images("cpu"), images("dali")
     loader = Loader(beton.path, augment="rrc", backend="cpu")
-    views = loader.views(np.arange(beton.num_rows), epoch=0)
+    views = loader.views(np.arange(beton.num_rows), slot=0)
     reference = np.empty_like(cpu)
     for row, (top, left, height, width, _, _, flip) in enumerate(views):
         whole = Image.open(io.BytesIO(beton.image_bytes(row))).convert("RGB")

@@ -225,6 +225,7 @@ class ViewOrder(TraversalOrder):
         rank, world = this_rank("auto" if self.distributed else None)
         sampler = EpochSampler(
             rows=np.unique(self.indices).astype(np.int64),
+            num_rows=self.loader.reader.num_samples,
             batch_size=1,
             order="random",
             seed=self._order_seed,

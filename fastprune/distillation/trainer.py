@@ -116,6 +116,7 @@ def _open_train_loader(context: Context, image_size: int) -> Loader:
         augment=views.kind,
         image_size=image_size,
         seed=context.recipe.run.seed,
+        num_views=data.num_views,
         layout="xyi",
         **_loader_settings(context),
     )

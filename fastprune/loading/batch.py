@@ -46,29 +46,31 @@ class Collate:
     contrast: "ContrastRows | None" = None
 
     @property
-    def num_views(self) -> int:
+    def views_per_row(self) -> int:
         """Views of each row in a batch."""
         return 2 if self.layout == "two_view" else 1
 
     def __call__(
-        self, pixels: torch.Tensor, rows: NDArray[np.int64], *, epoch: int
+        self, pixels: torch.Tensor, rows: NDArray[np.int64], *, epoch: int, slot: int
     ) -> tuple[Any, ...]:
         """Put one batch together.
 
         Args:
-            pixels: (num_views * B, S, S, 3) uint8, all first views before all second ones.
-            rows: (num_views * B,) int64, in the same order.
-            epoch: in [0, 2**63).
+            pixels: (views_per_row * B, S, S, 3) uint8, all first views before all second ones.
+            rows: (views_per_row * B,) int64, in the same order.
+            epoch: in [0, 2**63), of the contrast rows.
+            slot: in [0, 2**63), of the views: what recurs with a view, recurs as a whole.
 
         Returns:
             On the device, "xy": (images, labels); "xyi": (images, labels, rows); "xy_supp":
             (images, labels, {"rows": rows}); "xyi_contrast": (images, labels, rows, contrast
             rows); "two_view": ((images, images), labels, rows).
         """
-        *earlier, pixels = pixels.to(self.normalize.device, non_blocking=True).chunk(self.num_views)
+        pixels = pixels.to(self.normalize.device, non_blocking=True)
+        *earlier, pixels = pixels.chunk(self.views_per_row)
         rows = rows[: len(pixels)]
         if self.transform is not None:
-            pixels = transformed(pixels, self.transform, rows, seed=self.seed, epoch=epoch)
+            pixels = transformed(pixels, self.transform, rows, seed=self.seed, slot=slot)
         views = (*map(self.normalize, earlier), self.normalize(pixels))
         images = views if self.layout == "two_view" else views[0]
         labels = self.labels[rows]
@@ -143,9 +145,9 @@ def _scale_and_shift(
 
 
 def transformed(
-    pixels: torch.Tensor, transform: Transform, rows: NDArray[np.int64], *, seed: int, epoch: int
+    pixels: torch.Tensor, transform: Transform, rows: NDArray[np.int64], *, seed: int, slot: int
 ) -> torch.Tensor:
-    """Apply a random transform to each image, seeded by (seed, epoch, row).
+    """Apply a random transform to each image, seeded by (seed, slot, row).
 
     Args:
         pixels: (B, S, S, 3) uint8, on any device.
@@ -153,7 +155,7 @@ def transformed(
             `torchvision.transforms.v2.RandAugment()`.
         rows: (B,) int64.
         seed: in [0, 2**63).
-        epoch: in [0, 2**63).
+        slot: in [0, 2**63).
 
     Returns:
         (B, S, S, 3) uint8 on the same device.
@@ -163,7 +165,7 @@ def transformed(
     with torch.random.fork_rng(devices):
         for row, image in zip(rows, pixels, strict=True):
             # torch takes seeds of 63 bits.
-            number = int(_stream(seed, int(row), epoch).random_raw() >> np.uint64(1))
+            number = int(_stream(seed, int(row), slot).random_raw() >> np.uint64(1))
             # Not torch.manual_seed, which reseeds every GPU, also those whose state is not kept.
             torch.default_generator.manual_seed(number)
             if pixels.is_cuda:
@@ -228,10 +230,10 @@ class ContrastRows:
         return drawn
 
 
-def _stream(seed: int, row: int, epoch: int) -> np.random.Philox:
-    """Start random numbers that no other (seed, row, epoch) shares."""
+def _stream(seed: int, row: int, epoch_or_slot: int) -> np.random.Philox:
+    """Start random numbers that no other (seed, row, epoch or slot) shares."""
     # The last counter word sets them apart from the orders' streams, which start at 0.
-    counter = np.array([0, 0, epoch, 1], np.uint64)
+    counter = np.array([0, 0, epoch_or_slot, 1], np.uint64)
     return np.random.Philox(key=np.array([seed, row], np.uint64), counter=counter)
 
 

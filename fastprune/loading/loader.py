@@ -31,14 +31,8 @@ from fastprune.loading.batch import (
 from fastprune.loading.crops import AUGMENTS, CropPolicy
 from fastprune.loading.engine import decoder_identity, make_engine
 from fastprune.loading.faults import RowFaults
-from fastprune.loading.sampler import (
-    ORDERS,
-    TAILS,
-    EpochSampler,
-    KeptImages,
-    NextEpoch,
-    this_rank,
-)
+from fastprune.loading.sampler import ORDERS, TAILS, EpochSampler, KeptImages, NextEpoch, this_rank
+from fastprune.loading.state import make_state, read_state, require_same_terms
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +52,7 @@ class Loader:
         batch_size: rows per batch and rank.
         device: where batches are delivered.
         num_workers: decoding threads.
+        num_views: K, after which views come again; None where every epoch has new ones.
         collate_fn: None; batches come whole.
         mixup_enabled: False; timm sets it where it mixes images itself.
     """
@@ -81,6 +76,7 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         order: str | None = None,
         seed: int = 0,
+        num_views: int | None = None,
         tail: str | None = None,
         layout: str = "xy",
         raw: bool = False,
@@ -115,6 +111,8 @@ class Loader:
             order: "random" (default for training), "sequential", or "pages" (random within a
                 sliding set of `open_pages` pages of the file, for storage that is read by page).
             seed: of order and views.
+            num_views: K: a row's view in epoch e is that of slot e mod K, `transform` included, so
+                that K views of each row come again and again; None is a new view in each epoch.
             tail: what becomes of rows that fill no batch: "drop" (default for training), "pad"
                 (repeats rows, see `num_repeated`) or "exact" (uneven last batches; the default for
                 evaluation).
@@ -124,7 +122,7 @@ class Loader:
                 rows), two views of each row. Rows are those of the beton.
             raw: deliver uint8 pixels, not normalized.
             transform: further augmentation of each (3, S, S) uint8 image on the device, such as
-                torchvision's v2.RandAugment(), seeded by (seed, epoch, row); with "two_view" of the
+                torchvision's v2.RandAugment(), seeded by (seed, slot, row); with "two_view" of the
                 second view alone.
             num_negatives: contrast rows of other classes for each row.
             on_error: "raise" a LoadingError for a row that cannot be decoded, or "skip" it: its
@@ -153,21 +151,26 @@ class Loader:
         require_at_least("seed", seed, 0)
         require_at_least("open_pages", open_pages, 1)
         require_at_least("num_negatives", num_negatives, 1)
-        if num_workers is not None:
-            require_at_least("num_workers", num_workers, 1)
+        for name, number in (("num_workers", num_workers), ("num_views", num_views)):
+            if number is not None:
+                require_at_least(name, number, 1)
         self.batch_size = batch_size
         # Its file is looked at again later, when the working folder may be another one.
         self.beton = open_beton(Path(beton).absolute())
         self.num_workers = num_workers or cpus_per_rank()
         self.device = choose_device(device)
+        self.num_views = num_views
         self._unranked = EpochSampler(
             rows=np.empty(0, np.int64),
+            num_rows=self.beton.num_rows,
+            pages=self.beton.offsets // self.beton.page_bytes,
             batch_size=batch_size,
             order=order or ("random" if train else "sequential"),
             seed=seed,
             tail=tail or ("drop" if train else "exact"),
             open_pages=open_pages,
         )
+        self._image_size = image_size
         self._num_negatives = num_negatives
         self._image_size = image_size
         self._seed = seed
@@ -274,24 +277,29 @@ class Loader:
         # An iterator that is never advanced takes no epoch: Lightning makes one before the first.
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
+        slot = self.slot_of(epoch)
         collate, decoded = self._collate, self._decoded(self._sampler(), epoch, consumed)
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:
                 continue  # every row of it was left out
-            batch = [collate(pixels, rows, epoch=epoch)]
+            batch = [collate(pixels, rows, epoch=epoch, slot=slot)]
             self._position = (epoch, count)
             # The suspended generator keeps no batch that its caller has let go of.
             del pixels
             yield batch.pop()
         self._position = (epoch + 1, 0)
 
-    def views(self, rows: NDArray[np.int64], *, epoch: int, k: int = 0) -> NDArray[np.int32]:
-        """Return which part of each image an epoch shows.
+    def slot_of(self, epoch: int) -> int:
+        """Return which of a row's views an epoch shows: its own number, or that modulo K."""
+        return epoch if self.num_views is None else epoch % self.num_views
+
+    def views(self, rows: NDArray[np.int64], *, slot: int, k: int = 0) -> NDArray[np.int32]:
+        """Return which part of each image a slot shows; `slot_of` gives an epoch's.
 
         Args:
             rows: (n,) int64, in the beton.
-            epoch: in [0, 2**63).
-            k: which view of the row within the epoch.
+            slot: in [0, 2**63).
+            k: which view of the row within the slot.
 
         Returns:
             (n, 7) int32, see `crops.CropPolicy.views`.
@@ -301,7 +309,7 @@ class Loader:
             self.beton.widths[rows].astype(np.int64),
             self.beton.heights[rows].astype(np.int64),
             seed=self._seed,
-            slot=epoch,
+            slot=slot,
             k=k,
         )
 
@@ -358,13 +366,8 @@ class Loader:
             Plain numbers and strings, and the kept rows (K,) int64 if `set_rows` changed them. The
             position is that of the iterator that gave a batch last.
         """
-        epoch, consumed = self._position
-        return {
-            "epoch": epoch,
-            "batches": consumed,
-            "rows": torch.from_numpy(self.rows) if self._rows_changed else None,
-            **self._terms(),
-        }
+        rows = self.rows if self._rows_changed else None
+        return make_state(self._position, rows, self._terms(self.rows))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where another loader was: the batches that follow are equal to the bit.
@@ -376,23 +379,15 @@ class Loader:
             state: what `state_dict` returned.
 
         Raises:
-            InvalidValueError: this loader would give other batches than the one of the state.
+            InvalidValueError: this loader would give other batches than the one of the state, or
+                it is no state, or one of an earlier version.
         """
-        rows = self.rows if state["rows"] is None else state["rows"].numpy()
-        theirs, ours = {name: state[name] for name in self._terms()}, self._terms(rows)
-        if theirs != ours:
-            differing = ", ".join(
-                f"{name} ({theirs[name]!r} there, {ours[name]!r} here)"
-                for name in ours
-                if theirs[name] != ours[name]
-            )
-            raise InvalidValueError(
-                f"the state is of a loader with other batches: {differing}. Make this loader with "
-                "the same arguments, or start a new run."
-            )
-        if state["rows"] is not None:
-            self.set_rows(rows)
-        self._next = self._position = (state["epoch"], state["batches"])
+        position, changed = read_state(state, self._terms(self.rows))
+        rows = self.rows if changed is None else changed
+        require_same_terms(state, self._terms(rows))
+        if changed is not None:
+            self.set_rows(changed)
+        self._next = self._position = position
 
     def warm_up(self) -> None:
         """Compile and decode one batch that nobody sees, so that no clock counts it later."""
@@ -406,19 +401,18 @@ class Loader:
             world=1,
         )
         for pixels, rows in itertools.islice(self._decoded(sampler, 0, 0), 1):
-            self._collate(pixels, rows, epoch=0)
+            self._collate(pixels, rows, epoch=0, slot=0)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""
         labels = self.beton.labels[rows]
-        pages = self.beton.offsets[rows] // self.beton.page_bytes
         collate = self._collate
         if collate.layout == "xyi_contrast":
             contrast = ContrastRows(
                 rows, labels, num_negatives=self._num_negatives, seed=self._seed
             )
             collate = replace(collate, contrast=contrast)
-        unranked = replace(self._unranked, rows=rows, pages=pages)
+        unranked = replace(self._unranked, rows=rows)
         num_repeated = self._require_batches(unranked).num_repeated()
         if num_repeated:
             _LOG.info(
@@ -448,9 +442,8 @@ class Loader:
             )
         return sampler
 
-    def _terms(self, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
-        """Return what besides the position decides which batches come."""
-        rows = self.rows if rows is None else rows
+    def _terms(self, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """Return what besides the position decides which batches of these rows come."""
         sampler = self._unranked
         return {
             "seed": sampler.seed,
@@ -459,7 +452,8 @@ class Loader:
             "order": sampler.order,
             "open_pages": sampler.open_pages,
             "tail": sampler.tail,
-            "crops": str(self._policy),
+            "augment": self._policy.kind,
+            "num_views": self.num_views,
             "images": self.beton.fingerprint.structure,
             "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
         }
@@ -469,11 +463,11 @@ class Loader:
     ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
         """Return pixels and rows of an epoch's batches that follow those consumed."""
         batches = sampler.batches(epoch)[consumed:]
-        if self._collate.num_views > 1:
-            batches = [np.tile(rows, self._collate.num_views) for rows in batches]
-        return self._engine.decode(batches, partial(self._views_in_batch, epoch=epoch))
+        if self._collate.views_per_row > 1:
+            batches = [np.tile(rows, self._collate.views_per_row) for rows in batches]
+        return self._engine.decode(batches, partial(self._views_in_batch, slot=self.slot_of(epoch)))
 
-    def _views_in_batch(self, rows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int32]:
+    def _views_in_batch(self, rows: NDArray[np.int64], *, slot: int) -> NDArray[np.int32]:
         """Return the views of rows that come once for each view."""
-        parts = np.split(rows, self._collate.num_views)
-        return np.concatenate([self.views(part, epoch=epoch, k=k) for k, part in enumerate(parts)])
+        parts = np.split(rows, self._collate.views_per_row)
+        return np.concatenate([self.views(part, slot=slot, k=k) for k, part in enumerate(parts)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,12 @@ TAILS = ("drop", "pad", "exact")
 class EpochSampler:
     """Orders the rows of an epoch, divides them among ranks, and cuts them into batches.
 
+    The order of a subset is that of the whole beton with the other rows left out, so that nested
+    subsets, and trainers of different subsets, meet the same rows at about the same time.
+
     Attributes:
         rows: (K,) int64, the subset, sorted and unique.
+        num_rows: N, rows of the beton.
         batch_size: rows per batch and rank.
         order: one of `ORDERS`.
         seed: of the order, in [0, 2**63).
@@ -28,11 +33,12 @@ class EpochSampler:
             ranks are uneven.
         rank: this process among `world`.
         world: the number of processes that share an epoch.
-        pages: (K,) int64, the page of the file on which each row lies, for the order "pages".
+        pages: (N,) int64, the page of the file on which each row lies, for the order "pages".
         open_pages: how many pages the order "pages" draws from at a time.
     """
 
     rows: NDArray[np.int64]
+    num_rows: int
     batch_size: int
     order: str
     seed: int
@@ -73,7 +79,7 @@ class EpochSampler:
         Returns:
             (n,) int64; n is a multiple of the batch size unless the tail is "exact".
         """
-        entries = self.rows[self._permutation(epoch)]
+        entries = self._in_order(epoch)
         if self.tail != "exact":
             # Cuts for "drop"; for "pad" begins the epoch again, as often as it takes.
             entries = np.resize(entries, self.num_batches() * self.world * self.batch_size)
@@ -85,14 +91,17 @@ class EpochSampler:
         mine = self.rank_rows(epoch)
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
-    def _permutation(self, epoch: int) -> NDArray[np.intp]:
-        """Return positions in `rows` in the order in which the epoch visits them."""
+    def _in_order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the subset in the order in which the epoch visits it."""
         if self.order == "sequential":
-            return np.arange(len(self.rows))
+            return self.rows
         if self.order == "random":
-            return _shuffled(len(self.rows), self.seed, epoch)
-        assert self.order == "pages" and self.pages is not None
-        return _page_by_page(self.pages, self.open_pages, self.seed, epoch)
+            times: NDArray[Any] = _raw(self.num_rows, self.seed, epoch)
+        else:
+            assert self.order == "pages" and self.pages is not None
+            times = _page_times(self.pages, self.open_pages, self.seed, epoch)
+        # Every row of the beton has a time, and the kept ones come by theirs; ties go by row.
+        return self.rows[np.argsort(times[self.rows], kind="stable")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,30 +196,26 @@ def this_rank(distributed: str | tuple[int, int] | None) -> tuple[int, int]:
     )
 
 
-def _page_by_page(
+def _page_times(
     pages: NDArray[np.int64], open_pages: int, seed: int, epoch: int
-) -> NDArray[np.intp]:
-    """Permute by drawing from a set of open pages, which slides over the shuffled pages.
+) -> NDArray[np.float64]:
+    """Draw a time for every row, so that few pages are open at a time.
 
-    A page that is the n-th of the shuffled pages gives each of its rows a random time in
-    [n, n + open_pages); the rows are visited by time.
+    The n-th of the shuffled pages gives each of its rows a random time in [n, n + open_pages):
+    the open pages slide over the shuffled ones.
     """
-    _, page_of_entry = np.unique(pages, return_inverse=True)
-    num_pages = int(page_of_entry.max()) + 1
+    _, page_of_row = np.unique(pages, return_inverse=True)
+    num_pages = int(page_of_row.max()) + 1
     turn = np.empty(num_pages, np.int64)
-    turn[_shuffled(num_pages, seed, epoch)] = np.arange(num_pages)
+    turn[np.argsort(_raw(num_pages, seed, epoch), kind="stable")] = np.arange(num_pages)
     # Draws behind those of the page order, so that the two are independent.
     delay = _raw(num_pages + len(pages), seed, epoch)[num_pages:] * 2.0**-64
-    return np.argsort(turn[page_of_entry] + open_pages * delay, kind="stable")
-
-
-def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.intp]:
-    """Permute range(count) as no other (seed, epoch) does."""
-    return np.argsort(_raw(count, seed, epoch), kind="stable")
+    times: NDArray[np.float64] = turn[page_of_row] + open_pages * delay
+    return times
 
 
 def _raw(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
     """Draw uint64 numbers from a stream that no other (seed, epoch) shares."""
-    # The raw stream of Philox and a stable sort are fixed for all time; numpy reserves the right
-    # to change what `permutation` makes of a stream.
+    # The raw stream of Philox is fixed for all time, and so is what a stable sort makes of it;
+    # numpy reserves the right to change what `permutation` makes of a stream.
     return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)

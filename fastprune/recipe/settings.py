@@ -54,6 +54,8 @@ class DataSettings(_Section):
         image_size_step: pixels between two sizes.
         val_image_size: side of a validation view in pixels; None for `image_size`.
         augment: how a training view is taken; None for the loader's default at this size.
+        num_views: K, after which the training views of a row come again: epoch e shows the views
+            of epoch e mod K; None for new ones in each epoch.
         batch_size: images per step and process.
         backend: the loader's engine; "auto" is DALI where CUDA and DALI are there, else "cpu".
         mean: per channel, of pixel values in [0, 1]; for normalization.
@@ -69,6 +71,7 @@ class DataSettings(_Section):
     image_size_step: Count = 32
     val_image_size: Count | None = None
     augment: Literal["rrc", "pad_crop", "center", "none"] | None = None
+    num_views: Count | None = None
     batch_size: Count = 256
     backend: Literal["auto", "cpu", "dali", "ffcv"] = "auto"
     mean: Channels = (0.485, 0.456, 0.406)

@@ -68,7 +68,7 @@ def test_pixels_are_those_of_cropping_and_resizing_with_pil(bare_beton):
     beton = open_beton(bare_beton)
     loader = _loader(bare_beton, raw=True, tail="exact")
     for images, _, rows in loader:
-        views = loader.views(rows.numpy(), epoch=0)
+        views = loader.views(rows.numpy(), slot=0)
         for image, row, (top, left, height, width, _, _, flip) in zip(
             images, rows, views, strict=True
         ):

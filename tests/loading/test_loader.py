@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from fastprune.artifacts.fingerprint import ContentNotComparedWarning, Fingerprint
 from fastprune.artifacts.subset import Subset
@@ -101,6 +102,33 @@ def test_views_depend_on_neither_batch_size_nor_workers_nor_subset(bare_beton):
     assert all(torch.equal(plain[row], image) for row, image in other.items())
 
 
+def test_views_come_again_after_as_many_epochs_as_there_are_views_but_the_order_does_not(
+    bare_beton,
+):
+    loader = _loader(bare_beton, num_views=3, tail="exact", raw=True, transform=v2.RandAugment())
+    free = _loader(bare_beton, tail="exact", raw=True, transform=v2.RandAugment())
+    epochs, rows = [], []
+    for _ in range(5):
+        batches = list(loader)
+        rows.append(torch.cat([part for _, _, part in batches]))
+        epochs.append(torch.cat([images for images, _, _ in batches])[rows[-1].argsort()])
+    assert all(torch.equal(epochs[i], epochs[i % 3]) for i in range(5))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert len({tuple(order.tolist()) for order in rows}) == 5
+    for slot in range(3):
+        batches = list(free)
+        order = torch.cat([part for _, _, part in batches]).argsort()
+        assert torch.equal(torch.cat([images for images, _, _ in batches])[order], epochs[slot])
+    assert [loader.slot_of(epoch) for epoch in range(5)] == [0, 1, 2, 0, 1]
+    assert [free.slot_of(epoch) for epoch in range(5)] == list(range(5))
+
+
+def test_views_are_asked_for_by_slot(bare_beton):
+    loader, rows = _loader(bare_beton, num_views=2), np.arange(30)
+    assert not (loader.views(rows, slot=0) == loader.views(rows, slot=1)).all()
+    assert (loader.views(rows, slot=5) == _loader(bare_beton).views(rows, slot=5)).all()
+
+
 def test_held_batches_are_not_overwritten(bare_beton):
     loader = _loader(bare_beton, batch_size=2)
     held = list(loader)
@@ -152,7 +180,7 @@ def test_a_rank_without_rows_has_no_batches(bare_beton, backend):
     settings = {"tail": "exact", "backend": backend}
     ranks = [_loader(bare_beton, [3, 4], distributed=(rank, 3), **settings) for rank in range(3)]
     assert [len(rank) for rank in ranks] == [1, 1, 0]
-    assert [[rows.tolist() for _, _, rows in rank] for rank in ranks] == [[[3]], [[4]], []]
+    assert [[rows.tolist() for _, _, rows in rank] for rank in ranks] == [[[4]], [[3]], []]
 
 
 def test_warming_up_takes_no_batch_and_no_epoch_away(bare_beton):
@@ -239,6 +267,7 @@ def test_rows_that_cannot_index_the_beton_are_refused(bare_beton, rows):
         ({"dtype": torch.int8}, "dtype must be one of torch.float32"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, not 0"),
         ({"image_size": 1.5}, "image_size must be an integer >= 1, not 1.5"),
+        ({"num_views": 0}, "num_views must be an integer >= 1, not 0"),
         ({"num_workers": 0}, "num_workers must be an integer >= 1, not 0"),
         ({"seed": -1}, "seed must be an integer >= 0, not -1"),
         ({"seed": 2**63}, r"seed must be below 2\*\*63, not 9223372036854775808"),

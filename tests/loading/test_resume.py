@@ -68,6 +68,8 @@ def test_the_state_between_epochs_is_the_next_epoch(bare_beton):
     [
         ({"batch_size": 3}, r"batch_size \(2 there, 3 here\)"),
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"num_views": 4}, r"num_views \(None there, 4 here\)"),
+        ({"augment": "center"}, r"augment \('rrc' there, 'center' here\)"),
         ({"distributed": (0, 2)}, r"world \(1 there, 2 here\)"),
         ({"subset": np.arange(20)}, "rows_digest"),
     ],
@@ -116,3 +118,26 @@ def test_rows_that_fill_no_batch_are_refused_and_change_nothing(bare_beton):
     with pytest.raises(InvalidValueError, match="1 kept rows"):
         loader.set_rows([3])
     assert len(loader.rows) == 30
+
+
+def test_the_state_of_an_earlier_version_is_refused_with_the_cure(bare_beton):
+    loader = _loader(bare_beton)
+    state = loader.state_dict() | {"epoch": 7}
+    del state["version"]
+    with pytest.raises(
+        InvalidValueError, match=r"of version 1 .*Start a new run, .*set_epoch\(7\)"
+    ):
+        loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, {}, [], "epoch", {"epoch": 1, "version": 2}])
+def test_what_is_no_state_of_a_loader_is_refused(bare_beton, state):
+    with pytest.raises(InvalidValueError, match=r"no state of a loader: it (lacks|is) "):
+        _loader(bare_beton).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epoch", -1), ("batches", 1.5), ("batches", 2**70)])
+def test_a_position_that_is_none_is_refused(bare_beton, name, value):
+    loader = _loader(bare_beton)
+    with pytest.raises(InvalidValueError, match=rf"state's {name} must be an integer .*{value}"):
+        loader.load_state_dict(loader.state_dict() | {name: value})

@@ -24,7 +24,7 @@ def _ranks(case, tail):
     rows = 3 + 2 * np.arange(case["num_rows"])
     return [
         EpochSampler(
-            rows, case["batch_size"], case["order"], case["seed"], tail, rank, case["world"]
+            rows, 123, case["batch_size"], case["order"], case["seed"], tail, rank, case["world"]
         )
         for rank in range(case["world"])
     ]
@@ -75,7 +75,7 @@ def test_the_number_of_batches_is_what_is_announced(case, tail):
 def test_ranks_together_see_in_a_batch_what_one_rank_with_large_batches_sees(case):
     ranks = _ranks(case, "drop")
     world, rows = case["world"], ranks[0].rows
-    large = EpochSampler(rows, case["batch_size"] * world, case["order"], case["seed"], "drop")
+    large = EpochSampler(rows, 123, case["batch_size"] * world, case["order"], case["seed"], "drop")
     together = zip(*(plan.batches(case["epoch"]) for plan in ranks), strict=True)
     for parts, whole in zip(together, large.batches(case["epoch"]), strict=True):
         assert (np.stack(parts, axis=1).ravel() == whole).all()
@@ -83,9 +83,9 @@ def test_ranks_together_see_in_a_batch_what_one_rank_with_large_batches_sees(cas
 
 def _order(rows, seed, epoch, **settings):
     """A whole epoch of one rank."""
-    return EpochSampler(
-        rows, len(rows), settings.pop("order", "random"), seed, "exact", **settings
-    ).batches(epoch)[0]
+    num_rows, order = int(rows.max()) + 1, settings.pop("order", "random")
+    sampler = EpochSampler(rows, num_rows, len(rows), order, seed, "exact", **settings)
+    return sampler.batches(epoch)[0]
 
 
 @pytest.mark.parametrize("order", ["random", "pages"])
@@ -101,6 +101,31 @@ def test_the_random_order_is_fixed_for_all_time():
     assert _order(np.arange(8), 7, 3).tolist() == [2, 5, 7, 3, 0, 6, 4, 1]
 
 
+@given(
+    st.data(),
+    st.integers(1, 300),
+    st.sampled_from(["random", "pages", "sequential"]),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 1000),
+    st.integers(1, 4),
+)
+def test_the_order_of_a_subset_is_that_of_the_whole_beton_without_the_other_rows(
+    data, num_rows, order, seed, epoch, world
+):
+    kept = np.array(sorted(data.draw(st.sets(st.integers(0, num_rows - 1), min_size=1))))
+    pages = np.arange(num_rows) // data.draw(st.integers(1, 40))
+
+    def sampler(rows, rank=0, world=1):
+        settings = {"pages": pages, "open_pages": 3}
+        return EpochSampler(rows, num_rows, 7, order, seed, "exact", rank, world, **settings)
+
+    whole = sampler(np.arange(num_rows)).rank_rows(epoch)
+    filtered = whole[np.isin(whole, kept)]
+    assert (sampler(kept).rank_rows(epoch) == filtered).all()
+    for rank in range(world):
+        assert (sampler(kept, rank, world).rank_rows(epoch) == filtered[rank::world]).all()
+
+
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_the_sequential_order_is_the_subset_itself(epoch):
     rows = np.array([2, 4, 9])
@@ -112,7 +137,7 @@ def test_the_page_order_visits_every_row_once_and_keeps_few_pages_open(
     num_rows, rows_per_page, open_pages, seed
 ):
     rows = 2 * np.arange(num_rows)
-    pages = rows // rows_per_page
+    pages = np.arange(2 * num_rows - 1) // rows_per_page
     entries = _order(rows, seed, 1, order="pages", pages=pages, open_pages=open_pages)
     assert (np.sort(entries) == rows).all()
     visited = entries // rows_per_page
