@@ -14,7 +14,18 @@ from typing import Any
 import click
 
 from fastprune import __version__
-from fastprune.cli import bench, beton, cache, demo, doctor, report, scores, subsets, training
+from fastprune.cli import (
+    bench,
+    beton,
+    cache,
+    demo,
+    doctor,
+    report,
+    scores,
+    service,
+    subsets,
+    training,
+)
 from fastprune.cli.options import flags_of, named_by_flag
 from fastprune.errors import FastpruneError, InvalidValueError
 
@@ -97,6 +108,7 @@ for _command in (
     *subsets.COMMANDS,
     *training.COMMANDS,
     *cache.COMMANDS,
+    *service.COMMANDS,
     *report.COMMANDS,
     *demo.COMMANDS,
     *bench.COMMANDS,

@@ -18,7 +18,7 @@ from fastprune.recipe import Recipe
 
 # What may change between two parts of a run. Files may lie elsewhere: what they hold is compared.
 _FREE = {
-    "data": {"train", "val", "subset", "num_workers", "backend"},
+    "data": {"train", "val", "subset", "num_workers", "backend", "service"},
     "teacher": {"checkpoint"},
     "student": {"checkpoint"},
     "run": {

@@ -115,16 +115,21 @@ def _open_train_loader(context: Context, image_size: int) -> Loader:
         train=True,
         augment=views.kind,
         image_size=image_size,
-        seed=context.recipe.run.seed,
+        seed=_data_seed(context.recipe),
         num_views=data.num_views,
         layout="xyi",
         **_loader_settings(context),
     )
 
 
+def _data_seed(recipe: Recipe) -> int:
+    """Return the seed of the order, the views and what is skipped."""
+    return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
+
+
 def _loader_settings(context: Context) -> dict[str, Any]:
     """What all loaders of a run have in common."""
-    names = ("batch_size", "backend", "mean", "std", "num_workers")
+    names = ("batch_size", "backend", "mean", "std", "num_workers", "service")
     data = context.recipe.data
     return {"device": context.device} | {name: getattr(data, name) for name in names}
 
@@ -221,7 +226,7 @@ class Trainer:
             self._recipe.pruning,
             self._rows,
             epochs=self._epochs,
-            seed=self._recipe.run.seed,
+            seed=_data_seed(self._recipe),
             min_rows=stride,
             device=self._context.device,
             ranks=self._ranks,

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,7 @@ class CpuEngine:
         self,
         batches: Sequence[NDArray[np.int64]],
         draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
-    ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
+    ) -> Generator[tuple[torch.Tensor, NDArray[np.int64]]]:
         """See `engine.Engine.decode`."""
         # Threads of this iterator alone: leaving the loop ends them, and no epoch waits for
         # another one's batches.
@@ -89,28 +89,22 @@ class CpuEngine:
         self, threads: WorkerThreads, rows: NDArray[np.int64], views: NDArray[np.int32]
     ) -> _Batch:
         """Hand a batch's chunks to the threads."""
-        # Memory of its own, so that a held batch is never overwritten.
-        shape = (len(rows), self._image_size, self._image_size, 3)
-        if self._pin_memory:
-            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        else:
-            pixels = self._memory.take(shape, torch.uint8)
-        batch = _Batch(rows, views, pixels)
+        batch = _Batch(rows, views, self.new_pixels(len(rows)))
         for part in chunks(len(rows), self._num_workers, self._image_size):
             batch.chunks.append(threads.submit(self._decode_part, batch, part))
         return batch
 
+    def new_pixels(self, num_rows: int) -> torch.Tensor:
+        """Return memory for a batch of its own, so that a held batch is never overwritten."""
+        shape = (num_rows, self._image_size, self._image_size, 3)
+        if self._pin_memory:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return self._memory.take(shape, torch.uint8)
+
     def _decode_part(self, batch: _Batch, part: slice) -> None:
         """Decode one chunk, in a decoding thread."""
-        beton, rows = self._beton, batch.rows[part]
-        stored = StoredImages(
-            beton.content,
-            beton.offsets[rows],
-            beton.sizes[rows],
-            beton.modes[rows],
-            np.stack([beton.heights[rows], beton.widths[rows]], axis=1),
-        )
-        outcome = self._decoder.decode(stored, batch.views[part], batch.pixels.numpy()[part])
+        rows, images = batch.rows[part], batch.pixels.numpy()[part]
+        outcome = self._decoder.decode(stored_images(self._beton, rows), batch.views[part], images)
         for i in np.flatnonzero(self._faults.altered(rows)).tolist():
             outcome.faults[i] = ALTERED
         # Both are safe from several threads at once: a single call each, under the GIL.
@@ -134,6 +128,17 @@ class CpuEngine:
         self._faults.num_decoded_whole += len(kinds)
         self._advice.note(len(batch.rows), kinds)
         return self._faults.without_failed(batch.pixels, batch.rows, batch.outcome.faults)
+
+
+def stored_images(beton: Beton, rows: NDArray[np.int64]) -> StoredImages:
+    """Return where rows (n,) of a beton lie."""
+    return StoredImages(
+        beton.content,
+        beton.offsets[rows],
+        beton.sizes[rows],
+        beton.modes[rows],
+        np.stack([beton.heights[rows], beton.widths[rows]], axis=1),
+    )
 
 
 def chunks(num_rows: int, num_workers: int, image_size: int) -> list[slice]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import distributions
 from typing import Any, Protocol
@@ -59,16 +60,19 @@ def make_engine(
     num_workers: int,
     device: torch.device,
     faults: RowFaults,
+    service: str | None = None,
 ) -> Engine:
-    """Start the engine of that name.
+    """Start the engine of that name, as a client of a loading service where one is named.
 
     Raises:
-        InvalidValueError: there is no such engine.
+        InvalidValueError: there is no such engine, or a service cannot stand in for it.
         MissingDependencyError: its package is not installed.
     """
     if backend not in BACKENDS:
         raise InvalidValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
-    chosen = choose_backend(device) if backend == "auto" else backend
+    service, chosen = choose_service(service, backend), backend
+    if backend == "auto":
+        chosen = "cpu" if service else choose_backend(device)
     decoder = "the GPU" if chosen == "dali" and device.type == "cuda" else f"{num_workers} threads"
     _LOG.info("%s: decoding with the engine %s on %s", beton.path, chosen, decoder)
     # Imported only here: DALI and ffcv need not be installed, and take seconds to import.
@@ -84,13 +88,38 @@ def make_engine(
         return FfcvGuest(beton, image_size=image_size, num_workers=num_workers, faults=faults)
     from fastprune.loading.cpu import CpuEngine
 
-    return CpuEngine(
+    engine = CpuEngine(
         beton,
         image_size=image_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         faults=faults,
     )
+    if not service:
+        return engine
+    from fastprune.loading.service_client import ServiceEngine
+
+    return ServiceEngine(service, beton, image_size=image_size, local=engine, faults=faults)
+
+
+def choose_service(service: str | None, backend: str) -> str | None:
+    """Choose the service that was named, or else that of FASTPRUNE_SERVICE.
+
+    Args:
+        service: an address; an empty one for none whatever the environment says.
+        backend: as the loader was given it.
+
+    Raises:
+        InvalidValueError: a service was named for an engine other than ours.
+    """
+    if service and backend not in ("auto", "cpu"):
+        raise InvalidValueError(
+            f"service={service!r} gives what backend='cpu' gives, not {backend!r}. Leave out one "
+            "of the two."
+        )
+    if service is None and backend in ("auto", "cpu"):
+        return os.environ.get("FASTPRUNE_SERVICE")
+    return service
 
 
 def choose_backend(device: torch.device) -> str:

@@ -87,6 +87,7 @@ class Loader:
         open_pages: int = 64,
         num_workers: int | None = None,
         distributed: str | tuple[int, int] | None = "auto",
+        service: str | None = None,
     ):
         """Open the beton, check the subset against it, and start the engine.
 
@@ -133,6 +134,10 @@ class Loader:
                 to this rank.
             distributed: "auto" shares the epoch among torch.distributed's ranks when the process
                 group is there; (rank, world) names them; None gives this process all rows.
+            service: address of a loading service (`fastprune serve`), such as
+                "unix:/run/fastprune.sock", to take views from; where it cannot be reached, or does
+                not serve this beton, they are decoded here, equal to the bit. None for that of the
+                environment variable FASTPRUNE_SERVICE; "" for none.
 
         Raises:
             BetonError: the beton is missing or damaged.
@@ -199,6 +204,7 @@ class Loader:
             num_workers=self.num_workers,
             device=self.device,
             faults=self._faults,
+            service=service,
         )
         self._use(kept_rows(self.beton, subset))
 

@@ -61,6 +61,10 @@ class DataSettings(_Section):
         mean: per channel, of pixel values in [0, 1]; for normalization.
         std: as mean.
         num_workers: decoding threads; None for as many as the process may use.
+        service: address of a loading service to take views from; None for that of the environment
+            variable FASTPRUNE_SERVICE, if there is one.
+        seed: of the order, the views and what is skipped; None for `run.seed`. Runs that share it
+            share every view, and vary less among each other than runs do.
     """
 
     train: Path
@@ -77,6 +81,8 @@ class DataSettings(_Section):
     mean: Channels = (0.485, 0.456, 0.406)
     std: Deviations = (0.229, 0.224, 0.225)
     num_workers: Count | None = None
+    service: str | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _check_growth(self) -> Self:
@@ -232,7 +238,7 @@ class RunSettings(_Section):
     Attributes:
         out: folder of the run; made where it is missing.
         name: what the run is called in reports; None for the folder's name.
-        seed: of the student's weights, the order and the views.
+        seed: of the student's weights; of the order and the views too where `data.seed` is None.
         device: "auto" takes CUDA where it is there, one device per process.
         precision: "bf16" autocasts both networks; "auto" does so on CUDA devices that have it.
         channels_last: memory format of networks, and of images in a step.

@@ -1,0 +1,85 @@
+"""The threads of a service: they decode what the window wants, straight into the slab."""
+
+import queue
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastprune.beton.reader import Beton
+from fastprune.loading.cpu import stored_images
+from fastprune.loading.decoding import RowDecoder
+from fastprune.loading.service_wire import GUARD_BYTES, MOST_REASON_CHARACTERS, WANTED
+from fastprune.service.window import MOST_TOGETHER, Task
+
+
+class Decoders:
+    """Threads that decode tasks, first come, first served."""
+
+    def __init__(
+        self,
+        betons: list[Beton],
+        slab: NDArray[np.uint8],
+        *,
+        num_threads: int,
+        done: Callable[[Task, dict[int, str]], None],
+    ):
+        """Start the threads.
+
+        Args:
+            betons: `Images.index` is a position in it.
+            slab: (num_bytes,) uint8, writable.
+            num_threads: how many decode.
+            done: called in one of the threads, with a task and its faults by position.
+        """
+        self._betons = betons
+        self._slab = slab
+        self._done = done
+        self._decoders: dict[int, RowDecoder] = {}
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"fastprune-serve-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, task: Task) -> None:
+        """Queue a task."""
+        self._tasks.put(task)
+
+    def close(self) -> None:
+        """End the threads, after what is queued."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        pixels: dict[int, NDArray[np.uint8]] = {}  # of this thread, by image size
+        while (task := self._tasks.get()) is not None:
+            size = task.images.image_size
+            shape = (MOST_TOGETHER, size, size, 3)
+            try:
+                if size not in pixels:
+                    pixels[size] = np.empty(shape, np.uint8)
+                reasons = self._decode(task, pixels[size][: len(task.entries)])
+            except Exception as error:  # such as a MemoryError: of these views alone
+                reason = f"{type(error).__name__}: {error}"
+                reasons = dict.fromkeys(range(len(task.entries)), reason)
+            self._done(task, {i: text[:MOST_REASON_CHARACTERS] for i, text in reasons.items()})
+
+    def _decode(self, task: Task, pixels: NDArray[np.uint8]) -> dict[int, str]:
+        """Decode views into their places; return why some cannot be decoded, by position."""
+        size = task.images.image_size
+        decoder = self._decoders.setdefault(size, RowDecoder(size))
+        wanted = np.frombuffer(b"".join(entry.key for entry in task.entries), WANTED)
+        stored = stored_images(self._betons[task.images.index], wanted["row"])
+        outcome = decoder.decode(stored, np.ascontiguousarray(wanted["view"]), pixels)
+        # The compiled loop fills neighbors, and places lie apart. To copy what is still in the
+        # CPU's cache takes a fiftieth of the time that decoding it took.
+        for entry, image in zip(task.entries, pixels, strict=True):
+            start = entry.offset + GUARD_BYTES
+            self._slab[start : start + image.size] = image.reshape(-1)
+        return outcome.faults

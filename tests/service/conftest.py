@@ -1,0 +1,94 @@
+"""A beton with a manifest, and services of it: in a thread, and in a process to kill."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fastprune.beton.reader import open_beton
+from fastprune.beton.writer import convert
+from fastprune.service.server import Server
+from tests.images import write_image_folder
+
+NUM_ROWS = 120
+
+
+@pytest.fixture(scope="session")
+def beton(tmp_path_factory) -> Path:
+    """120 rows of three classes, of different sizes."""
+    folder = tmp_path_factory.mktemp("served")
+    write_image_folder(folder / "images", classes=3, per_class=NUM_ROWS // 3)
+    convert(folder / "images", folder / "train.beton", workers=1)
+    return folder / "train.beton"
+
+
+class ServiceThread:
+    """A server in a thread, whose window a test may look into."""
+
+    def __init__(self, betons, path, **settings):
+        self.address = f"unix:{path}"
+        defaults = {"memory_bytes": 64 << 20, "num_workers": 2}
+        self.server = Server(
+            [open_beton(beton) for beton in betons], self.address, **{**defaults, **settings}
+        )
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
+        self._thread.start()
+        wait_for(path.exists)
+
+    async def _serve(self):
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        await self.server.serve(self._stopping)
+
+    def stop(self):
+        """End the server as SIGTERM does."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(30)
+            assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """A function that starts a server in a thread."""
+    started = []
+
+    def start(*betons, name="service.sock", **settings):
+        started.append(ServiceThread(betons, tmp_path / name, **settings))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.stop()
+
+
+@pytest.fixture
+def serve_process(tmp_path):
+    """A function that starts `fastprune serve`."""
+    started = []
+
+    def start(*betons, name="service.sock", options=()):
+        path = tmp_path / name
+        command = [sys.executable, "-m", "fastprune", "serve", *map(str, betons), "--listen"]
+        command += [f"unix:{path}", "--memory", "64MiB", "--workers", "2", *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started.append(process)
+        wait_for(lambda: path.exists() or process.poll() is not None)
+        assert process.poll() is None, process.stderr.read()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, seconds=60.0):
+    """Wait until something holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never held"
+        time.sleep(0.01)

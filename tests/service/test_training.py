@@ -1,0 +1,45 @@
+"""Students that train through a service end with the weights of a run without one."""
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from fastprune.distillation.trainer import distill
+from fastprune.recipe import make_recipe
+
+
+def train(beton, out, *, service=None, seed=0, data_seed=None):
+    """Weights of a small student after two epochs."""
+    data = {"train": beton, "val": beton, "image_size": 32, "batch_size": 40, "num_workers": 1}
+    return load_file(
+        distill(
+            make_recipe(
+                {
+                    "data": data | {"service": service, "seed": data_seed},
+                    "student": {"network": "resnet8"},
+                    "schedule": {"epochs": 2, "learning_rate": 0.05},
+                    "run": {"out": out, "seed": seed, "device": "cpu"},
+                }
+            )
+        ).student
+    )
+
+
+def are_equal(weights, others):
+    return all(np.array_equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_student_is_the_same_with_and_without_a_service(beton, serve, tmp_path):
+    service = serve(beton)
+    local = train(beton, tmp_path / "local", service="")
+    remote = train(beton, tmp_path / "remote", service=service.address)
+    assert are_equal(local, remote)
+    assert service.server.status()["views_decoded"] > 0
+
+
+def test_runs_of_one_data_seed_share_every_view_and_differ_in_their_weights(beton, serve, tmp_path):
+    service = serve(beton)
+    first = train(beton, tmp_path / "first", service=service.address, data_seed=5)
+    num_decoded = service.server.status()["views_decoded"]
+    second = train(beton, tmp_path / "second", service=service.address, seed=1, data_seed=5)
+    assert service.server.status()["views_decoded"] == num_decoded > 0
+    assert not are_equal(first, second)
