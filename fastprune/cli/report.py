@@ -9,7 +9,7 @@ from fastprune.cli.options import COUNT, PATH, Metric
 
 _SECONDS = click.FloatRange(min=0)
 _SUFFIXES = (".parquet", ".npy")
-_OF_SCORES = ("beton", "metric", "num_classes", "per_strip")
+_OF_SCORES = ("beton", "metric", "num_classes", "classes", "per_strip")
 _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
 
 
@@ -24,9 +24,9 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
 @click.option(
     "-o",
     "--out",
-    default="report.html",
+    show_default=False,
     type=PATH,
-    help="Page to write.",
+    help="Page to write.  [default: named after what is reported on, such as runs-report.html]",
 )
 @click.option("--reference", help="Runs: name that ratios are of.  [default: those on all rows]")
 @click.option("--convert-seconds", type=_SECONDS, help="Runs: count so many seconds of conversion.")
@@ -49,24 +49,34 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
     "--classes", "num_classes", type=COUNT, help="Scores: classes with a sheet.  [default: 10]"
 )
 @click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    help="Scores: class with a sheet, by name or number; may be given several times.",
+)
+@click.option(
     "--images",
     "per_strip",
     type=COUNT,
     help="Scores: images in each strip of a sheet.  [default: 8]",
 )
-def report(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
+def report(paths: tuple[Path, ...], out: Path | None, **options: Any) -> None:
     """Draw training runs, or a score table, as an HTML page.
 
     RUN is a folder that `train` wrote, or one with such folders in it: accuracy over time and over
     epochs, costs and where the time went, seeds of one name taken together; the charts are written
     beside the page too. SCORES is a score table: what is easy, what SUBSET keeps, what is hard.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    # A name of its own: the page of another report is not overwritten.
+    out = out or Path(f"{'-'.join(path.resolve().stem for path in paths[:2])}-report.html")
     of_scores = any(path.is_file() or path.suffix in _SUFFIXES for path in paths)
     foreign = [name for name in given if name not in (_OF_SCORES if of_scores else _OF_RUNS)]
     if foreign:
         kind = "runs" if of_scores else "score tables"
-        option = {"num_classes": "classes", "per_strip": "images"}.get(foreign[0], foreign[0])
+        option = {"num_classes": "classes", "classes": "class", "per_strip": "images"}.get(
+            foreign[0], foreign[0]
+        )
         raise click.UsageError(f"--{option.replace('_', '-')} is for {kind}. Leave it out.")
     if of_scores:
         _report_scores(paths, out, given)

@@ -38,6 +38,22 @@ PARTS = (
     _REST,
 )
 
+# A part has its color on every page, whichever others are on it. Okabe and Ito's colors, which the
+# color-blind can tell apart; grays for the remainders.
+PART_COLORS = {
+    CONVERSION: "#999999",
+    SCORING: "#e69f00",
+    _AROUND["startup_seconds"]: "#555555",
+    _WAITING: "#d55e00",
+    _STEP_NAMES["teacher_seconds"]: "#0072b2",
+    _STEP_NAMES["student_seconds"]: "#56b4e9",
+    _STEP_NAMES["optimizer_seconds"]: "#009e73",
+    _REST_OF_TRAINING: "#b8c4cc",
+    _AROUND["validation_seconds"]: "#cc79a7",
+    _AROUND["checkpoint_seconds"]: "#f0e442",
+    _REST: "#dddddd",
+}
+
 # matplotlib's palettes: ten colors that differ clearly, twenty in pairs of dark and light.
 _TEN = 10
 _BAR_INCHES = 0.34
@@ -96,6 +112,8 @@ def accuracy_png(groups: Sequence[Group]) -> bytes:
     over_epochs.set_xlabel("epochs")
     for axes in (over_time, over_epochs):
         axes.set_xlim(left=0)
+        # From zero: a cut axis makes a fraction of a point look like a victory.
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     handles, labels = over_time.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
@@ -118,10 +136,14 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
     spent = [_mean_parts(group, convert_seconds) for group in groups]
     shown = [name for name in PARTS if any(name in parts for parts in spent)]
     left = np.zeros(len(groups))
-    for name, color in zip(shown, _colors(len(shown)), strict=True):
+    for name in shown:
         widths = np.array([parts.get(name, 0.0) for parts in spent])
         axes.barh(
-            [_plain(group.name) for group in groups], widths, left=left, color=color, label=name
+            [_plain(group.name) for group in groups],
+            widths,
+            left=left,
+            color=PART_COLORS[name],
+            label=name,
         )
         left += widths
     axes.invert_yaxis()

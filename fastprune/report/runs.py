@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,11 @@ class Run:
         curve: the validations so far.
         score_seconds: that scoring took before the run could begin; 0 where it needs no scores,
             None where that is not recorded.
+        recipe: content of recipe.json, the settings as resolved.
         result: content of result.json; None for an unfinished run.
+        teacher_top1: accuracy in [0, 1] of the teacher on its validation images, where a run of
+            fastprune trained it and is still there; else None.
+        finished: when the result was written, local time; None for an unfinished run.
     """
 
     folder: Path
@@ -58,12 +63,20 @@ class Run:
     epochs: int
     curve: tuple[Point, ...]
     score_seconds: float | None
+    recipe: dict[str, Any]
     result: dict[str, Any] | None
+    teacher_top1: float | None
+    finished: datetime | None
 
     @property
     def is_finished(self) -> bool:
         """Whether it came to its end."""
         return self.result is not None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether its steps took so different times that its seconds cannot be trusted."""
+        return bool((self.result or {}).get("disturbed"))
 
     @property
     def top1_last(self) -> float | None:
@@ -134,6 +147,9 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
     result = _read_json(folder / _RESULT) if (folder / _RESULT).exists() else None
     try:
         seed = recipe["run"]["seed"]
+        subset = _subset(recipe, folder)
+        teacher = recipe.get("teacher") or {}
+        teacher_result = _find(teacher.get("checkpoint"), recipe, folder).parent / _RESULT
         # medium-0 and medium_seed0 are runs of seed 0 of one experiment, "medium".
         folder_name = re.sub(rf"(?<=.)[-_](seed)?{seed}$", "", folder.resolve().name)
         if result is None:
@@ -147,12 +163,19 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
             folder=folder,
             name=recipe["run"]["name"] or folder_name,
             seed=seed,
-            selection=_selection(recipe, result),
+            selection=_selection(recipe, result, subset),
             keeps_all=recipe["data"]["subset"] is None and recipe.get("pruning") is None,
             epochs=(result or recipe["schedule"])["epochs"],
             curve=curve,
-            score_seconds=_score_seconds(recipe, score_seconds),
+            score_seconds=_score_seconds(recipe, result, subset, score_seconds),
+            recipe=recipe,
             result=result,
+            teacher_top1=_read_json(teacher_result)["top1_last"]
+            if teacher.get("checkpoint") and teacher_result.is_file()
+            else None,
+            finished=None
+            if result is None
+            else datetime.fromtimestamp((folder / _RESULT).stat().st_mtime).astimezone(),
         )
     except (KeyError, TypeError) as error:
         raise ArtifactError(
@@ -191,21 +214,37 @@ def _unfinished_curve(folder: Path) -> Iterator[Point]:
             yield Point(fields["epoch"], before + latest, fields["top1"])
 
 
-def _subset(recipe: dict[str, Any]) -> Subset | None:
-    """Load the subset of the run; None where it has moved since."""
+def _find(name: str | None, recipe: dict[str, Any], folder: Path) -> Path:
+    """Find a file that a recipe names, wherever the report is written.
+
+    Relative names are relative to the folder in which the training was started. It follows from
+    the run's own name there, `run.out`, and from where the run is.
+    """
+    path, out, here = Path(name or ""), Path(recipe["run"]["out"]), folder.resolve()
+    is_relative = not path.is_absolute() and not out.is_absolute() and ".." not in out.parts
+    if is_relative and here.parts[-len(out.parts) :] == out.parts:
+        return here.parents[len(out.parts) - 1] / path
+    return path
+
+
+def _subset(recipe: dict[str, Any], folder: Path) -> Subset | None:
+    """Load the subset of the run; None where there is none, or it has moved since."""
+    name = recipe["data"]["subset"]
+    if name is None:
+        return None
     try:
-        return Subset.load(recipe["data"]["subset"])
+        return Subset.load(_find(name, recipe, folder))
     except (ArtifactError, InvalidValueError):
         return None
 
 
-def _selection(recipe: dict[str, Any], result: dict[str, Any] | None) -> str:
+def _selection(recipe: dict[str, Any], result: dict[str, Any] | None, subset: Subset | None) -> str:
     """Say on which rows: `all rows`, `50% medium by centroid`, `all rows, infobatch`."""
     ending = f", {recipe['pruning']['rule']}" if recipe.get("pruning") else ""
     if not recipe["data"]["subset"]:
         return f"all rows{ending}"
     # The run's own record comes first: the subset may have been replaced after the training.
-    subset, recorded = _subset(recipe), result or {}
+    recorded = result or {}
     ratio, strategy, metric = (
         recorded.get(name, None if subset is None else getattr(subset, name))
         for name in ("keep_ratio", "strategy", "metric")
@@ -216,11 +255,18 @@ def _selection(recipe: dict[str, Any], result: dict[str, Any] | None) -> str:
     return f"{share}{strategy}" + ("" if strategy == "random" else f" by {metric}") + ending
 
 
-def _score_seconds(recipe: dict[str, Any], given: float | None) -> float | None:
+def _score_seconds(
+    recipe: dict[str, Any],
+    result: dict[str, Any] | None,
+    subset: Subset | None,
+    given: float | None,
+) -> float | None:
     """Charge a run for scoring only where it uses difficulties or class std."""
     if recipe["data"]["subset"] is None:
         return 0.0
-    subset = _subset(recipe)
+    own = (result or {}).get("score_seconds")
+    if own is not None:
+        return float(own)
     is_random = subset is not None and subset.strategy == "random"
     if is_random and recipe["loss"]["reshaping"] != "class_std":
         return 0.0

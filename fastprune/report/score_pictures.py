@@ -1,15 +1,13 @@
-"""Pictures of a score table: charts of the metric, classes and ranks; strips of thumbnails."""
+"""Pictures of a score table: charts of the metric, classes and ranks; thumbnails."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.beton.layout import JPG
@@ -25,10 +23,6 @@ _TOP_PERCENTILE = 99.9
 _MOST_BARS = 60
 
 THUMBNAIL_SIDE = 128
-_GAP = 6
-_TEXT_HEIGHT = 34
-_FRAME, _TEXT, _WRONG = "#4c72b0", "#333333", "#c44e52"
-_BORDER = 3
 
 
 def histogram_png(scores: NDArray[np.float32], kept: NDArray[np.int64] | None, name: str) -> bytes:
@@ -138,51 +132,23 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """A row in a strip.
+def thumbnail_png(beton: Beton, row: int) -> bytes:
+    """Draw one image of a beton at most THUMBNAIL_SIDE pixels wide and high, as a PNG.
 
-    Attributes:
-        row: of the image.
-        text: first line under it, such as its score.
-        remark: second line, in red, such as the teacher's wrong guess; empty for none.
-        is_kept: whether it gets a frame.
+    Small images are enlarged to whole multiples, so that their pixels stay squares.
     """
-
-    row: int
-    text: str
-    remark: str = ""
-    is_kept: bool = False
-
-
-def strip_png(beton: Beton, thumbnails: Sequence[Thumbnail]) -> bytes:
-    """Draw rows of a beton side by side.
-
-    Args:
-        beton: the images.
-        thumbnails: what to show, from left to right.
-
-    Returns:
-        A PNG.
-    """
-    cell = THUMBNAIL_SIDE + 2 * _BORDER
-    width = max(1, len(thumbnails)) * (cell + _GAP)
-    strip = Image.new("RGB", (width, cell + _TEXT_HEIGHT), "white")
-    draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(size=13)
-    for position, thumbnail in enumerate(thumbnails):
-        left = position * (cell + _GAP)
-        picture = _fitted(read_image(beton, thumbnail.row))
-        x, y = ((cell - side) // 2 for side in picture.size)
-        if thumbnail.is_kept:
-            right, bottom = left + x + picture.width, y + picture.height
-            frame = (left + x - _BORDER, y - _BORDER, right + _BORDER - 1, bottom + _BORDER - 1)
-            draw.rectangle(frame, fill=_FRAME)
-        strip.paste(picture, (left + x, y))
-        draw.text((left + _BORDER, cell), thumbnail.text, fill=_TEXT, font=font)
-        draw.text((left + _BORDER, cell + 15), thumbnail.remark[:16], fill=_WRONG, font=font)
+    image = read_image(beton, row)
+    longest = max(image.size)
+    if longest > THUMBNAIL_SIDE:
+        scale = THUMBNAIL_SIDE / longest
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        small = image.resize((width, height), Image.Resampling.LANCZOS)
+    else:
+        factor = THUMBNAIL_SIDE // longest
+        size = (image.width * factor, image.height * factor)
+        small = image.resize(size, Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    strip.save(buffer, "PNG")
+    small.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -202,14 +168,3 @@ def read_image(beton: Beton, row: int) -> Image.Image:
                 f"fastprune check {beton.path} --deep"
             ) from error
     return Image.fromarray(data.reshape(beton.heights[row], beton.widths[row], 3))
-
-
-def _fitted(image: Image.Image) -> Image.Image:
-    """Resize to at most THUMBNAIL_SIDE pixels; small images are enlarged to whole multiples."""
-    longest = max(image.size)
-    if longest > THUMBNAIL_SIDE:
-        scale = THUMBNAIL_SIDE / longest
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    factor = THUMBNAIL_SIDE // longest
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

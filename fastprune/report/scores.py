@@ -1,6 +1,10 @@
 """The page about a score table: easy, kept and hard rows."""
 
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +16,21 @@ from fastprune.artifacts.fingerprint import require_same_images
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton.reader import Beton, open_beton
+from fastprune.checks import did_you_mean
 from fastprune.errors import InvalidValueError
-from fastprune.report.page import facts, heading, note, page, picture
+from fastprune.report.page import Thumbnail, facts, heading, link, note, page, picture, strip
 from fastprune.report.score_pictures import (
-    Thumbnail,
     class_counts_png,
     correlation_png,
     histogram_png,
-    strip_png,
+    thumbnail_png,
 )
 from fastprune.selection.subsets import NO_DIFFICULTIES
 
 Rows = NDArray[np.int64]
+
+# More than a person looks through; a longer list is a filter on the score table.
+_LIST_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,15 @@ class Subject:
         """The difficulty that is shown, (N,)."""
         return self.table.metric(self.metric)
 
+    @cached_property
+    def files(self) -> Mapping[int, str]:
+        """Row -> source file, where the beton's manifest knows."""
+        if self.beton is None or self.beton.manifest is None:
+            return {}
+        lines = self.beton.manifest.table(["row", "source"]).to_pydict()
+        pairs = zip(lines["row"], lines["source"], strict=True)
+        return {row: file for row, file in pairs if row is not None and file is not None}
+
     def class_name(self, label: int) -> str:
         """Name a class, by its number where the beton has no names."""
         names = None if self.beton is None else self.beton.class_names
@@ -62,13 +78,15 @@ def report_scores(
     beton_path: str | Path | None = None,
     metric: str | None = None,
     num_classes: int = 10,
+    classes: Sequence[str] = (),
     per_strip: int = 8,
 ) -> None:
     """Write an HTML page, with its pictures in it, about a score table.
 
     It shows how the metric is spread and what of it is kept, what each class keeps, how alike the
     metrics rank, and, with the beton, contact sheets: the easiest, the medium and the hardest
-    images of some classes.
+    images of some classes. Beside it, `<out>-hardest.csv` lists the hardest rows, and
+    `<out>-suspected.csv` those whose label the teacher contradicts, at most a thousand of each.
 
     Args:
         scores_path: the score table.
@@ -78,6 +96,7 @@ def report_scores(
         metric: the difficulty to show; by default the one that the subset was made by, else
             `centroid`, else the table's first.
         num_classes: classes with a contact sheet, spread over all classes.
+        classes: these classes instead, by name or number.
         per_strip: images in each of a class's three strips.
 
     Raises:
@@ -103,9 +122,10 @@ def report_scores(
             cure=f"Score this beton: fastprune score {beton_path} -o {scores_path} ...",
         )
     subject = Subject(table, _chosen_metric(table, subset, metric), kept, beton)
-    parts = [*_summary(subject, subset), *_charts(subject)]
+    labels = _chosen_labels(subject, classes, num_classes)
+    parts = [*_summary(subject, subset), *_charts(subject), *_write_lists(subject, Path(out_path))]
     if beton is not None:
-        parts += _contact_sheets(subject, beton, num_classes, per_strip)
+        parts += _contact_sheets(subject, beton, labels, per_strip)
     write_text(out_path, page(f"Scores: {Path(scores_path).name}", parts))
 
 
@@ -188,29 +208,82 @@ def _charts(subject: Subject) -> list[str]:
     ]
 
 
-def _contact_sheets(subject: Subject, beton: Beton, num_classes: int, per_strip: int) -> list[str]:
-    """Draw three strips per class, for classes spread evenly over all of them."""
-    present = np.flatnonzero(subject.table.class_counts)
-    spread = np.linspace(0, len(present) - 1, min(num_classes, len(present)))
+def _contact_sheets(
+    subject: Subject, beton: Beton, labels: Sequence[int], per_strip: int
+) -> list[str]:
     framed = "" if subject.kept is None else " A blue frame: kept."
     parts = [
         heading("What the images look like"),
         note(
-            f"Under each image its {subject.metric}; in red what the teacher takes it for, where "
-            f"it is wrong.{framed}"
+            f"Under each image its row, its file and its {subject.metric}; in red what the teacher "
+            f"takes it for, where it is wrong.{framed}"
         ),
     ]
-    for label in present[np.unique(spread.round().astype(int))]:
-        name = subject.class_name(int(label))
-        for title, rows in class_strips(subject, int(label), per_strip).items():
+    for label in labels:
+        for title, rows in class_strips(subject, label, per_strip).items():
             parts += [
-                heading(f"{name}, {title}", level=3),
-                picture(
-                    strip_png(beton, [_thumbnail(subject, int(row)) for row in rows]),
-                    f"Images of {name}, {title}",
-                ),
+                heading(f"{subject.class_name(label)}, {title}", level=3),
+                strip(_thumbnail(subject, beton, int(row)) for row in rows),
             ]
     return parts
+
+
+def _chosen_labels(subject: Subject, classes: Sequence[str], count: int) -> list[int]:
+    """Look up the classes that are asked for, else spread some evenly over all that have rows."""
+    present = np.flatnonzero(subject.table.class_counts)
+    if not classes:
+        spread = np.linspace(0, len(present) - 1, min(count, len(present)))
+        return [int(label) for label in present[np.unique(spread.round().astype(int))]]
+    numbers = {subject.class_name(int(label)): int(label) for label in present}
+    # A number is understood too: not every beton has names.
+    numbers |= {str(int(label)): int(label) for label in present}
+    for name in classes:
+        if name not in numbers:
+            hint = did_you_mean(name, numbers, list_known=False)
+            raise InvalidValueError(f"class {name!r} is not in the scores.{hint}")
+    return [numbers[name] for name in classes]
+
+
+def _write_lists(subject: Subject, out_path: Path) -> list[str]:
+    """Write the hardest rows, and rows whose label the teacher contradicts, beside the page."""
+    table = subject.table
+    hardest = np.argsort(-subject.scores, kind="stable")[:_LIST_ROWS]
+    parts = [heading("Lists to work with")]
+    parts += _write_list(subject, out_path, "hardest", hardest, "the hardest rows")
+    contradicted = np.flatnonzero((table.predictions >= 0) & (table.predictions != table.labels))
+    if len(contradicted):
+        # The margin is how much surer the teacher is of its class than of the label.
+        metric = "margin" if "margin" in table.metrics else subject.metric
+        order = np.argsort(-table.metric(metric)[contradicted], kind="stable")
+        suspected = contradicted[order][:_LIST_ROWS]
+        text = f"rows whose label may be wrong: the teacher contradicts it, by {metric}"
+        parts += _write_list(subject, out_path, "suspected", suspected, text)
+    return parts
+
+
+def _write_list(
+    subject: Subject, out_path: Path, name: str, rows: Rows, description: str
+) -> list[str]:
+    path = out_path.with_name(f"{out_path.stem}-{name}.csv")
+    is_kept = np.zeros(subject.table.num_rows, bool)
+    is_kept[[] if subject.kept is None else subject.kept] = True
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["row", "file", "label", "class", subject.metric, "prediction", "predicted", "kept"]
+    )
+    for row in rows.tolist():
+        label, prediction = (int(a[row]) for a in (subject.table.labels, subject.table.predictions))
+        writer.writerow(
+            [
+                *(row, subject.files.get(row, ""), label, subject.class_name(label)),
+                f"{subject.scores[row]:.6g}",
+                *((prediction, subject.class_name(prediction)) if prediction >= 0 else ("", "")),
+                "" if subject.kept is None else int(is_kept[row]),
+            ]
+        )
+    write_text(path, text.getvalue())
+    return [link(path.name, f"{path.name}: {description} ({len(rows):,})")]
 
 
 def class_strips(subject: Subject, label: int, count: int) -> dict[str, Rows]:
@@ -232,12 +305,14 @@ def class_strips(subject: Subject, label: int, count: int) -> dict[str, Rows]:
     }
 
 
-def _thumbnail(subject: Subject, row: int) -> Thumbnail:
+def _thumbnail(subject: Subject, beton: Beton, row: int) -> Thumbnail:
     prediction, label = (int(a[row]) for a in (subject.table.predictions, subject.table.labels))
     is_wrong = prediction >= 0 and prediction != label
+    file = subject.files.get(row)
     return Thumbnail(
-        row=row,
-        text=f"{subject.scores[row]:.4g}",
+        thumbnail_png(beton, row),
+        f"row {row}, {subject.class_name(label)}",
+        [f"row {row:,}", *([Path(file).name] if file else []), f"{subject.scores[row]:.4g}"],
         remark=subject.class_name(prediction) if is_wrong else "",
-        is_kept=subject.kept is not None and bool(np.isin(row, subject.kept)),
+        is_framed=subject.kept is not None and bool(np.isin(row, subject.kept)),
     )

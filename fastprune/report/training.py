@@ -1,11 +1,20 @@
-"""The page about training runs: accuracy, cost, and where the time went."""
+"""The page about training runs: the verdict, accuracy, cost, and where the time went."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastprune.artifacts.atomic import atomic_path, write_text
 from fastprune.errors import InvalidValueError
-from fastprune.report.page import facts, heading, note, page, picture, table
+from fastprune.report.page import (
+    facts,
+    heading,
+    note,
+    page,
+    picture,
+    table,
+    verdict_list,
+    warning,
+)
 from fastprune.report.run_charts import accuracy_png, seconds_png
 from fastprune.report.runs import (
     Group,
@@ -17,8 +26,22 @@ from fastprune.report.runs import (
     mean_and_sd,
     read_runs,
 )
+from fastprune.report.verdict import (
+    configuration_differences,
+    difference,
+    verdict,
+    warnings_about,
+)
 
-_REACHED = ("run", "seeds", "trained on", "epochs", "top-1 last, %", "top-1 best, %")
+_REACHED = (
+    "run",
+    "trained on",
+    "seeds",
+    "epochs",
+    "top-1 last, %",
+    "Δ to baseline, points",
+    "top-1 best, %",
+)
 _COST = (
     "run",
     "images per epoch",
@@ -27,6 +50,7 @@ _COST = (
     "total, s",
     "ratio",
     "with scoring",
+    "steps, ratio",
     "waiting, %",
 )
 
@@ -62,12 +86,15 @@ def report_runs(
         raise InvalidValueError(f"convert_seconds ({convert_seconds}) must be >= 0.")
     runs = read_runs(paths, score_seconds=score_seconds)
     groups = group_runs(runs)
-    chosen = choose_reference(groups, reference)
-    groups.sort(key=lambda group: group is not chosen)
+    baseline = choose_reference(groups, reference)
+    groups.sort(key=lambda group: group is not baseline)
     out_path = Path(out_path)
     parts = [
-        *_accuracy(groups, out_path),
-        *_costs(groups, chosen, convert_seconds, out_path),
+        verdict_list(verdict(groups, baseline)),
+        *map(warning, warnings_about(groups)),
+        *_accuracy(groups, baseline, out_path),
+        *_costs(groups, baseline, convert_seconds, out_path),
+        *_settings(groups),
         *_origin(runs),
     ]
     write_text(out_path, page("Training runs", parts))
@@ -79,36 +106,56 @@ def _write_png(out_path: Path, what: str, png: bytes) -> None:
         temporary.write_bytes(png)
 
 
-def _accuracy(groups: Sequence[Group], out_path: Path) -> list[str]:
+def _accuracy(groups: Sequence[Group], baseline: Group | None, out_path: Path) -> list[str]:
+    def delta(group: Group) -> str:
+        if baseline is None or group is baseline or not group.is_finished:
+            return "–"
+        return str(difference(group, baseline) or "–")
+
     lines = [
         [
             group.name,
-            ", ".join(str(run.seed) for run in group.runs),
             group.runs[0].selection,
+            ", ".join(str(run.seed) for run in group.runs),
             ", ".join(dict.fromkeys(_epochs(run) for run in group.runs)),
             mean_and_sd([_percent(run.top1_last) for run in group.runs], 2),
+            delta(group),
             mean_and_sd([_percent(run.top1_best) for run in group.runs], 2),
         ]
         for group in groups
     ]
     parts = [
         heading("Accuracy"),
-        table(_REACHED, lines),
+        table(_REACHED, lines, text=(0, 1)),
         note(
-            "Mean ± standard deviation over seeds. The best of all validations is chosen on the "
-            "validation set, so it flatters: compare the last."
+            "Accuracies: mean ± standard deviation over seeds. Δ: mean difference over the seeds "
+            "that both have ± half of its 95% interval (Student's t, in pairs), each comparison by "
+            "itself: of twenty that do not differ, one is expected to look as if it did. The best "
+            "of all validations is chosen on the validation set, so it flatters: compare the last."
         ),
     ]
     if any(run.curve for group in groups for run in group.runs):
         png = accuracy_png(groups)
         _write_png(out_path, "accuracy", png)
-        parts += [picture(png, "Top-1 over seconds and over epochs"), note(_curves_note(groups))]
+        # Seconds of an unfinished run are those of its log, which has no phases.
+        unfinished = (
+            ""
+            if all(group.is_finished for group in groups)
+            else " An unfinished run is dashed; its seconds have start-up and validation in them."
+        )
+        parts += [
+            picture(png, "Top-1 over seconds and over epochs", may_scroll=True),
+            note(
+                "A thin line is a run, a thick one the mean of its seeds. Seconds count scoring "
+                f"and the epochs, without start-up and validation.{unfinished}"
+            ),
+        ]
     return parts
 
 
 def _costs(
     groups: Sequence[Group],
-    reference: Group | None,
+    baseline: Group | None,
     convert_seconds: float | None,
     out_path: Path,
 ) -> list[str]:
@@ -119,34 +166,39 @@ def _costs(
     _write_png(out_path, "seconds", png)
     return [
         heading("Cost"),
-        table(_COST, [_cost_line(group, reference, convert_seconds) for group in finished]),
-        note(_cost_note(finished, reference, convert_seconds)),
+        table(_COST, [_cost_line(group, baseline, convert_seconds) for group in finished]),
+        note(_cost_note(finished, baseline, convert_seconds)),
         heading("Where the time went"),
-        picture(png, "Seconds of each run by use"),
+        picture(png, "Seconds of each run by use", may_scroll=True),
         note("The mean of each name's runs."),
     ]
 
 
-def _cost_line(group: Group, reference: Group | None, convert_seconds: float | None) -> list[str]:
+def _cost_line(group: Group, baseline: Group | None, convert_seconds: float | None) -> list[str]:
     """Write one line of the table; a dash stands for a number that is not recorded."""
     runs = group.runs
+    paid = [run.paid_seconds(total=True) for run in runs]
+    totals = [None if seconds is None else seconds + (convert_seconds or 0.0) for seconds in paid]
     ratios = (
-        [] if reference is None else cost_ratios(group, reference, with_scoring=with_scoring)
+        [] if baseline is None else cost_ratios(group, baseline, with_scoring=with_scoring)
         for with_scoring in (False, True)
     )
+    steps = mean([run.number("steps") for run in runs])
+    their_steps = None if baseline is None else mean([r.number("steps") for r in baseline.runs])
     return [
         group.name,
         mean_and_sd([mean([run.number("images_per_epoch") for run in runs])], 0),
         mean_and_sd([run.number("train_seconds") for run in runs], 1),
         mean_and_sd([mean([run.score_seconds for run in runs])], 1),
-        mean_and_sd([_total(run, convert_seconds) for run in runs], 1),
+        mean_and_sd(totals, 1),
         *(mean_and_sd(values, 3) for values in ratios),
+        f"{steps / their_steps:.3f}" if steps and their_steps else "–",
         mean_and_sd([_percent(run.number("data_wait_share")) for run in runs], 1),
     ]
 
 
 def _cost_note(
-    groups: Sequence[Group], reference: Group | None, convert_seconds: float | None
+    groups: Sequence[Group], baseline: Group | None, convert_seconds: float | None
 ) -> str:
     """Explain the table, and name the costs that are missing from it."""
     remarks = [
@@ -157,9 +209,10 @@ def _cost_note(
             else f"with scoring and {convert_seconds:,.1f} s of conversion."
         ),
         "No ratios: name the runs to compare with by --reference."
-        if reference is None
-        else f"Ratios, of training and of scoring and training, are to {reference.name}, seed by "
-        "seed. Waiting is the share of training in which no batch was there.",
+        if baseline is None
+        else f"Ratios, of training and of scoring and training, are to {baseline.name}, seed by "
+        "seed; the ratio of steps does not depend on what else ran on the machine. Waiting is the "
+        "share of training in which no batch was there.",
     ]
     if any(run.score_seconds is None for group in groups for run in group.runs):
         remarks.append(
@@ -167,6 +220,21 @@ def _cost_note(
             "seconds, give them by --score-seconds."
         )
     return " ".join(remarks)
+
+
+def _settings(groups: Sequence[Group]) -> list[str]:
+    differing = configuration_differences(groups)
+    if len(groups) < 2:
+        return []
+    if not differing:
+        return [heading("Settings that differ"), note("None: the runs have one recipe.")]
+    lines = [[name, *values] for name, values in differing.items()]
+    columns = ["setting", *(group.name for group in groups)]
+    return [
+        heading("Settings that differ"),
+        table(columns, lines, text=range(len(columns))),
+        note("Everything else in the recipes is the same, seed, name and folder aside."),
+    ]
 
 
 def _epochs(run: Run) -> str:
@@ -177,39 +245,49 @@ def _epochs(run: Run) -> str:
     return f"{done:g} of {run.epochs}"
 
 
-def _total(run: Run, convert_seconds: float | None) -> float | None:
-    paid = run.paid_seconds(total=True)
-    return None if paid is None else paid + (convert_seconds or 0.0)
-
-
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _curves_note(groups: Sequence[Group]) -> str:
-    unfinished = (
-        ""
-        if all(group.is_finished for group in groups)
-        else (" An unfinished run is dashed; its seconds have start-up and validation in them.")
-    )
-    return (
-        "A thin line is a run, a thick one the mean of its seeds. Seconds count scoring and the "
-        f"epochs, without start-up and validation.{unfinished}"
-    )
-
-
 def _origin(runs: Sequence[Run]) -> list[str]:
-    """Name folders, machine and versions."""
-    machines = {_machine(run) for run in runs if run.is_finished}
+    def listed(texts: Iterable[str]) -> str:
+        return "; ".join(sorted(set(texts))) or "not recorded"
+
+    dates = [run.finished for run in runs if run.finished is not None]
+    days = sorted({f"{date:%Y-%m-%d %H:%M}" for date in dates})
     return [
         heading("Where it comes from"),
         facts(
             {
+                "data set": listed(_data_set(run) for run in runs),
+                "teacher": listed(_teacher(run) for run in runs),
+                "student": listed(run.recipe["student"]["network"] for run in runs),
+                "results of": " to ".join(dict.fromkeys([*days[:1], *days[-1:]])) or "–",
                 "runs": ", ".join(str(run.folder) for run in runs),
-                "machine": "; ".join(sorted(machines)) or "not recorded",
+                "machine": listed(_machine(run) for run in runs if run.is_finished),
             }
         ),
     ]
+
+
+def _data_set(run: Run) -> str:
+    """Describe it as `train.beton, tested on val.beton, 32 pixels`."""
+    data = run.recipe["data"]
+    return f"{data['train']}, tested on {data['val']}, {data['image_size']} pixels"
+
+
+def _teacher(run: Run) -> str:
+    """Describe it as `resnet20, top-1 67.5%`, as far as its own run is there."""
+    teacher = run.recipe.get("teacher")
+    if teacher is None:
+        return "none: trained on the labels"
+    source = teacher.get("weights") or teacher.get("checkpoint")
+    reached = (
+        "accuracy not recorded"
+        if run.teacher_top1 is None
+        else f"top-1 {run.teacher_top1:.2%} in its own run"
+    )
+    return f"{teacher['network']} ({source}), {reached}"
 
 
 def _machine(run: Run) -> str:

@@ -1,8 +1,10 @@
+import csv
 import io
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +19,9 @@ from fastprune.cli import main
 from fastprune.errors import ArtifactMismatch, BetonError, InvalidValueError
 from fastprune.report.score_pictures import (
     THUMBNAIL_SIDE,
-    Thumbnail,
     rank_correlations,
     read_image,
-    strip_png,
+    thumbnail_png,
 )
 from fastprune.report.scores import Subject, class_strips, report_scores
 from fastprune.selection.subsets import make_subset
@@ -81,15 +82,14 @@ def test_page_shows_charts_and_contact_sheets(files, tmp_path):
     )
     assert result.exit_code == 0, result.output
     page = (tmp_path / "report.html").read_text()
-    assert images_of(page) == [
+    sheets = [alt for alt in images_of(page) if alt.startswith("row ")]
+    assert len(sheets) == 2 * 3 * 3
+    assert {alt.partition(", ")[2] for alt in sheets} == {"class_00", "class_03"}
+    assert "<h3>class_03, kept, medium</h3>" in page
+    assert [alt for alt in images_of(page) if alt not in sheets] == [
         "Histogram of loss over all rows, and over the kept ones",
         "Rows and kept rows of every class",
         "Rank correlations between loss, centroid",
-        *(
-            f"Images of {name}, {title}"
-            for name in ("class_00", "class_03")
-            for title in ("easiest", "kept, medium", "hardest")
-        ),
     ]
     assert "12 of 24 rows (50.00%)" in page
     assert "<script>" not in page
@@ -127,7 +127,68 @@ def test_every_picture_of_the_page_opens_in_a_browser(files, tmp_path):
         timeout=120,
         check=True,
     )
-    assert re.search(r"<title>(.*)</title>", shown.stdout)[1] == "15 pictures"
+    assert re.search(r"<title>(.*)</title>", shown.stdout)[1] == f"{len(images_of(page))} pictures"
+
+
+def test_row_file_score_and_wrong_guess_stand_under_an_image(files, tmp_path):
+    report_scores(
+        files / "scores.parquet",
+        tmp_path / "r.html",
+        beton_path=files / "train.beton",
+        per_strip=24,
+    )
+    beton = open_beton(files / "train.beton")
+    table = ScoreTable.load(files / "scores.parquet")
+    page = (tmp_path / "r.html").read_text()
+    row = int(np.flatnonzero(table.predictions != table.labels)[0])
+    name = Path(beton.manifest.table(["source"]).to_pydict()["source"][row]).name
+    score = f"{table.metric('centroid')[row]:.4g}"
+    assert f'row {row}<br>{name}<br>{score}<br><span class="wrong">class_01</span>' in page
+
+
+def test_classes_are_chosen_by_name_or_number(files, tmp_path):
+    for name in ("class_02", "2"):
+        report_scores(
+            *(files / "scores.parquet", tmp_path / "r.html"),
+            beton_path=files / "train.beton",
+            classes=[name],
+        )
+        page = (tmp_path / "r.html").read_text()
+        assert re.findall(r"<h3>(\w+), easiest", page) == ["class_02"]
+    with pytest.raises(InvalidValueError, match="Did you mean 'class_02'"):
+        report_scores(
+            *(files / "scores.parquet", tmp_path / "r.html"),
+            beton_path=files / "train.beton",
+            classes=["clas_02"],
+        )
+
+
+def test_hardest_and_contradicted_rows_are_lists_beside_the_page(files, tmp_path):
+    report_scores(
+        *(files / "scores.parquet", tmp_path / "r.html"),
+        subset_path=files / "subset.npy",
+        beton_path=files / "train.beton",
+    )
+    table = ScoreTable.load(files / "scores.parquet")
+    with (tmp_path / "r-hardest.csv").open() as file:
+        hardest = list(csv.DictReader(file))
+    scores = table.metric("loss")
+    assert [int(line["row"]) for line in hardest] == np.argsort(-scores).tolist()
+    assert hardest[0]["class"] == f"class_{table.labels[int(hardest[0]['row'])]:02d}"
+    assert hardest[0]["file"].endswith(".jpg")
+    assert sum(int(line["kept"]) for line in hardest) == 12
+    with (tmp_path / "r-suspected.csv").open() as file:
+        suspected = [int(line["row"]) for line in csv.DictReader(file)]
+    wrong = np.flatnonzero(table.predictions != table.labels)
+    assert suspected == wrong[np.argsort(-scores[wrong])].tolist()
+    assert 'href="r-suspected.csv"' in (tmp_path / "r.html").read_text()
+
+
+def test_page_without_a_name_is_named_after_its_subject(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["report", str(files / "scores.parquet"), str(files / "subset.npy")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert (tmp_path / "scores-subset-report.html").exists()
 
 
 def test_strips_are_the_ends_and_the_middle_of_a_class():
@@ -150,16 +211,14 @@ def test_class_with_fewer_images_than_a_strip_shows_them_all():
     assert [len(rows) for rows in class_strips(subject, 0, 8).values()] == [3, 3, 3]
 
 
-def test_strip_shows_the_images_enlarged_to_whole_multiples(files):
+def test_thumbnails_are_enlarged_to_whole_multiples(files):
     beton = open_beton(files / "train.beton")
-    strip = Image.open(io.BytesIO(strip_png(beton, [Thumbnail(0, "1.5", "cat", is_kept=True)] * 2)))
+    thumbnail = np.asarray(Image.open(io.BytesIO(thumbnail_png(beton, 0))))
     image = read_image(beton, 0)
     factor = THUMBNAIL_SIDE // max(image.size)
-    left, top = ((THUMBNAIL_SIDE + 6 - factor * side) // 2 for side in image.size)
-    corner = np.asarray(strip)[top : top + factor, left : left + factor]
     assert factor == 3
-    assert (corner == np.asarray(image)[0, 0]).all()
-    assert strip.width == 2 * (THUMBNAIL_SIDE + 12)
+    assert (thumbnail[:factor, :factor] == np.asarray(image)[0, 0]).all()
+    assert thumbnail.shape == (factor * image.height, factor * image.width, 3)
 
 
 def test_raw_images_are_read_too(files):
