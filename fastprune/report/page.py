@@ -12,7 +12,7 @@ body { font-family: system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; 
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 0.2rem; }
 img { display: block; max-width: 100%; }
-.scroll { overflow-x: auto; } .scroll img { max-width: none; }
+.scroll { overflow-x: auto; } .scroll img { min-width: 42rem; }
 table { border-collapse: collapse; }
 td, th { padding: 0.15rem 1rem 0.15rem 0; text-align: left; vertical-align: top; }
 th { font-weight: normal; color: #666; }
@@ -20,7 +20,7 @@ th { font-weight: normal; color: #666; }
 .numbers { font-size: 0.9rem; } .numbers td, .numbers th { overflow-wrap: normal; }
 .numbers td { border-top: 1px solid #eee; text-align: right; white-space: nowrap;
               font-variant-numeric: tabular-nums; }
-.numbers th { text-align: right; vertical-align: bottom; }
+.numbers th { text-align: right; vertical-align: bottom; white-space: nowrap; }
 .numbers .text { text-align: left; }
 .strip { display: flex; flex-wrap: wrap; gap: 0.5rem; }
 figure { margin: 0; width: 134px; font-size: 0.75rem; line-height: 1.25; }

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fastprune.report.runs import Group, Run
 
@@ -56,6 +57,7 @@ PART_COLORS = {
 
 # matplotlib's palettes: ten colors that differ clearly, twenty in pairs of dark and light.
 _TEN = 10
+_LEGEND_COLUMNS = 5
 _BAR_INCHES = 0.34
 
 
@@ -110,13 +112,15 @@ def accuracy_png(groups: Sequence[Group]) -> bytes:
     over_time.set_xlabel("seconds of scoring and training")
     over_time.set_ylabel("top-1 on the validation set, %")
     over_epochs.set_xlabel("epochs")
+    over_epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (over_time, over_epochs):
         axes.set_xlim(left=0)
         # From zero: a cut axis makes a fraction of a point look like a victory.
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     handles, labels = over_time.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    # Above, where a phone shows it without scrolling.
+    figure.legend(handles, labels, loc="outside upper left", ncols=_LEGEND_COLUMNS, fontsize=8)
     return _png(figure)
 
 
@@ -130,7 +134,7 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
     Returns:
         A PNG.
     """
-    figure = Figure(figsize=(11, 1.5 + _BAR_INCHES * len(groups)), layout="constrained")
+    figure = Figure(figsize=(11, 1.9 + _BAR_INCHES * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     spent = [_mean_parts(group, convert_seconds) for group in groups]
@@ -148,7 +152,7 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
         left += widths
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside upper left", ncols=_LEGEND_COLUMNS, fontsize=8)
     return _png(figure)
 
 

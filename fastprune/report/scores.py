@@ -187,6 +187,7 @@ def _charts(subject: Subject) -> list[str]:
         picture(
             histogram_png(subject.scores, kept, subject.metric),
             f"Histogram of {subject.metric} over all rows, and over the kept ones",
+            may_scroll=True,
         ),
     ]
     if kept is not None:
@@ -197,6 +198,7 @@ def _charts(subject: Subject) -> list[str]:
             picture(
                 class_counts_png(table.class_counts, kept_counts, names),
                 "Rows and kept rows of every class",
+                may_scroll=True,
             ),
         ]
     names = _difficulties(table)

@@ -42,7 +42,7 @@ class Difference:
 
     def __str__(self) -> str:
         spread = "" if self.half_width is None else f" ± {self.half_width:.2f}"
-        return f"{self.points:+.2f}{spread}"
+        return f"{_signed(self.points)}{spread}"
 
 
 def difference(group: Group, baseline: Group) -> Difference | None:
@@ -90,11 +90,11 @@ def _sentence(group: Group, baseline: Group) -> str:
     found = difference(group, baseline)
     if found is None:
         return f"{group.name} and {baseline.name} share no seed: they cannot be compared in pairs."
-    claim = f"{group.name} − {baseline.name}: {found.points:+.2f} points"
+    claim = f"{group.name} − {baseline.name}: {_signed(found.points)} points"
     if found.half_width is None:
         return f"{claim} on one seed. One seed says nothing: run more of them."
     low, high = found.points - found.half_width, found.points + found.half_width
-    interval = f"95% interval {low:+.2f} to {high:+.2f}, {len(found.seeds)} seeds in pairs"
+    interval = f"95% interval {_signed(low)} to {_signed(high)}, {len(found.seeds)} seeds in pairs"
     if not found.is_detected:
         return f"{claim} ({interval}): no difference detected."
     return f"{claim} ({interval}): {'better' if found.points > 0 else 'worse'}."
@@ -143,6 +143,11 @@ def configuration_differences(groups: Sequence[Group]) -> Mapping[str, list[str]
     names = sorted({name for settings in flat for name in settings} - set(_INCIDENTAL))
     values = {name: [_text(settings.get(name)) for settings in flat] for name in names}
     return {name: texts for name, texts in values.items() if len(set(texts)) > 1}
+
+
+def _signed(points: float) -> str:
+    """Format with a sign, a true minus: a hyphen is hard to see."""
+    return f"{points:+.2f}".replace("-", "−")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
