@@ -13,8 +13,11 @@ TORCH_INDEX ?=
 # make demo: an ImageFolder instead of the generated pictures, and further options of the command.
 IMAGES ?=
 ARGS ?=
+# make bench-gpu: cuda or cpu; make gpu-pack: CIFAR-10 as folders train/ and test/ too.
+DEVICE ?= cuda
+CIFAR ?=
 
-.PHONY: setup demo test test-full check bench bench-gpu study docker image image-test docs package help
+.PHONY: setup demo test test-full check bench bench-gpu gpu-pack study docker image image-test docs package help
 
 setup: $(INSTALLED) ## Create .venv with fastprune, ffcv and DALI (TORCH_INDEX=URL: torch from there)
 
@@ -49,7 +52,7 @@ check: setup ## Format, lint, types, import floors, docs, Dockerfile, known vuln
 
 bench: setup ## Run every CPU benchmark (IMAGES=folder of JPEGs, required); JSON in benchmarks/results
 	@test -n '$(IMAGES)' || { echo "name a folder of JPEG files: make bench IMAGES=folder" >&2; exit 2; }
-	for script in $(filter-out benchmarks/wallclock.py,$(wildcard benchmarks/[!_]*.py)); do \
+	for script in $(filter-out benchmarks/wallclock.py benchmarks/gpu.py,$(wildcard benchmarks/[!_]*.py)); do \
 	    $(BIN)/python "$$script" --images '$(IMAGES)' || exit 1; done
 
 study: setup ## Distil on all rows, halves and more, over seeds (IMAGES=folder with train/ and test/)
@@ -58,11 +61,12 @@ study: setup ## Distil on all rows, halves and more, over seeds (IMAGES=folder w
 	$(BIN)/python tools/measured.py
 	$(BIN)/fastprune report build/wallclock-cifar10/runs -o build/wallclock-cifar10/report.html
 
-bench-gpu: setup ## Run the tests and benchmarks that need a CUDA device
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	    { echo "bench-gpu needs a CUDA device, and torch sees none here." >&2; exit 1; }
-	$(BIN)/pytest tests/gpu -m gpu
-	$(BIN)/python benchmarks/epoch.py --device cuda
+bench-gpu: ## Run the tests and benchmarks for a GPU, in .venv or else by PYTHON (DEVICE=cpu: a small rehearsal)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py run --device $(DEVICE) $(ARGS)
+
+gpu-pack: setup ## Pack what bench-gpu needs on a machine without a network (IMAGES=folder of JPEGs, CIFAR=folder)
+	@test -n '$(IMAGES)' || { echo "name a folder of JPEG files: make gpu-pack IMAGES=folder" >&2; exit 2; }
+	$(BIN)/python benchmarks/gpu.py pack --images '$(IMAGES)' $(if $(CIFAR),--cifar '$(CIFAR)')
 
 docker: ## Build the image fastprune:latest by Docker (BASE_IMAGE=... for another base)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) -t fastprune:latest .

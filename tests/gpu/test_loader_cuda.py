@@ -1,20 +1,24 @@
 """The loader on a GPU: nvJPEG decodes, and the promise is the same."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 
 from fastprune.beton.writer import convert
 from fastprune.loading.loader import Loader
-from tests.conftest import require_library
 from tests.images import write_image_folder
-
-require_library("dali")
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+_HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+needs_dali = pytest.mark.skipif(not _HAS_DALI, reason="needs DALI")
+both_backends = pytest.mark.parametrize("backend", [pytest.param("dali", marks=needs_dali), "cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +34,14 @@ def _loader(path, **settings):
     return Loader(path, **{**defaults, **settings})
 
 
-def test_auto_decodes_on_the_gpu_into_normalized_channels_last_batches(beton):
+def test_batches_are_normalized_and_channels_last_on_the_gpu(beton):
     images, labels, rows = next(iter(_loader(beton)))
     assert images.is_cuda and labels.is_cuda and rows.is_cuda
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+@needs_dali
 @pytest.mark.parametrize("settings", [{}, {"order": "pages"}, {"subset": np.arange(0, 30, 2)}])
 def test_rows_are_those_of_the_cpu_and_pixels_nearly_so(beton, settings):
     def epoch(device, backend):
@@ -49,7 +54,7 @@ def test_rows_are_those_of_the_cpu_and_pixels_nearly_so(beton, settings):
     assert (gpu[0] - cpu[0]).abs().float().mean(dim=(1, 2, 3)).max() < 3
 
 
-@pytest.mark.parametrize("backend", ["dali", "cpu"])
+@both_backends
 def test_batches_after_a_resume_are_those_of_the_uninterrupted_run(beton, backend):
     uninterrupted = _loader(beton, batch_size=2, backend=backend)
     batches = iter(uninterrupted)
@@ -59,3 +64,60 @@ def test_batches_after_a_resume_are_those_of_the_uninterrupted_run(beton, backen
     resumed.load_state_dict(uninterrupted.state_dict())
     for one, other in zip(list(batches), resumed, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@both_backends
+def test_decoding_writes_into_no_memory_that_the_callers_stream_still_uses(beton, backend):
+    """nvJPEG's hardware is reported not to wait for the stream that used its memory last."""
+    loader = _loader(beton, backend=backend, raw=True)
+    expected = [images.cpu() for images, _, _ in loader]
+    loader.set_epoch(0)
+    copies = []
+    for images, _, _ in loader:
+        # The stream is far behind the host now: it reads the batch, and fills memory that is given
+        # back at once, only after the next batches were asked for.
+        torch.cuda._sleep(100_000_000)
+        copies.append(images.clone())
+        poison = [torch.full_like(images, 255) for _ in range(4)]
+        del images, poison
+    assert all(torch.equal(copy.cpu(), own) for copy, own in zip(copies, expected, strict=True))
+
+
+@both_backends
+def test_batches_are_those_of_the_default_stream_in_any_stream(beton, backend):
+    loader = _loader(beton, backend=backend)
+    expected = [[part.cpu() for part in batch] for batch in loader]
+    loader.set_epoch(0)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = [[part.cpu() for part in batch] for batch in loader]
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["xyi", "xyi_contrast", "two_view"])
+def test_no_batch_waits_for_the_device(beton, layout):
+    loader = _loader(beton, backend="cpu", layout=layout, num_negatives=8)
+    loader.warm_up()
+    batches = iter(loader)
+    next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert sum(1 for _ in batches) > 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_in_a_cuda_graph_takes_the_loaders_batches(beton):
+    """Shapes are the same in every batch, so that torch.compile may replay one graph."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(3)
+    ).cuda()
+    compiled = torch.compile(network, mode="reduce-overhead")
+    for _ in range(3):
+        for images, labels, _ in _loader(beton, backend="cpu"):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = torch.nn.functional.cross_entropy(compiled(images), labels)
+            with torch.no_grad():
+                expected = torch.nn.functional.cross_entropy(network(images), labels)
+            torch.testing.assert_close(loss.detach(), expected, rtol=1e-3, atol=1e-3)
