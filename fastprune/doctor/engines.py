@@ -31,6 +31,11 @@ _FFCV_REPAIR = (
 )
 _DALI_ADVICE = "Install it with: pip install 'fastprune[dali-cuda13]' (driver for CUDA 12: -cuda12)"
 
+_GPU_ADVICE = (
+    "backend=\"auto\" takes the CPU engine here. What may help: pip install 'nvidia-nvjpeg>=13.2', "
+    "and another nvidia-nvimgcodec than 0.9.0"
+)
+
 _REINSTALL = "Install it again, or use another engine."
 
 # Of each engine: the package it needs, advice where that is missing, advice where it fails.
@@ -48,7 +53,7 @@ def check_engines() -> list[Finding]:
             findings = [
                 _check("cpu", "cpu", beton, pixels),
                 _check("dali", "cpu", beton, pixels),
-                *([_check("dali", "cuda", beton, pixels)] if _has_cuda() else []),
+                *([_check_gpu(beton, pixels)] if _has_cuda() else []),
                 _check("ffcv", "cpu", beton, pixels),
             ]
     except (FastpruneError, OSError) as error:
@@ -75,6 +80,20 @@ def _beton() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
         (folder / "images" / "class" / "image.jpg").write_bytes(buffer.getvalue())
         convert(folder / "images", folder / "image.beton", workers=1)
         yield folder / "image.beton", np.asarray(Image.open(buffer))
+
+
+def _check_gpu(beton: Path, expected: NDArray[np.uint8]) -> Finding:
+    """Try DALI's decoding on the GPU in a child process, and only then in this one."""
+    if _is_installed("nvidia.dali"):
+        import torch
+
+        from fastprune.loading.gpu_probe import probe_gpu_decoding
+
+        trial = probe_gpu_decoding(torch.cuda.current_device(), again=True)
+        if trial.verdict != "good":
+            verdict = "note" if trial.verdict == "slow" else "bad"
+            return Finding("engine dali, cuda", verdict, trial.reason, _GPU_ADVICE)
+    return _check("dali", "cuda", beton, expected)
 
 
 def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) -> Finding:

@@ -4,6 +4,7 @@ The order and the boxes are ours: DALI is fed slices of the mapped file with a c
 """
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
-from fastprune.errors import BetonError, JpegError, LoadingError
+from fastprune.errors import BetonError, JpegError, LoadingError, MissingDependencyError
 from fastprune.jpeg.headers import read_header
+from fastprune.loading.batch import cuda_index
 from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.loading.dali_pipeline import (
     BATCHES_AHEAD,
@@ -26,7 +28,10 @@ from fastprune.loading.dali_pipeline import (
     sound_sample,
 )
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
+from fastprune.loading.gpu_probe import probe_gpu_decoding
 from fastprune.loading.threads import ThreadDiedError, WorkerThreads
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class DaliEngine:
         self._broken: dict[int, str] = {}
         self._idle: list[Pipeline] = []
         _require_jpegs(beton)
+        if (index := cuda_index(device)) is not None:
+            _require_gpu_decoding(index)
 
     def decode(
         self,
@@ -269,4 +276,21 @@ def _require_jpegs(beton: Beton) -> None:
         raise BetonError(
             f"DALI reads JPEGs, but row {raw[0]:,} of {beton.path} (and {len(raw) - 1:,} others) "
             'hold raw pixels. Use backend="cpu", or convert the images again.'
+        )
+
+
+def _require_gpu_decoding(device_index: int) -> None:
+    """Refuse a GPU on which DALI decodes nothing, or ends the process; say where it is slow.
+
+    Raises:
+        MissingDependencyError: the trial failed.
+    """
+    trial = probe_gpu_decoding(device_index)
+    if trial.verdict == "slow":
+        _LOG.warning("%s", trial.reason)
+    elif trial.verdict != "good":
+        raise MissingDependencyError(
+            f'DALI cannot decode on this GPU: {trial.reason}. Use backend="cpu". What may help: '
+            "pip install 'nvidia-nvjpeg>=13.2', and another nvidia-nvimgcodec than 0.9.0; "
+            "`fastprune doctor` tries again."
         )

@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import logging
 import os
 import re
 import weakref
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +28,6 @@ except ImportError as error:
 # Their stubs know neither dictionaries of arguments nor the constants.
 fn: Any = nvidia.dali.fn
 types: Any = nvidia.dali.types
-
-_LOG = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
 # Texts of CUDA, of allocators, and of nvImageCodec's statuses but for those that blame the image:
@@ -104,7 +100,6 @@ class Pipeline:
         )
         self._pipeline.build()
         _LIVE.add(self)
-        self._decoder_is_known = False
 
     def run(self, samples: Iterator[Sample]) -> Generator[torch.Tensor, None, None]:
         """Decode samples in order, two ahead of the caller.
@@ -141,11 +136,7 @@ class Pipeline:
             return None
         except RuntimeError as error:
             raise PipelineError(error) from error
-        pixels = self._copies.of(torch.utils.dlpack.from_dlpack(outputs.as_tensor()))
-        if on_gpu and not self._decoder_is_known:
-            require_nvjpeg()
-            self._decoder_is_known = True
-        return pixels
+        return self._copies.of(torch.utils.dlpack.from_dlpack(outputs.as_tensor()))
 
     def _reset(self) -> None:
         """Get ready for the next epoch."""
@@ -206,20 +197,3 @@ def sound_sample() -> Sample:
     Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
     zeros = np.zeros((1, 2), np.int32)
     return [np.frombuffer(jpeg.getvalue(), np.uint8)], zeros, zeros + 16, zeros, zeros[:, 0]
-
-
-def require_nvjpeg(maps: Path = Path("/proc/self/maps")) -> None:
-    """Refuse "mixed" decoding that silently fell back to the CPU.
-
-    Raises:
-        MissingDependencyError: DALI has not loaded nvJPEG.
-    """
-    mapped = maps.read_text(encoding="utf-8").splitlines()
-    libraries = {line.split()[-1] for line in mapped if "libnvjpeg" in line}
-    ours = [path for path in libraries if "torchvision" not in path]
-    if not ours:
-        raise MissingDependencyError(
-            "DALI decodes on the CPU although a GPU was asked for, because it found no nvJPEG. "
-            'Install it with: pip install nvidia-nvjpeg, or decode with backend="cpu".'
-        )
-    _LOG.info("decoding on the GPU with %s", ours[0])

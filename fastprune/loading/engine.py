@@ -1,6 +1,5 @@
 """The protocol of engines, and which one decodes."""
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -64,41 +63,58 @@ def make_engine(
 ) -> Engine:
     """Start the engine of that name, as a client of a loading service where one is named.
 
+    Without a service, "auto" is chosen by `choice.choose_backend`.
+
     Raises:
         InvalidValueError: there is no such engine, or a service cannot stand in for it.
-        MissingDependencyError: its package is not installed.
+        MissingDependencyError: its package is not installed, or does not work here.
     """
     if backend not in BACKENDS:
         raise InvalidValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
-    service, chosen = choose_service(service, backend), backend
-    if backend == "auto":
-        chosen = "cpu" if service else choose_backend(device)
-    decoder = "the GPU" if chosen == "dali" and device.type == "cuda" else f"{num_workers} threads"
-    _LOG.info("%s: decoding with the engine %s on %s", beton.path, chosen, decoder)
-    # Imported only here: DALI and ffcv need not be installed, and take seconds to import.
-    if chosen == "dali":
-        from fastprune.loading.dali import DaliEngine
+    service = choose_service(service, backend)
 
-        return DaliEngine(
-            beton, image_size=image_size, num_workers=num_workers, device=device, faults=faults
+    def start(name: str, faults: RowFaults) -> Engine:
+        # Imported only here: DALI and ffcv need not be installed, and take seconds to import.
+        if name == "dali":
+            from fastprune.loading.dali import DaliEngine
+
+            return DaliEngine(
+                beton, image_size=image_size, num_workers=num_workers, device=device, faults=faults
+            )
+        if name == "ffcv":
+            from fastprune.loading.ffcv_guest import FfcvGuest
+
+            return FfcvGuest(beton, image_size=image_size, num_workers=num_workers, faults=faults)
+        from fastprune.loading.cpu import CpuEngine
+
+        return CpuEngine(
+            beton,
+            image_size=image_size,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            faults=faults,
         )
-    if chosen == "ffcv":
-        from fastprune.loading.ffcv_guest import FfcvGuest
 
-        return FfcvGuest(beton, image_size=image_size, num_workers=num_workers, faults=faults)
-    from fastprune.loading.cpu import CpuEngine
+    chosen, why = ("cpu", "the service's") if service else (backend, "as asked for")
+    if chosen == "auto":
+        from fastprune.loading.choice import choose_backend
 
-    engine = CpuEngine(
-        beton,
-        image_size=image_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        faults=faults,
-    )
+        chosen, why = choose_backend(
+            beton,
+            lambda name: start(name, RowFaults(beton, skip=True, verify_crc=False)),
+            image_size=image_size,
+            num_workers=num_workers,
+            device=device,
+        )
+    decoder = "the GPU" if chosen == "dali" and device.type == "cuda" else f"{num_workers} threads"
+    _LOG.info("%s: decoding with the engine %s on %s (%s)", beton.path, chosen, decoder, why)
+    engine = start(chosen, faults)
     if not service:
         return engine
+    from fastprune.loading.cpu import CpuEngine
     from fastprune.loading.service_client import ServiceEngine
 
+    assert isinstance(engine, CpuEngine), "choose_service refuses the others"
     return ServiceEngine(service, beton, image_size=image_size, local=engine, faults=faults)
 
 
@@ -122,11 +138,6 @@ def choose_service(service: str | None, backend: str) -> str | None:
     return service
 
 
-def choose_backend(device: torch.device) -> str:
-    """Choose DALI where it can decode on a GPU, else our own decoder, which is always there."""
-    return "dali" if device.type == "cuda" and _is_installed("nvidia.dali") else "cpu"
-
-
 def decoder_identity(backend: str, device: torch.device) -> dict[str, Any]:
     """Return what decides the pixels that an engine makes of the same bytes and boxes."""
     if backend == "dali":
@@ -135,11 +146,3 @@ def decoder_identity(backend: str, device: torch.device) -> dict[str, Any]:
         packages = [p for p in distributions() if p.name.startswith("nvidia-dali-cuda")]
         return {"engine": f"dali ({kind})", "version": packages[0].version if packages else None}
     return {"engine": "cpu", "version": _VIEW_DECODER_VERSION}
-
-
-def _is_installed(package: str) -> bool:
-    """Return whether a package can be found, without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False

@@ -97,9 +97,10 @@ class Loader:
             batch_size: rows per batch and rank.
             train: chooses the defaults of `augment`, `order` and `tail`.
             backend: "cpu" decodes on the CPU; "dali" on the GPU if that is the device, else on the
-                CPU; "ffcv" is the CPU's decoder inside a stock ffcv.Loader; "auto" is DALI where
-                CUDA and DALI are there, else "cpu". All give the same rows and boxes; DALI's
-                pixels differ by the decoders' and filters' arithmetic.
+                CPU; "ffcv" is the CPU's decoder inside a stock ffcv.Loader; "auto" is "cpu", or
+                DALI where it works on the GPU and decodes faster than these CPUs (docs/gpu.md).
+                All give the same rows and boxes; DALI's pixels differ by the decoders' and
+                filters' arithmetic.
             device: where batches are delivered; "auto" is CUDA where it is there, else the CPU.
             image_size: S, side of the square images in a batch, in pixels.
             augment: "rrc" (RandomResizedCrop and flip; default for training above 64 pixels),

@@ -57,7 +57,7 @@ class DataSettings(_Section):
         num_views: K, after which the training views of a row come again: epoch e shows the views
             of epoch e mod K; None for new ones in each epoch.
         batch_size: images per step and process.
-        backend: the loader's engine; "auto" is DALI where CUDA and DALI are there, else "cpu".
+        backend: the loader's engine; "auto" is "cpu", or DALI where it is faster on the GPU.
         mean: per channel, of pixel values in [0, 1]; for normalization.
         std: as mean.
         num_workers: decoding threads; None for as many as the process may use.

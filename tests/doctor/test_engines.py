@@ -56,3 +56,22 @@ def test_a_machine_that_cannot_convert_is_told_where_to_look(monkeypatch):
     (finding,) = check_engines()
     assert finding.verdict == "bad"
     assert "TMPDIR" in finding.advice
+
+
+@pytest.mark.parametrize(("trial", "verdict"), [("crashes", "bad"), ("slow", "note")])
+def test_a_gpu_on_which_dali_must_not_decode_is_not_tried_in_this_process(
+    monkeypatch, trial, verdict
+):
+    from fastprune.loading import gpu_probe
+
+    def probe(index, *, again):
+        assert again
+        return gpu_probe.GpuDecoding(trial, "it ended with SIGSEGV")
+
+    monkeypatch.setattr(engines, "_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_probe, "probe_gpu_decoding", probe)
+    monkeypatch.setattr(engines, "_is_installed", lambda package: package == "nvidia.dali")
+    (found,) = [one for one in check_engines() if one.topic == "engine dali, cuda"]
+    assert (found.verdict, found.found) == (verdict, "it ended with SIGSEGV")
+    assert 'backend="auto" takes the CPU engine' in found.advice

@@ -287,7 +287,7 @@ def test_raw_rows_are_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_may_collect_what_its_parent_left(bare_beton):
-    """FFCV's writer forks, and DALI's threads, which its pipelines wait for, are not in the child."""
+    """FFCV's writer forks; DALI's threads, which its pipelines wait for, are not in the child."""
     gc.disable()
     try:
         cycle = [_loader(bare_beton)]
@@ -321,12 +321,26 @@ def test_buffers_are_made_for_an_image_and_not_for_two_outliers(tmp_path):
     assert _large_size(open_beton(tmp_path / "a.beton")) == (30, 28)
 
 
-def test_decoding_on_a_gpu_needs_nvjpeg_in_the_process(tmp_path):
-    from fastprune.loading.dali_pipeline import require_nvjpeg
+@pytest.mark.parametrize(
+    ("verdict", "reason"),
+    [
+        ("crashes", "decoding regions ended the process with SIGSEGV"),
+        ("fails", "nvJPEG is missing"),
+    ],
+)
+def test_a_gpu_on_which_the_trial_failed_is_refused(stock_beton, monkeypatch, verdict, reason):
+    from fastprune.beton.reader import open_beton
+    from fastprune.loading import dali
+    from fastprune.loading.faults import RowFaults
+    from fastprune.loading.gpu_probe import GpuDecoding
 
-    maps = tmp_path / "maps"
-    maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/torchvision.libs/libnvjpeg.so\n")
-    with pytest.raises(MissingDependencyError, match="pip install nvidia-nvjpeg"):
-        require_nvjpeg(maps)
-    maps.write_text("7f00-7f01 r-xp 0 0 0 /lib/nvidia/libnvjpeg.so.13\n")
-    require_nvjpeg(maps)
+    monkeypatch.setattr(dali, "probe_gpu_decoding", lambda index: GpuDecoding(verdict, reason))
+    beton = open_beton(stock_beton)
+    with pytest.raises(MissingDependencyError, match=f'{reason}. Use backend="cpu"'):
+        dali.DaliEngine(
+            beton,
+            image_size=32,
+            num_workers=1,
+            device=torch.device("cuda:0"),
+            faults=RowFaults(beton, skip=False, verify_crc=False),
+        )

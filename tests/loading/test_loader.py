@@ -20,7 +20,6 @@ from fastprune.errors import (
     LoadingError,
     MissingDependencyError,
 )
-from fastprune.loading import engine
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -327,15 +326,6 @@ def test_a_missing_engine_is_named_with_its_cure(
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(MissingDependencyError, match=cure):
         _loader(bare_beton, backend=backend)
-
-
-@pytest.mark.parametrize(
-    ("has_dali", "device", "chosen"),
-    [(True, "cpu", "cpu"), (True, "cuda", "dali"), (False, "cuda", "cpu"), (False, "cpu", "cpu")],
-)
-def test_auto_is_dali_on_a_gpu_and_else_our_own(monkeypatch, has_dali, device, chosen):
-    monkeypatch.setattr(engine, "_is_installed", lambda package: has_dali)
-    assert engine.choose_backend(torch.device(device)) == chosen
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dali", "ffcv"])
