@@ -6,7 +6,11 @@ from fastprune import errors
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-ERRORS = {name for name in vars(errors) if name[0].isupper()}
+ERRORS = {
+    name
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.FastpruneError)
+}
 GAP = "…"  # stands for a value
 _FEWEST_LETTERS = 10
 
