@@ -6,16 +6,19 @@ A class is worked on by one thread and its rows are added in row order, so the r
 depend on the number of threads.
 """
 
+import functools
 import math
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange
+from numba import prange
 from numba.extending import intrinsic
 from numpy.typing import ArrayLike, NDArray
 
+from fastprune.compile_cache import cached
 from fastprune.errors import InvalidValueError
 
 _FLOAT_TYPES = (np.float16, np.float32, np.float64)
@@ -156,8 +159,10 @@ as_float64: Any = intrinsic(_as_float64)
 # assume finite values stay off, because NaN and infinity must be noticed.
 _SUM_FLAGS = {"reassoc", "contract"}
 
+_compiled = functools.partial(cached, Path(__file__))
 
-@njit(cache=True, fastmath=_SUM_FLAGS)
+
+@_compiled(fastmath=_SUM_FLAGS)
 def _add_rows(rows: Any, chosen: Any, total: Any) -> None:
     """Add the chosen rows to total, eight at once: rows far apart hide each other's latency."""
     whole = len(chosen) - len(chosen) % 8
@@ -178,7 +183,7 @@ def _add_rows(rows: Any, chosen: Any, total: Any) -> None:
             total[i] += as_float64(rows[a, i])
 
 
-@njit(cache=True, fastmath=_SUM_FLAGS)
+@_compiled(fastmath=_SUM_FLAGS)
 def _measure_rows(rows: Any, chosen: Any, center: Any, distances: Any) -> None:
     """Set the Euclidean distances between the chosen rows and a center, four at once."""
     whole = len(chosen) - len(chosen) % 4
@@ -203,7 +208,7 @@ def _measure_rows(rows: Any, chosen: Any, center: Any, distances: Any) -> None:
         distances[a] = math.sqrt(squares)
 
 
-@njit(cache=True, parallel=True)
+@_compiled(parallel=True)
 def _mean_kernel(rows: Any, order: Any, offsets: Any, distances: Any) -> bool:
     """Fill distances to the class means; False where a value was not finite."""
     num_classes = len(offsets) - 1
@@ -221,7 +226,7 @@ def _mean_kernel(rows: Any, order: Any, offsets: Any, distances: Any) -> bool:
     return bool(is_finite.all())
 
 
-@njit(cache=True, parallel=True)
+@_compiled(parallel=True)
 def _median_kernel(rows: Any, order: Any, offsets: Any, distances: Any) -> bool:
     """Fill distances to the class medians; False where a value was not finite."""
     num_classes, width = len(offsets) - 1, rows.shape[1]

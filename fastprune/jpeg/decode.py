@@ -8,16 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.errors import InvalidValueError, JpegError
-from fastprune.jpeg.fallback import BoxOutsideImageError, decode_whole
-from fastprune.jpeg.frame import HEIGHT, WIDTH
+from fastprune.jpeg.fallback import BoxOutsideImageError, decode_whole, require_decodable
+from fastprune.jpeg.frame import HEIGHT, WIDTH, read_frame
 from fastprune.jpeg.headers import MAX_SIDE, is_jpeg
 from fastprune.jpeg.native import BAD_BOX, LACKS_ROOM, MEANINGS, OK, UNSUPPORTED, entry
+from fastprune.jpeg.scan import prepare_tables, read_scan
 from fastprune.jpeg.view import read_view
-from fastprune.jpeg.workspace import Workspace, make_workspace
+from fastprune.jpeg.workspace import Workspace, make_workspace, workspace_bytes
 
 _kept = threading.local()
+# A 4000 x 3000 photograph seen whole needs about 40 MB, an ImageNet view about 2.
+_MOST_KEPT_BYTES = 16 << 20
 
-_SIZE_TO_CHECK = (32, 32)
 _CURE = "Get the file again, or leave it out."
 
 
@@ -58,7 +60,10 @@ def decode_view(
 
 
 def require_whole(jpeg_bytes: bytes, *, height: int, width: int) -> None:
-    """Decode all of an image, which finds what the loader would refuse.
+    """Decode all of an image, which finds what the loader would refuse in any view of it.
+
+    Needs little more memory than the file where the view decoder knows its kind: nothing but the
+    entropy-coded data can be damaged, so no pixel is made.
 
     Args:
         jpeg_bytes: the whole file.
@@ -66,12 +71,31 @@ def require_whole(jpeg_bytes: bytes, *, height: int, width: int) -> None:
         width: in pixels, in [1, 65500].
 
     Raises:
-        JpegError: its data is damaged or missing, or it is smaller; the caller says what to do.
+        JpegError: its data is damaged or missing, or its size is another; the caller says what to
+            do.
     """
-    try:
-        _decoded(jpeg_bytes, (0, 0, height, width), _SIZE_TO_CHECK, False)
-    except InvalidValueError as error:
-        raise JpegError(str(error)) from error
+    data = _as_array(jpeg_bytes)
+    work = make_workspace(file_bytes=len(data), width=1, height=1, output_height=1, output_width=1)
+    code = _read_whole(data, work)
+    if code == UNSUPPORTED:
+        require_decodable(jpeg_bytes, height=height, width=width)
+    elif code != OK:
+        raise JpegError(f"the image cannot be decoded: {MEANINGS[code]}")
+    elif (work.frame[HEIGHT], work.frame[WIDTH]) != (height, width):
+        raise JpegError(
+            f"it has {work.frame[HEIGHT]} rows and {work.frame[WIDTH]} columns, not {height} and "
+            f"{width}"
+        )
+
+
+def _as_array(jpeg_bytes: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """View a JPEG's bytes as an array, always read-only: Numba compiles for either kind."""
+    data = np.frombuffer(memoryview(cast(bytes, jpeg_bytes)).toreadonly(), np.uint8)
+    if not is_jpeg(data[:3].tobytes()):
+        raise JpegError(
+            "the bytes do not start with a JPEG's marker (FF D8 FF): decode_view takes JPEGs alone"
+        )
+    return data
 
 
 def _decoded(
@@ -81,12 +105,7 @@ def _decoded(
     flip: bool,
 ) -> NDArray[np.uint8]:
     """A view, see `decode_view`."""
-    # Always read-only: Numba would compile everything once more for an array that is not.
-    data = np.frombuffer(memoryview(cast(bytes, jpeg_bytes)).toreadonly(), np.uint8)
-    if not is_jpeg(data[:3].tobytes()):
-        raise JpegError(
-            "the bytes do not start with a JPEG's marker (FF D8 FF): decode_view takes JPEGs alone"
-        )
+    data = _as_array(jpeg_bytes)
     pixels = np.empty((*size, 3), np.uint8)
     work = _workspace(len(data), box, size)
     code = read_box(data, work, np.array(box, np.int64), bool(flip), pixels)
@@ -101,6 +120,15 @@ def _decoded(
     if code != OK:
         raise JpegError(f"the image cannot be decoded in box {box}: {MEANINGS[code]}")
     return pixels
+
+
+@entry()
+def _read_whole(data: Any, work: Any) -> Any:
+    """Read all of an image without making pixels; return a code."""
+    code = read_frame(data, work)
+    if code == OK:
+        code = prepare_tables(work)
+    return read_scan(data, work) if code == OK else code
 
 
 @entry()
@@ -155,22 +183,28 @@ def _outside(box: tuple[int, int, int, int], height: int, width: int) -> Invalid
 
 
 def _workspace(file_bytes: int, box: tuple[int, int, int, int], size: tuple[int, int]) -> Workspace:
-    """This thread's workspace, made anew where it is too small."""
+    """This thread's workspace, made anew where it is too small; a large one is not kept."""
     needed = (file_bytes, box[3], box[2])
-    room: tuple[int, ...] = getattr(_kept, "room", (0, 0, 0))
-    if getattr(_kept, "size", None) != size or any(
-        n > r for n, r in zip(needed, room, strict=True)
-    ):
-        file_bytes, width, height = room = tuple(map(max, needed, room))
-        work = make_workspace(
-            file_bytes=file_bytes,
-            width=width,
-            height=height,
-            output_height=size[0],
-            output_width=size[1],
-        )
-        # Not before there was memory for it.
+    room = (0, 0, 0)
+    if getattr(_kept, "size", None) == size:
+        room = _kept.room
+        if all(n <= r for n, r in zip(needed, room, strict=True)):
+            kept: Workspace = _kept.work
+            return kept
+    # Room for the longest file and the widest and the tallest box so far, unless these, which need
+    # not be of one image, are too much together.
+    room = (max(needed[0], room[0]), max(needed[1], room[1]), max(needed[2], room[2]))
+    if workspace_bytes(*room, *size) > _MOST_KEPT_BYTES:
+        room = needed
+    file_bytes, width, height = room
+    work = make_workspace(
+        file_bytes=file_bytes,
+        width=width,
+        height=height,
+        output_height=size[0],
+        output_width=size[1],
+    )
+    # Not before there was memory for it.
+    if workspace_bytes(*room, *size) <= _MOST_KEPT_BYTES:
         _kept.work, _kept.size, _kept.room = work, size, room
-        return work
-    kept: Workspace = _kept.work
-    return kept
+    return work

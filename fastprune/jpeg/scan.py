@@ -97,6 +97,24 @@ def decode_mcus(data, work, first_row, rows, first_column, columns):
 
 
 @kernel
+def read_scan(data, work):
+    """Read over all MCUs of the image, which finds all damage; return a code."""
+    frame = work.frame
+    mcus_per_row, mcu_rows, _ = mcu_grid(frame)
+    num_mcus = mcus_per_row * mcu_rows
+    restart = frame[RESTART] if frame[RESTART] > 0 else num_mcus
+    last_interval = (num_mcus - 1) // restart
+    code = unstuff(data, frame[SCAN], work.stream, work.starts, 0, last_interval)
+    for interval in range(last_interval + 1):
+        if code != OK:
+            return code
+        reader, end = start_interval(work, interval)
+        count = min(restart, num_mcus - interval * restart)
+        code, _ = _skip_mcus(work, reader, end, count)
+    return code
+
+
+@kernel
 def mcu_grid(frame):
     """Columns and rows of MCUs, and the blocks in each."""
     columns = -(-frame[WIDTH] // (8 * frame[H_FACTOR]))

@@ -112,6 +112,19 @@ def make_workspace(
     )
 
 
+def workspace_bytes(
+    file_bytes: int, width: int, height: int, output_height: int, output_width: int
+) -> int:
+    """Bytes of the arrays of `make_workspace` whose size depends on these."""
+    weights = (
+        4
+        * max(output_height, output_width)
+        * _most_taps(width, height, output_height, output_width)
+    )
+    # The stream is as long as the file, and there is an int64 for each two bytes of it.
+    return 5 * file_bytes + plane_room(width, height, output_height, output_width) + weights
+
+
 def plane_room(width: int, height: int, output_height: int, output_width: int) -> int:
     """Bytes that `planes` needs at most."""
     padded_width, padded_height = width + 4 * PAD, height + 4 * PAD

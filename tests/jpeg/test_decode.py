@@ -2,6 +2,7 @@
 
 import io
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastprune.jpeg import decode
 from fastprune.jpeg.decode import decode_view, require_whole
 from fastprune.jpeg.native import MEANINGS
 from tests.images import picture
+from tests.jpeg import fuzz
 from tests.jpeg.samples import encode, known_kinds, with_hidden_frame, with_two_frames
 
 KINDS = known_kinds()
@@ -215,6 +217,67 @@ def test_a_view_that_memory_was_too_small_for_leaves_no_workspace_that_is(monkey
     assert decode_view(tall, box=(0, 0, 400, 400), size=(33, 35)).any()
     again = decode_view(KINDS["best"], box=(0, 0, 61, 83), size=(33, 35))
     np.testing.assert_array_equal(again, expected)
+
+
+def test_no_large_workspace_is_kept(monkeypatch):
+    monkeypatch.setattr(decode, "_kept", threading.local())
+    wide = encode(Image.new("L", (60_000, 8)))
+    tall = encode(Image.new("L", (8, 60_000)))
+    small = picture(1, width=50, height=40)
+    decode_view(encode(small), box=(0, 0, 40, 50), size=(32, 32))
+    for jpeg, height, width in [(wide, 8, 60_000), (tall, 60_000, 8)]:
+        assert not decode_view(jpeg, box=(0, 0, height, width), size=(32, 32)).any()
+        assert sum(array.nbytes for array in decode._kept.work) < 17 << 20
+    assert difference(encode(small), (0, 0, 40, 50), (32, 32)) < 1.0
+
+
+def test_looking_at_all_of_an_image_takes_no_memory_for_its_pixels():
+    side = 65_500
+    flat = bytearray(encode(Image.new("L", (8, 8))))
+    frame = flat.index(b"\xff\xc0") + 5
+    flat[frame : frame + 4] = side.to_bytes(2) + side.to_bytes(2)
+    tracemalloc.start()
+    try:
+        with pytest.raises(JpegError, match="ends too early"):
+            require_whole(bytes(flat), height=side, width=side)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_image_of_another_size_is_not_whole():
+    for jpeg in (KINDS["4:2:0"], encode(picture(1, width=83, height=61), progressive=True)):
+        require_whole(jpeg, height=61, width=83)
+        with pytest.raises(JpegError, match=r"61 rows and 83 columns, not (of )?60 and 83"):
+            require_whole(jpeg, height=60, width=83)
+
+
+def test_pillow_is_given_no_more_pixels_than_it_would_open(monkeypatch):
+    jpeg = encode(picture(1, width=83, height=61), progressive=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000)
+    with pytest.raises(JpegError, match=r"it has 5,063 pixels, more than the 4,000"):
+        decode_view(jpeg, box=(0, 0, 5, 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(KINDS)), st.integers(0, 2**32))
+def test_what_is_found_whole_can_be_decoded_and_faults_are_the_same(kind, seed):
+    damaged = fuzz.damage(np.frombuffer(KINDS[kind], np.uint8), np.random.default_rng(seed))
+    faults = []
+    height, width = Image.open(io.BytesIO(KINDS[kind])).size[::-1]
+    for look in (
+        lambda jpeg: require_whole(jpeg, height=height, width=width),
+        lambda jpeg: decode_view(jpeg, box=(0, 0, height, width), size=(8, 8)),
+    ):
+        try:
+            look(damaged.tobytes())
+            faults.append(None)
+        except (JpegError, InvalidValueError) as error:
+            faults.append(str(error))
+    if faults[0] is None:
+        assert faults[1] is None
+    elif "entropy" in str(faults[1]):
+        assert faults[0].partition(": ")[2] in faults[1]
 
 
 def test_each_code_has_a_meaning():
