@@ -79,26 +79,30 @@ def _line(name: str, make: Callable[[dict[str, Any]], str]) -> str | None:
 def _converting(result: dict[str, Any]) -> str:
     rows, pixels = result["settings"]["rows"], result["pixels"]
     same = pixels["ours_bytes_identical_to_the_source"] == pixels["rows"]
-    fast = result.get("ours_fast_over_ffcv")
+    auto = result.get("ours_auto_over_ffcv")
     return (
         f"converting {rows:,} rows ({pixels['rows']:,} ImageNet JPEGs, repeated), over "
-        "`ffcv.writer` at full size | "
+        "`ffcv.writer` at full size | with `--jpeg original` "
         + _by_workers(result["ours_over_ffcv"])
-        + ("; with `--jpeg original` every byte identical" if same else "")
-        + (f"; in the fast layout {_by_workers(fast)}" if fast else "")
+        + (", every byte identical" if same else "")
+        + (f"; in the fast layout (`--jpeg auto`) {_by_workers(auto)}" if auto else "")
     )
 
 
 def _by_workers(ratios: dict[str, Any]) -> str:
-    one, two = (ratios[f"{workers} workers"]["median"] for workers in (1, 2))
-    return f"{one:.1f}× with one worker, {two:.1f}× with two"
+    one, two = (_ranged(ratios[f"{workers} workers"]) for workers in (1, 2))
+    return f"{one} with one worker, {two} with two"
+
+
+def _ranged(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.1f}× ({ratio['min']:.1f}–{ratio['max']:.1f})"
 
 
 def converting_imagenet(result: dict[str, Any]) -> str:
     """What the rates of a conversion say of ImageNet's training set."""
     rates = result["rows_per_second"]
     copy, ours = rates["cp"]["median"], rates["ours 2 workers"]["median"]
-    fast = rates.get("ours fast 2 workers")
+    fast = rates.get("ours auto 2 workers")
     text = (
         f"Two workers wrote {ours:,.0f} rows/s of original bytes out of the page cache"
         + (f" and {fast['median']:,.0f} rows/s in the fast layout" if fast else "")

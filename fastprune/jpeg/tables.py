@@ -116,6 +116,9 @@ def _build(work, table):
             span = 1 << (LOOKUP_BITS - length)
             for i in range(count):
                 symbol = np.int64(specs[spec + 16 + first + i])
+                # A DC symbol is a category alone; libjpeg refuses others too.
+                if table < 4 and symbol > 15:
+                    return UNSUPPORTED
                 if length + (symbol & 15) <= MOST_BITS:
                     entry = np.uint32(entry_of(symbol, length))
                     start = base + (code + i) * span

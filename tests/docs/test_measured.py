@@ -140,7 +140,10 @@ def test_pages_name_no_study_that_was_not_measured(tools, monkeypatch, tmp_path)
 
 
 def test_conversion_is_told_with_its_images_and_what_it_means_for_imagenet(tools):
-    ratios = {f"{workers} workers": {"median": 10.0 + workers} for workers in (1, 2)}
+    ratios = {
+        f"{workers} workers": {"median": 10.0 + workers, "min": 9.0, "max": 14.5}
+        for workers in (1, 2)
+    }
     result = {
         "settings": {"rows": 10000},
         "pixels": {"rows": 1000, "ours_bytes_identical_to_the_source": 1000},
@@ -148,13 +151,14 @@ def test_conversion_is_told_with_its_images_and_what_it_means_for_imagenet(tools
         "rows_per_second": {
             "cp": {"median": 1000.0},
             "ours 2 workers": {"median": 10000.0},
-            "ours fast 2 workers": {"median": 1000.0},
+            "ours auto 2 workers": {"median": 1000.0},
         },
     }
     measured = tools("measured")
     assert measured._converting(result) == (
         "converting 10,000 rows (1,000 ImageNet JPEGs, repeated), over `ffcv.writer` at full size "
-        "| 11.0× with one worker, 12.0× with two; with `--jpeg original` every byte identical"
+        "| with `--jpeg original` 11.0× (9.0–14.5) with one worker, 12.0× (9.0–14.5) with two, "
+        "every byte identical"
     )
     shown = " ".join(measured.converting_imagenet(result).split())
     assert "that is 2.1 minutes, or 21.4 minutes in the fast layout *(extrapolated)*" in shown

@@ -280,6 +280,14 @@ def test_what_is_found_whole_can_be_decoded_and_faults_are_the_same(kind, seed):
         assert faults[0].partition(": ")[2] in faults[1]
 
 
+def test_a_dc_table_with_symbols_that_are_no_categories_is_refused():
+    jpeg = bytearray(KINDS["4:2:0"])
+    table = jpeg.index(b"\xff\xc4\x00\x1f\x00")
+    jpeg[table + 5 + 16 + 2] |= 0x50
+    with pytest.raises(JpegError, match="Pillow cannot decode"):
+        decode_view(bytes(jpeg), box=(0, 0, 61, 83), size=(8, 8))
+
+
 def test_each_code_has_a_meaning():
     assert all(MEANINGS[code] for code in range(1, 7))
 
