@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from decode import random_box
 from _harness import ratios, spread, take_turns, write_result
+from decode import random_box
 from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
 from PIL import Image
@@ -184,7 +184,9 @@ def rewrite(paths: list[Path], rounds: int) -> dict:
         return time.process_time() - started
 
     taken = [(rewrites(), views(original), views(fast)) for _ in range(rounds + 1)][1:]
-    microseconds = [[one / len(original) * 1e6 for one in times] for times in zip(*taken, strict=True)]
+    microseconds = [
+        [one / len(original) * 1e6 for one in times] for times in zip(*taken, strict=True)
+    ]
     return {
         "files": len(original),
         "rewrite_microseconds": spread(microseconds[0]),
