@@ -5,8 +5,8 @@
 The files are repeated to at least 10,000 rows. Every candidate ends with its bytes on the disk: the
 copy with `sync`, FFCV's beton with an fsync that its writer does not do itself, ours as it always
 does: once with the original bytes, once as `convert` does by default, which rewrites what pays.
-Rates are in rows per second. After how many views of a row the rewrite has paid is measured with the
-files in memory, by CPU time of one thread.
+Rates are in rows per second. After how many views of a row the rewrite has paid is measured with
+the files in memory, by CPU time of one thread.
 """
 
 import argparse
