@@ -4,6 +4,8 @@ import math
 import os
 from pathlib import Path
 
+# Ranks on this machine: of torchrun, of Open MPI, of MPICH and Intel MPI.
+_LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _PROCESS = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
 
@@ -18,10 +20,27 @@ def usable_cpus() -> int:
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
-def cpus_per_rank() -> int:
-    """This process's share of the usable CPUs, where torchrun started several on this machine."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, usable_cpus() // int(ranks)) if ranks.isdigit() and int(ranks) else usable_cpus()
+def cpus_per_rank(*, world: int = 1, gpus: int = 0) -> int:
+    """Return this process's share of the usable CPUs, where several share this machine.
+
+    torchrun, Slurm, Open MPI and MPICH say in the environment how many. `mp.spawn` and Lightning
+    say nothing: their ranks are one for each GPU, and without GPUs all on this machine.
+
+    Args:
+        world: ranks of the process group.
+        gpus: CUDA devices of this machine.
+    """
+    local = next(filter(None, map(_number_in, _LOCAL_RANKS)), 0)
+    # Slurm counts its own tasks, of which each may spawn ranks of its own.
+    if not local and world in (1, _number_in("SLURM_NTASKS")):
+        local = _number_in("SLURM_NTASKS_PER_NODE")
+    return max(1, usable_cpus() // (local or (min(world, gpus) if gpus else world)))
+
+
+def _number_in(variable: str) -> int:
+    """Return the number in a variable of the environment; 0 where there is none."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
 
 
 def cpu_quota(*, process: Path = _PROCESS, mount: Path = _MOUNT) -> float | None:

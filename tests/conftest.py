@@ -6,7 +6,14 @@ import os
 import pytest
 
 _REQUIRED = tuple(filter(None, os.environ.get("FASTPRUNE_REQUIRE", "").split(",")))
-_MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
+_MODULES = {
+    "accelerate": "accelerate",
+    "dali": "nvidia.dali",
+    "ffcv": "ffcv",
+    "lightning": "lightning",
+    "timm": "timm",
+    "torchdistill": "torchdistill",
+}
 
 
 def require_library(name: str) -> None:

@@ -74,6 +74,33 @@ def test_ranks_of_one_machine_share_its_cpus(monkeypatch, ranks, expected):
     assert cpus_per_rank() == expected
 
 
+@pytest.mark.parametrize(
+    ("variables", "process_group", "expected"),
+    [
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, {"world": 4}, 12),
+        ({"MPI_LOCALNRANKS": "3"}, {}, 8),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_NTASKS": "8"}, {"world": 8, "gpus": 4}, 6),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_NTASKS": "8"}, {}, 6),
+        ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_NTASKS": "1"}, {"world": 8, "gpus": 8}, 3),
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_NTASKS_PER_NODE": "1"}, {"world": 4}, 12),
+        ({}, {"world": 8, "gpus": 8}, 3),
+        ({}, {"world": 16, "gpus": 8}, 3),
+        ({}, {"world": 2}, 12),
+        ({}, {"gpus": 8}, 24),
+    ],
+)
+def test_ranks_that_others_started_share_the_cpus_too(
+    monkeypatch, variables, process_group, expected
+):
+    monkeypatch.setattr(cpus, "usable_cpus", lambda: 24)
+    names = (*cpus._LOCAL_RANKS, "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cpus_per_rank(**process_group) == expected
+
+
 def test_conversion_takes_as_many_processes_as_the_quota_allows(monkeypatch):
     monkeypatch.setattr(cpus, "cpu_quota", lambda: 1.0)
     assert _checked_workers(None) == 1

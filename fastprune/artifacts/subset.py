@@ -85,10 +85,12 @@ class Subset:
                 f"{path} is no numpy index file: {error}. Make it with: fastprune select "
                 f"scores.parquet -o {path}"
             ) from error
-        rows = checked_rows(rows, name=str(path))
         sidecar_path = path.with_suffix(".json")
         if not sidecar_path.exists():
-            return cls(rows)
+            # Other code writes rows by class or by score. What matters is the set.
+            is_plain = rows.ndim == 1 and rows.dtype.kind in "iu"
+            return cls(checked_rows(np.sort(rows) if is_plain else rows, name=str(path)))
+        rows = checked_rows(rows, name=str(path))
         try:
             return cls._from_sidecar(rows, read_json(sidecar_path), path)
         except (OSError, ValueError) as error:

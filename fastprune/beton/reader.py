@@ -1,7 +1,9 @@
 """Open a beton: its columns as arrays, its images as views into the mapped file."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,7 @@ class Beton:
         content: (file size,) uint8, the whole file, not writable.
         structure: digest of labels, widths and heights.
         manifest: the manifest beside the file; None where there is none of this beton.
+        mapped: the file's status when it was mapped.
     """
 
     path: Path
@@ -53,6 +56,11 @@ class Beton:
     content: NDArray[np.uint8]
     structure: str
     manifest: Manifest | None
+    mapped: os.stat_result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By path: the mapped file may be larger than the memory that a copy of it would take.
+        return open_beton, (self.path.absolute(),)
 
     def __repr__(self) -> str:
         return f"<Beton {self.path}, {self.num_rows:,} rows>"
@@ -157,6 +165,7 @@ def open_beton(path: str | Path) -> Beton:
         content=tables.content,
         structure=structure,
         manifest=manifest,
+        mapped=tables.mapped,
     )
 
 

@@ -57,6 +57,7 @@ class Tables:
         allocations: (A,) the allocation table.
         table_offset: where the allocation table starts, in bytes.
         content: (file size,) uint8, the whole file.
+        mapped: the file's status when it was mapped, from the very descriptor.
     """
 
     fields: tuple[layout.Field, ...]
@@ -65,6 +66,7 @@ class Tables:
     allocations: NDArray[np.void]
     table_offset: int
     content: NDArray[np.uint8]
+    mapped: os.stat_result
 
     @property
     def data_offset(self) -> int:
@@ -72,18 +74,20 @@ class Tables:
         return layout.metadata_start(len(self.fields)) + self.metadata.nbytes
 
 
-def map_file(path: Path) -> NDArray[np.uint8]:
-    """Map a file into memory for reading; (file size,) uint8, not writable.
+def map_file(path: Path) -> tuple[NDArray[np.uint8], os.stat_result]:
+    """Map a file into memory for reading; (file size,) uint8, not writable, and its status.
 
     Raises:
         BetonError: the file cannot be opened.
     """
     try:
         with path.open("rb") as file:
+            status = os.fstat(file.fileno())
             # mmap refuses an empty file with an error that names no file.
-            if os.fstat(file.fileno()).st_size == 0:
-                return np.empty(0, np.uint8)
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            if status.st_size == 0:
+                return np.empty(0, np.uint8), status
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(content, np.uint8), status
     except FileNotFoundError as error:
         raise BetonError(
             f"{path} does not exist. Make it with: fastprune convert IMAGES {path}"
@@ -99,9 +103,9 @@ def read_tables(path: Path) -> Tables:
         BetonError: the file cannot be opened.
         UnreadableBetonError: a part lies outside the file or makes no sense.
     """
-    content = map_file(path)
+    content, mapped = map_file(path)
     try:
-        return _Locator(content).tables()
+        return _Locator(content, mapped).tables()
     except _BrokenError as error:
         raise UnreadableBetonError(path, error.fault) from None
 
@@ -119,6 +123,7 @@ class _Locator:
     """Finds the parts in the order in which each one leads to the next."""
 
     content: NDArray[np.uint8]
+    mapped: os.stat_result
 
     def tables(self) -> Tables:
         """Return every part, each checked against the file's size before it is touched."""
@@ -155,6 +160,7 @@ class _Locator:
             allocations=self._allocations(table_offset, fields, num_rows),
             table_offset=table_offset,
             content=self.content,
+            mapped=self.mapped,
         )
 
     def _header(self) -> Any:

@@ -97,7 +97,8 @@ class GrowingLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where another loader of the same sizes was; see `Loader`."""
         self._grow(state["epoch"])
-        self._loader.load_state_dict(state)
+        # Between two epochs, the state is of a loader of the size before.
+        self._loader.load_state_dict(state | {"image_size": self._size})
 
     def _grow(self, epoch: int) -> None:
         """Take a loader of the epoch's size."""

@@ -5,7 +5,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,14 @@ class Collate:
     def views_per_row(self) -> int:
         """Views of each row in a batch."""
         return 2 if self.layout == "two_view" else 1
+
+    def keeping(self, rows: NDArray[np.int64], *, num_negatives: int) -> "Collate":
+        """Draw contrast rows from these rows (K,), where the layout has any."""
+        if self.layout != "xyi_contrast":
+            return self
+        labels = self.labels[rows]
+        contrast = ContrastRows(rows, labels, num_negatives=num_negatives, seed=self.seed)
+        return replace(self, contrast=contrast)
 
     def __call__(
         self, pixels: torch.Tensor, rows: NDArray[np.int64], *, epoch: int, slot: int

@@ -16,8 +16,12 @@ from fastprune.errors import InvalidValueError, LoadingError
 ALTERED = "its bytes are not those that were written (CRC-32C)"
 
 
+# What of a file's status moves its change time, but not what it holds.
+_MODES = ("st_mode", "st_nlink", "st_uid", "st_gid")
+
+
 class FileWatch:
-    """Notices that an open beton was cut short, replaced or removed.
+    """Notices that an open beton was cut short, replaced, rewritten or removed.
 
     A file that is cut between this check and the reading of a page still ends the process with
     SIGBUS; no check from outside the kernel can close that gap.
@@ -25,7 +29,8 @@ class FileWatch:
 
     def __init__(self, beton: Beton):
         self._path = beton.path
-        self._opened = beton.path.stat()
+        # Not the path's status now: the file may have been replaced since it was mapped.
+        self._opened = beton.mapped
         self._num_bytes = len(beton.content)
 
     def check(self) -> None:
@@ -50,6 +55,18 @@ class FileWatch:
                 f"{self._path} was cut from {self._num_bytes:,} to {now.st_size:,} bytes while it "
                 "was read. Get a whole copy of it, or convert the images again."
             )
+        # `cp new.beton train.beton` writes into the same inode. A change time cannot be set back as
+        # a modification time can, but it also moves with a chmod or a link, which explain it here.
+        before = self._opened
+        is_explained = any(getattr(now, name) != getattr(before, name) for name in _MODES)
+        if (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size) or (
+            now.st_ctime_ns != before.st_ctime_ns and not is_explained
+        ):
+            raise LoadingError(
+                f"{self._path} was written to while it was read. Start the loader again, and "
+                "replace betons by renaming a finished file."
+            )
+        self._opened = now
 
 
 class RowFaults:
@@ -108,6 +125,19 @@ class RowFaults:
             return pixels, rows
         kept = np.flatnonzero(~np.isin(rows, list(failed)))
         return pixels[torch.from_numpy(kept)], rows[kept]
+
+    def require_no_peers(self, world: int) -> None:
+        """Refuse to leave out a batch where other ranks would wait for this one in a collective.
+
+        Raises:
+            LoadingError: there is more than one rank.
+        """
+        if world > 1:
+            raise LoadingError(
+                f"no row of a batch of {self._beton.path} can be used, and the other ranks would "
+                "wait for this one. Find the rows with `fastprune check "
+                f"{self._beton.path} --deep`, and leave them out of the subset."
+            )
 
     def report(self, row: int, reason: str) -> None:
         """Count a row that cannot be used, or raise.

@@ -1,6 +1,5 @@
 """The loader: batches of a beton's kept rows, ready to train on."""
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,28 +13,26 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.beton.reader import open_beton
-from fastprune.beton.rows import RowsLike, kept_rows
-from fastprune.checks import require_at_least, require_channels, require_one_of
+from fastprune.beton.rows import RowsLike, kept_rows, rows_of
+from fastprune.checks import require_at_least, require_channels
 from fastprune.cpus import cpus_per_rank
 from fastprune.errors import InvalidValueError
+from fastprune.loading.arguments import require_arguments
 from fastprune.loading.batch import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    LAYOUTS,
     Collate,
-    ContrastRows,
     Normalizer,
     Transform,
     choose_device,
 )
-from fastprune.loading.crops import AUGMENTS, CropPolicy
+from fastprune.loading.crops import CropPolicy
 from fastprune.loading.engine import decoder_identity, make_engine
 from fastprune.loading.faults import RowFaults
-from fastprune.loading.sampler import ORDERS, TAILS, EpochSampler, KeptImages, NextEpoch, this_rank
+from fastprune.loading.sampler import EpochSampler, KeptImages, NextEpoch, this_rank
 from fastprune.loading.state import make_state, read_state, require_same_terms
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Loader:
@@ -128,7 +125,7 @@ class Loader:
                 second view alone.
             num_negatives: contrast rows of other classes for each row.
             on_error: "raise" a LoadingError for a row that cannot be decoded, or "skip" it: its
-                batch is smaller then (or missing), and `num_skipped` counts it.
+                batch is smaller then, or missing (several ranks: an error); see `num_skipped`.
             verify_crc: compare the bytes of each row with the manifest's CRC-32C as they are read.
             open_pages: pages that the order "pages" draws from at a time.
             num_workers: decoding threads; None for one per CPU that affinity and cgroup quota leave
@@ -146,25 +143,16 @@ class Loader:
             InvalidValueError: an argument is outside its domain, or there is no full batch.
             MissingDependencyError: the engine's package is not installed.
         """
-        require_one_of("augment", augment, (None, *AUGMENTS))
-        require_one_of("order", order, (None, *ORDERS))
-        require_one_of("tail", tail, (None, *TAILS))
-        require_one_of("layout", layout, LAYOUTS)
-        require_one_of("on_error", on_error, ("raise", "skip"))
-        require_one_of("dtype", dtype, _DTYPES)
-        require_at_least("batch_size", batch_size, 1)
-        require_at_least("image_size", image_size, 1)
-        require_at_least("seed", seed, 0)
-        require_at_least("open_pages", open_pages, 1)
-        require_at_least("num_negatives", num_negatives, 1)
-        for name, number in (("num_workers", num_workers), ("num_views", num_views)):
-            if number is not None:
-                require_at_least(name, number, 1)
+        given = {name: value for name, value in locals().items() if name != "self"}
+        require_arguments(given)
+        self._given = given
         self.batch_size = batch_size
         # Its file is looked at again later, when the working folder may be another one.
         self.beton = open_beton(Path(beton).absolute())
-        self.num_workers = num_workers or cpus_per_rank()
         self.device = choose_device(device)
+        self.num_workers = num_workers or cpus_per_rank(
+            world=this_rank(distributed)[1], gpus=torch.cuda.device_count()
+        )
         self.num_views = num_views
         self._unranked = EpochSampler(
             rows=np.empty(0, np.int64),
@@ -176,7 +164,6 @@ class Loader:
             tail=tail or ("drop" if train else "exact"),
             open_pages=open_pages,
         )
-        self._image_size = image_size
         self._num_negatives = num_negatives
         self._image_size = image_size
         self._seed = seed
@@ -245,9 +232,24 @@ class Loader:
         )
 
     @property
+    def tail(self) -> str:
+        """What becomes of rows that fill no batch: "drop", "pad" or "exact"."""
+        return self._unranked.tail
+
+    @property
     def drop_last(self) -> bool:
         """Whether rows that fill no batch are left out."""
-        return self._unranked.tail == "drop"
+        return self.tail == "drop"
+
+    @property
+    def world(self) -> int:
+        """Ranks that share an epoch, as many as there are now."""
+        return this_rank(self._distributed)[1]
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch, and batches given of it, of the iterator that gave a batch last."""
+        return self._position
 
     @property
     def num_repeated(self) -> int:
@@ -266,6 +268,18 @@ class Loader:
     def num_skipped(self) -> int:
         """Rows left out so far because they could not be decoded; 0 but for on_error="skip"."""
         return self._faults.num_skipped
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        # As it was made: maps, threads and engines are no use to another process. The rows and not
+        # their file, which would be read and warned of again.
+        rows = None if len(self.rows) == self.beton.num_rows else self.rows
+        given = self._given | {"beton": self.beton.path, "subset": rows}
+        return given, self._next, self._rows_changed
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        given, position, rows_changed = state
+        self.__init__(**given)  # type: ignore[misc]
+        self._next, self._position, self._rows_changed = position, position, rows_changed
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -287,8 +301,9 @@ class Loader:
         slot = self.slot_of(epoch)
         collate, decoded = self._collate, self._decoded(self._sampler(), epoch, consumed)
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
-            if len(rows) == 0:
-                continue  # every row of it was left out
+            if len(rows) == 0:  # every row of it was left out
+                self._faults.require_no_peers(self.world)
+                continue
             batch = [collate(pixels, rows, epoch=epoch, slot=slot)]
             self._position = (epoch, count)
             # The suspended generator keeps no batch that its caller has let go of.
@@ -390,8 +405,14 @@ class Loader:
                 it is no state, or one of an earlier version.
         """
         position, changed = read_state(state, self._terms(self.rows))
-        rows = self.rows if changed is None else changed
+        rows = self.rows if changed is None else rows_of(self.beton, changed)
         require_same_terms(state, self._terms(rows))
+        num_batches = replace(self._sampler(), rows=rows).num_batches()
+        if position[1] > num_batches:
+            raise InvalidValueError(
+                f"the state is of batch {position[1]:,}, but an epoch has {num_batches:,} batches. "
+                "Pass what state_dict() returned."
+            )
         if changed is not None:
             self.set_rows(changed)
         self._next = self._position = position
@@ -412,13 +433,7 @@ class Loader:
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""
-        labels = self.beton.labels[rows]
-        collate = self._collate
-        if collate.layout == "xyi_contrast":
-            contrast = ContrastRows(
-                rows, labels, num_negatives=self._num_negatives, seed=self._seed
-            )
-            collate = replace(collate, contrast=contrast)
+        collate = self._collate.keeping(rows, num_negatives=self._num_negatives)
         unranked = replace(self._unranked, rows=rows)
         num_repeated = self._require_batches(unranked).num_repeated()
         if num_repeated:
@@ -426,11 +441,7 @@ class Loader:
                 "%s: each epoch repeats %d rows to fill its batches", self.beton.path, num_repeated
             )
         self._unranked, self._collate = unranked, collate
-        names = self.beton.class_names
-        self.dataset = KeptImages(
-            targets=labels,
-            classes=names or tuple(str(label) for label in range(self.beton.num_classes)),
-        )
+        self.dataset = KeptImages.of(self.beton, rows)
 
     def _sampler(self) -> EpochSampler:
         """Return the epochs of this rank, among as many ranks as there are now."""
@@ -451,18 +462,12 @@ class Loader:
 
     def _terms(self, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Return what besides the position decides which batches of these rows come."""
-        sampler = self._unranked
-        return {
-            "seed": sampler.seed,
-            "batch_size": sampler.batch_size,
-            "world": this_rank(self._distributed)[1],
-            "order": sampler.order,
-            "open_pages": sampler.open_pages,
-            "tail": sampler.tail,
+        return replace(self._sampler(), rows=rows).terms() | {
             "augment": self._policy.kind,
+            "image_size": self._image_size,
+            "decoder": self._engine.decoder,
             "num_views": self.num_views,
             "images": self.beton.fingerprint.structure,
-            "rows_digest": hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(),
         }
 
     def _decoded(

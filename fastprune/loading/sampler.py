@@ -1,5 +1,6 @@
 """Which row comes when: a pure function of (seed, epoch, subset), cut into batches and ranks."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError
 
 ORDERS = ("random", "sequential", "pages")
@@ -71,7 +73,8 @@ class EpochSampler:
         """Return the rows of this rank in the order of an epoch.
 
         Rank r of W takes every W-th entry of the epoch from r, so that W ranks together see in
-        batch b what a single rank with W times the batch size sees.
+        batch b what a single rank with W times the batch size sees. (The last batch of "pad" is
+        cut otherwise: rank r takes the r-th part of it, and the last ranks the repeated rows.)
 
         Args:
             epoch: in [0, 2**63).
@@ -83,13 +86,30 @@ class EpochSampler:
         if self.tail != "exact":
             # Cuts for "drop"; for "pad" begins the epoch again, as often as it takes.
             entries = np.resize(entries, self.num_batches() * self.world * self.batch_size)
-        # A copy, because a stride would show in the rows that the caller gets.
-        return entries[self.rank :: self.world].copy()
+        # The padded last batches are cut in one piece a rank, so that those of all ranks, laid end
+        # to end, end with the repeated rows, as gathering code expects.
+        num_last = self.world * self.batch_size if self.tail == "pad" else 0
+        last = entries[len(entries) - num_last :]
+        start = self.rank * self.batch_size
+        mine = entries[: len(entries) - num_last][self.rank :: self.world]
+        return np.concatenate([mine, last[start : start + self.batch_size]])
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Return the rows of each batch of this rank: `num_batches()` arrays, see `rank_rows`."""
         mine = self.rank_rows(epoch)
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+
+    def terms(self) -> dict[str, Any]:
+        """Return what decides which rows come when, in words and numbers."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "world": self.world,
+            "order": self.order,
+            "open_pages": self.open_pages,
+            "tail": self.tail,
+            "rows_digest": hashlib.blake2b(self.rows.tobytes(), digest_size=16).hexdigest(),
+        }
 
     def _in_order(self, epoch: int) -> NDArray[np.int64]:
         """Return the subset in the order in which the epoch visits it."""
@@ -115,6 +135,12 @@ class KeptImages:
 
     targets: NDArray[np.int64]
     classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, beton: Beton, rows: NDArray[np.int64]) -> "KeptImages":
+        """Describe some rows (K,) of a beton."""
+        names = beton.class_names or tuple(str(label) for label in range(beton.num_classes))
+        return cls(beton.labels[rows], names)
 
     def __len__(self) -> int:
         return len(self.targets)

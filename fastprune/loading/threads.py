@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from fastprune.errors import LoadingError
+
 _SECONDS_BETWEEN_CHECKS = 1.0
 
 
@@ -22,15 +24,29 @@ class WorkerThreads:
     """
 
     def __init__(self, num_threads: int, *, name: str):
+        """Start the threads.
+
+        Raises:
+            LoadingError: the system does not allow so many; none is left running.
+        """
         self._tasks: SimpleQueue[Any] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{i}", daemon=True)
-            for i in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-        # Also when the interpreter ends, whose memory the threads must not outlive.
+        self._threads: list[threading.Thread] = []
+        # Before the first is started, for the next one may fail. Also when the interpreter ends,
+        # whose memory the threads must not outlive.
         self._close = weakref.finalize(self, _close, self._tasks, self._threads)
+        for i in range(num_threads):
+            thread = threading.Thread(
+                target=_work, args=(self._tasks,), name=f"{name}-{i}", daemon=True
+            )
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:
+                self.close()
+                raise LoadingError(
+                    f"only {i} of {num_threads} decoding threads could be started ({error}). Use a "
+                    "smaller num_workers, or raise the limit on threads (`ulimit -u`) or memory."
+                ) from error
+            self._threads.append(thread)
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> "Future[None]":
         """Queue a call."""

@@ -20,7 +20,8 @@ def _network():
 
 
 def test_timm_schedules_by_length_and_trains_on_normalized_batches(bare_beton):
-    timm = pytest.importorskip("timm")
+    require_library("timm")
+    import timm
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import AverageMeter, accuracy
@@ -56,7 +57,9 @@ def test_timm_schedules_by_length_and_trains_on_normalized_batches(bare_beton):
 
 
 def test_lightning_trains_names_the_epochs_and_validates(bare_beton, tmp_path):
-    lightning = pytest.importorskip("lightning")
+    require_library("lightning")
+    import lightning
+
     train, val = _loader(bare_beton, layout="xyi"), _loader(bare_beton, train=False)
     seen = []
 
@@ -95,7 +98,9 @@ def test_lightning_trains_names_the_epochs_and_validates(bare_beton, tmp_path):
 
 
 def test_accelerate_leaves_the_loader_as_it_is(bare_beton):
-    accelerate = pytest.importorskip("accelerate")
+    require_library("accelerate")
+    import accelerate
+
     loader = _loader(bare_beton)
     network = _network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
@@ -109,7 +114,7 @@ def test_accelerate_leaves_the_loader_as_it_is(bare_beton):
 
 
 def test_torchdistill_distils_with_the_supplement(bare_beton):
-    pytest.importorskip("torchdistill")
+    require_library("torchdistill")
     from torchdistill.core.distillation import DistillationBox
 
     config = {

@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -235,6 +236,47 @@ def test_a_file_replaced_while_it_is_read_is_noticed(beton_copy, bare_beton, tmp
         list(batches)
 
 
+@pytest.mark.parametrize("restores_the_time", [False, True])
+def test_a_file_written_to_in_place_while_it_is_read_is_noticed(beton_copy, restores_the_time):
+    before = beton_copy.stat()
+    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(open_beton(beton_copy), "rrc"))
+    next(batches)
+    # What `cp` does, with the same bytes, so that no thread meets others meanwhile.
+    with beton_copy.open("r+b") as file:
+        file.write(beton_copy.read_bytes()[:4])
+    if restores_the_time:
+        os.utime(beton_copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(LoadingError, match=r"copy\.beton was written to .* by renaming a finished"):
+        list(batches)
+
+
+def test_a_file_replaced_between_opening_it_and_starting_the_engine_is_noticed(
+    beton_copy, bare_beton, tmp_path
+):
+    beton = open_beton(beton_copy)
+    other = tmp_path / "other.beton"
+    other.write_bytes(bare_beton.read_bytes())
+    other.replace(beton_copy)
+    engine = CpuEngine(
+        beton,
+        image_size=32,
+        num_workers=1,
+        pin_memory=False,
+        faults=RowFaults(beton, skip=False, verify_crc=False),
+    )
+    with pytest.raises(LoadingError, match=r"copy\.beton was replaced"):
+        next(engine.decode([np.arange(5)], _views(beton, "rrc")))
+
+
+def test_a_file_that_gets_another_name_or_mode_is_read_on(beton_copy, tmp_path):
+    batches = _engine(beton_copy).decode([np.arange(5)] * 20, _views(open_beton(beton_copy), "rrc"))
+    next(batches)
+    (tmp_path / "link.beton").hardlink_to(beton_copy)
+    next(batches)
+    beton_copy.chmod(0o400)
+    assert len(list(batches)) == 18
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("repetition", range(5))
@@ -271,3 +313,23 @@ batches = iter(Loader({str(bare_beton)!r}, batch_size=2, image_size=224, num_wor
 next(batches)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_thread_that_cannot_be_started_leaves_none_running(bare_beton, monkeypatch):
+    start, num_started = threading.Thread.start, 0
+
+    def fail_at_the_third(thread):
+        nonlocal num_started
+        if thread.name == "fastprune-decode-2":
+            raise RuntimeError("can't start new thread")
+        num_started += 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_at_the_third)
+    before = threading.active_count()
+    beton = open_beton(bare_beton)
+    faults = RowFaults(beton, skip=False, verify_crc=False)
+    engine = CpuEngine(beton, image_size=32, num_workers=5, pin_memory=False, faults=faults)
+    with pytest.raises(LoadingError, match=r"only 2 of 5 decoding threads .* smaller num_workers"):
+        next(engine.decode([np.arange(5)], _views(beton, "rrc")))
+    assert (num_started, threading.active_count()) == (2, before)

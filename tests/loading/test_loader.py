@@ -1,6 +1,8 @@
 """The loader's contract, on the CPU engine."""
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import threading
@@ -268,6 +270,9 @@ def test_rows_that_cannot_index_the_beton_are_refused(bare_beton, rows):
         ({"image_size": 1.5}, "image_size must be an integer >= 1, not 1.5"),
         ({"num_views": 0}, "num_views must be an integer >= 1, not 0"),
         ({"num_workers": 0}, "num_workers must be an integer >= 1, not 0"),
+        ({"num_workers": 100_000}, "num_workers must be at most 1,024, not 100,000"),
+        ({"image_size": 100_000}, "image_size must be at most 8,192, not 100,000"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "mean must be three finite numbers"),
         ({"seed": -1}, "seed must be an integer >= 0, not -1"),
         ({"seed": 2**63}, r"seed must be below 2\*\*63, not 9223372036854775808"),
         ({"mean": (0.5, 0.5)}, r"mean must be three finite numbers.* not \(0.5, 0.5\)"),
@@ -282,6 +287,43 @@ def test_rows_that_cannot_index_the_beton_are_refused(bare_beton, rows):
 def test_an_argument_outside_its_domain_is_refused(bare_beton, settings, message):
     with pytest.raises(InvalidValueError, match=message):
         _loader(bare_beton, **settings)
+
+
+def test_a_bare_index_file_may_be_in_any_order(bare_beton, tmp_path):
+    np.save(tmp_path / "by_class.npy", np.array([9, 3, 7, 1, 20, 4, 2, 5, 6]))
+    with pytest.warns(ContentNotComparedWarning, match="by_class"):
+        rows = _loader(bare_beton, tmp_path / "by_class.npy").rows
+    assert rows.tolist() == [1, 2, 3, 4, 5, 6, 7, 9, 20]
+    np.save(tmp_path / "twice.npy", np.array([9, 3, 9, 1]))
+    with pytest.raises(InvalidValueError, match="sorted and unique"):
+        _loader(bare_beton, tmp_path / "twice.npy")
+
+
+@pytest.mark.parametrize("copied", [pickle.loads, copy.deepcopy])
+def test_a_copied_loader_gives_the_epochs_that_follow_and_no_copy_of_the_file(bare_beton, copied):
+    loader = _loader(bare_beton, np.arange(20), seed=3)
+    list(loader)
+    loader.set_rows(np.arange(3, 25))
+    if copied is pickle.loads:
+        other = pickle.loads(pickle.dumps(loader))
+        assert len(pickle.dumps(loader)) < 4096
+    else:
+        other = copied(loader)
+    for one, two in zip(loader, other, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert other.state_dict()["rows"].tolist() == list(range(3, 25))
+
+
+def test_a_batch_without_a_usable_row_is_an_error_where_other_ranks_would_wait(
+    beton_copy, damage_row
+):
+    for row in (0, 2, 4, 6):
+        damage_row(beton_copy, row, b"\0\0\0\0")
+    settings = {"batch_size": 4, "order": "sequential", "on_error": "skip"}
+    assert len(_rows(_loader(beton_copy, distributed=None, **settings))) == 24
+    with pytest.raises(LoadingError, match=r"no row of a batch .* other ranks would wait"):
+        list(_loader(beton_copy, distributed=(0, 2), **settings))
+    assert len(_rows(_loader(beton_copy, distributed=(1, 2), **settings))) == 12
 
 
 def test_a_negative_epoch_is_refused(bare_beton):

@@ -8,6 +8,7 @@ import torch
 
 from fastprune.errors import InvalidValueError
 from fastprune.loading.loader import Loader
+from tests.conftest import require_library
 
 
 def _loader(path, subset=None, **settings):
@@ -69,6 +70,7 @@ def test_the_state_between_epochs_is_the_next_epoch(bare_beton):
         ({"batch_size": 3}, r"batch_size \(2 there, 3 here\)"),
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),
         ({"num_views": 4}, r"num_views \(None there, 4 here\)"),
+        ({"image_size": 48}, r"image_size \(32 there, 48 here\)"),
         ({"augment": "center"}, r"augment \('rrc' there, 'center' here\)"),
         ({"distributed": (0, 2)}, r"world \(1 there, 2 here\)"),
         ({"subset": np.arange(20)}, "rows_digest"),
@@ -141,3 +143,16 @@ def test_a_position_that_is_none_is_refused(bare_beton, name, value):
     loader = _loader(bare_beton)
     with pytest.raises(InvalidValueError, match=rf"state's {name} must be an integer .*{value}"):
         loader.load_state_dict(loader.state_dict() | {name: value})
+
+
+def test_a_position_behind_the_epoch_is_refused(bare_beton):
+    loader = _loader(bare_beton)
+    with pytest.raises(InvalidValueError, match="of batch 16, but an epoch has 15 batches"):
+        loader.load_state_dict(loader.state_dict() | {"batches": 16})
+
+
+def test_the_state_of_another_decoder_is_refused(bare_beton):
+    require_library("dali")
+    state = _loader(bare_beton).state_dict()
+    with pytest.raises(InvalidValueError, match=r"decoder \('fastprune views 1' there, 'DALI 2"):
+        _loader(bare_beton, backend="dali").load_state_dict(state)
