@@ -36,6 +36,7 @@ class _Memory(click.ParamType):  # type: ignore[type-arg]
     default="auto",
     help="Who waits when trainers drift apart: leaders when decoders are busy, leaders, nobody.",
 )
+@click.option("--metrics", metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz.")
 @click.option("--status", metavar="ADDRESS", help="Print what a running service does, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def serve(
@@ -44,6 +45,7 @@ def serve(
     memory: int,
     workers: int | None,
     pace: str,
+    metrics: str | None,
     status: str | None,
     as_json: bool,
 ) -> None:
@@ -76,6 +78,7 @@ def serve(
         memory_bytes=memory,
         num_workers=workers or usable_cpus(),
         pace=pace,
+        metrics=metrics,
     )
     asyncio.run(server.run())
     found = server.status()

@@ -31,6 +31,7 @@ from fastprune.loading.faults import FileWatch
 from fastprune.loading.service_wire import Kind, ServiceError, ServiceRefusedError
 from fastprune.service.decoding import Decoders
 from fastprune.service.demand import Ask, Client, Images
+from fastprune.service.metrics import Monitor
 from fastprune.service.slab import Slab
 from fastprune.service.window import PACES, Task, Window
 
@@ -49,7 +50,11 @@ _PEER = struct.Struct("3i")  # pid, uid, gid; see unix(7)
 
 
 class Server:
-    """Serves views of betons on one Unix socket."""
+    """Serves views of betons on one Unix socket.
+
+    Attributes:
+        monitor: what answers monitors while the server runs, if that was asked for.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class Server:
         memory_bytes: int,
         num_workers: int,
         pace: str = "auto",
+        metrics: str | None = None,
     ):
         """Prepare; `run` listens.
 
@@ -68,6 +74,7 @@ class Server:
             memory_bytes: of the slab.
             num_workers: decoding threads.
             pace: "auto", "together" or "free", see docs/service.md.
+            metrics: HOST:PORT of /metrics and /healthz; None for neither.
 
         Raises:
             InvalidValueError: a beton has no manifest, or an argument is outside its domain.
@@ -80,6 +87,8 @@ class Server:
         self._slab = Slab(memory_bytes)
         self._window = Window(self._slab, pace=pace)
         self._pace = pace
+        self._metrics = metrics
+        self.monitor: Monitor | None = None
         self._num_workers = num_workers
         self._num_running = 0  # tasks that threads have
         self._writers: dict[Client, asyncio.StreamWriter] = {}
@@ -110,17 +119,25 @@ class Server:
         )
         server = await asyncio.start_unix_server(self._accept, sock=listening)
         ticking = asyncio.create_task(self._tick())
-        _LOG.info("listening at unix:%s", self._path)
         try:
+            if self._metrics is not None:
+                self.monitor = Monitor(self._metrics, self.status, self._loop)
+                _LOG.info("metrics at port %d", self.monitor.port)
+            _LOG.info("listening at unix:%s", self._path)
             await stopping.wait()
             # First of all, so that whoever comes now finds the next server.
             server.close()
             self._path.unlink(missing_ok=True)
             await self._drain()
         finally:
+            server.close()
+            self._path.unlink(missing_ok=True)
             for task in (ticking, *self._talks):
                 task.cancel()
             await asyncio.gather(ticking, *self._talks, return_exceptions=True)
+            if self.monitor is not None:
+                # In a thread: it may wait for an answer of this loop.
+                await asyncio.to_thread(self.monitor.close)
             self._decoders.close()
             self._slab.close()
         _LOG.info("%d views were decoded, %d served", *self._counts())

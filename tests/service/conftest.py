@@ -1,6 +1,7 @@
 """A beton with a manifest, and services of it: in a thread, and in a process to kill."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 import threading
@@ -76,7 +77,7 @@ def serve_process(tmp_path):
         command += [f"unix:{path}", "--memory", "64MiB", "--workers", "2", *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started.append(process)
-        wait_for(lambda: path.exists() or process.poll() is not None)
+        wait_for(lambda: listens(path) or process.poll() is not None)
         assert process.poll() is None, process.stderr.read()
         return process
 
@@ -84,6 +85,12 @@ def serve_process(tmp_path):
     for process in started:
         process.kill()
         process.communicate()
+
+
+def listens(path):
+    """Whether a server accepts connections, rather than left its socket behind."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def wait_for(condition, seconds=60.0):

@@ -1,6 +1,9 @@
 """Students that train through a service end with the weights of a run without one."""
 
+import threading
+
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from fastprune.distillation.trainer import distill
@@ -43,3 +46,18 @@ def test_runs_of_one_data_seed_share_every_view_and_differ_in_their_weights(beto
     second = train(beton, tmp_path / "second", service=service.address, seed=1, data_seed=5)
     assert service.server.status()["views_decoded"] == num_decoded > 0
     assert not are_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "num_kills", [1, pytest.param(20, marks=[pytest.mark.full, pytest.mark.timeout(1800)])]
+)
+def test_a_server_killed_at_any_moment_changes_no_weight(beton, serve_process, tmp_path, num_kills):
+    local = train(beton, tmp_path / "local", service="")
+    generator = np.random.default_rng(0)
+    for number in range(num_kills):
+        process = serve_process(beton)
+        killer = threading.Timer(generator.uniform(0, 1), process.kill)
+        killer.start()
+        remote = train(beton, tmp_path / str(number), service=f"unix:{tmp_path}/service.sock")
+        killer.join()
+        assert are_equal(local, remote)
