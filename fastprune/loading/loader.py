@@ -28,7 +28,7 @@ from fastprune.loading.batch import (
     Transform,
     choose_device,
 )
-from fastprune.loading.crops import AUGMENTS, CropPolicy
+from fastprune.loading.crops import AUGMENTS, CropPolicy, warn_of_enlarging
 from fastprune.loading.engine import decoder_identity, make_engine
 from fastprune.loading.faults import RowFaults
 from fastprune.loading.sampler import ORDERS, TAILS, EpochSampler, KeptImages, NextEpoch, this_rank
@@ -176,7 +176,7 @@ class Loader:
             tail=tail or ("drop" if train else "exact"),
             open_pages=open_pages,
         )
-        self._image_size = image_size
+        warn_of_enlarging(self.beton, image_size)
         self._num_negatives = num_negatives
         self._image_size = image_size
         self._seed = seed
