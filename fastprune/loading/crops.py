@@ -189,7 +189,7 @@ def _set_central(view, box_height, box_width):  # type: ignore[no-untyped-def]
 
 
 def warn_of_enlarging(beton: Beton, image_size: int) -> None:
-    """Log a warning where views are far larger than the images, as by ImageNet's default on CIFAR."""
+    """Log a warning where views are far larger than the images: ImageNet's default on CIFAR."""
     side = float(np.median(np.minimum(beton.widths, beton.heights)))
     # A row that was skipped in the conversion has no size.
     if side and image_size > _MOST_ENLARGED * side:
