@@ -1,36 +1,44 @@
 # fastprune on a GPU node:  docker run --gpus all -v /data:/data fastprune convert /data/imagenet/train ...
-# For a CPU-only image:     docker build --build-arg BASE_IMAGE=debian:bookworm-slim -t fastprune .
-ARG BASE_IMAGE=nvidia/cuda:13.0.2-runtime-ubuntu24.04
+#
+# CUDA comes with torch's wheels, so the base is plain; NVIDIA's container toolkit adds the driver.
+# For builds that can be repeated, give the base by its digest: --build-arg BASE_IMAGE=ubuntu:24.04@sha256:...
+ARG BASE_IMAGE=ubuntu:24.04
 
 # The compiler and the headers that FFCV's build needs stay in this stage.
-FROM ${BASE_IMAGE} AS builder
+FROM ${BASE_IMAGE} AS dependencies
 ENV DEBIAN_FRONTEND=noninteractive
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /src
 COPY tools/system-packages.sh tools/
 RUN apt-get update && apt-get install -y --no-install-recommends python3 \
     && tools/system-packages.sh && rm -rf /var/lib/apt/lists/*
-# What fastprune depends on is a layer of its own, so that a change of our code does not build it
-# again. EXTRAS: dali-cuda12 in place of dali-cuda13 for older drivers. TORCH_INDEX: a wheel index
-# to take torch from, such as PyTorch's CPU-only one.
+# EXTRAS: dali-cuda12 in place of dali-cuda13 for older drivers. TORCH_INDEX: a wheel index to take
+# torch from, such as PyTorch's CPU-only one.
 ARG EXTRAS="ffcv dali-cuda13 timm"
 ARG TORCH_INDEX=
 COPY pyproject.toml constraints.txt tools/dependencies.py ./
-RUN python3 -m venv /opt/fastprune \
+# hadolint ignore=DL3042
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv /opt/fastprune \
     && python3 dependencies.py ${EXTRAS} > requirements.txt \
-    && /opt/fastprune/bin/pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+    && /opt/fastprune/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
         --constraint constraints.txt --requirement requirements.txt
+COPY tools/runtime-packages.sh tools/
+RUN tools/runtime-packages.sh /opt/fastprune > /opt/fastprune/runtime-packages
+
+# Our own code: a wheel of a megabyte, a layer of its own upon the gigabytes that seldom change.
+FROM dependencies AS code
 COPY README.md LICENSE ./
 COPY recipes recipes
 COPY fastprune fastprune
-RUN /opt/fastprune/bin/pip install --no-cache-dir --no-deps .
-COPY tools/runtime-packages.sh tools/
-RUN tools/runtime-packages.sh /opt/fastprune > /opt/fastprune/runtime-packages
+# hadolint ignore=DL3042
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/fastprune/bin/pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ${BASE_IMAGE}
 ENV DEBIAN_FRONTEND=noninteractive
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-COPY --from=builder /opt/fastprune/runtime-packages /opt/fastprune/runtime-packages
+COPY --from=dependencies /opt/fastprune/runtime-packages /opt/fastprune/runtime-packages
 # /cache and /workspace take any user: clusters choose the user id themselves. Being sticky, they
 # keep users from each other's files; compiled code goes to a private folder of each in /cache.
 RUN apt-get update \
@@ -38,17 +46,19 @@ RUN apt-get update \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 fastprune \
     && install -d -m 1777 /cache /workspace
-COPY --from=builder /opt/fastprune /opt/fastprune
+COPY --from=dependencies /opt/fastprune /opt/fastprune
+RUN --mount=type=bind,from=code,source=/wheels,target=/wheels \
+    /opt/fastprune/bin/pip install --no-cache-dir --no-deps --no-index /wheels/*.whl
+# The NVIDIA variables are those of NVIDIA's own images: without them, its toolkit adds no driver.
 ENV PATH=/opt/fastprune/bin:$PATH \
     NUMBA_CACHE_DIR=/cache \
     TORCH_HOME=/cache/torch \
     HF_HOME=/cache/huggingface \
-    MPLCONFIGDIR=/cache/matplotlib
+    MPLCONFIGDIR=/cache/matplotlib \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 WORKDIR /workspace
-# Without the GPU: one that is full, or busy, is no illness.
-HEALTHCHECK --interval=30m --timeout=2m --start-period=1m \
-    CMD ["env", "CUDA_VISIBLE_DEVICES=", "fastprune", "doctor"]
 ENTRYPOINT ["fastprune"]
 ARG VERSION=
 ARG REVISION=

@@ -105,12 +105,6 @@ test_image() {
     expect "user id in the container" "$(in_image id -u)" 10001
     expect "compilers" "$(in_image sh -c \
         'for name in cc gcc c++ g++ clang; do command -v $name || true; done; echo none')" none
-    local health
-    mapfile -t health < <(inspect '{{range .Docker.Config.Healthcheck.Test}}{{println .}}{{end}}')
-    expect "health check" "${health[0]}" CMD
-    local command=()
-    for word in "${health[@]:1}"; do [ -z "$word" ] || command+=("$word"); done
-    in_image "${command[@]}"
     in_image fastprune doctor --require ffcv --require dali --json > "$scratch/doctor.json"
     in_image fastprune demo --out /tmp/demo --per-class 14 --epochs 1 --teacher resnet8 \
         --teacher-epochs 1 --image-size 32

@@ -29,7 +29,9 @@ _FFCV_REPAIR = (
     "It was built against other system libraries. Install libopencv-dev and libturbojpeg0-dev, and "
     "build it again: pip install --force-reinstall --no-deps --no-cache-dir ffcv"
 )
-_DALI_ADVICE = "Install it with: pip install 'fastprune[dali-cuda13]' (driver for CUDA 12: -cuda12)"
+_DALI_ADVICE = (
+    "Install it with: pip install nvidia-dali-cuda130 (driver for CUDA 12: nvidia-dali-cuda120)"
+)
 
 _GPU_ADVICE = (
     "backend=\"auto\" takes the CPU engine here. What may help: pip install 'nvidia-nvjpeg>=13.2', "

@@ -5,6 +5,7 @@ batch size, worker count, rank, backend, or where a run was resumed. Every engin
 from here and only carries them out.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from numba import njit
 from numpy.typing import NDArray
 
 from fastprune import splitmix
+from fastprune.beton.reader import Beton
 from fastprune.compile_cache import cached
 from fastprune.splitmix import GOLDEN, mix64
+
+_LOG = logging.getLogger(__name__)
 
 AUGMENTS = ("rrc", "pad_crop", "center", "none")
 
@@ -26,6 +30,8 @@ TOP, LEFT, HEIGHT, WIDTH, SHIFT_DOWN, SHIFT_RIGHT, FLIP = range(7)
 _MAX_SMALL_SIZE = 64
 # As many as torchvision's RandomResizedCrop makes before it takes the central box.
 _TRIES = 10
+# CIFAR at 224 pixels is sevenfold. Tiny ImageNet at 224, which some do on purpose, is not reported.
+_MOST_ENLARGED = 4
 _ULP = 2.0**-53  # float64 has 53 bits: the top 53 of a draw times this lie evenly in [0, 1)
 _RRC, _PAD_CROP, _CENTER = range(3)
 _KINDS = {"rrc": _RRC, "pad_crop": _PAD_CROP, "center": _CENTER}
@@ -180,3 +186,15 @@ def _set_central(view, box_height, box_width):  # type: ignore[no-untyped-def]
     view[TOP] = (view[HEIGHT] - box_height) // 2
     view[LEFT] = (view[WIDTH] - box_width) // 2
     view[HEIGHT], view[WIDTH] = box_height, box_width
+
+
+def warn_of_enlarging(beton: Beton, image_size: int) -> None:
+    """Log a warning where views are far larger than the images: ImageNet's default on CIFAR."""
+    side = float(np.median(np.minimum(beton.widths, beton.heights)))
+    # A row that was skipped in the conversion has no size.
+    if side and image_size > _MOST_ENLARGED * side:
+        _LOG.warning(
+            "image_size is %d, but half of the images in %s are at most %d pixels high or wide. "
+            "Their own size is usual: image_size=%d",
+            *(image_size, beton.path, side, side),
+        )

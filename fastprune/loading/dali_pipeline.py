@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError(
         f'backend="dali" needs NVIDIA DALI ({error}). Install it with: '
-        "pip install fastprune[dali-cuda13]"
+        "pip install nvidia-dali-cuda130"
     ) from error
 
 # Their stubs know neither dictionaries of arguments nor the constants.

@@ -26,7 +26,7 @@ from fastprune.loading.batch import (
     Transform,
     choose_device,
 )
-from fastprune.loading.crops import CropPolicy
+from fastprune.loading.crops import CropPolicy, warn_of_enlarging
 from fastprune.loading.engine import decoder_identity, make_engine
 from fastprune.loading.faults import RowFaults
 from fastprune.loading.sampler import EpochSampler, KeptImages, NextEpoch, this_rank
@@ -164,6 +164,7 @@ class Loader:
             tail=tail or ("drop" if train else "exact"),
             open_pages=open_pages,
         )
+        warn_of_enlarging(self.beton, image_size)
         self._num_negatives = num_negatives
         self._image_size = image_size
         self._seed = seed

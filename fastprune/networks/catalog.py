@@ -222,7 +222,7 @@ def _import_timm(name: str) -> Any:
         import timm
     except ImportError as error:
         raise MissingDependencyError(
-            f"network timm:{name} needs timm, which is not installed. Install fastprune[timm]."
+            f"network timm:{name} needs timm, which is not installed. Install it: pip install timm"
         ) from error
     return timm
 

@@ -24,7 +24,7 @@ def test_engines_that_are_not_installed_come_with_the_way_to_install_them(monkey
     monkeypatch.setattr(engines, "_is_installed", lambda package: package == "numba")
     cpu, dali, ffcv = check_engines()
     assert (cpu.verdict, dali.verdict, ffcv.verdict) == ("good", "note", "note")
-    assert "pip install 'fastprune[dali-cuda13]'" in dali.advice
+    assert "pip install nvidia-dali-cuda130" in dali.advice
     assert "libturbojpeg0-dev && pip install 'ffcv>=1.0.2'" in ffcv.advice
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastprune.beton.reader import open_beton
 from fastprune.loading import crops
 from fastprune.loading.crops import (
     FLIP,
@@ -16,6 +17,7 @@ from fastprune.loading.crops import (
     TOP,
     WIDTH,
     CropPolicy,
+    warn_of_enlarging,
 )
 
 _MASK = 2**64 - 1
@@ -142,3 +144,13 @@ def test_views_are_drawn_as_they_always_were(kind, digest):
                 views = policy.views(rows, widths, heights, seed=seed, slot=slot, k=k)
                 found.update(views.astype("<i8").tobytes())
     assert found.hexdigest() == digest
+
+
+@pytest.mark.parametrize(("image_size", "is_warned_of"), [(224, True), (32, False)])
+def test_views_far_larger_than_the_images_are_warned_of(
+    bare_beton, caplog, image_size, is_warned_of
+):
+    beton = open_beton(bare_beton)
+    side = int(np.median(np.minimum(beton.widths, beton.heights)))
+    warn_of_enlarging(beton, image_size)
+    assert (f"image_size={side}" in caplog.text) == is_warned_of == (image_size > 4 * side)
