@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,6 +184,38 @@ def test_result_tells_the_subset_and_where_the_time_went(recipe, teacher_section
     phases = ("startup", "train", "validation", "checkpoint")
     apart = sum(getattr(result, f"{name}_seconds") for name in phases)
     assert apart <= result.total_seconds
+
+
+def test_result_has_the_seconds_of_steps_and_the_memory(recipe, teacher_section):
+    result = distill(recipe(teacher=teacher_section, schedule={"epochs": 3}))
+    quantiles = result.step_seconds_p10, result.step_seconds_p50, result.step_seconds_p90
+    assert 0 < quantiles[0] <= quantiles[1] <= quantiles[2]
+    assert result.steady_train_seconds == pytest.approx(12 * quantiles[1])
+    assert not result.disturbed  # of 12 steps nobody can tell
+    assert result.peak_device_bytes is None
+    assert result.peak_host_bytes > 50_000_000
+
+
+def test_result_knows_what_scoring_its_rows_took(recipe, teacher_section, half, tmp_path):
+    paid = replace(Subset.load(half), strategy="medium", metric="loss", score_seconds=7.5)
+    paid.save(tmp_path / "medium.npy")
+    replace(paid, strategy="random").save(tmp_path / "random.npy")
+    seconds = [
+        distill(
+            recipe(
+                data={"subset": tmp_path / subset},
+                teacher=teacher_section,
+                loss={"reshaping": reshaping},
+                run={"out": tmp_path / f"{subset}-{reshaping}"},
+            )
+        ).score_seconds
+        for subset, reshaping in (
+            ("medium.npy", "none"),
+            ("random.npy", "none"),
+            ("random.npy", "class_std"),
+        )
+    ]
+    assert seconds == [7.5, 0.0, 7.5]
 
 
 def test_fixed_iterations_take_as_many_steps_on_half_the_rows(recipe, half):
