@@ -46,6 +46,7 @@ def test_run_folder_holds_what_the_architecture_promises(recipe, tmp_path, teach
     assert json.loads((folder / "recipe.json").read_text())["loss"]["reshaping"] == "class_std"
     assert list((folder / "tensorboard").glob("events.*"))
     assert not list(folder.glob("*.tmp"))
+    assert not (folder / ".lock").exists()
 
 
 def test_saved_student_is_the_one_that_was_evaluated(recipe, betons):
