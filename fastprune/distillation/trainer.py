@@ -400,7 +400,9 @@ class Trainer:
         if self._ranks.is_first:
             # The result comes last: a folder with result.json has its student.
             with atomic_path(student) as temporary:
-                metadata = student_metadata(self._recipe, self._train_loader)
+                metadata = student_metadata(
+                    self._recipe, self._train_loader, self._context.precision
+                )
                 save_weights(self._stepper.student, temporary, metadata=metadata)
         self._timer.switch("closing")
         result = make_result(

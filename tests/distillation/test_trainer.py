@@ -251,6 +251,17 @@ def test_evaluation_normalises_as_the_student_was_trained(recipe, betons):
     assert evaluation.loss == pytest.approx(result.curve[-1]["val_loss"], rel=1e-5)
 
 
+def test_evaluation_computes_as_the_validation_of_the_training_did(recipe, betons):
+    result = distill(recipe(run={"precision": "bf16"}))
+    beton = betons / "val.beton"
+    again = evaluate_checkpoint(result.student, beton, batch_size=20, device="cpu")
+    assert again.loss == result.curve[-1]["val_loss"]
+    exact = evaluate_checkpoint(
+        result.student, beton, batch_size=20, device="cpu", precision="fp32"
+    )
+    assert exact.loss != again.loss
+
+
 def test_bf16_is_used_on_the_cpu_where_it_is_asked_for(recipe, tmp_path):
     plain = distill(recipe())
     rounded = distill(recipe(run={"out": tmp_path / "bf16", "precision": "bf16"}))
