@@ -115,7 +115,6 @@ class Preparation:
                     **self.betons(),
                     "student.network": network,
                     "schedule.epochs": epochs,
-                    "loss.label_smoothing": 0.05,
                     "run.seed": _TEACHER_SEED,
                     "run.device": device,
                 },
@@ -152,6 +151,8 @@ class Preparation:
         def run(beton: Path, out: Path) -> dict[str, Any]:
             words = ["score", str(beton), "-o", str(out), "--restart"]
             words += ["--teacher", network, "--teacher-checkpoint", str(self.teacher)]
+            # As the students' images: what is scored, and what class std are of, is what is taught.
+            words += ["--views", "train", "--precision", "fp32"]
             words += ["--image-size", "32", "--device", device]
             run_fastprune(words, out.with_suffix(".log"))
             table = ScoreTable.load(out)

@@ -2,15 +2,18 @@
 
     python benchmarks/wallclock.py --images cifar10          # folders train/ and test/ in it
 
-A teacher is trained once on all rows and scores them once. Then every variant distils a student for
-every seed, each in a process of its own with the same set-up, seed by seed, so that a machine that
-slows down slows all variants. The JSON is written after every run; the script goes on where it was
-stopped.
+A teacher is trained once on all rows and scores them once, on training views. Then every variant
+distills a student for every seed, each in a process of its own with the same set-up, seed by seed,
+and within a seed in random order, so that a machine that slows down favors none. Accuracy is
+compared within a budget: `full@E/2` takes as many steps on all rows as a half takes in all epochs,
+and `infobatch@2E/3` about as many. The contrasts are fixed in `CONTRASTS`. The JSON is written
+after every run, and the script continues where it was stopped.
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _contrasts import compare
 from _harness import RESULTS, ROOT, commit, write_result
 from _study import Preparation, refuse_other, train_process
 
+from fastprune.costs import Cost, cost_ratio
 from fastprune.environment import describe_machine
 
 LONG_SCHEDULE = 100
@@ -38,6 +43,11 @@ KEPT_OF_RESULT = (
     "optimizer_seconds",
     "checkpoint_seconds",
     "data_wait_share",
+    "steady_train_seconds",
+    "step_seconds_p10",
+    "step_seconds_p50",
+    "step_seconds_p90",
+    "disturbed",
     "top1_last",
     "top1_best",
     "curve",
@@ -53,6 +63,7 @@ class Variant:
         strategy: how they are chosen.
         metric: what they are ranked by; None where no difficulty is looked at.
         reshaping: whether the teacher's logits are reshaped by class.
+        epochs_share: of the study's epochs.
         settings: further settings of the recipe.
     """
 
@@ -60,6 +71,7 @@ class Variant:
     strategy: str = "medium"
     metric: str | None = None
     reshaping: bool = False
+    epochs_share: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,17 +82,51 @@ class Variant:
 
 VARIANTS = {
     "full": Variant(),
+    "full@E/2": Variant(epochs_share=0.5),
+    "full+reshape": Variant(reshaping=True),
     "random50": Variant(0.5, "random"),
     "medium50-centroid": Variant(0.5, "medium", "centroid"),
     "medium50-loss": Variant(0.5, "medium", "loss"),
     "random50+reshape": Variant(0.5, "random", reshaping=True),
     "medium50-centroid+reshape": Variant(0.5, "medium", "centroid", reshaping=True),
     "medium50-loss+reshape": Variant(0.5, "medium", "loss", reshaping=True),
+    "random70": Variant(0.7, "random"),
     "medium70-centroid": Variant(0.7, "medium", "centroid"),
+    "random30": Variant(0.3, "random"),
+    "random30+reshape": Variant(0.3, "random", reshaping=True),
+    "medium30-loss+reshape": Variant(0.3, "medium", "loss", reshaping=True),
+    "full@3E/10": Variant(epochs_share=0.3),
+    "hard50-loss": Variant(0.5, "hard", "loss"),
     "hard50-centroid": Variant(0.5, "hard", "centroid"),
     "easy50-centroid": Variant(0.5, "easy", "centroid"),
     "infobatch": Variant(settings={"pruning.rule": "infobatch"}),
+    # It skips about a quarter of the rows: two thirds of the epochs have the steps of a half.
+    "infobatch@2E/3": Variant(epochs_share=2 / 3, settings={"pruning.rule": "infobatch"}),
 }
+
+# The cells of the study: one budget, and `full` at twice that. The others are for --variants.
+CELLS = (
+    "full",
+    "full@E/2",
+    "full+reshape",
+    "random50",
+    "random50+reshape",
+    "medium50-loss",
+    "medium50-loss+reshape",
+    "medium50-centroid+reshape",
+    "hard50-loss",
+    "infobatch@2E/3",
+)
+CONTRASTS = (
+    ("medium50-loss+reshape", "random50"),
+    ("medium50-loss+reshape", "random50+reshape"),
+    ("medium50-loss+reshape", "infobatch@2E/3"),
+    ("medium50-loss+reshape", "full@E/2"),
+    ("full+reshape", "full"),
+    ("medium30-loss+reshape", "random30"),
+    ("medium30-loss+reshape", "random30+reshape"),
+    ("medium30-loss+reshape", "full@3E/10"),
+)
 
 
 def main() -> None:
@@ -93,9 +139,12 @@ def main() -> None:
     study = Study(arguments, name, work)
     study.prepare()
     for seed in range(arguments.seeds):
-        for variant in arguments.variants:
+        # In another order for each seed: what runs first on a warm machine is chance.
+        for variant in random.Random(seed).sample(arguments.variants, len(arguments.variants)):
             if not study.has(variant, seed):
                 study.run(variant, seed)
+    for contrast in compare(study.runs, CONTRASTS):
+        print(contrast["sentence"])
     print(f"{len(study.runs)} runs -> {RESULTS / name}.json")
 
 
@@ -116,7 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for betons and runs; default: build/")
     parser.add_argument("--restart", action="store_true", help="forget what was measured")
     parser.add_argument(
-        "--variants", type=known_variants, default=",".join(VARIANTS), metavar="NAME,NAME"
+        "--variants", type=known_variants, default=",".join(CELLS), metavar="NAME,NAME"
     )
     return parser.parse_args()
 
@@ -170,7 +219,7 @@ class Study:
         return any(run["name"] == name and run["seed"] == seed for run in self.runs)
 
     def run(self, name: str, seed: int) -> None:
-        """Distil a student, and write the JSON."""
+        """Distill a student, and write the JSON."""
         variant, asked, prepared = VARIANTS[name], self._arguments, self._prepared
         print(f"{name}, seed {seed} ...", flush=True)
         settings = {
@@ -178,7 +227,7 @@ class Study:
             "student.network": asked.student,
             "teacher.network": asked.teacher,
             "teacher.checkpoint": prepared.teacher,
-            "schedule.epochs": asked.epochs,
+            "schedule.epochs": max(1, round(asked.epochs * variant.epochs_share)),
             "run.name": name,
             "run.seed": seed,
             "run.device": asked.device,
@@ -233,10 +282,16 @@ class Study:
             "prepared": facts,
             "chance": 1 / facts["convert"]["classes"],
             "runs": self.runs,
-            "summary": summarize(self.runs),
+            "teacher": {
+                "train_top1": facts["score"]["teacher_top1"],
+                "test_top1": facts["compile"]["teacher_top1"],
+            },
+            "cells": summarize(self.runs),
+            "contrasts": compare(self.runs, CONTRASTS),
             "arithmetic": (
-                "with_scoring_at_100_epochs = (score_seconds + 100 * train_seconds / epochs) / "
-                "(100 * train_seconds of full / epochs), seed by seed"
+                "cost_ratio = (steady_train_seconds + score_seconds + startup_seconds) / the same "
+                "of full; with_scoring_at_100_epochs = (score_seconds + 100 * train_seconds / "
+                "epochs) / (100 * train_seconds of full / epochs); both seed by seed"
             ),
         }
         write_result(self._name, result)
@@ -261,12 +316,18 @@ def summarize_variant(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str,
     """One line of the table."""
     ours = {run["seed"]: run for run in runs if run["name"] == name}
     full = {run["seed"]: run for run in runs if run["name"] == "full"}
-    random = {run["seed"]: run for run in runs if run["name"] == "random50"}
+    baseline = {run["seed"]: run for run in runs if run["name"] == "random50"}
     both = [(run, full[seed]) for seed, run in ours.items() if seed in full]
     keys = ("top1_last", "top1_best", "train_seconds", "score_seconds", "total_seconds")
     keys += ("data_wait_share",)
     return {
         **{key: mean_and_sd(run[key] for run in ours.values()) for key in keys},
+        "cost_ratio": mean_and_sd(
+            cost_ratio(cost(a), cost(b))
+            for a, b in both
+            if "steady_train_seconds" in a and "steady_train_seconds" in b
+        ),
+        "disturbed": sum(run.get("disturbed", False) for run in ours.values()),
         "train_over_full": mean_and_sd(a["train_seconds"] / b["train_seconds"] for a, b in both),
         "with_scoring_over_full": mean_and_sd(
             (a["score_seconds"] + a["train_seconds"]) / b["train_seconds"] for a, b in both
@@ -274,11 +335,16 @@ def summarize_variant(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str,
         "with_scoring_at_100_epochs": mean_and_sd(at_long_schedule(a, b) for a, b in both),
         "total_over_full": mean_and_sd(a["total_seconds"] / b["total_seconds"] for a, b in both),
         "top1_last_over_random50": mean_and_sd(
-            run["top1_last"] - random[seed]["top1_last"]
+            run["top1_last"] - baseline[seed]["top1_last"]
             for seed, run in ours.items()
-            if seed in random
+            if seed in baseline
         ),
     }
+
+
+def cost(run: Mapping[str, Any]) -> Cost:
+    """What a student cost until it was trained."""
+    return Cost(run["steady_train_seconds"], run["score_seconds"], run["startup_seconds"])
 
 
 def at_long_schedule(ours: Mapping[str, Any], full: Mapping[str, Any]) -> float:

@@ -1,6 +1,20 @@
-"""`python -m fastprune` is the `fastprune` command."""
+"""`fastprune` and `python -m fastprune`."""
 
-from fastprune.cli import main
+import sys
+
+from fastprune import interrupts
+
+
+def run() -> None:
+    """Run the command line; signals are heard before anything else is imported."""
+    interrupts.listen()
+    try:
+        from fastprune.cli import main
+
+        main(prog_name="fastprune")
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + getattr(stop, "number", 2))
+
 
 if __name__ == "__main__":
-    main(prog_name="fastprune")
+    run()

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from fastprune import interrupts
+
 Item = TypeVar("Item")
 
 _SECONDS_BEFORE_BAR = 1.0
@@ -47,12 +49,20 @@ def track(
         The items, unchanged and in order.
     """
     clock = _Clock(total, done, unit, note, seconds_left)
+    items = _interruptible(items)
     if sys.stderr is None:  # closed by the caller, as `2>&-` does
         yield from items
     elif sys.stderr.isatty():
         yield from _with_bar(items, clock, description, step)
     else:
         yield from _with_lines(items, clock, description, step)
+
+
+def _interruptible(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, until a signal came that a library has swallowed."""
+    for item in items:
+        yield item
+        interrupts.check()
 
 
 class _Clock:

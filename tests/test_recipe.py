@@ -216,3 +216,19 @@ def test_one_cycle_has_a_rise_of_its_own(recipe_file):
     overrides = ["schedule.policy=one_cycle", "schedule.warmup_epochs=1"]
     with pytest.raises(RecipeError, match="one_cycle rises over warmup_share"):
         load_recipe(recipe_file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.learning_rate=1e300", "learning_rate = 1e\\+300: .* less than or equal to 3"),
+        ("schedule.epochs=9000000000", "epochs = 9000000000: .* less than 2147483648"),
+        ("run.seed=-1", "run.seed = -1: .* greater than or equal to 0"),
+        ("run.seed=9223372036854775808", "run.seed = 9223372036854775808: .* less than"),
+        ("run.out=''", r"run\.out is empty"),
+        ('data.train="a\\u0000b"', "the path train holds a null"),
+    ],
+)
+def test_values_that_nothing_can_be_done_with_are_refused(recipe_file, override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file, [override])

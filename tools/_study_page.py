@@ -90,13 +90,18 @@ def set_up(study: Study) -> str:
 
 def num_seeds(study: Study) -> int:
     """Seeds of a variant that is done."""
-    return max(summary["top1_last"]["n"] for summary in study["summary"].values())
+    return max(summary["top1_last"]["n"] for summary in cells_of(study).values())
+
+
+def cells_of(study: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The cells' summaries, which results from before the contrasts call so."""
+    return study["cells"] if "cells" in study else study["summary"]
 
 
 def done(study: Study) -> dict[str, Mapping[str, Any]]:
     """The lines of the table that have all seeds; sentences speak of these alone."""
     seeds = num_seeds(study)
-    return {name: s for name, s in study["summary"].items() if s["top1_last"]["n"] == seeds}
+    return {name: s for name, s in cells_of(study).items() if s["top1_last"]["n"] == seeds}
 
 
 def study_table(study: Study, *, best: bool = False) -> str:
@@ -106,7 +111,7 @@ def study_table(study: Study, *, best: bool = False) -> str:
     headings += ["training, ratio", "with scoring", "at 100 epochs", "waiting, %"]
     lines = [" | ".join(headings), "|".join(["---", *["--:"] * (len(headings) - 1)])]
     seeds = num_seeds(study)
-    for name, summary in study["summary"].items():
+    for name, summary in cells_of(study).items():
         n = summary["top1_last"]["n"]
         cells = [
             f"`{name}`" + (f" ({n} of {seeds} seeds so far)" if n < seeds else ""),
@@ -186,7 +191,7 @@ def _cost_findings(study: Study) -> list[str]:
 
 def draw_study(study: Study, path: Path) -> None:
     """Top-1 of every run and what each cost, side by side, as a PNG."""
-    names = list(study["summary"])
+    names = list(cells_of(study))
     figure = Figure(figsize=(10, 0.9 + 0.36 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     accuracy, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -201,10 +206,10 @@ def _draw_accuracy(axes: Axes, study: Study, names: Sequence[str]) -> None:
     for place, name in enumerate(names):
         reached = [100 * run["top1_last"] for run in study["runs"] if run["name"] == name]
         axes.plot(reached, [place] * len(reached), "o", color=_MUTED, markersize=5)
-        mean = 100 * study["summary"][name]["top1_last"]["mean"]
+        mean = 100 * cells_of(study)[name]["top1_last"]["mean"]
         axes.plot([mean], [place], "|", color=_STRONG, markersize=16, markeredgewidth=2.5)
     if RANDOM in names:
-        mean = 100 * study["summary"][RANDOM]["top1_last"]["mean"]
+        mean = 100 * cells_of(study)[RANDOM]["top1_last"]["mean"]
         axes.axvline(mean, color=_STRONG, linestyle=":", linewidth=1, label=f"mean of {RANDOM}")
         axes.legend(**_ABOVE)
     axes.set_yticks(range(len(names)), names)
@@ -215,13 +220,13 @@ def _draw_accuracy(axes: Axes, study: Study, names: Sequence[str]) -> None:
 
 def _draw_cost(axes: Axes, study: Study, names: Sequence[str]) -> None:
     """Training and scoring over the training of full."""
-    full = study["summary"].get(FULL, {}).get("train_seconds", {}).get("mean")
+    full = cells_of(study).get(FULL, {}).get("train_seconds", {}).get("mean")
     if full is None:
         axes.set_axis_off()
         return
     places = range(len(names))
     train, score = (
-        [study["summary"][name][key]["mean"] / full for name in names]
+        [cells_of(study)[name][key]["mean"] / full for name in names]
         for key in ("train_seconds", "score_seconds")
     )
     axes.barh(places, train, color=_STRONG, label="training")

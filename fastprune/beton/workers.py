@@ -238,6 +238,8 @@ def _work(
     """Prepare and write the chunks that arrive, until the pipe closes."""
     # The terminal's Ctrl-C goes to every process; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent's handler came along with the fork; a worker is ended by SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # PIL warns of large images and odd metadata; what it cannot read it refuses.
     warnings.simplefilter("ignore")
     for other in others:  # else this process would keep the siblings' pipes open

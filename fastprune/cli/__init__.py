@@ -7,6 +7,7 @@ that `fastprune --help` answers at once.
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from typing import Any
@@ -51,6 +52,11 @@ class _InOrder(click.Group):
         """Run a command; a fault of the user's data or disk becomes one message and exit code 1."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            # click would end with 1; schedulers tell a signal from a failure by 128 + its number.
+            number = getattr(stop, "number", signal.SIGINT)
+            click.echo(f"{signal.Signals(number).name} ended the command.", err=True)
+            sys.exit(128 + number)
         except (FastpruneError, OSError) as error:
             # Of a reader that has seen enough (`| head`), click ends the command quietly.
             is_closed_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE

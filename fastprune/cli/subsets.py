@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     "--metric",
     type=Metric(),
     help="Rank rows by a metric of the table, or a blend by rank such as "
-    "centroid:0.5,loss:0.5.  [default: centroid; loss with --compat mdslr]",
+    "centroid:0.5,loss:0.5.  [default: centroid; loss with "
+    "--compat mdslr, centroid_median with --strategy moderate]",
 )
 @click.option(
     "--strategy",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, device_option, json_option, show
+from fastprune.cli.options import COUNT, PATH, PRECISIONS, device_option, json_option, show
 
 
 def _complete_recipe(
@@ -96,6 +96,12 @@ def train(
 )
 @click.option("--batch-size", type=COUNT, default=256, help="Images per step.")
 @device_option
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="auto",
+    help="Arithmetic of the network; auto is that of the checkpoint's own training.",
+)
 @json_option
 def evaluate(
     checkpoint: Path,
@@ -104,6 +110,7 @@ def evaluate(
     image_size: int | None,
     batch_size: int,
     device: str,
+    precision: str,
     as_json: bool,
 ) -> None:
     """Measure the accuracy of CHECKPOINT on BETON."""
@@ -127,6 +134,7 @@ def evaluate(
         image_size=image_size,
         batch_size=batch_size,
         device=device,
+        precision=precision,
     )
     seconds = time.perf_counter() - started
     show(

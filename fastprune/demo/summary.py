@@ -17,6 +17,7 @@ from rich.table import Table
 from fastprune.artifacts.atomic import atomic_path, write_text
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.artifacts.subset import Subset
+from fastprune.costs import Cost, cost_ratio
 from fastprune.distillation.result import Result
 from fastprune.environment import describe_machine, describe_versions
 
@@ -93,8 +94,14 @@ class StudentRun:
 
     @property
     def paid_seconds(self) -> float:
-        """Scoring and training, which the ratio to full compares."""
+        """Scoring and training by the wall clock, which the ratio to full compares."""
         return self.score_seconds + self.result.train_seconds
+
+    @property
+    def cost(self) -> Cost:
+        """Scoring, start-up and training, by a measure that does not see a slow phase."""
+        result = self.result
+        return Cost(result.steady_train_seconds, self.score_seconds, result.startup_seconds)
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,22 @@ class DemoResult:
     step_seconds: dict[str, float]
 
     def ratio_to_full(self, run: StudentRun) -> float:
-        """Divide a run's scoring and training by the full run's with the same seed."""
+        """Divide a run's seconds by the wall clock by the full run's with the same seed."""
+        return run.paid_seconds / self._full(run).paid_seconds
+
+    def cost_ratio(self, run: StudentRun) -> float:
+        """Divide a run's cost by the full run's with the same seed."""
+        return cost_ratio(run.cost, self._full(run).cost)
+
+    @property
+    def disturbed(self) -> list[str]:
+        """Names of the runs during which something else ran on the machine."""
+        return [f"{run.name}, seed {run.result.seed}" for run in self.runs if run.result.disturbed]
+
+    def _full(self, run: StudentRun) -> StudentRun:
+        """The run on all rows with the same seed."""
         seed = run.result.seed
-        full = next(r for r in self.runs if r.name == "full" and r.result.seed == seed)
-        return run.paid_seconds / full.paid_seconds
+        return next(r for r in self.runs if r.name == "full" and r.result.seed == seed)
 
     def save(self, folder: Path) -> None:
         """Write report.png and, last, result.json: where it is, everything is."""
@@ -163,7 +182,11 @@ class DemoResult:
             "train_seconds": result.train_seconds,
             "score_seconds": run.score_seconds,
             "total_seconds": run.score_seconds + result.total_seconds,
+            "cost_ratio": self.cost_ratio(run),
             "ratio_to_full": self.ratio_to_full(run),
+            "steady_train_seconds": result.steady_train_seconds,
+            "startup_seconds": result.startup_seconds,
+            "disturbed": result.disturbed,
             "data_wait_share": result.data_wait_share,
             "top1_last": result.top1_last,
             "top1_best": result.top1_best,
@@ -173,14 +196,20 @@ class DemoResult:
 def result_table(result: DemoResult) -> Table:
     """Lay the runs side by side, one line per kind; over several seeds mean ± sd."""
     seeds = len({run.result.seed for run in result.runs})
-    table = Table(caption=f"mean of {seeds} seeds ± sd" if seeds > 1 else None)
+    remarks = ["Cost: steps times their median seconds, scoring and start-up, over those of full."]
+    if seeds > 1:
+        remarks.append(f"Mean of {seeds} seeds ± sd.")
+    if result.disturbed:
+        busy = "; ".join(result.disturbed)
+        remarks.append(f"The machine was busy with something else ({busy}): mistrust seconds.")
+    table = Table(caption=" ".join(remarks), caption_justify="left")
     table.add_column("run")
     for heading in (
         "images/epoch",
         "training, s",
         "scoring, s",
         "total, s",
-        "ratio to full",
+        "cost ratio",
         "top-1 last, %",
         "top-1 best, %",
     ):
@@ -193,7 +222,7 @@ def result_table(result: DemoResult) -> Table:
             _mean([run.result.train_seconds for run in runs], 1),
             _mean([run.score_seconds for run in runs], 1),
             _mean([run.score_seconds + run.result.total_seconds for run in runs], 1),
-            _mean([result.ratio_to_full(run) for run in runs], 3),
+            _mean([result.cost_ratio(run) for run in runs], 3),
             _mean([100 * run.result.top1_last for run in runs], 1),
             _mean([100 * run.result.top1_best for run in runs], 1),
         )

@@ -256,7 +256,12 @@ def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: View
     metrics = {
         "centroid": centroid_distances(journal.features, labels, num_classes=classes),
         "centroid_median": centroid_median_distances(journal.features, labels, num_classes=classes),
-        **{name: np.array(rows[name], np.float32) for name in LOGIT_METRICS},
+        **{
+            name: np.array(rows[name], np.float32)
+            for name in LOGIT_METRICS
+            # The gradient of the last layer needs that layer's own input.
+            if name != "grand_last" or teacher.identity["feature_layer"] is None
+        },
     }
     counts = np.bincount(labels, minlength=classes)
     std_sums = np.bincount(labels, weights=rows["logit_std"], minlength=classes)

@@ -167,6 +167,8 @@ def hold_run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
                 "(run.out), or remove this one."
             )
         yield
+        # Behind the result nobody may write here anyway, so the lock guards nothing.
+        (folder / ".lock").unlink()
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ _FREE = {
 }
 
 
-def student_metadata(recipe: Recipe, loader: Loader) -> dict[str, str]:
+def student_metadata(recipe: Recipe, loader: Loader, precision: str) -> dict[str, str]:
     """Return what a reader of the student's weights needs to build, feed and understand it."""
     metadata = {
         "network": recipe.student.network,
@@ -43,6 +43,7 @@ def student_metadata(recipe: Recipe, loader: Loader) -> dict[str, str]:
         "image_size": str(recipe.data.val_image_size or recipe.data.image_size),
         "mean": json.dumps(recipe.data.mean),
         "std": json.dumps(recipe.data.std),
+        "precision": precision,
     }
     if loader.class_names is not None:
         metadata["class_names"] = json.dumps(loader.class_names)

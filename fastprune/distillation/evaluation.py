@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastprune.checks import require_one_of
 from fastprune.distributed import Ranks
 from fastprune.errors import ArtifactMismatch, InvalidValueError
 from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD, choose_device
@@ -41,6 +43,7 @@ def evaluate_checkpoint(
     image_size: int | None = None,
     batch_size: int = 256,
     device: str = "auto",
+    precision: str = "auto",
 ) -> Evaluation:
     """Measure a network in a file on every row of a beton, centre-cropped.
 
@@ -52,6 +55,8 @@ def evaluate_checkpoint(
         image_size: side of the crop in pixels; None for what the checkpoint says.
         batch_size: images per step.
         device: where to; "auto" takes CUDA where it is there.
+        precision: "fp32", "bf16", or "auto" for that of the validations in the checkpoint's own
+            training, float32 where it does not say.
 
     Raises:
         InvalidValueError: network or image size are neither given nor in the checkpoint.
@@ -59,6 +64,7 @@ def evaluate_checkpoint(
         ArtifactMismatch: the beton has more classes than the checkpoint, or others.
         BetonError: the beton cannot be read.
     """
+    require_one_of("precision", precision, ("auto", "fp32", "bf16"))
     metadata = weights_metadata(checkpoint)
     network = network or network_in_metadata(metadata, checkpoint)
     size = metadata.get("image_size") if image_size is None else image_size
@@ -96,7 +102,14 @@ def evaluate_checkpoint(
         )
     model = build_network(network, num_classes=num_classes)
     load_weights(model, checkpoint)
-    return evaluate(model.to(place), loader)
+    # Else the accuracy here would not be the one that the training reported.
+    with autocast(place, metadata.get("precision", "fp32") if precision == "auto" else precision):
+        return evaluate(model.to(place), loader)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Let networks compute in "bf16", or in "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()

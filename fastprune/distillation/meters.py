@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastprune.costs import StepSeconds, summarize_steps
 from fastprune.distillation.progressive_resizing import GrowingLoader
 from fastprune.distributed import Ranks
 from fastprune.loading.loader import Loader
@@ -17,8 +18,71 @@ PHASES = ("startup", "train", "validation", "checkpoint", "closing")
 PARTS = ("wait", "teacher", "student", "optimizer")
 
 
+class StepTimer:
+    """Seconds of each step, from the end of the one before it, waiting for its batch included.
+
+    Steps of one image size do the same work, so they are kept apart by it. On CUDA a step ends when
+    the device has done it; nothing waits for that but `read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin without a step."""
+        self._is_cuda = device.type == "cuda"
+        self._seconds: dict[str, list[float]] = {}
+        self._counts: dict[str, int] = {}
+        self._last: float | torch.cuda.Event | None = None
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Begin the next step here."""
+        self._last = self._now()
+
+    def pause(self) -> None:
+        """Leave out the time until `start`: a validation is no part of a step."""
+        self._last = None
+
+    def lap(self, image_size: int) -> None:
+        """End a step on images of this side, in pixels, and begin the next one."""
+        kind, last, now = str(image_size), self._last, self._now()
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if isinstance(last, float) and isinstance(now, float):
+            self._seconds.setdefault(kind, []).append(now - last)
+        elif isinstance(last, torch.cuda.Event) and isinstance(now, torch.cuda.Event):
+            self._events.append((kind, last, now))
+        self._last = now
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> None:
+        """Bring the seconds of finished steps to the host."""
+        for kind, begin, end in self._events:
+            end.synchronize()
+            self._seconds.setdefault(kind, []).append(begin.elapsed_time(end) / 1000)
+        self._events.clear()
+
+    def summary(self) -> StepSeconds:
+        """Summarize all steps that were read."""
+        return summarize_steps(self._seconds, self._counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds and counts of the run so far."""
+        # A tensor: half a million floats would make a slow pickle.
+        seconds = {kind: torch.tensor(values) for kind, values in self._seconds.items()}
+        return {"seconds": seconds, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._seconds = {kind: values.tolist() for kind, values in state["seconds"].items()}
+        self._counts = dict(state["counts"])
+
+
 class PhaseTimer:
-    """Seconds of each phase and part of a run.
+    """Seconds of each phase and part of a run, and of its steps.
 
     One phase runs at any time, beginning with "startup"; on CUDA a phase ends when the device has
     done its work. Parts run within the phase "train". On CUDA they are timed by events in the
@@ -26,6 +90,7 @@ class PhaseTimer:
 
     Attributes:
         seconds: of each of `PHASES` and `PARTS`.
+        steps: within the phase "train".
     """
 
     def __init__(self, device: torch.device, *, began: float) -> None:
@@ -36,6 +101,7 @@ class PhaseTimer:
             began: when the first phase did, by `time.perf_counter`.
         """
         self.seconds = dict.fromkeys((*PHASES, *PARTS), 0.0)
+        self.steps = StepTimer(device)
         self._device = device
         self._phase, self._since = PHASES[0], began
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -54,6 +120,10 @@ class PhaseTimer:
         now = time.perf_counter()
         self.seconds[self._phase] += now - self._since
         ended, self._phase, self._since = self._phase, phase, now
+        if phase == "train":
+            self.steps.start()
+        else:
+            self.steps.pause()
         return ended
 
     @contextmanager
@@ -102,16 +172,18 @@ class PhaseTimer:
             end.synchronize()
             self.seconds[name] += begin.elapsed_time(end) / 1000
         self._events.clear()
+        self.steps.read()
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the seconds as of the last switch and the last `read`."""
-        return dict(self.seconds)
+        return {"seconds": dict(self.seconds), "steps": self.steps.state_dict()}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add the seconds of the run so far to those of this process."""
         # Added, not set: this process's start-up has been paid on top.
-        for name, seconds in state.items():
+        for name, seconds in state["seconds"].items():
             self.seconds[name] += seconds
+        self.steps.load_state_dict(state["steps"])
 
 
 class StepLosses(NamedTuple):

@@ -6,6 +6,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from fastprune import interrupts
 from fastprune.distributed import Agreement, Ranks
 from fastprune.errors import TrainingStopped
 from fastprune.recipe import RunSettings
@@ -39,6 +40,8 @@ class Signals:
         # signal.signal raises in any other thread.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            # One that was swallowed during start-up ends the run at its first step.
+            self.number = interrupts.take()
         return self
 
     def __exit__(

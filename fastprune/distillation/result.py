@@ -1,13 +1,17 @@
 """What a run cost and what it reached, as a record and as result.json."""
 
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastprune.artifacts.atomic import write_text
 from fastprune.artifacts.subset import Subset
+from fastprune.costs import StepSeconds
 from fastprune.distillation.evaluation import Evaluation
 from fastprune.environment import describe_machine, describe_versions
 from fastprune.loading.loader import Loader
@@ -37,6 +41,8 @@ class Result:
         processes: how many trained together.
         backend: the loader's engine.
         device: kind of device of the first process.
+        score_seconds: of the scoring pass that chose the rows or measured the class std; 0 where
+            neither is used, None where the subset does not record it.
         startup_seconds: opening files, compiling the decoder, loading the teacher.
         train_seconds: the epochs, without validation, checkpoints and compilation.
         wait_seconds: the part of train_seconds in which the host waited for a batch.
@@ -46,6 +52,15 @@ class Result:
         validation_seconds: all validations.
         checkpoint_seconds: writing checkpoints.
         total_seconds: everything that the caller waited for.
+        step_seconds_p10: what a tenth of the steps stayed below, waiting included.
+        step_seconds_p50: their median.
+        step_seconds_p90: what a tenth of the steps went beyond.
+        steady_train_seconds: the steps, each with the median of those on images of its size: what
+            train_seconds would be on a machine that does nothing else most of the time.
+        disturbed: whether step_seconds_p90 is more than 1.3 times the median, among the steps on
+            images of one size: something else ran on the machine.
+        peak_device_bytes: the most memory that torch held of the CUDA device; None on the CPU.
+        peak_host_bytes: the most memory that the process held, since it began.
         data_wait_share: wait_seconds as a share in [0, 1] of train_seconds.
         top1_last: top-1 accuracy in [0, 1] on the validation set after the last epoch.
         top1_best: the best of all validations; chosen on the validation set, so it flatters.
@@ -67,6 +82,7 @@ class Result:
     processes: int
     backend: str
     device: str
+    score_seconds: float | None
     startup_seconds: float
     train_seconds: float
     wait_seconds: float
@@ -76,6 +92,13 @@ class Result:
     validation_seconds: float
     checkpoint_seconds: float
     total_seconds: float
+    step_seconds_p10: float
+    step_seconds_p50: float
+    step_seconds_p90: float
+    steady_train_seconds: float
+    disturbed: bool
+    peak_device_bytes: int | None
+    peak_host_bytes: int
     data_wait_share: float
     top1_last: float
     top1_best: float
@@ -95,6 +118,7 @@ def make_result(
     loader: Loader,
     *,
     seconds: dict[str, float],
+    step_seconds: StepSeconds,
     rows: int,
     epochs: int,
     steps: int,
@@ -109,6 +133,7 @@ def make_result(
         recipe: its settings.
         loader: of the rows it trained on.
         seconds: of its phases and parts, and in total.
+        step_seconds: of its steps.
         rows: rows of the subset.
         epochs: passes over them.
         steps: optimizer steps.
@@ -139,7 +164,18 @@ def make_result(
         processes=processes,
         backend=loader.backend,
         device=loader.device.type,
+        score_seconds=_score_seconds(recipe, subset),
         **costs,
+        step_seconds_p10=step_seconds.p10,
+        step_seconds_p50=step_seconds.p50,
+        step_seconds_p90=step_seconds.p90,
+        steady_train_seconds=step_seconds.steady_seconds,
+        disturbed=step_seconds.is_disturbed,
+        peak_device_bytes=(
+            torch.cuda.max_memory_reserved(loader.device) if loader.device.type == "cuda" else None
+        ),
+        # Linux counts in KiB.
+        peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         data_wait_share=seconds["wait"] / seconds["train"],
         top1_last=evaluations[-1].top1,
         top1_best=max(evaluation.top1 for evaluation in evaluations),
@@ -147,3 +183,11 @@ def make_result(
         curve=curve,
         student=student,
     )
+
+
+def _score_seconds(recipe: Recipe, subset: Subset | None) -> float | None:
+    """Charge a run for scoring only where it uses difficulties or class std."""
+    is_random = subset is not None and subset.strategy == "random"
+    if subset is None or (is_random and recipe.loss.reshaping != "class_std"):
+        return 0.0
+    return subset.score_seconds

@@ -15,6 +15,7 @@ from fastprune.distillation.compatibility import (
     read_class_std,
     require_logits,
 )
+from fastprune.distillation.evaluation import autocast
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.learner import Learner, Outputs
 from fastprune.distillation.losses import LogitReshaper
@@ -48,16 +49,22 @@ class Context:
         """The order in memory of networks and images."""
         return torch.channels_last if self.recipe.run.channels_last else torch.contiguous_format
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """bf16 where the recipe asks for it, or leaves it open and CUDA has it; else float32."""
-        precision = self.recipe.run.precision
+    @property
+    def precision(self) -> str:
+        """Arithmetic of both networks: "bf16" or "fp32".
+
+        bf16 where the recipe asks for it, or leaves it open and CUDA has it.
+        """
+        asked = self.recipe.run.precision
         # Emulated bf16 is slower than float32, so "auto" takes it only where the card has it.
-        enabled = precision == "bf16" or (
-            precision == "auto"
-            and self.device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False
         )
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return "bf16" if asked == "bf16" or (asked == "auto" and has_bf16) else "fp32"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute in `precision`."""
+        return autocast(self.device, self.precision)
 
 
 class Batch(NamedTuple):

@@ -289,6 +289,7 @@ class Trainer:
             self._learning_rate = learning_rate(self._recipe.schedule, progress)
             self.steps += 1
             losses = self._stepper.update(batch, step=self.steps, learning_rate=self._learning_rate)
+            self._timer.steps.lap(batch.images.shape[-1])
             # No `.item()` here: the host would wait for the device at each step.
             self._losses.add(StepLosses(self.steps, epoch, index, losses, batch.rows))
             if self.steps % self._recipe.run.log_every == 0:
@@ -399,13 +400,16 @@ class Trainer:
         if self._ranks.is_first:
             # The result comes last: a folder with result.json has its student.
             with atomic_path(student) as temporary:
-                metadata = student_metadata(self._recipe, self._train_loader)
+                metadata = student_metadata(
+                    self._recipe, self._train_loader, self._context.precision
+                )
                 save_weights(self._stepper.student, temporary, metadata=metadata)
         self._timer.switch("closing")
         result = make_result(
             self._recipe,
             self._train_loader,
             seconds=self._timer.seconds | {"total": self._timer.total},
+            step_seconds=self._timer.steps.summary(),
             rows=len(self._rows),
             epochs=self._epochs,
             steps=self.steps,

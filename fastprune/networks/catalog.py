@@ -254,12 +254,23 @@ def _factory_network(name: str, num_classes: int, weights: str | None) -> nn.Mod
     module_name, _, function_name = name.partition(":")
     try:
         factory = getattr(import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may raise anything while it is imported
         raise InvalidValueError(
             f"network factory {name!r} cannot be imported ({error}). Name it as "
             "package.module:function, importable from the current Python path."
         ) from error
-    network = factory(num_classes=num_classes)
+    if not callable(factory):
+        raise InvalidValueError(
+            f"network factory {name!r} is a {type(factory).__name__}, not a function. Name one "
+            "that returns a torch.nn.Module for num_classes=."
+        )
+    try:
+        network = factory(num_classes=num_classes)
+    except Exception as error:  # of the user's code, whose traceback --debug shows
+        raise InvalidValueError(
+            f"network factory {name!r} failed: {type(error).__name__}: {error}. It is called with "
+            f"num_classes={num_classes} and must return a torch.nn.Module."
+        ) from error
     if not isinstance(network, nn.Module):
         raise InvalidValueError(
             f"network factory {name!r} returned a {type(network).__name__}; it must return a "

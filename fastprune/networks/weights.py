@@ -1,6 +1,7 @@
 """Weights of networks in files: safetensors, and PyTorch checkpoints without running pickles."""
 
 import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,22 @@ def save_weights(
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network).items()}
     # save_file() would make a file that only its owner may read, and hide why a disk refuses it.
-    Path(path).write_bytes(save(state, metadata={"format": "pt", **(metadata or {})}))
+    data = save(state, metadata={"format": "pt", **(metadata or {})})
+    Path(path).write_bytes(_with_sorted_metadata(data))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its texts in order: the library writes them as its hash map has them.
+
+    The header is JSON behind its length (little-endian uint64), padded with spaces to eight bytes;
+    tensors are found by offsets from its end.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:

@@ -11,15 +11,19 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
 
+# Networks compute in float32: a larger number becomes infinite there, or cannot be passed at all.
+_MOST = float(np.finfo(np.float32).max)
+
 Share = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0, le=_MOST)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Positive = Annotated[float, Field(gt=0, le=_MOST)]
 Channels = tuple[float, float, float]
 Deviations = tuple[Positive, Positive, Positive]
 
@@ -31,6 +35,14 @@ def _rising(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float
     return points
 
 
+def _nameable(path: Path, info: ValidationInfo) -> Path:
+    """Refuse what no file system can open: it would be noticed deep inside of a run."""
+    if "\0" in str(path):
+        raise ValueError(f"the path {info.field_name} holds a null character")
+    return path
+
+
+_File = Annotated[Path, AfterValidator(_nameable)]
 _Points = Annotated[tuple[tuple[Share, Weight], ...], Field(min_length=1), AfterValidator(_rising)]
 
 
@@ -67,9 +79,9 @@ class DataSettings(_Section):
             share every view, and vary less among each other than runs do.
     """
 
-    train: Path
-    val: Path
-    subset: Path | None = None
+    train: _File
+    val: _File
+    subset: _File | None = None
     image_size: Count = 224
     first_image_size: Count | None = None
     image_size_step: Count = 32
@@ -106,7 +118,7 @@ class NetworkSettings(_Section):
     """
 
     network: str
-    checkpoint: Path | None = None
+    checkpoint: _File | None = None
     weights: str | None = None
 
 
@@ -137,7 +149,7 @@ class LossSettings(_Section):
     distillation: Literal["kd", "dkd"] = "kd"
     distillation_weight: Weight | _Points = 0.9
     distillation_warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    temperature: Annotated[float, Field(gt=0)] = 4.0
+    temperature: Positive = 4.0
     target_weight: Weight = 1.0
     others_weight: Weight = 8.0
     feature_weight: Weight = 0.0
@@ -204,13 +216,13 @@ class ScheduleSettings(_Section):
     """
 
     epochs: Count
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Weight = 1e-4
     policy: Literal["step", "cosine", "one_cycle"] = "step"
     milestones: tuple[Count, ...] = ()
-    gamma: Annotated[float, Field(gt=0)] = 0.1
+    gamma: Positive = 0.1
     warmup_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     clip_norm: Positive | None = None
@@ -252,9 +264,9 @@ class RunSettings(_Section):
         keep_checkpoints: the newest ones that are kept until the run is finished.
     """
 
-    out: Path
+    out: _File
     name: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
@@ -265,6 +277,14 @@ class RunSettings(_Section):
     checkpoint_every: Count | None = None
     checkpoint_minutes: Positive = 10.0
     keep_checkpoints: Count = 2
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _check_out(cls, value: Any) -> Any:
+        """Refuse an empty name, which would mean the working folder."""
+        if value == "":
+            raise ValueError("run.out is empty; name a folder")
+        return value
 
 
 class Recipe(_Section):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.artifacts.subset import Subset
+from fastprune.costs import Cost
 from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.untrusted import parse_json, read_json, read_text
 
@@ -332,20 +333,30 @@ def choose_reference(groups: Sequence[Group], name: str | None) -> Group | None:
 
 
 def cost_ratios(group: Group, reference: Group, *, with_scoring: bool) -> list[float]:
-    """Divide the seconds of each run by those of the reference run with the same seed.
+    """Divide the cost of each run by that of the reference run with the same seed.
+
+    Steps count with their median, which does not see a phase in which the machine was busy; where
+    a run does not record it, seconds by the wall clock are compared.
 
     Args:
         group: the runs.
         reference: the runs to compare with.
-        with_scoring: count scoring, or training alone.
+        with_scoring: count scoring and start-up, or training alone.
 
     Returns:
         A ratio per seed that both have; where they share none, the ratio of the means. Empty where
         a number is not recorded.
     """
+    runs = (*group.runs, *reference.runs)
+    is_steady = all(run.number("steady_train_seconds") is not None for run in runs)
 
     def cost(run: Run) -> float | None:
-        return run.paid_seconds() if with_scoring else run.number("train_seconds")
+        train = run.number("steady_train_seconds" if is_steady else "train_seconds")
+        if train is None or not with_scoring:
+            return train
+        if run.score_seconds is None:
+            return None
+        return Cost(train, run.score_seconds, run.number("startup_seconds") or 0.0).seconds
 
     references = {run.seed: cost(run) for run in reference.runs}
     pairs = [(cost(run), references[run.seed]) for run in group.runs if run.seed in references]

@@ -210,9 +210,10 @@ def _cost_note(
         ),
         "No ratios: name the runs to compare with by --reference."
         if baseline is None
-        else f"Ratios, of training and of scoring and training, are to {baseline.name}, seed by "
-        "seed; the ratio of steps does not depend on what else ran on the machine. Waiting is the "
-        "share of training in which no batch was there.",
+        else f"Ratios, of training, and of training, scoring and start-up, are to {baseline.name}, "
+        "seed by seed. They count each step with the median, so that a phase in which something "
+        "else ran on the machine does not change them. Waiting is the share of training in which "
+        "no batch was there.",
     ]
     if any(run.score_seconds is None for group in groups for run in group.runs):
         remarks.append(

@@ -14,6 +14,7 @@ from fastprune.selection.strategies import require_finite, select_rows
 
 DEFAULT_METRIC = "centroid"
 _COMPAT_METRIC = "loss"
+_STRATEGY_METRICS = {"moderate": "centroid_median"}
 _NAMES_SHOWN = 5
 
 # Kept in score tables, but no measure of how hard a row is.
@@ -42,7 +43,8 @@ def make_subset(
         table: the scores.
         keep_ratio: share of the rows to keep, in (0, 1]; excluded rows do not count.
         metric: what rows are ranked by, one metric or a blend (see `difficulty`); by default
-            `centroid`, `loss` with compat `mdslr` as in the reference, or the table's only metric.
+            `centroid`, `loss` with compat `mdslr` and `centroid_median` with `moderate`, as in the
+            papers' code, or the table's only metric.
         strategy: see `select_rows`; so are quota, per_class, quantile, drop_hardest, seed, compat.
         quota: as there.
         per_class: as there.
@@ -63,7 +65,10 @@ def make_subset(
     if metric is None:
         # An imported table has one metric of any name.
         only = next(iter(table.metrics)) if len(table.metrics) == 1 else None
-        metric = only or (_COMPAT_METRIC if compat == "mdslr" else DEFAULT_METRIC)
+        # Moderate Coreset measures the distance from the median of the class, not from its mean.
+        own = _STRATEGY_METRICS.get(strategy, DEFAULT_METRIC)
+        own = own if own in table.metrics else DEFAULT_METRIC
+        metric = only or (_COMPAT_METRIC if compat == "mdslr" else own)
     candidates, excluded = _candidates(table, exclude)
     scores = difficulty(table, metric)[candidates]
     require_finite(scores, candidates)

@@ -46,6 +46,21 @@ def test_ratios_are_formed_seed_by_seed(wallclock):
     assert summary["with_scoring_at_100_epochs"]["mean"] == pytest.approx((0.51 + 0.505) / 2)
 
 
+def test_cost_ratio_counts_steps_at_their_median_scoring_and_start_up(wallclock):
+    runs = [
+        run("full", 0, steady_train_seconds=10.0, startup_seconds=1.0),
+        run("medium50-loss", 0, steady_train_seconds=5.0, startup_seconds=1.0, score_seconds=2.0),
+    ]
+    cells = wallclock.summarize(runs)
+    assert cells["medium50-loss"]["cost_ratio"]["mean"] == pytest.approx(8 / 11)
+    assert cells["full"]["cost_ratio"]["mean"] == 1
+
+
+def test_every_contrast_is_of_cells_that_there_are(wallclock):
+    assert {cell for pair in wallclock.CONTRASTS for cell in pair} <= set(wallclock.VARIANTS)
+    assert set(wallclock.CELLS) <= set(wallclock.VARIANTS)
+
+
 def test_distance_from_random_is_formed_seed_by_seed(wallclock):
     runs = [
         run("random50", 0, top1_last=0.50),
@@ -71,7 +86,10 @@ def test_unknown_variant_is_refused_with_the_known_ones(wallclock):
 
 def test_only_variants_that_look_at_the_teacher_pay_for_scores(wallclock):
     paying = {name for name, variant in wallclock.VARIANTS.items() if variant.needs_scores}
-    assert set(wallclock.VARIANTS) - paying == {"full", "random50", "infobatch"}
+    assert set(wallclock.VARIANTS) - paying == {
+        *("full", "full@E/2", "full@3E/10", "infobatch", "infobatch@2E/3"),
+        *("random30", "random50", "random70"),
+    }
 
 
 def test_prepared_files_of_another_teacher_are_not_taken(wallclock, tmp_path):
@@ -128,18 +146,21 @@ def test_study_runs_goes_on_and_refuses_other_settings(wallclock, monkeypatch, t
         return json.loads((tmp_path / "wallclock-small.json").read_text())
 
     result = study("--variants", "full,medium50-centroid+reshape")
-    assert {"chance", "machine", "commit", "summary", "arithmetic"} <= set(result)
+    assert {"chance", "machine", "commit", "cells", "contrasts", "teacher", "arithmetic"} <= set(
+        result
+    )
     assert result["chance"] == 0.5
-    half = result["runs"][1]
-    assert (half["name"], half["rows"]) == ("medium50-centroid+reshape", 130)
+    runs = {run["name"]: run for run in result["runs"]}  # their order is drawn
+    half = runs["medium50-centroid+reshape"]
+    assert half["rows"] == 130
     assert (half["keep_ratio"], half["metric"], half["reshaping"]) == (0.5, "centroid", True)
     assert half["total_seconds"] > half["train_seconds"] + half["score_seconds"]
-    assert result["runs"][0]["score_seconds"] == 0
+    assert runs["full"]["score_seconds"] == 0
 
     shutil.rmtree(work / "runs" / "full-0")
     again = study("--variants", "full,random50,infobatch")
     assert again["runs"][:2] == result["runs"]
-    assert [run["name"] for run in again["runs"][2:]] == ["random50", "infobatch"]
+    assert {run["name"] for run in again["runs"][2:]} == {"random50", "infobatch"}
     assert {run.name for run in read_runs([work / "runs"])} == {
         "medium50-centroid+reshape",
         "random50",

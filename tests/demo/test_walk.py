@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,25 @@ def test_pruned_runs_are_charged_for_the_scoring_and_full_is_not(demo):
         assert run["score_seconds"] > 0
         paid = run["score_seconds"] + run["train_seconds"]
         assert run["ratio_to_full"] == pytest.approx(paid / full["train_seconds"])
+
+
+def test_cost_ratio_counts_steps_at_their_median_scoring_and_start_up(demo):
+    out, _ = demo
+    full, *pruned = json.loads((out / "result.json").read_text())["runs"]
+    parts = ("steady_train_seconds", "score_seconds", "startup_seconds")
+    assert full["cost_ratio"] == 1
+    for run in pruned:
+        expected = sum(run[part] for part in parts) / sum(full[part] for part in parts)
+        assert run["cost_ratio"] == pytest.approx(expected)
+        assert run["disturbed"] is False  # too few steps to tell
+
+
+def test_table_says_which_runs_were_disturbed(demo):
+    _, result = demo
+    busy = [replace(run, result=replace(run.result, disturbed=True)) for run in result.runs[1:2]]
+    shown = replace(result, runs=[result.runs[0], *busy])
+    assert "busy with something else (medium, seed 0)" in result_table(shown).caption
+    assert "busy" not in result_table(result).caption
 
 
 def test_subsets_are_class_balanced_halves_of_the_scored_beton(demo):

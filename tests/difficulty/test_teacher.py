@@ -181,7 +181,7 @@ def test_views_are_averaged(beton, tmp_path):
 
 
 def test_feature_layer_is_what_distances_are_taken_in(beton, tmp_path):
-    run(
+    table = run(
         beton,
         small_teacher(),
         tmp_path / "scores.parquet",
@@ -189,6 +189,9 @@ def test_feature_layer_is_what_distances_are_taken_in(beton, tmp_path):
         keep_features=True,
     )
     assert np.load(tmp_path / "scores.features.npy").shape == (24, 32)
+    # The last layer's gradient needs that layer's own input.
+    assert "grand_last" not in table.metrics
+    assert "el2n" in table.metrics
 
 
 def test_compiled_teacher_scores_as_the_plain_one(beton, tmp_path):

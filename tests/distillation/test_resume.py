@@ -107,7 +107,7 @@ def test_seconds_of_all_parts_of_a_run_are_added_up(stopped):
     state = Checkpoints(folder, keep=1).newest()
     names = ("startup", "train", "validation", "checkpoint", "wait", "teacher", "student")
     planted = {name: 1000.0 * 2**number for number, name in enumerate((*names, "optimizer"))}
-    state["timer"] |= planted
+    state["timer"]["seconds"] |= planted
     Checkpoints(folder, keep=1).save(state, step=state["steps"])
     result = distill(stopped, resume=True)
     for name, seconds in planted.items():

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ def test_run_folder_holds_what_the_architecture_promises(recipe, tmp_path, teach
     assert json.loads((folder / "recipe.json").read_text())["loss"]["reshaping"] == "class_std"
     assert list((folder / "tensorboard").glob("events.*"))
     assert not list(folder.glob("*.tmp"))
+    assert not (folder / ".lock").exists()
 
 
 def test_saved_student_is_the_one_that_was_evaluated(recipe, betons):
@@ -185,6 +187,38 @@ def test_result_tells_the_subset_and_where_the_time_went(recipe, teacher_section
     assert apart <= result.total_seconds
 
 
+def test_result_has_the_seconds_of_steps_and_the_memory(recipe, teacher_section):
+    result = distill(recipe(teacher=teacher_section, schedule={"epochs": 3}))
+    quantiles = result.step_seconds_p10, result.step_seconds_p50, result.step_seconds_p90
+    assert 0 < quantiles[0] <= quantiles[1] <= quantiles[2]
+    assert result.steady_train_seconds == pytest.approx(12 * quantiles[1])
+    assert not result.disturbed  # of 12 steps nobody can tell
+    assert result.peak_device_bytes is None
+    assert result.peak_host_bytes > 50_000_000
+
+
+def test_result_knows_what_scoring_its_rows_took(recipe, teacher_section, half, tmp_path):
+    paid = replace(Subset.load(half), strategy="medium", metric="loss", score_seconds=7.5)
+    paid.save(tmp_path / "medium.npy")
+    replace(paid, strategy="random").save(tmp_path / "random.npy")
+    seconds = [
+        distill(
+            recipe(
+                data={"subset": tmp_path / subset},
+                teacher=teacher_section,
+                loss={"reshaping": reshaping},
+                run={"out": tmp_path / f"{subset}-{reshaping}"},
+            )
+        ).score_seconds
+        for subset, reshaping in (
+            ("medium.npy", "none"),
+            ("random.npy", "none"),
+            ("random.npy", "class_std"),
+        )
+    ]
+    assert seconds == [7.5, 0.0, 7.5]
+
+
 def test_fixed_iterations_take_as_many_steps_on_half_the_rows(recipe, half):
     schedule = {"epochs": 2, "fixed_iterations": True}
     result = distill(recipe(data={"subset": half}, schedule=schedule))
@@ -215,6 +249,17 @@ def test_evaluation_normalises_as_the_student_was_trained(recipe, betons):
     result = distill(recipe(data={"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}))
     evaluation = evaluate_checkpoint(result.student, betons / "val.beton", device="cpu")
     assert evaluation.loss == pytest.approx(result.curve[-1]["val_loss"], rel=1e-5)
+
+
+def test_evaluation_computes_as_the_validation_of_the_training_did(recipe, betons):
+    result = distill(recipe(run={"precision": "bf16"}))
+    beton = betons / "val.beton"
+    again = evaluate_checkpoint(result.student, beton, batch_size=20, device="cpu")
+    assert again.loss == result.curve[-1]["val_loss"]
+    exact = evaluate_checkpoint(
+        result.student, beton, batch_size=20, device="cpu", precision="fp32"
+    )
+    assert exact.loss != again.loss
 
 
 def test_bf16_is_used_on_the_cpu_where_it_is_asked_for(recipe, tmp_path):

@@ -299,3 +299,22 @@ def test_view_of_timm_weights_is_that_of_their_configuration():
     pytest.importorskip("timm")
     view = published_view("timm:vit_base_patch16_224", "pretrained")
     assert (view.image_size, view.mean) == (224, (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os:system", r"'os:system' failed: TypeError: system\(\) .*num_classes"),
+        ("os:curdir", "'os:curdir' is a str, not a function"),
+        (f"{__name__}:broken_factory", "broken_factory' failed: ZeroDivisionError"),
+        (".:x", "cannot be imported"),
+        ("os:\0", "cannot be imported"),
+    ],
+)
+def test_factory_that_makes_no_network_is_refused(name, message):
+    with pytest.raises(InvalidValueError, match=message):
+        build_network(name, num_classes=3)
+
+
+def broken_factory(*, num_classes):
+    return num_classes / 0

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +15,8 @@ from fastprune.networks import (
     weights_digest,
     weights_metadata,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def network(seed=0, name="resnet8", num_classes=10):
@@ -138,3 +144,20 @@ def test_file_may_name_a_network_but_no_code(tmp_path):
     assert network_in_metadata({}, "a.safetensors") is None
     with pytest.raises(ArtifactError, match=r"a\.safetensors names the factory 'os:system'"):
         network_in_metadata({"network": "os:system"}, "a.safetensors")
+
+
+def test_equal_weights_make_equal_bytes_in_every_process(tmp_path):
+    metadata = {f"key {number}": "ü" * number for number in range(20)}
+    code = (
+        "import sys, torch; from fastprune.networks import build_network, save_weights;"
+        "torch.manual_seed(0);"
+        f"save_weights(build_network('resnet8', num_classes=3), sys.argv[1], metadata={metadata})"
+    )
+    for name in ("a", "b", "c"):
+        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, cwd=ROOT)
+    first, *others = ((tmp_path / name).read_bytes() for name in ("a", "b", "c"))
+    assert others == [first, first]
+    assert weights_metadata((tmp_path / "a").rename(tmp_path / "a.safetensors")) == {
+        "format": "pt",
+        **metadata,
+    }

@@ -64,6 +64,15 @@ def test_ratios_are_formed_seed_by_seed(groups):
     assert cost_ratios(half, full, with_scoring=True) == []
 
 
+def test_ratio_does_not_see_a_phase_in_which_the_machine_was_busy(groups):
+    half, full = groups(
+        ("full", 0, 10.0, {}),
+        ("a_half", 0, 14.0, RANDOM | {"steady_train_seconds": 5.0, "score_seconds": 1.0}),
+    )
+    assert cost_ratios(half, full, with_scoring=False) == [0.5]
+    assert cost_ratios(half, full, with_scoring=True) == [(5 + 1 + 2) / (10 + 2)]
+
+
 def test_ratio_of_groups_without_a_common_seed_is_that_of_their_means(groups):
     half, full = groups(("full", 0, 10.0, {}), ("full", 1, 30.0, {}), ("a_half", 5, 5.0, RANDOM))
     assert cost_ratios(half, full, with_scoring=False) == [0.25]

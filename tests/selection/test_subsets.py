@@ -55,6 +55,15 @@ def test_mdslr_ranks_by_loss_unless_told():
     assert make_subset(table, keep_ratio=0.5, compat="mdslr", metric="el2n").metric == "el2n"
 
 
+def test_moderate_ranks_by_the_distance_from_the_median_of_the_class():
+    table = score_table()
+    own = {**table.metrics, "centroid_median": table.metric("centroid")[::-1].copy()}
+    table = dataclasses.replace(table, metrics=own)
+    subset = make_subset(table, keep_ratio=0.5, strategy="moderate")
+    assert subset.metric == "centroid_median"
+    assert make_subset(score_table(), keep_ratio=0.5, strategy="moderate").metric == "centroid"
+
+
 def test_class_that_would_be_left_empty_is_refused_unless_allowed():
     table = score_table(class_sizes=(90, 100, 1, 9))
     with pytest.raises(
