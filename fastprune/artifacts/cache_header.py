@@ -34,6 +34,10 @@ _DIFFERENCES = {
 }
 
 
+class CacheExistsError(ArtifactError):
+    """There is a cache already where one was to be made."""
+
+
 def write_header(path: Path, rows: NDArray[np.int64], settings: dict[str, Any]) -> dict[str, Any]:
     """Write rows.npy and, last, cache.json, which says that there is a cache.
 

@@ -160,7 +160,18 @@ def test_a_commit_comes_by_itself_when_much_was_put(cache, monkeypatch):
     monkeypatch.setattr(teacher_cache, "_COMMIT_BYTES", 100)
     cache.put(ROWS[:9], 0, logits_of(ROWS[:9], 0))
     assert TeacherCache.open(cache.path).has(ROWS[:9], 0).all()
-    assert not cache._pending
+    assert not cache._pending.num_bytes
+
+
+def test_reading_other_rows_does_not_wait_for_the_disk(cache, monkeypatch):
+    fill(cache, rows=ROWS[:5])
+    cache.put(ROWS[5:9], 0, logits_of(ROWS[5:9], 0))
+    monkeypatch.setattr(os, "fdatasync", lambda _: pytest.fail("the disk was waited for"))
+    logits, found = cache.lookup(ROWS[[0, 3, 20]], 0)
+    assert found.tolist() == [True, True, False]
+    assert np.array_equal(logits[:2], logits_of(ROWS[[0, 3]], 0))
+    assert not logits[2].any()
+    assert not cache.lookup([10**6], 0)[1].any()
 
 
 def test_another_writer_s_rows_are_seen_without_opening_again(cache):
