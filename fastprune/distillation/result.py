@@ -1,10 +1,13 @@
 """What a run cost and what it reached, as a record and as result.json."""
 
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastprune.artifacts.atomic import write_text
 from fastprune.artifacts.subset import Subset
@@ -47,6 +50,13 @@ class Result:
         checkpoint_seconds: writing checkpoints.
         total_seconds: everything that the caller waited for.
         data_wait_share: wait_seconds as a share in [0, 1] of train_seconds.
+        teacher_forwards: images that went through the teacher, on all processes; the empty ones of
+            the warm-up do not count.
+        teacher_forwards_saved: images whose logits a teacher cache had.
+        cache_bytes: that the teacher cache takes on the disk at the end; 0 without one.
+        cache_fill_seconds: the first process spent on writing it, beside the training.
+        peak_memory_bytes: of this process: on CUDA the most of the device's memory that torch held,
+            else the most resident memory.
         top1_last: top-1 accuracy in [0, 1] on the validation set after the last epoch.
         top1_best: the best of all validations; chosen on the validation set, so it flatters.
         top5_last: top-5 accuracy in [0, 1] after the last epoch.
@@ -77,6 +87,11 @@ class Result:
     checkpoint_seconds: float
     total_seconds: float
     data_wait_share: float
+    teacher_forwards: int
+    teacher_forwards_saved: int
+    cache_bytes: int
+    cache_fill_seconds: float
+    peak_memory_bytes: int
     top1_last: float
     top1_best: float
     top5_last: float
@@ -95,6 +110,10 @@ def make_result(
     loader: Loader,
     *,
     seconds: dict[str, float],
+    teacher_forwards: int,
+    teacher_forwards_saved: int,
+    cache_bytes: int,
+    cache_fill_seconds: float,
     rows: int,
     epochs: int,
     steps: int,
@@ -109,6 +128,10 @@ def make_result(
         recipe: its settings.
         loader: of the rows it trained on.
         seconds: of its phases and parts, and in total.
+        teacher_forwards: images that went through the teacher.
+        teacher_forwards_saved: images whose logits a cache had.
+        cache_bytes: that it takes on the disk.
+        cache_fill_seconds: spent on writing it.
         rows: rows of the subset.
         epochs: passes over them.
         steps: optimizer steps.
@@ -141,9 +164,21 @@ def make_result(
         device=loader.device.type,
         **costs,
         data_wait_share=seconds["wait"] / seconds["train"],
+        teacher_forwards=teacher_forwards,
+        teacher_forwards_saved=teacher_forwards_saved,
+        cache_bytes=cache_bytes,
+        cache_fill_seconds=cache_fill_seconds,
+        peak_memory_bytes=_peak_memory_bytes(loader.device),
         top1_last=evaluations[-1].top1,
         top1_best=max(evaluation.top1 for evaluation in evaluations),
         top5_last=evaluations[-1].top5,
         curve=curve,
         student=student,
     )
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process held, of the device's memory or of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB

@@ -220,7 +220,7 @@ def test_slots_that_are_open_are_bounded(tmp_path):
             r"another teacher \(weights_digest\): c+, and not d+\.",
         ),
         ("teacher.precision", "bfloat16", r"teacher's precision: float32.*Set run\.precision"),
-        ("view.seed", 4, r"seed of the views: 3, and not 4\. Set run\.seed = 3"),
+        ("view.seed", 4, r"seed of the views: 3, and not 4\. Set data\.seed = 3"),
         ("view.image_size", 192, r"image size seen by the teacher: 224.*data\.image_size = 224"),
         ("view.mean", [0, 0, 0], r"another mean: \[0\.5, 0\.5, 0\.5\], and not \[0, 0, 0\]"),
         ("view.std", [1, 1, 1], r"another std: .*Set data\.std = \[0\.2"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InvalidValueError
+from fastprune.networks import build_network
 
 
 class Small(nn.Module):
@@ -105,3 +106,28 @@ def broken_on_one_rank(*, num_classes: int) -> Small:
 
 def wrong_shape(*, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.ReLU())
+
+
+# Batch sizes that counted teachers saw in this process, but for the empty images of a warm-up.
+seen: list[int] = []
+
+
+class Counted(nn.Module):
+    """A resnet8 that notes how many images it sees."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = build_network("resnet8", num_classes=num_classes)
+
+    @property
+    def fc(self) -> nn.Module:
+        return self.network.fc
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.any():
+            seen.append(len(images))
+        return self.network(images)
+
+
+def counted(*, num_classes: int) -> nn.Module:
+    return Counted(num_classes)
