@@ -7,9 +7,9 @@
         --teacher resnet34 --student resnet18 --batch-size 256 --name 224
 
 Four kinds of steps take turns within one run, on the same loader and the same student: with the
-teacher (plain), with a cache that holds nothing yet (filling), with one that holds all (cached), and
-without teacher and distillation (student alone: the limit below which no cache can come). From their
-ratios follow the costs of whole trainings, beside the arithmetic of multiply-adds.
+teacher (plain), with a cache that holds nothing yet (filling), with one that holds all (cached),
+and without teacher and distillation (student alone: the limit below which no cache can come). From
+their ratios follow the costs of whole trainings, beside the arithmetic of multiply-adds.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def trainings(cost: dict[str, float]) -> dict[str, float]:
-    """What trainings of EPOCHS epochs with NUM_VIEWS recurring views cost, from the costs of steps."""
+    """What trainings of EPOCHS epochs with NUM_VIEWS recurring views cost, from steps."""
     later, share = cost["cached"] / cost["plain"], NUM_VIEWS / EPOCHS
     first = share * cost["filling"] / cost["plain"] + (1 - share) * later
     return {
@@ -117,7 +117,7 @@ def trainings(cost: dict[str, float]) -> dict[str, float]:
 
 
 def arithmetic(arguments: argparse.Namespace) -> dict[str, float]:
-    """Multiply-adds per image of each kind of step: three passes of the student, one of the teacher."""
+    """Multiply-adds per image of each kind of step: thrice the student's, and the teacher's."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = {}

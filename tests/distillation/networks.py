@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InvalidValueError
-from fastprune.networks import build_network
 
 
 class Small(nn.Module):
@@ -113,20 +112,17 @@ seen: list[int] = []
 
 
 class Counted(nn.Module):
-    """A resnet8 that notes how many images it sees."""
+    """A small network that notes how many images it sees."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.network = build_network("resnet8", num_classes=num_classes)
+        self.convolution = nn.Conv2d(3, 32, 5, stride=3)
+        self.fc = nn.Linear(32, num_classes)
 
-    @property
-    def fc(self) -> nn.Module:
-        return self.network.fc
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         if images.any():
             seen.append(len(images))
-        return self.network(images)
+        return 30 * self.fc(self.convolution(images).relu().mean(dim=(2, 3)))
 
 
 def counted(*, num_classes: int) -> nn.Module:
