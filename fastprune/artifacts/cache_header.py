@@ -24,7 +24,7 @@ _DIFFERENCES = {
     "num_classes": ("number of classes", "Take the teacher of these classes"),
     "view.augment": ("crop policy", "Set data.augment as it was"),
     "view.image_size": ("image size seen by the teacher", "Set data.image_size = {have}"),
-    "view.seed": ("seed of the views", "Set run.seed = {have}"),
+    "view.seed": ("seed of the views", "Set data.seed = {have}"),
     "view.mean": ("mean", "Set data.mean = {have}"),
     "view.std": ("std", "Set data.std = {have}"),
     "view.transform": ("transform", "Use the same transform"),
@@ -32,6 +32,10 @@ _DIFFERENCES = {
     "teacher.precision": ("teacher's precision", "Set run.precision as it was"),
     "teacher": ("teacher", "Name the teacher that filled it"),
 }
+
+
+class CacheExistsError(ArtifactError):
+    """There is a cache already where one was to be made."""
 
 
 def write_header(path: Path, rows: NDArray[np.int64], settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ data is on the disk, so a writer that is killed at any moment leaves holes and n
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +227,49 @@ class Slot:
         filled = self.filled[span]
         data = self._data[span] if filled.all() else self._data[span][filled]
         return int(google_crc32c.value(data.view(np.uint8)))
+
+
+class PendingEntries:
+    """Entries that were put and not written yet, in memory.
+
+    Attributes:
+        num_bytes: that they take.
+    """
+
+    def __init__(self, num_rows: int):
+        self._num_rows = num_rows
+        self._since = 0.0
+        self.num_bytes = 0
+        self._parts: dict[int, list[tuple[NDArray[np.intp], NDArray[np.generic]]]] = {}
+        self._is_there: dict[int, NDArray[np.bool_]] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Age of the oldest entry; 0 without any."""
+        return time.monotonic() - self._since if self._parts else 0.0
+
+    def add(self, slot: int, positions: NDArray[np.intp], stored: NDArray[np.generic]) -> None:
+        """Take in what `encode` returned for these positions of a slot."""
+        if not self._parts:
+            self._since = time.monotonic()
+        self._parts.setdefault(slot, []).append((positions, stored))
+        self._is_there.setdefault(slot, np.zeros(self._num_rows, bool))[positions] = True
+        self.num_bytes += stored.nbytes
+
+    def has(self, slot: int, positions: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Whether each position of a slot is among them: (n,) bool."""
+        if slot not in self._is_there:
+            return np.zeros(len(positions), bool)
+        return self._is_there[slot][positions]
+
+    def pop(self) -> Iterator[tuple[int, NDArray[np.intp], NDArray[np.generic]]]:
+        """Give away all of them: per slot the sorted positions, each once, and what to store."""
+        parts, self._parts, self._is_there, self.num_bytes = self._parts, {}, {}, 0
+        for slot, pairs in parts.items():
+            positions, stored = map(np.concatenate, zip(*pairs, strict=True))
+            # A row that was put twice is written once, as it was put first.
+            unique, first = np.unique(positions, return_index=True)
+            yield slot, unique, stored[first]
 
 
 def slot_names(slot: int) -> tuple[str, str, str]:

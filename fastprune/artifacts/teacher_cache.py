@@ -1,7 +1,6 @@
 """The teacher's logits on recurring views, kept on disk by (row, slot); see docs/formats.md."""
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -13,12 +12,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastprune.artifacts.atomic import locked
 from fastprune.artifacts.cache_header import (
+    CacheExistsError,
     read_header,
     read_rows,
     require_identity,
     write_header,
 )
-from fastprune.artifacts.cache_slot import DTYPES, Slot, decode, encode, stored_dtype
+from fastprune.artifacts.cache_slot import (
+    DTYPES,
+    PendingEntries,
+    Slot,
+    decode,
+    encode,
+    stored_dtype,
+)
 from fastprune.artifacts.cache_verify import VERIFY_TOLERANCE, verify_cache
 from fastprune.artifacts.subset import checked_rows
 from fastprune.checks import require_at_least, require_one_of
@@ -30,14 +37,6 @@ _COMMIT_SECONDS = 10.0
 _COMMIT_BYTES = 32 * 2**20
 # Open slots hold three maps each.
 _MOST_OPEN_SLOTS = 8
-
-
-class CacheExistsError(ArtifactError):
-    """There is a cache already where one was to be made."""
-
-
-# Positions and what is to be stored there: put, and not written yet.
-_Pending = tuple[NDArray[np.intp], NDArray[np.generic]]
 
 
 class TeacherCache:
@@ -66,9 +65,7 @@ class TeacherCache:
         self.identity: dict[str, Any] = header["identity"]
         self._stored_dtype = stored_dtype(self.dtype, self.num_classes)
         self._slots: OrderedDict[int, Slot] = OrderedDict()
-        self._pending: dict[int, list[_Pending]] = {}
-        self._pending_bytes = 0
-        self._pending_since = 0.0
+        self._pending = PendingEntries(len(rows))
         # Writers may be threads of one process, such as the one that fills while a student trains.
         self._threads = threading.RLock()
 
@@ -201,17 +198,16 @@ class TeacherCache:
 
     def has(self, rows: ArrayLike, slot: int) -> NDArray[np.bool_]:
         """Whether each row's logits are there, by any process or put by this one: (n,) bool."""
-        wanted = np.asarray(rows, np.int64)
-        found = self.holds(wanted)
+        rows = np.asarray(rows, np.int64)
+        found = self.holds(rows)
         with self._threads:
-            filled = self._filled(slot)
-            found[found] = filled[np.searchsorted(self.rows, wanted[found])]
+            found[found] = self._filled(slot, np.searchsorted(self.rows, rows[found]))
         return found
 
     def missing(self, slot: int) -> NDArray[np.int64]:
         """The rows without logits in a slot, (m,) int64, sorted."""
         with self._threads:
-            return self.rows[~self._filled(slot)]
+            return self.rows[~self._filled(slot, np.arange(len(self.rows)))]
 
     def logits(self, rows: ArrayLike, slot: int) -> NDArray[np.float32]:
         """The teacher's logits.
@@ -228,27 +224,45 @@ class TeacherCache:
             ArtifactError: a row has no logits yet, or its block is damaged.
         """
         rows = np.asarray(rows, np.int64)
-        positions = self._positions(rows)
+        self._positions(rows)
+        logits, found = self.lookup(rows, slot)
+        if not found.all():
+            raise ArtifactError(
+                f"{self.path} has no logits yet of row {rows[np.argmin(found)]:,} in slot {slot} "
+                f"({(~found).sum():,} of {len(rows):,} rows are missing). Fill it: fastprune cache "
+                "fill, or train with it."
+            )
+        return logits
+
+    def lookup(self, rows: ArrayLike, slot: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The teacher's logits as far as they are there.
+
+        Returns:
+            (n, C) float32, zeros where there are none; and (n,) bool, where there are some.
+
+        Raises as `logits`, but for what is missing.
+        """
+        rows = np.asarray(rows, np.int64)
         with self._threads:
-            if self._pending.get(slot):
+            found = self.has(rows, slot)
+            positions = np.searchsorted(self.rows, rows[found])
+            if self._pending.has(slot, positions).any():
                 self.commit()
             files = self._slot(slot)
-            filled = np.zeros(len(rows), bool) if files is None else files.filled[positions]
-            if not filled.all():
-                raise ArtifactError(
-                    f"{self.path} has no logits yet of row {rows[np.argmin(filled)]:,} in slot "
-                    f"{slot} ({(~filled).sum():,} of {len(rows):,} rows are missing). Fill it: "
-                    f"fastprune cache fill, or train with it."
-                )
-            if files is None:
-                return np.empty((0, self.num_classes), np.float32)
+            if files is None or not found.any():
+                return np.zeros((len(rows), self.num_classes), np.float32), found
             blocks = files.unverified_blocks(positions)
             if len(blocks):
                 with locked(self.path / _LOCK, shared=True):
                     faults = files.damaged(blocks)
                 if faults:
                     raise ArtifactError(faults[0])
-            return decode(files.read(positions))
+            there = decode(files.read(positions))
+        if found.all():
+            return there, found
+        logits = np.zeros((len(rows), self.num_classes), np.float32)
+        logits[found] = there
+        return logits, found
 
     def put(self, rows: ArrayLike, slot: int, logits: ArrayLike) -> NDArray[np.float32]:
         """Keep the teacher's logits; rows that are there already stay as they are.
@@ -279,12 +293,9 @@ class TeacherCache:
         positions = self._positions(rows)
         stored = encode(values, rows, self.dtype)
         with self._threads:
-            if not self._pending_bytes:
-                self._pending_since = time.monotonic()
-            self._pending.setdefault(slot, []).append((positions, stored))
-            self._pending_bytes += stored.nbytes
-            is_late = time.monotonic() - self._pending_since > _COMMIT_SECONDS
-            if is_late or self._pending_bytes > _COMMIT_BYTES:
+            self._pending.add(slot, positions, stored)
+            is_late = self._pending.seconds > _COMMIT_SECONDS
+            if is_late or self._pending.num_bytes > _COMMIT_BYTES:
                 self.commit()
         return decode(stored)
 
@@ -304,16 +315,20 @@ class TeacherCache:
                 last commit is dropped; what was committed stays.
         """
         with self._threads:
-            pending, self._pending, self._pending_bytes = self._pending, {}, 0
-            if not pending and not seal:
+            if not self._pending.num_bytes and not seal:
                 return
             try:
                 with locked(self.path / _LOCK):
-                    for slot, parts in pending.items():
-                        self._write(slot, parts)
-                    for slot in range(self.num_views) if seal else ():
+                    for slot, positions, stored in self._pending.pop():
+                        if self._slot(slot) is None:
+                            Slot.create(
+                                self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype
+                            )
                         files = self._slot(slot)
-                        if files is not None:
+                        assert files is not None
+                        files.write(positions, stored)
+                    for slot in range(self.num_views) if seal else ():
+                        if (files := self._slot(slot)) is not None:
                             files.seal()
                             files.sync()
             except OSError as error:
@@ -364,7 +379,7 @@ class TeacherCache:
 
     def summary(self) -> dict[str, Any]:
         """What is in the cache, as JSON values; see `fastprune cache info`."""
-        filled = [int(self._filled(slot).sum()) for slot in range(self.num_views)]
+        filled = [len(self.rows) - len(self.missing(slot)) for slot in range(self.num_views)]
         return {
             "path": str(self.path),
             "num_rows": len(self.rows),
@@ -416,13 +431,11 @@ class TeacherCache:
             )
         return np.searchsorted(self.rows, rows)
 
-    def _filled(self, slot: int) -> NDArray[np.bool_]:
-        """(R,) bool: committed by any process, or put by this one."""
+    def _filled(self, slot: int, positions: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Whether each position was committed by any process, or put by this one: (n,) bool."""
         files = self._slot(slot)
-        filled = np.zeros(len(self.rows), bool) if files is None else np.array(files.filled)
-        for positions, _ in self._pending.get(slot, ()):
-            filled[positions] = True
-        return filled
+        pending = self._pending.has(slot, positions)
+        return pending if files is None else pending | files.filled[positions]
 
     def _slot(self, slot: int) -> Slot | None:
         """The files of a slot; None where nothing was written into it yet."""
@@ -437,14 +450,3 @@ class TeacherCache:
             )
         self._slots.move_to_end(slot)
         return self._slots[slot]
-
-    def _write(self, slot: int, parts: list[_Pending]) -> None:
-        """Write what was put into one slot; under the lock."""
-        if self._slot(slot) is None:
-            Slot.create(self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype)
-        files = self._slot(slot)
-        assert files is not None
-        positions, stored = map(np.concatenate, zip(*parts, strict=True))
-        # A row that was put twice is written once, as it was put first.
-        unique, first = np.unique(positions, return_index=True)
-        files.write(unique, stored[first])

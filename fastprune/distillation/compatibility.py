@@ -19,7 +19,7 @@ from fastprune.recipe import Recipe
 # What may change between two parts of a run. Files may lie elsewhere: what they hold is compared.
 _FREE = {
     "data": {"train", "val", "subset", "num_workers", "backend", "service"},
-    "teacher": {"checkpoint"},
+    "teacher": {"checkpoint", "cache", "cache_dtype"},
     "student": {"checkpoint"},
     "run": {
         "out",
@@ -76,6 +76,7 @@ def identity(
         "the images of data.val": str(val.beton.fingerprint),
         "the rows of data.subset": train.state_dict()["rows_digest"],
         "the weights of the teacher and the class std": weights_digest(objective),
+        "teacher.cache": recipe.teacher is not None and recipe.teacher.cache is not None,
         "processes": processes,
     }
 

@@ -21,9 +21,9 @@ from fastprune.recipe import LossSettings
 class Objective(nn.Module):
     """The loss of every row: weighted cross-entropy, distillation and feature loss.
 
-    Asking the teacher (`ask_teacher`), reshaping its answer (`reshape`) and comparing with it
-    (`forward`) are calls of their own: each is timed, and an answer may come from elsewhere.
-    Nothing in here is trained, and the teacher stays in eval mode.
+    Reshaping a teacher's answer (`reshape`) and comparing with it (`forward`) are calls of their
+    own; who answers is a `Teacher`. Nothing in here is trained, and the teacher's network is frozen
+    and stays in eval mode.
     """
 
     def __init__(
@@ -64,11 +64,6 @@ class Objective(nn.Module):
         # Epoch 0 has 1/w of the weight already; 0 and 1 both mean no warm-up.
         warmup_epochs = max(self.settings.distillation_warmup_epochs, 1)
         self._share = min((epoch + 1) / warmup_epochs, 1.0)
-
-    @torch.no_grad()
-    def ask_teacher(self, images: Tensor) -> Outputs | None:
-        """Return what the teacher says of (B, 3, H, W) images; None without a teacher."""
-        return None if self.teacher is None else Outputs(*self.teacher(images))
 
     @torch.no_grad()
     def reshape(self, answer: Outputs | None, labels: Tensor) -> Outputs | None:

@@ -62,6 +62,11 @@ class Result:
         peak_device_bytes: the most memory that torch held of the CUDA device; None on the CPU.
         peak_host_bytes: the most memory that the process held, since it began.
         data_wait_share: wait_seconds as a share in [0, 1] of train_seconds.
+        teacher_forwards: images that went through the teacher, on all processes; the empty ones of
+            the warm-up do not count.
+        teacher_forwards_saved: images whose logits a teacher cache had.
+        cache_bytes: that the teacher cache takes on the disk at the end; 0 without one.
+        cache_fill_seconds: the first process spent on writing it, beside the training.
         top1_last: top-1 accuracy in [0, 1] on the validation set after the last epoch.
         top1_best: the best of all validations; chosen on the validation set, so it flatters.
         top5_last: top-5 accuracy in [0, 1] after the last epoch.
@@ -100,6 +105,10 @@ class Result:
     peak_device_bytes: int | None
     peak_host_bytes: int
     data_wait_share: float
+    teacher_forwards: int
+    teacher_forwards_saved: int
+    cache_bytes: int
+    cache_fill_seconds: float
     top1_last: float
     top1_best: float
     top5_last: float
@@ -119,6 +128,10 @@ def make_result(
     *,
     seconds: dict[str, float],
     step_seconds: StepSeconds,
+    teacher_forwards: int,
+    teacher_forwards_saved: int,
+    cache_bytes: int,
+    cache_fill_seconds: float,
     rows: int,
     epochs: int,
     steps: int,
@@ -134,6 +147,10 @@ def make_result(
         loader: of the rows it trained on.
         seconds: of its phases and parts, and in total.
         step_seconds: of its steps.
+        teacher_forwards: images that went through the teacher.
+        teacher_forwards_saved: images whose logits a cache had.
+        cache_bytes: that it takes on the disk.
+        cache_fill_seconds: spent on writing it.
         rows: rows of the subset.
         epochs: passes over them.
         steps: optimizer steps.
@@ -177,6 +194,10 @@ def make_result(
         # Linux counts in KiB.
         peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         data_wait_share=seconds["wait"] / seconds["train"],
+        teacher_forwards=teacher_forwards,
+        teacher_forwards_saved=teacher_forwards_saved,
+        cache_bytes=cache_bytes,
+        cache_fill_seconds=cache_fill_seconds,
         top1_last=evaluations[-1].top1,
         top1_best=max(evaluation.top1 for evaluation in evaluations),
         top5_last=evaluations[-1].top5,

@@ -1,7 +1,7 @@
 """One optimizer step: the teacher, the student there and back, the optimizer."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,8 +22,10 @@ from fastprune.distillation.losses import LogitReshaper
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.schedule import WeightAverage, make_optimizer
+from fastprune.distillation.teacher import Teacher
 from fastprune.distributed import Ranks
 from fastprune.errors import RecipeError
+from fastprune.loading.cached_logits import Holes
 from fastprune.networks import FeatureNetwork, build_network, load_weights
 from fastprune.recipe import NetworkSettings, Recipe
 
@@ -62,6 +64,11 @@ class Context:
         )
         return "bf16" if asked == "bf16" or (asked == "auto" and has_bf16) else "fp32"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """`precision` as a dtype."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in `precision`."""
         return autocast(self.device, self.precision)
@@ -74,11 +81,15 @@ class Batch(NamedTuple):
         images: (B, 3, S, S) floating.
         labels: (B,) int64.
         rows: (B,) int64, of the beton.
+        teacher_logits: (B, C) float32, zeros where there are none; None without a teacher cache.
+        holes: which of them are missing, on the host; None without a teacher cache.
     """
 
     images: Tensor
     labels: Tensor
     rows: Tensor
+    teacher_logits: Tensor | None = None
+    holes: Holes | None = None
 
 
 def make_pair(
@@ -126,9 +137,13 @@ def make_pair(
     class_std = read_class_std(recipe, num_classes)
     reshaper = None if class_std is None else LogitReshaper(class_std)
     objective = Objective(recipe.loss, teacher, reshaper, keep_ratio=keep_ratio)
+    # Beside a cache the teacher stays on the CPU until its logits are missing.
+    is_cached = recipe.teacher is not None and recipe.teacher.cache is not None
+    objective.teacher = None if is_cached else teacher
     # Modules move in place; the optimizer is made later, of what lies on the device.
     for module in (learner, objective):
         module.to(context.device).to(memory_format=context.memory_format)
+    objective.teacher = teacher
     return learner, objective
 
 
@@ -148,6 +163,7 @@ class Stepper:
         context: Context,
         learner: Learner,
         objective: Objective,
+        teacher: Teacher,
         pruning: InfoBatch | None = None,
     ) -> None:
         """Wrap what is trained as the recipe says.
@@ -156,6 +172,7 @@ class Stepper:
             context: of the run.
             learner: trained in place.
             objective: what is minimized.
+            teacher: answers to each batch.
             pruning: weighs the losses of rows; None lets each count once.
 
         Raises:
@@ -164,14 +181,15 @@ class Stepper:
         recipe = context.recipe
         self._context = context
         self._objective = objective
+        self._teacher = teacher
         self._pruning = pruning
         if recipe.run.sync_batchnorm:
             synchronize_batchnorm(learner, context.ranks, context.device)
         # Compiled in place (`module.compile`), so that names in state dicts stay as they are.
         if recipe.run.compile:
             learner.compile()
-            if objective.teacher is not None:
-                objective.teacher.compile()
+            if teacher.network is not None:
+                teacher.network.compile()
         self._learner = learner
         # DDP last: it registers the parameters that the learner has by then.
         self._wrapped = distribute(learner, context.ranks, context.device)
@@ -203,7 +221,7 @@ class Stepper:
         """
         schedule = self._context.recipe.schedule
         # Gradients are those of the mean over all processes when this returns (DDP).
-        losses = self._backward(batch)
+        losses = self._backward(batch, self._teacher.answer)
         with self._context.timer.part("optimizer"):
             # Clipped by the norm of the averaged gradient, the same on every process.
             if schedule.clip_norm is not None:
@@ -217,14 +235,16 @@ class Stepper:
                 self._average.update(self._learner.student, step=step)
         return losses
 
-    def _backward(self, batch: Batch, *, is_counted: bool = True) -> Tensor:
+    def _backward(
+        self, batch: Batch, ask: Callable[[Batch], Outputs | None], *, is_counted: bool = True
+    ) -> Tensor:
         """The gradients of the batch; returns the loss of every row, not weighed."""
         context = self._context
         # Loaders give channels_last; nothing is copied where that is asked for.
         images = batch.images.contiguous(memory_format=context.memory_format)
         batch = batch._replace(images=images)
         with context.autocast(), context.timer.part("teacher"):
-            targets = self._objective.reshape(self._ask_teacher(batch), batch.labels)
+            targets = self._objective.reshape(ask(batch), batch.labels)
         with context.timer.part("student"):
             with context.autocast():
                 losses: Tensor = self._objective(self._wrapped(images), targets, batch.labels)
@@ -235,10 +255,6 @@ class Stepper:
             weighed.mean().backward()
         # The graph would be kept alive until the next line of the log.
         return losses.detach()
-
-    def _ask_teacher(self, batch: Batch) -> Outputs | None:
-        """The teacher's features and logits on a batch, before reshaping: the one place of both."""
-        return self._objective.ask_teacher(batch.images)
 
     def warm_up(self, *, num_classes: int, image_sizes: Sequence[int]) -> None:
         """Run steps on empty images and undo them, so that no clock counts what happens once.
@@ -258,18 +274,17 @@ class Stepper:
         for size in image_sizes:
             images = torch.zeros((rows, 3, size, size), device=context.device)
             images = images.contiguous(memory_format=context.memory_format)
-            # A whole batch: a single image would have the compiled teacher compiled twice.
+            # A whole batch: a single image would have the compiled networks compiled twice.
             with torch.no_grad(), context.autocast():
-                answers = {
-                    "student": self._learner.network.eval()(images),
-                    "teacher": self._objective.ask_teacher(images),
-                }
-            for name, answer in answers.items():
-                if answer is not None:
-                    require_logits(name, answer[1], rows=rows, num_classes=num_classes)
+                _, logits = self._learner.network.eval()(images)
+            require_logits("student", logits, rows=rows, num_classes=num_classes)
             # Not `update`: an optimizer step would leave momentum behind.
             self._wrapped.train()
-            self._backward(Batch(images, labels, labels), is_counted=False)
+            self._backward(
+                Batch(images, labels, labels),
+                lambda batch: self._teacher.warm_up(batch.images, num_classes),
+                is_counted=False,
+            )
         self._optimizer.zero_grad(set_to_none=True)
         # Running statistics have seen empty images, though the weights are untouched.
         self._learner.load_state_dict(before)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fastprune.distillation.result import Result, make_result
 from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import learning_rate, num_passes
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair, share_buffers
+from fastprune.distillation.teacher import make_teacher
 from fastprune.distributed import device_of_rank, join_ranks
 from fastprune.errors import TrainingError
 from fastprune.loading.batch import choose_device
@@ -189,7 +191,16 @@ class Trainer:
             else GrowingLoader(self._loader_of_size, sizes, epochs=self._epochs)
         )
         self._pruning = self._make_pruning(stride)
-        self._stepper = Stepper(context, learner, objective, self._pruning)
+        # After the identity, which is of the teacher's weights too.
+        self._teacher = make_teacher(
+            context,
+            objective,
+            train_loader,
+            num_classes=train_loader.num_classes,
+            epochs=self._epochs,
+            sizes=sizes,
+        )
+        self._stepper = Stepper(context, learner, objective, self._teacher, self._pruning)
         self._stepper.warm_up(num_classes=train_loader.num_classes, image_sizes=sizes)
         # Warm-up ran steps whose seconds are those of compilers.
         timer.forget_parts()
@@ -215,6 +226,7 @@ class Trainer:
         if size == self._recipe.data.image_size:
             return self._train_loader
         loader = _open_train_loader(self._context, size)
+        self._teacher.attach_to(loader)
         loader.warm_up()
         return loader
 
@@ -258,7 +270,7 @@ class Trainer:
             # What an interrupted run logged behind its checkpoint is cut off and written again.
             self._log = RunLog(self._folder, num_bytes=self._log_bytes, step=self.steps)
         # Signals are caught inside of the log, which is closed in any case.
-        with self._log or nullcontext(), self._requests:
+        with self._log or nullcontext(), self._requests, self._teacher:
             # A resumed run may have been stopped in the validation of its last epoch.
             self._validate_where_due()
             while self.epochs_done < self._epochs:
@@ -268,6 +280,7 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> None:
         """The batches of a pass that are left, and a checkpoint behind them."""
         self._stepper.begin_epoch(epoch)
+        self._teacher.begin_epoch(self._train_loader.slot_of(epoch))
         # A larger size has a loader of its own, which is opened here.
         with self._timer.phase("startup"):
             self._batches.set_epoch(epoch)
@@ -283,7 +296,7 @@ class Trainer:
         num_batches = len(self._batches)
         batches = self._progress.over(self._batches, epoch=epoch, first=first)
         self._timer.switch("train")
-        for index, batch in enumerate(map(Batch._make, batches), first):
+        for index, batch in enumerate(starmap(Batch, batches), first):
             # By epochs and not by steps, since pruned epochs differ in length.
             progress = (epoch + index / num_batches) / self._epochs
             self._learning_rate = learning_rate(self._recipe.schedule, progress)
@@ -305,7 +318,7 @@ class Trainer:
         if self._pruning is not None:
             self._pruning.end_epoch()
         self.epochs_done += 1
-        self._save()
+        self._save(is_epoch_done=True)
 
     def _write_losses(self) -> None:
         """Write a line with the mean loss since the last one."""
@@ -330,19 +343,26 @@ class Trainer:
             # Views are pure functions of epoch and row, so the loader makes the batch again.
             position = {"epoch": bad.epoch, "batches": bad.batch}
             self._batches.load_state_dict(self._batches.state_dict() | position)
-            raise bad_loss_error(self._context, bad, Batch._make(next(iter(self._batches))))
+            raise bad_loss_error(self._context, bad, Batch(*next(iter(self._batches))))
 
-    def _save(self) -> None:
+    def _save(self, *, is_epoch_done: bool = False) -> None:
         """Write a checkpoint."""
         # Losses first: a checkpoint of a run that went wrong would push out the good ones.
         self._examine_losses()
-        # Both are collectives, so every process comes here, though the first alone writes.
+        # All of these are collectives, so every process comes here, though the first alone writes.
         with self._timer.phase("checkpoint"):
             rng_states = self._ranks.all_gather(rng_state(self._context.device))
             pruning = self._pruning.state_dict() if self._pruning is not None else None
+            # Before the checkpoint, which says that these steps need not be taken again.
+            self._teacher.flush(is_epoch_done=is_epoch_done)
+            teacher = self._teacher.state_dict()
             is_saved = None
             if self._ranks.is_first:
-                state = self.state_dict() | {"rng": rng_states, "pruning": pruning}
+                state = self.state_dict() | {
+                    "rng": rng_states,
+                    "pruning": pruning,
+                    "teacher": teacher,
+                }
                 is_saved = self._checkpoints.save(state, step=self.steps)
             # None leaves before it is written: a launcher may end the others when one ends.
             self._is_saved = self._ranks.from_first(is_saved)
@@ -405,11 +425,16 @@ class Trainer:
                 )
                 save_weights(self._stepper.student, temporary, metadata=metadata)
         self._timer.switch("closing")
+        counts = self._teacher.state_dict()
         result = make_result(
             self._recipe,
             self._train_loader,
             seconds=self._timer.seconds | {"total": self._timer.total},
             step_seconds=self._timer.steps.summary(),
+            teacher_forwards=counts["num_forwards"],
+            teacher_forwards_saved=counts["num_saved"],
+            cache_bytes=self._teacher.cache_bytes,
+            cache_fill_seconds=counts["fill_seconds"],
             rows=len(self._rows),
             epochs=self._epochs,
             steps=self.steps,
@@ -442,7 +467,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the run was that wrote a checkpoint.
 
-        It is `state_dict`, with the states of all processes as `rng` and `pruning`.
+        It is `state_dict`, with those of all processes as `rng`, `pruning` and `teacher`.
         """
         self.steps, self.epochs_done = state["steps"], state["epochs_done"]
         self._learning_rate = state["learning_rate"]
@@ -455,4 +480,5 @@ class Trainer:
         self._stepper.load_state_dict(state["stepper"])
         if self._pruning is not None:
             self._pruning.load_state_dict(state["pruning"])
+        self._teacher.load_state_dict(state["teacher"])
         set_rng_state(state["rng"][self._ranks.rank], self._context.device)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from fastprune.compile_cache import cached
 from fastprune.errors import InvalidValueError
+from fastprune.loading.cached_logits import CachedLogits
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-LAYOUTS = ("xy", "xyi", "xy_supp", "xyi_contrast", "two_view")
+LAYOUTS = ("xy", "xyi", "xyit", "xy_supp", "xyi_contrast", "two_view")
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,6 +37,7 @@ class Collate:
         seed: of the transform and the contrast rows.
         transform: applied to each image, or to each second view; None for none.
         contrast: draws contrast rows for the layout that has them.
+        cached: looks up the teacher's logits for the layouts that have them.
     """
 
     layout: str
@@ -44,6 +46,7 @@ class Collate:
     seed: int
     transform: Transform | None
     contrast: "ContrastRows | None" = None
+    cached: CachedLogits | None = None
 
     @property
     def views_per_row(self) -> int:
@@ -70,7 +73,8 @@ class Collate:
             slot: in [0, 2**63), of the views: what recurs with a view, recurs as a whole.
 
         Returns:
-            On the device, "xy": (images, labels); "xyi": (images, labels, rows); "xy_supp":
+            On the device, "xy": (images, labels); "xyi": (images, labels, rows); "xyit": (images,
+            labels, rows, teacher's logits), and `Holes` where they are marked; "xy_supp":
             (images, labels, {"rows": rows}); "xyi_contrast": (images, labels, rows, contrast
             rows); "two_view": ((images, images), labels, rows).
         """
@@ -86,9 +90,15 @@ class Collate:
         if self.contrast is not None:
             columns.append(self.contrast.draw(rows, labels, epoch=epoch))
         batch = [torch.from_numpy(column).to(self.normalize.device) for column in columns]
-        if self.layout == "xy_supp":
-            return images, batch[0], {"rows": batch[1]}
-        return images, *batch
+        supplement: dict[str, Any] = {"rows": batch[-1]}
+        if self.cached is not None:
+            logits, holes = self.cached.look_up(rows, slot)
+            if self.layout == "xyit":
+                return images, *batch, logits, *([holes] if self.cached.marks_holes else [])
+            # Where torchdistill looks for what its teacher said; "." is the whole network.
+            extracted = {".": {"output": logits}}
+            supplement["cached_data"] = {"teacher_outputs": logits, "extracted_outputs": extracted}
+        return (images, batch[0], supplement) if self.layout == "xy_supp" else (images, *batch)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprune.artifacts.teacher_cache import TeacherCache
 from fastprune.beton.reader import open_beton
 from fastprune.beton.rows import RowsLike, kept_rows, rows_of
 from fastprune.checks import require_at_least, require_channels
@@ -26,6 +27,7 @@ from fastprune.loading.batch import (
     Transform,
     choose_device,
 )
+from fastprune.loading.cached_logits import CachedLogits, open_for_loader
 from fastprune.loading.crops import CropPolicy, warn_of_enlarging
 from fastprune.loading.engine import decoder_identity, make_engine
 from fastprune.loading.faults import RowFaults
@@ -74,6 +76,7 @@ class Loader:
         order: str | None = None,
         seed: int = 0,
         num_views: int | None = None,
+        teacher_cache: str | Path | TeacherCache | None = None,
         tail: str | None = None,
         layout: str = "xy",
         raw: bool = False,
@@ -111,14 +114,19 @@ class Loader:
                 sliding set of `open_pages` pages of the file, for storage that is read by page).
             seed: of order and views.
             num_views: K: a row's view in epoch e is that of slot e mod K, `transform` included, so
-                that K views of each row come again and again; None is a new view in each epoch.
+                that K views of each row come again and again; None is a new view in each epoch,
+                or with a teacher cache the K of it.
+            teacher_cache: the teacher's logits on these views, a folder or an open cache, for the
+                layouts "xyit" and "xy_supp"; all of them must be there (`fastprune cache fill`).
             tail: what becomes of rows that fill no batch: "drop" (default for training), "pad"
                 (repeats rows, see `num_repeated`) or "exact" (uneven last batches; the default for
                 evaluation).
-            layout: "xy" for (images, labels); "xyi" for (images, labels, rows); "xy_supp" for
-                (images, labels, {"rows": rows}); "xyi_contrast" for (images, labels, rows, contrast
-                rows), the last (B, 1 + num_negatives); "two_view" for ((images, images), labels,
-                rows), two views of each row. Rows are those of the beton.
+            layout: "xy" for (images, labels); "xyi" for (images, labels, rows); "xyit" for (images,
+                labels, rows, the teacher's logits (B, C) float32); "xy_supp" for (images, labels,
+                {"rows": rows}), to which a teacher cache adds "cached_data" for torchdistill;
+                "xyi_contrast" for (images, labels, rows, contrast rows), the last (B, 1 +
+                num_negatives); "two_view" for ((images, images), labels, rows), two views of each
+                row. Rows are those of the beton.
             raw: deliver uint8 pixels, not normalized.
             transform: further augmentation of each (3, S, S) uint8 image on the device, such as
                 torchvision's v2.RandAugment(), seeded by (seed, slot, row); with "two_view" of the
@@ -139,7 +147,8 @@ class Loader:
 
         Raises:
             BetonError: the beton is missing or damaged.
-            ArtifactMismatch: the subset was made from other images.
+            ArtifactMismatch: subset or teacher cache are of other images, or the cache of other
+                views.
             InvalidValueError: an argument is outside its domain, or there is no full batch.
             MissingDependencyError: the engine's package is not installed.
         """
@@ -166,7 +175,6 @@ class Loader:
         )
         warn_of_enlarging(self.beton, image_size)
         self._num_negatives = num_negatives
-        self._image_size = image_size
         self._seed = seed
         self._distributed = distributed
         self._policy = CropPolicy.make(augment, image_size=image_size, train=train)
@@ -195,6 +203,9 @@ class Loader:
             faults=self._faults,
             service=service,
         )
+        if teacher_cache is not None or layout == "xyit":
+            asked = {} if num_views is None else {"num_views": num_views}
+            self.attach(open_for_loader(teacher_cache, self.view_identity() | asked, layout=layout))
         self._use(kept_rows(self.beton, subset))
 
     @property
@@ -296,6 +307,11 @@ class Loader:
         Raises:
             LoadingError: a row cannot be decoded, a decoding thread died, or the file changed.
         """
+        if self.mixup_enabled and self._collate.cached is not None:
+            raise InvalidValueError(
+                "cached logits are of images that mixup and cutmix have not mixed. Train without "
+                "these, or without teacher_cache."
+            )
         # An iterator that is never advanced takes no epoch: Lightning makes one before the first.
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
@@ -354,6 +370,19 @@ class Loader:
             },
             "decoder": decoder_identity(self.backend, self.device),
         }
+
+    def attach(self, cache: TeacherCache, *, marks_holes: bool = False) -> None:
+        """Deliver a teacher's logits from a cache, from the next iterator on.
+
+        Args:
+            cache: of these views; of larger ones where boxes do not depend on the size ("rrc").
+            marks_holes: also make the layout "xyit", with a fifth part that says which logits are
+                missing (`cached_logits.Holes`); without it, a missing one is an error.
+        """
+        self.num_views = cache.num_views
+        layout = "xyit" if marks_holes else self._collate.layout
+        cached = CachedLogits(cache, self.device, marks_holes)
+        self._collate = replace(self._collate, layout=layout, cached=cached)
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next iterator runs.

@@ -122,6 +122,19 @@ class NetworkSettings(_Section):
     weights: str | None = None
 
 
+class TeacherSettings(NetworkSettings):
+    """The network that teaches, and where its logits are kept.
+
+    Attributes:
+        cache: folder of its logits on recurring views (`data.num_views`), which the run reads and
+            fills; None asks the network in every step.
+        cache_dtype: of a new cache; None for float16.
+    """
+
+    cache: Path | None = None
+    cache_dtype: Literal["float16", "float32", "uint8"] | None = None
+
+
 class LossSettings(_Section):
     """The weights of the loss terms. Without a teacher only `label_smoothing` counts.
 
@@ -304,7 +317,7 @@ class Recipe(_Section):
     student: NetworkSettings
     schedule: ScheduleSettings
     run: RunSettings
-    teacher: NetworkSettings | None = None
+    teacher: TeacherSettings | None = None
     loss: LossSettings = LossSettings()
     pruning: PruningSettings | None = None
 
@@ -330,4 +343,21 @@ class Recipe(_Section):
             )
         if self.loss.reshaping == "class_std" and self.data.subset is None:
             raise ValueError("loss.reshaping = 'class_std' needs data.subset, which carries them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        """Refuse a teacher cache that could not hold what the run needs."""
+        if self.teacher is None or self.teacher.cache is None:
+            return self
+        if self.data.num_views is None:
+            raise ValueError(
+                "teacher.cache keeps the logits of views that recur, but data.num_views is "
+                "missing: say how many of each row do, such as 16"
+            )
+        if self.loss.feature_weight > 0:
+            raise ValueError(
+                "loss.feature_weight compares the teacher's features, which teacher.cache does not "
+                "hold. Leave one of them out"
+            )
         return self

@@ -53,6 +53,14 @@ _COST = (
     "steps, ratio",
     "waiting, %",
 )
+_TAUGHT = (
+    "run",
+    "who pays",
+    "images through the teacher",
+    "saved by the cache",
+    "cache, MB",
+    "filling, s",
+)
 
 
 def report_runs(
@@ -168,6 +176,7 @@ def _costs(
         heading("Cost"),
         table(_COST, [_cost_line(group, baseline, convert_seconds) for group in finished]),
         note(_cost_note(finished, baseline, convert_seconds)),
+        *_taught(finished),
         heading("Where the time went"),
         picture(png, "Seconds of each run by use", may_scroll=True),
         note("The mean of each name's runs."),
@@ -221,6 +230,41 @@ def _cost_note(
             "seconds, give them by --score-seconds."
         )
     return " ".join(remarks)
+
+
+def _taught(groups: Sequence[Group]) -> list[str]:
+    """Say who asked the teacher, where a run had its logits from a cache."""
+    if not any(run.number("teacher_forwards_saved") for group in groups for run in group.runs):
+        return []
+    lines = []
+    for group in groups:
+        forwards, saved, cache_bytes, seconds = (
+            mean([run.number(name) for run in group.runs])
+            for name in (
+                "teacher_forwards",
+                "teacher_forwards_saved",
+                "cache_bytes",
+                "cache_fill_seconds",
+            )
+        )
+        payer = "later student" if saved and not forwards else "first student"
+        lines.append(
+            [
+                group.name,
+                payer if saved else "every epoch",
+                mean_and_sd([forwards], 0),
+                mean_and_sd([saved], 0),
+                mean_and_sd([None if cache_bytes is None else cache_bytes / 1e6], 1),
+                mean_and_sd([seconds], 1),
+            ]
+        )
+    return [
+        table(_TAUGHT, lines),
+        note(
+            "A teacher cache is paid for by the first student, or by scoring, and asked by later "
+            "ones. Filling ran beside the training."
+        ),
+    ]
 
 
 def _settings(groups: Sequence[Group]) -> list[str]:

@@ -160,7 +160,18 @@ def test_a_commit_comes_by_itself_when_much_was_put(cache, monkeypatch):
     monkeypatch.setattr(teacher_cache, "_COMMIT_BYTES", 100)
     cache.put(ROWS[:9], 0, logits_of(ROWS[:9], 0))
     assert TeacherCache.open(cache.path).has(ROWS[:9], 0).all()
-    assert not cache._pending
+    assert not cache._pending.num_bytes
+
+
+def test_reading_other_rows_does_not_wait_for_the_disk(cache, monkeypatch):
+    fill(cache, rows=ROWS[:5])
+    cache.put(ROWS[5:9], 0, logits_of(ROWS[5:9], 0))
+    monkeypatch.setattr(os, "fdatasync", lambda _: pytest.fail("the disk was waited for"))
+    logits, found = cache.lookup(ROWS[[0, 3, 20]], 0)
+    assert found.tolist() == [True, True, False]
+    assert np.array_equal(logits[:2], logits_of(ROWS[[0, 3]], 0))
+    assert not logits[2].any()
+    assert not cache.lookup([10**6], 0)[1].any()
 
 
 def test_another_writer_s_rows_are_seen_without_opening_again(cache):
@@ -209,7 +220,7 @@ def test_slots_that_are_open_are_bounded(tmp_path):
             r"another teacher \(weights_digest\): c+, and not d+\.",
         ),
         ("teacher.precision", "bfloat16", r"teacher's precision: float32.*Set run\.precision"),
-        ("view.seed", 4, r"seed of the views: 3, and not 4\. Set run\.seed = 3"),
+        ("view.seed", 4, r"seed of the views: 3, and not 4\. Set data\.seed = 3"),
         ("view.image_size", 192, r"image size seen by the teacher: 224.*data\.image_size = 224"),
         ("view.mean", [0, 0, 0], r"another mean: \[0\.5, 0\.5, 0\.5\], and not \[0, 0, 0\]"),
         ("view.std", [1, 1, 1], r"another std: .*Set data\.std = \[0\.2"),

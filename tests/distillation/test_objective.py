@@ -33,7 +33,7 @@ def labels() -> torch.Tensor:
 
 def test_without_a_teacher_the_loss_is_the_cross_entropy_whatever_its_weight(images, labels):
     objective = Objective(LossSettings(cross_entropy_weight=0.1, label_smoothing=0.2))
-    assert objective.reshape(objective.ask_teacher(images), labels) is None
+    assert objective.reshape(None, labels) is None
     logits = torch.randn(4, CLASSES)
     loss = objective(says(logits), None, labels)
     expected = functional.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none")
@@ -98,7 +98,7 @@ def test_teacher_is_frozen_in_eval_mode_and_its_logits_are_reshaped(teacher, ima
     objective = Objective(LossSettings(), teacher, LogitReshaper(torch.full((CLASSES,), 1.5)))
     objective.train()
     running = teacher.network.bn1.running_mean.clone()
-    targets = objective.reshape(objective.ask_teacher(images), labels)
+    targets = objective.reshape(Outputs(*teacher(images)), labels)
     assert not targets.logits.requires_grad
     assert torch.equal(teacher.network.bn1.running_mean, running)
     assert not list(filter(lambda p: p.requires_grad, objective.parameters()))
@@ -110,7 +110,7 @@ def test_features_are_compared_with_the_teachers(teacher, images, labels):
     learner = Learner.with_projectors(student, teacher, num_classes=CLASSES, projectors=2)
     settings = LossSettings(cross_entropy_weight=0, distillation_weight=0, feature_weight=25)
     objective = Objective(settings, teacher)
-    outputs, targets = learner(images), objective.ask_teacher(images)
+    outputs, targets = learner(images), Outputs(*teacher(images))
     loss = objective(outputs, targets, labels)
     cosine = functional.cosine_similarity(outputs.features, targets.features)
     torch.testing.assert_close(loss, 25 * (1 - cosine))

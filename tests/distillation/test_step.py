@@ -5,6 +5,7 @@ import torch
 
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair
+from fastprune.distillation.teacher import Teacher
 from fastprune.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def stepper(recipe, teacher):
         learner, objective = make_pair(context, num_classes=10, keep_ratio=1.0)
         seen = []
         objective.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        return Stepper(context, learner, objective), seen
+        return Stepper(context, learner, objective, Teacher(context, objective.teacher)), seen
 
     return make
 

@@ -206,3 +206,21 @@ def test_score_table_that_does_not_exist_is_named_as_one(tmp_path):
     result = report(tmp_path / "scores.parquet")
     assert result.exit_code == 1
     assert "fastprune score train.beton -o" in result.stderr
+
+
+def test_page_says_who_paid_for_the_teacher(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "plain", name="plain", teacher_forwards=1920)
+    taught = {"cache_bytes": 2_500_000, "teacher_forwards_saved": 1728}
+    write_run(runs / "first", name="first", teacher_forwards=192, cache_fill_seconds=1.25, **taught)
+    write_run(runs / "later", name="later", teacher_forwards=0, **taught)
+    assert report(runs, "-o", tmp_path / "report.html").exit_code == 0
+    lines = lines_of((tmp_path / "report.html").read_text())
+    assert ["plain", "every epoch", "1,920", "0", "0.0", "0.0"] in lines
+    assert ["first", "first student", "192", "1,728", "2.5", "1.2"] in lines
+    assert ["later", "later student", "0", "1,728", "2.5", "0.0"] in lines
+
+
+def test_page_without_a_cache_does_not_speak_of_one(runs, tmp_path):
+    assert report(runs, "-o", tmp_path / "report.html").exit_code == 0
+    assert "saved by the cache" not in (tmp_path / "report.html").read_text()
