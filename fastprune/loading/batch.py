@@ -89,7 +89,7 @@ class Collate:
         columns = [labels] if self.layout == "xy" else [labels, rows]
         if self.contrast is not None:
             columns.append(self.contrast.draw(rows, labels, epoch=epoch))
-        batch = [torch.from_numpy(column).to(self.normalize.device) for column in columns]
+        batch = [_send(column, self.normalize.device) for column in columns]
         supplement: dict[str, Any] = {"rows": batch[-1]}
         if self.cached is not None:
             logits, holes = self.cached.look_up(rows, slot)
@@ -99,6 +99,13 @@ class Collate:
             extracted = {".": {"output": logits}}
             supplement["cached_data"] = {"teacher_outputs": logits, "extracted_outputs": extracted}
         return (images, batch[0], supplement) if self.layout == "xy_supp" else (images, *batch)
+
+
+def _send(column: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Numbers of a batch on the device; the host does not wait for their copy."""
+    tensor = torch.from_numpy(column)
+    # From pageable memory the copy would wait for all the work that the device has to do.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)
