@@ -64,7 +64,7 @@ class ReshapedDistillationTask(LogitDistillationTask):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor,  # noqa: A002 - timm's name
         target: Tensor,
         teacher_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:
