@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastprune.loading.loader import Loader
+from tests.conftest import require_library
 
 # What other packages warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
