@@ -4,7 +4,7 @@
 
 The beton has real metadata and a real allocation table, with sizes drawn from the files, and holes
 where the images would be: opening reads no image. FFCV's workers leave the table in no order, so
-that is measured too.
+that is measured too. So are the same rows in 64 shards.
 """
 
 import argparse
@@ -14,12 +14,17 @@ from pathlib import Path
 import numpy as np
 from _harness import spread, take_turns, write_result
 
+from fastprune.artifacts.fingerprint import Fingerprint, content_digest
 from fastprune.beton import layout
+from fastprune.beton.adopt import found_lines
 from fastprune.beton.assembly import FIELDS
+from fastprune.beton.manifest import Manifest, manifest_path, write_manifest
 from fastprune.beton.output import PageCursor, write_frame
 from fastprune.beton.reader import open_beton
+from fastprune.beton.shards import shard_name, write_set
 
 IMAGENET_ROWS = 1_281_167
+NUM_SHARDS = 64
 
 
 def main() -> None:
@@ -36,6 +41,8 @@ def main() -> None:
         sizes = generator.choice(file_bytes, arguments.rows)
         write_hollow_beton(paths["rows in order"], sizes, np.arange(arguments.rows))
         write_hollow_beton(paths["rows in no order"], sizes, generator.permutation(arguments.rows))
+        paths[f"{NUM_SHARDS} shards"] = Path(folder, "c")
+        write_hollow_shards(paths[f"{NUM_SHARDS} shards"], sizes)
         seconds = take_turns(
             {name: lambda path=path: open_beton(path) for name, path in paths.items()},
             rounds=arguments.rounds,
@@ -63,6 +70,26 @@ def write_hollow_beton(path: Path, sizes: np.ndarray, order: np.ndarray) -> None
     table["ptr"], table["size"] = metadata["f0"]["data_ptr"][order], sizes[order]
     path.touch()
     write_frame(path, FIELDS, metadata, table, cursor, 1000)
+
+
+def write_hollow_shards(folder: Path, sizes: np.ndarray) -> None:
+    """A sharded beton without its images, with manifests as `convert --shards` writes them."""
+    folder.mkdir()
+    job = {"shards": NUM_SHARDS}
+    for index, part in enumerate(np.array_split(sizes, NUM_SHARDS)):
+        path = folder / shard_name(index)
+        write_hollow_beton(path, part, np.arange(len(part)))
+        beton = open_beton(path)
+        rows, crcs = np.arange(len(part)), np.full(len(part), index, np.uint32)
+        manifest = Manifest(
+            path=manifest_path(path),
+            fingerprint=Fingerprint(len(part), beton.structure, content_digest(crcs)),
+            class_names=tuple(f"n{number:08d}" for number in range(1000)),
+            counts={"found": len(part)},
+            settings={**job, "shard": index},
+        )
+        write_manifest(manifest, found_lines(beton, rows, crcs))
+    write_set(folder, NUM_SHARDS, job)
 
 
 if __name__ == "__main__":

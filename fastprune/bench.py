@@ -134,8 +134,9 @@ def _makers(
     makers: dict[str, Callable[[], Any]] = {"fastprune, cpu": partial(ours, backend="cpu")}
     if not has_raw_rows:
         makers["fastprune, dali"] = partial(ours, backend="dali")
-    makers["fastprune in ffcv"] = partial(our_decoder_in_ffcv, beton, rows, **settings)
-    makers["stock ffcv"] = partial(stock_ffcv, beton, rows, **settings)
+    if len(beton.files) == 1:  # FFCV reads a shard, but no folder of them
+        makers["fastprune in ffcv"] = partial(our_decoder_in_ffcv, beton, rows, **settings)
+        makers["stock ffcv"] = partial(stock_ffcv, beton, rows, **settings)
     if not has_raw_rows:
         makers["torchvision"] = partial(torchvision_loader, beton, rows, **settings)
     return makers

@@ -1,7 +1,7 @@
 """A beton in the making: where every image goes, and the frame around the pages in the end."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Assembly:
     A position is an image's number in that order; skipped images have a position but no row.
 
     Attributes:
-        listing: the images of the source.
+        listing: the images of the source; of a shard, all that the shards share out.
         first_page: offset of the first page, in bytes.
         order: (N,) the image of the source that comes at each position.
         cursor: where the next image goes.
@@ -71,13 +71,26 @@ class Assembly:
         return len(names) if names else int(self.records["label"][self.kept].max()) + 1
 
 
-def start_assembly(listing: Listing, shuffle_seed: int | None, page_bytes: int) -> Assembly:
-    """Return an assembly without an image yet; its first page leaves room for the metadata."""
-    count = len(listing)
-    order = np.arange(count, dtype=np.int64)
+def start_assembly(
+    listing: Listing,
+    shuffle_seed: int | None,
+    page_bytes: int,
+    part: Callable[[NDArray[np.int64]], NDArray[np.int64]] = lambda order: order,
+) -> Assembly:
+    """Return an assembly without an image yet; its first page leaves room for the metadata.
+
+    Args:
+        listing: all images of the source.
+        shuffle_seed: of their order; None for the listing's.
+        page_bytes: the page size to begin with.
+        part: takes the images that come into this file out of the order of all.
+    """
+    order = np.arange(len(listing), dtype=np.int64)
     if shuffle_seed is not None:
         # The bit generator is named, because NumPy may change its default.
         order = np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(order)
+    order = part(order)
+    count = len(order)
     # Room for every image: how many will be skipped is known only in the end.
     metadata_bytes = count * layout.metadata_dtype(FIELDS).itemsize
     first_page = layout.align_up(layout.metadata_start(len(FIELDS)) + metadata_bytes, page_bytes)

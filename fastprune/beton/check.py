@@ -13,8 +13,9 @@ from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
-from fastprune.beton.reader import image_and_label
+from fastprune.beton.reader import image_and_label, open_beton
 from fastprune.beton.row_check import Placement, check_rows, label_faults
+from fastprune.beton.shards import read_set
 from fastprune.beton.structure import Fault, Tables, UnreadableBetonError, read_tables
 from fastprune.cpus import usable_cpus
 from fastprune.errors import ArtifactError, BetonError, FastpruneError, JpegError
@@ -34,7 +35,7 @@ def check_beton(
     manifest beside the file belongs to it.
 
     Args:
-        path: the beton, ours or stock FFCV's.
+        path: the beton, ours or stock FFCV's, or the folder of a sharded one.
         deep: also decode every image and compare it with its metadata and, where there is a
             manifest, with its CRC-32C. A flipped bit in a JPEG often decodes without complaint, so
             only the CRC finds it.
@@ -47,6 +48,8 @@ def check_beton(
         BetonError: the file cannot be opened. Damaged content is never raised but returned.
     """
     path = Path(path)
+    if path.is_dir():
+        return _shard_faults(path, deep, subset)
     try:
         tables = read_tables(path)
     except UnreadableBetonError as error:
@@ -80,6 +83,31 @@ def check_beton(
             fault if fault.row is None else replace(fault, source=lines.sources.get(fault.row))
             for fault in faults
         ]
+    return faults
+
+
+def _shard_faults(folder: Path, deep: bool, subset: str | Path | None) -> list[Fault]:
+    """Check each shard by itself, and then whether they belong together."""
+    try:
+        manifest, shards = read_set(folder)
+    except BetonError as error:
+        # A folder of something else is not damaged: there is nothing to check.
+        if not list(folder.glob("shard-*.beton")):
+            raise
+        return [Fault("shards", str(error))]
+    faults: list[Fault] = []
+    for shard in shards:
+        for fault in check_beton(shard.path, deep=deep):
+            row = None if fault.row is None else shard.first_row + fault.row
+            message = f"{shard.path.name}: {fault.message}"
+            faults.append(replace(fault, row=row, message=message))
+    if not faults:
+        try:
+            open_beton(folder)
+        except BetonError as error:
+            faults.append(Fault("shards", str(error)))
+    if subset is not None:
+        faults += _subset_faults(Path(subset), folder, manifest.fingerprint)
     return faults
 
 

@@ -19,10 +19,8 @@ from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines, stored_crc32c
 from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, write_parquet
 from fastprune.beton.output import PageCursor, write_frame, write_images
-from fastprune.beton.reader import Beton, image_and_label, open_beton
-from fastprune.beton.row_check import check_rows
+from fastprune.beton.reader import Beton, image_and_label, open_beton, read_records
 from fastprune.beton.rows import RowsLike, rows_of
-from fastprune.beton.structure import read_tables
 from fastprune.checks import MAX_CLASSES
 from fastprune.errors import BetonError, InvalidValueError
 from fastprune.progress import track
@@ -118,9 +116,8 @@ def _write(
     path: Path,
 ) -> None:
     """Copy the data of every field that has some, and frame it."""
-    # Opening the parent found no faults; only the placements of its other fields are new here.
-    tables = read_tables(beton.path)
-    placements, _ = check_rows(tables)
+    tables = read_records(beton.path)
+    placements = tables.placements
     metadata = np.zeros(len(rows), layout.metadata_dtype(fields))
     for index in range(len(beton.fields)):
         metadata[f"f{index}"] = tables.metadata[f"f{index}"][rows]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from fastprune.artifacts.atomic import write_text
 from fastprune.beton import layout
 from fastprune.beton.output import label_blocks_offset
-from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.reader import Beton, BetonFile, open_beton
 from fastprune.beton.rows import RowsLike, rows_of
 from fastprune.beton.structure import read_tables
 from fastprune.errors import BetonError
@@ -31,7 +31,8 @@ def write_dali_index(
 
     Args:
         beton_path: a beton that `convert` or `compact` wrote.
-        index_path: the file to write.
+        index_path: the file to write; of a sharded beton a folder, which gets an index for each
+            shard that has rows of the subset.
         subset: the rows, as a file, a `Subset` or an array; None for all of them.
 
     Returns:
@@ -59,19 +60,35 @@ def write_dali_index(
             f"the image of row {row:,} starts at byte {beton.offsets[row]:,}, which is no multiple "
             f"of {layout.ALIGNMENT}",
         )
-    blocks = _label_blocks(beton, rows)
-    offsets, sizes = beton.offsets[rows].tolist(), beton.sizes[rows].tolist()
+    out = Path(index_path)
+    if len(beton.files) == 1:
+        write_text(out, _index(beton, beton.files[0], rows))
+        return len(rows)
+    out.mkdir(exist_ok=True)
+    first_rows = [file.first_row for file in beton.files[1:]]
+    for file, in_file in zip(
+        beton.files, np.split(rows, np.searchsorted(rows, first_rows)), strict=True
+    ):
+        # DALI refuses an index without samples; such a shard is left out of its paths.
+        if len(in_file):
+            write_text(out / f"{file.path.stem}.idx", _index(beton, file, in_file))
+    return len(rows)
+
+
+def _index(beton: Beton, file: BetonFile, rows: NDArray[np.int64]) -> str:
+    """Return the index of rows of one file; DALI counts offsets from its start."""
+    blocks = _label_blocks(beton, file, rows)
+    offsets, sizes = (beton.offsets[rows] - file.start).tolist(), beton.sizes[rows].tolist()
     samples = zip(rows.tolist(), offsets, sizes, blocks.tolist(), strict=True)
     lines = [
         f"jpg {offset} {size} {row} cls {block} 8 {row}\n" for row, offset, size, block in samples
     ]
-    write_text(index_path, f"{_VERSION} {len(lines)}\n{''.join(lines)}")
-    return len(lines)
+    return f"{_VERSION} {len(lines)}\n{''.join(lines)}"
 
 
-def _label_blocks(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _label_blocks(beton: Beton, file: BetonFile, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the file offset of every row's label block, (K,) int64."""
-    tables = read_tables(beton.path)
+    tables = read_tables(file.path)
     end = int((tables.allocations["ptr"] + tables.allocations["size"]).max())
     first = label_blocks_offset(end)
     # The last block must end before the table; a label beyond it has none.
@@ -79,7 +96,7 @@ def _label_blocks(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     # Nothing in the file says where the blocks are: their content proves it.
     for label in np.unique(beton.labels[rows]).tolist():
         block = first + layout.ALIGNMENT * label
-        if not 0 <= label <= most or beton.content[block : block + 8].view("<i8")[0] != label:
+        if not 0 <= label <= most or tables.content[block : block + 8].view("<i8")[0] != label:
             raise _unfit(beton, f"it has no label block for class {label:,}")
     return first + layout.ALIGNMENT * beton.labels[rows]
 

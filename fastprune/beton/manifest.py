@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -41,17 +42,31 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class Part:
+    """The manifest of one shard.
+
+    Attributes:
+        path: the Parquet file.
+        first_row: the row of the whole that is the shard's row 0.
+    """
+
+    path: Path
+    first_row: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A beton's manifest as a whole; `table` has the lines.
 
     Attributes:
-        path: the Parquet file.
+        path: the Parquet file; of a sharded beton, manifest.json.
         fingerprint: the identity of the images.
         class_names: name of every class in the order of the labels; None where the source had none.
         counts: lines per action: "copied", "rewritten" (the fast layout), "transcoded", "skipped",
             and "found" in a manifest that `fastprune check` made for a beton of another writer.
         settings: how the beton was made: the options that determine its bytes.
         version: the version of fastprune that wrote it.
+        parts: where the lines of a sharded beton are; empty for a single file.
     """
 
     path: Path
@@ -60,6 +75,7 @@ class Manifest:
     counts: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
+    parts: tuple[Part, ...] = ()
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """Read the lines: one per row in row order, then one per skipped image, whose row is null.
@@ -73,12 +89,19 @@ class Manifest:
         Raises:
             ArtifactError: the file cannot be read.
         """
-        try:
-            return pq.read_table(self.path, columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(
-                f"{self.path} cannot be read ({error}). {_cure(self.path)}"
-            ) from error
+        if not self.parts:
+            return _read_lines(self.path, columns)
+        kept, skipped = [], []
+        for part in self.parts:
+            table = _read_lines(part.path, columns)
+            rows = _read_lines(part.path, ["row"])["row"]
+            if "row" in table.column_names:
+                at = table.column_names.index("row")
+                table = table.set_column(at, "row", pc.add(rows, part.first_row))
+            # Skipped images come behind the rows of all shards, as in one file.
+            kept.append(table.filter(rows.is_valid()))
+            skipped.append(table.filter(rows.is_null()))
+        return pa.concat_tables([*kept, *skipped])
 
 
 def manifest_path(beton_path: str | Path) -> Path:
@@ -256,6 +279,13 @@ def read_manifest(path: str | Path) -> Manifest:
         )
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is no manifest of a beton ({error}). {_cure(path)}") from error
+
+
+def _read_lines(path: Path, columns: list[str] | None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}). {_cure(path)}") from error
 
 
 def _cure(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Open a beton: its columns as arrays, its images as views into the mapped file."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,37 @@ from numpy.typing import NDArray
 from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
-from fastprune.beton.row_check import check_rows, label_faults
-from fastprune.beton.structure import read_tables
+from fastprune.beton.mapping import map_side_by_side
+from fastprune.beton.row_check import Placement, check_rows, label_faults
+from fastprune.beton.shards import SET_NAME, Shard, read_set
+from fastprune.beton.structure import Fault, Tables, read_tables
 from fastprune.errors import BetonError, InvalidValueError, warn_user
 
 
 class ForeignManifestWarning(UserWarning):
     """The manifest beside a beton is damaged or belongs to another beton, and is not used."""
+
+
+@dataclass(frozen=True)
+class BetonFile:
+    """One file of a beton.
+
+    Attributes:
+        path: the file.
+        first_row: the beton's row that is the file's row 0.
+        start: where the file starts in the beton's content, in bytes.
+        mapped: its status when it was mapped, from the very descriptor.
+    """
+
+    path: Path
+    first_row: int
+    start: int
+    mapped: os.stat_result
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the file."""
+        return self.mapped.st_size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,19 +54,20 @@ class Beton:
     never in place.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder of a sharded beton.
         labels: (N,) int64, label of every row.
         widths: (N,) uint16, in pixels.
         heights: (N,) uint16, in pixels.
         modes: (N,) uint8, 0 for JPEG bytes, 1 for raw RGB pixels.
-        offsets: (N,) int64, file offset of every row's image data, in bytes.
+        offsets: (N,) int64, offset of every row's image data in `content`, in bytes.
         sizes: (N,) int64, size of every row's image data, in bytes.
         fields: the columns of the file, in order.
         page_bytes: the page size.
-        content: (file size,) uint8, the whole file, not writable.
+        content: (file size,) uint8, the whole file, not writable. Of a sharded beton, its files
+            side by side; bytes between them must not be touched.
+        files: the file, or the shards in the order of their rows.
         structure: digest of labels, widths and heights.
         manifest: the manifest beside the file; None where there is none of this beton.
-        mapped: the file's status when it was mapped.
     """
 
     path: Path
@@ -54,9 +80,9 @@ class Beton:
     fields: tuple[layout.Field, ...]
     page_bytes: int
     content: NDArray[np.uint8]
+    files: tuple[BetonFile, ...]
     structure: str
     manifest: Manifest | None
-    mapped: os.stat_result
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By path: the mapped file may be larger than the memory that a copy of it would take.
@@ -115,7 +141,7 @@ def open_beton(path: str | Path) -> Beton:
     named "label", else the first int field. No image is decoded: `fastprune check --deep` does.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a sharded beton.
 
     Returns:
         The open beton.
@@ -128,44 +154,172 @@ def open_beton(path: str | Path) -> Beton:
         ForeignManifestWarning: the manifest is damaged or was made for another beton.
     """
     path = Path(path)
-    tables = read_tables(path)
-    image, label = image_and_label(tables.fields, path)
-    placements, faults = check_rows(tables)
-    columns = tables.metadata[f"f{image}"]
+    records = read_records(path)
+    image, label = image_and_label(records.fields, path)
+    columns = records.metadata[f"f{image}"]
     # Copied out of the records: strided reads of the mapping would touch every page of it.
-    labels = np.ascontiguousarray(tables.metadata[f"f{label}"])
+    labels = np.ascontiguousarray(records.metadata[f"f{label}"])
     widths = np.ascontiguousarray(columns["width"])
     heights = np.ascontiguousarray(columns["height"])
+    sizes = records.placements[image].sizes
     structure = structure_digest(labels, widths, heights)
-    faults += label_faults(labels)
-    manifest = None
-    if not faults:
-        known = {"label": labels, "width": widths, "height": heights}
-        known["bytes"] = placements[image].sizes
+    if faults := label_faults(labels):
+        raise damaged(path, faults)
+    known = {"label": labels, "width": widths, "height": heights, "bytes": sizes}
+    if records.shards:
+        manifest = records.manifest
+        _require_listed_shards(records, known, structure)
+    else:
         manifest, faults = manifest_of(path, known, structure)
-    for fault in [fault for fault in faults if fault.kind == "manifest"]:
-        faults.remove(fault)
-        warn_user(fault.message, ForeignManifestWarning)
-    if faults:
-        more = f", and {len(faults) - 1:,} more faults" if len(faults) > 1 else ""
-        raise BetonError(
-            f"{path} is damaged: {faults[0]}{more}. See all: fastprune check {path}; then convert "
-            "the images again or get a whole copy of the file."
-        )
+        for fault in [fault for fault in faults if fault.kind == "manifest"]:
+            faults.remove(fault)
+            warn_user(fault.message, ForeignManifestWarning)
+        if faults:
+            raise damaged(path, faults)
     return Beton(
         path=path,
         labels=labels,
         widths=widths,
         heights=heights,
         modes=np.ascontiguousarray(columns["mode"]),
-        offsets=placements[image].offsets,
-        sizes=placements[image].sizes,
-        fields=tables.fields,
-        page_bytes=tables.page_bytes,
-        content=tables.content,
+        offsets=records.placements[image].offsets,
+        sizes=sizes,
+        fields=records.fields,
+        page_bytes=records.page_bytes,
+        content=records.content,
+        files=records.files,
         structure=structure,
         manifest=manifest,
-        mapped=tables.mapped,
+    )
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of all rows of a beton, of one file or several.
+
+    Attributes:
+        fields: the columns, in order.
+        page_bytes: the largest page size.
+        metadata: (N,) records; pointers in them are offsets in the row's file.
+        placements: where the data of each field lies in `content`, by the field's index.
+        content: the bytes of all files.
+        files: the files.
+        manifest: of a sharded beton.
+        shards: of a sharded beton, as its manifest lists them.
+    """
+
+    fields: tuple[layout.Field, ...]
+    page_bytes: int
+    metadata: NDArray[np.void]
+    placements: dict[int, Placement]
+    content: NDArray[np.uint8]
+    files: tuple[BetonFile, ...]
+    manifest: Manifest | None = None
+    shards: tuple[Shard, ...] = ()
+
+
+def read_records(path: Path) -> Records:
+    """Read the records of a beton, of one file or a folder of shards.
+
+    Raises:
+        BetonError: a file is missing, unfinished, cut or damaged, or the shards do not belong
+            together.
+    """
+    if not path.is_dir():
+        tables = read_tables(path)
+        placements = _sound_placements(path, tables)
+        return Records(
+            tables.fields,
+            tables.page_bytes,
+            tables.metadata,
+            placements,
+            tables.content,
+            (BetonFile(path, 0, 0, tables.mapped),),
+        )
+    manifest, shards = read_set(path)
+    content, starts, statuses = map_side_by_side([shard.path for shard in shards])
+    parts: list[tuple[Tables, dict[int, Placement]]] = []
+    files: list[BetonFile] = []
+    for shard, start, mapped in zip(shards, starts, statuses, strict=True):
+        tables = read_tables(shard.path, (content[start : start + mapped.st_size], mapped))
+        placements = _sound_placements(shard.path, tables)
+        if parts and tables.fields != parts[0][0].fields:
+            raise _foreign(shard, "it has other fields than the first shard")
+        if len(tables.metadata) != shard.fingerprint.num_rows:
+            raise _foreign(shard, f"it has {len(tables.metadata):,} rows")
+        parts.append((tables, placements))
+        files.append(BetonFile(shard.path, shard.first_row, start, mapped))
+    fields = parts[0][0].fields
+    return Records(
+        fields,
+        max(tables.page_bytes for tables, _ in parts),
+        np.concatenate([tables.metadata for tables, _ in parts]),
+        {
+            index: Placement(
+                np.concatenate(
+                    [p[index].offsets + f.start for (_, p), f in zip(parts, files, strict=True)]
+                ),
+                np.concatenate([p[index].sizes for _, p in parts]),
+            )
+            for index in parts[0][1]
+        },
+        content,
+        tuple(files),
+        manifest,
+        tuple(shards),
+    )
+
+
+def _sound_placements(path: Path, tables: Tables) -> dict[int, Placement]:
+    placements, faults = check_rows(tables)
+    if faults:
+        raise damaged(path, faults)
+    return placements
+
+
+def damaged(path: Path, faults: list[Fault]) -> BetonError:
+    """Describe a beton by its first fault."""
+    more = f", and {len(faults) - 1:,} more faults" if len(faults) > 1 else ""
+    return BetonError(
+        f"{path} is damaged: {faults[0]}{more}. See all: fastprune check {path}; then convert "
+        "the images again or get a whole copy of the file."
+    )
+
+
+def _require_listed_shards(
+    records: Records, columns: dict[str, NDArray[Any]], structure: str
+) -> None:
+    """Refuse shards that are not the ones that manifest.json lists, in their order."""
+    assert records.manifest is not None
+    listed = Counter(shard.fingerprint.structure for shard in records.shards)
+    # One digest over all rows says that every shard is right. Only where it differs is the
+    # culprit looked for; and shards of one class and one size have one structure, so that their
+    # own manifests must tell them apart.
+    is_whole = structure == records.manifest.fingerprint.structure
+    for shard in records.shards:
+        if is_whole and listed[shard.fingerprint.structure] == 1:
+            continue
+        rows = slice(shard.first_row, shard.first_row + shard.fingerprint.num_rows)
+        own = {name: values[rows] for name, values in columns.items()}
+        own_structure = structure_digest(own["label"], own["width"], own["height"])
+        manifest, faults = manifest_of(shard.path, own, own_structure)
+        if faults := [fault for fault in faults if fault.kind != "manifest"]:
+            raise damaged(shard.path, faults)
+        if own_structure != shard.fingerprint.structure:
+            raise _foreign(shard, "its labels or sizes are others")
+        if manifest is not None and manifest.fingerprint != shard.fingerprint:
+            raise _foreign(shard, f"it is {manifest.fingerprint}")
+    if not is_whole:
+        raise BetonError(
+            f"{records.manifest.path} does not list the shards in the order of their rows. Remove "
+            "it, and make it again: fastprune convert IMAGES FOLDER --shards N --resume"
+        )
+
+
+def _foreign(shard: Shard, why: str) -> BetonError:
+    return BetonError(
+        f"{shard.path} is not the shard {shard.fingerprint} that {SET_NAME} lists: {why}. It was "
+        "mixed up with another one, or is of another conversion: get the right one."
     )
 
 

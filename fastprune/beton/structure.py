@@ -1,6 +1,5 @@
 """The parts of a beton, each located only after what it takes was checked against the file."""
 
-import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.beton import layout
+from fastprune.beton.mapping import map_file
 from fastprune.errors import BetonError
 
 
@@ -74,36 +74,20 @@ class Tables:
         return layout.metadata_start(len(self.fields)) + self.metadata.nbytes
 
 
-def map_file(path: Path) -> tuple[NDArray[np.uint8], os.stat_result]:
-    """Map a file into memory for reading; (file size,) uint8, not writable, and its status.
-
-    Raises:
-        BetonError: the file cannot be opened.
-    """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            # mmap refuses an empty file with an error that names no file.
-            if status.st_size == 0:
-                return np.empty(0, np.uint8), status
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return np.frombuffer(content, np.uint8), status
-    except FileNotFoundError as error:
-        raise BetonError(
-            f"{path} does not exist. Make it with: fastprune convert IMAGES {path}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BetonError(f"cannot read {path}: {error}. Name a beton file.") from error
-
-
-def read_tables(path: Path) -> Tables:
+def read_tables(
+    path: Path, mapping: tuple[NDArray[np.uint8], os.stat_result] | None = None
+) -> Tables:
     """Locate the parts of a beton.
+
+    Args:
+        path: the file.
+        mapping: its bytes and its status, where it is mapped already.
 
     Raises:
         BetonError: the file cannot be opened.
         UnreadableBetonError: a part lies outside the file or makes no sense.
     """
-    content, mapped = map_file(path)
+    content, mapped = map_file(path) if mapping is None else mapping
     try:
         return _Locator(content, mapped).tables()
     except _BrokenError as error:

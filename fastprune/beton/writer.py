@@ -1,58 +1,26 @@
 """Images -> beton: JPEGs, copied or rewritten by supervised workers, in aligned places."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
-
-from fastprune import __version__
-from fastprune.artifacts.atomic import destination, sync
-from fastprune.beton import layout
-from fastprune.beton.assembly import (
-    Assembly,
-    fill,
-    frame_pages,
-    manifest_lines,
-    place,
-    start_assembly,
-)
-from fastprune.beton.journal import Journal, intact_rows
-from fastprune.beton.manifest import (
-    Manifest,
-    manifest_path,
-    read_manifest,
-    replace_pair,
-    write_parquet,
-)
+from fastprune.beton.build import Job, build_beton
+from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
 from fastprune.beton.reader import open_beton
+from fastprune.beton.shards import MAX_SHARDS, SET_NAME, missing_shards, shard_name, write_set
 from fastprune.beton.sources import source_for
-from fastprune.beton.sources.listing import renumbered
+from fastprune.beton.sources.listing import Listing, renumbered
 from fastprune.beton.sources.parquet import ParquetSource
-from fastprune.beton.transcode import (
-    ACTIONS,
-    COPIED,
-    LAYOUTS,
-    REWRITTEN,
-    SKIPPED,
-    TRANSCODED,
-    ImageSettings,
-)
-from fastprune.beton.workers import Task, WorkerError, WorkerPool
-from fastprune.checks import require_one_of
+from fastprune.beton.transcode import LAYOUTS, ImageSettings
+from fastprune.checks import require_at_least, require_one_of
 from fastprune.cpus import usable_cpus
 from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
 from fastprune.jpeg.headers import MAX_SIDE
-from fastprune.progress import track
 
 # More processes than this only wait for the disk; --workers may still ask for more.
 _MOST_WORKERS = 16
 _MOST_WORKERS_ASKED = 1024
-_DONE = (COPIED, REWRITTEN, TRANSCODED, SKIPPED)
 
 
 def convert(
@@ -71,6 +39,8 @@ def convert(
     shuffle_seed: int | None = None,
     resume: bool = False,
     keep_partial: bool = False,
+    shards: int | None = None,
+    shard: int | None = None,
 ) -> Manifest:
     """Write a beton and its manifest; JPEGs keep their coefficients, copied or rewritten.
 
@@ -103,9 +73,15 @@ def convert(
         shuffle_seed: put the rows in a random order; the manifest has the map.
         resume: continue the partial file of an interrupted run, if there is one.
         keep_partial: leave the partial file for a later `resume` when the conversion fails.
+        shards: write a sharded beton: `beton_path` is a folder, which gets so many betons with
+            contiguous ranges of the rows, and a manifest.json when all of them are there. It is
+            used as one beton is: same rows, same fingerprint. With `resume`, shards that are
+            whole are kept.
+        shard: make this one alone, in [0, shards); the run that finds all of them whole writes
+            manifest.json.
 
     Returns:
-        The manifest.
+        The manifest; of a sharded beton that is not whole yet, the one of the last shard made.
 
     Raises:
         InvalidValueError: a setting is outside its domain.
@@ -119,44 +95,78 @@ def convert(
     require_one_of("on_error", on_error, ("stop", "skip"))
     if shuffle_seed is not None and shuffle_seed < 0:
         raise InvalidValueError(f"shuffle_seed must be >= 0, but is {shuffle_seed}.")
+    if shards is not None:
+        require_at_least("shards", shards, 1)
+        if shards > MAX_SHARDS:
+            raise InvalidValueError(f"shards must be at most {MAX_SHARDS:,}, not {shards:,}.")
+    if shard is not None and not 0 <= shard < (shards or 0):
+        raise InvalidValueError(f"shard must lie in [0, {shards or 0:,}), not {shard:,}.")
     names = None if classes_from is None else _class_names_of(Path(classes_from))
-    path, partial = _destinations(Path(beton_path))
     source = source_for(images, labels)
-    task = Task(source, settings, on_error == "skip", partial)
-    with (
-        Journal(_journal_path(partial)) as journal,
-        # Forked before the images are listed: the list would be copied into every worker.
-        WorkerPool(num_workers, task) as pool,
-    ):
+    if shuffle_seed is not None and isinstance(source, ParquetSource):
+        raise InvalidValueError(
+            "shuffle_seed cannot be used with Parquet files, which are read row group by row "
+            "group. Convert in order; the loader shuffles."
+        )
+
+    def list_images() -> Listing:
         listing = source.list_images()
-        if names is not None:
-            listing = renumbered(listing, names)
-        if shuffle_seed is not None and isinstance(source, ParquetSource):
-            raise InvalidValueError(
-                "shuffle_seed cannot be used with Parquet files, which are read row group by row "
-                "group. Convert in order; the loader shuffles."
-            )
-        assembly = start_assembly(listing, shuffle_seed, layout.DEFAULT_PAGE_BYTES)
-        choices = {**asdict(settings), "on_error": on_error, "shuffle_seed": shuffle_seed}
-        # What must be the same for a later run to resume the partial file of this one.
-        identity = {
-            "images": listing.identity,
-            "settings": choices,
-            "fastprune": __version__,
-            "pillow": PIL.__version__,
-        }
-        try:
-            _start_partial(assembly, partial, journal, identity, resume=resume)
-            _fill(assembly, pool, journal, partial)
-            manifest = _finish(assembly, partial, path, choices)
-        except BaseException:
-            manifest_path(partial).unlink(missing_ok=True)
-            # What is framed took its time and is whole: only its name is missing.
-            if not (keep_partial or resume or assembly.is_framed):
-                partial.unlink(missing_ok=True)
-                journal.remove()
-            raise
-        journal.remove()
+        return listing if names is None else renumbered(listing, names)
+
+    job = Job(source, settings, on_error, shuffle_seed, num_workers, resume, keep_partial)
+    if shards is None:
+        return build_beton(job, Path(beton_path), list_images)
+    return _convert_shards(job, Path(beton_path), list_images, shards, shard)
+
+
+def _convert_shards(
+    job: Job,
+    folder: Path,
+    list_images: Callable[[], Listing],
+    num_shards: int,
+    shard: int | None,
+) -> Manifest:
+    """Make the shards that are missing, or one of them; write the manifest when all are there."""
+    if folder.exists() and not folder.is_dir():
+        raise ConversionError(f"{folder} is a file. Name a folder for the shards.")
+    if (folder / SET_NAME).exists() and not job.resume:
+        raise ConversionError(
+            f"{folder} holds a sharded beton already. Add --resume to keep the shards that are "
+            "whole, remove the folder, or name another one."
+        )
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConversionError(
+            f"cannot make the folder {folder}: {os.strerror(error.errno or 0)}. Name one whose "
+            "parent exists and that you may write to."
+        ) from error
+    listing = list_images()
+    if num_shards > len(listing):
+        raise InvalidValueError(
+            f"shards must be at most the number of images, {len(listing):,}, but is {num_shards:,}."
+        )
+    settings = {**job.choices, "shards": num_shards, "images": listing.identity}
+    # Without resume, what is there of this shard (or of all) is made anew.
+    todo = range(num_shards) if shard is None else [shard]
+    if job.resume:
+        missing = missing_shards(folder, num_shards, settings, refuse_others=True)
+        todo = [index for index in todo if index in missing]
+    manifest = None
+    for index in todo:
+        # Ranges of positions that differ in size by one at most, in the order of the rows.
+        first, last = (at * len(listing) // num_shards for at in (index, index + 1))
+        manifest = build_beton(
+            job,
+            folder / shard_name(index),
+            lambda: listing,
+            part=lambda order, first=first, last=last: order[first:last],  # type: ignore[misc]
+            shard={**settings, "shard": index},
+        )
+    if not missing_shards(folder, num_shards, settings, refuse_others=False):
+        return write_set(folder, num_shards, settings)
+    if manifest is None:
+        manifest = read_manifest(manifest_path(folder / shard_name(shard or 0)))
     return manifest
 
 
@@ -183,24 +193,6 @@ def _checked_workers(workers: int | None) -> int:
     return workers
 
 
-def _destinations(path: Path) -> tuple[Path, Path]:
-    """Return where the beton and its partial file are written, links followed."""
-    try:
-        path = destination(path)
-        partial = path.with_name(f"{path.name}.partial")
-        for other in (partial, _journal_path(partial), manifest_path(path)):
-            destination(other)
-    except ArtifactError as error:
-        raise ConversionError(str(error)) from None
-    if path.is_dir():
-        raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
-    return path, partial
-
-
-def _journal_path(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.journal")
-
-
 def _class_names_of(path: Path) -> tuple[str, ...]:
     """Return the class names in a beton's manifest, or a manifest, in the order of their labels."""
     manifest = read_manifest(path) if path.suffix == ".parquet" else open_beton(path).manifest
@@ -211,97 +203,3 @@ def _class_names_of(path: Path) -> tuple[str, ...]:
             "converted from folders or names of classes."
         )
     return manifest.class_names
-
-
-def _start_partial(
-    assembly: Assembly, partial: Path, journal: Journal, identity: dict[str, Any], *, resume: bool
-) -> None:
-    """Start an empty partial file, or resume the intact part of an earlier one.
-
-    Raises:
-        ConversionError: the earlier run had other images or settings.
-    """
-    if resume:
-        earlier, records, reasons = journal.read()
-        if earlier is not None and partial.exists():
-            for key, value in identity.items():
-                if earlier.get(key) != value:
-                    raise ConversionError(
-                        f"{partial} cannot be resumed: its {key} were {earlier.get(key)}, and now "
-                        f"are {value}. Repeat the command as it was, or start anew without "
-                        "--resume."
-                    )
-            # Offsets follow from the sizes, so the journal need not hold them.
-            cursor = replace(assembly.cursor)
-            offsets = [
-                -1 if record["action"] == SKIPPED else cursor.place(int(record["size"]))
-                for record in records
-            ]
-            count = intact_rows(partial, records, offsets)
-            place(assembly, records[:count], {at: why for at, why in reasons.items() if at < count})
-    count = assembly.num_placed
-    with _named_write_errors(partial):
-        journal.start(identity)
-        journal.add(assembly.records[:count], assembly.reasons)
-        partial.touch()
-        with partial.open("r+b") as file:
-            # Zeros where the frame will be written, and nothing behind the last intact image.
-            file.truncate(assembly.cursor.offset if count else 0)
-            file.write(bytes(assembly.first_page))
-
-
-def _fill(assembly: Assembly, pool: WorkerPool, journal: Journal, partial: Path) -> None:
-    """Run the workers; name the image at which one failed."""
-    total = len(assembly.listing)
-    done = assembly.num_placed
-    try:
-        with _named_write_errors(partial):
-            rows = (row for count in fill(assembly, pool, journal) for row in range(count))
-            for _ in track(rows, description="convert", total=total - done, unit="images"):
-                pass
-    except WorkerError as error:
-        if error.item is None:
-            raise ConversionError(f"{error}.") from error
-        where = assembly.listing.where(int(assembly.order[error.item]))
-        raise ConversionError(f"{where}: {error}.") from error
-
-
-def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, Any]) -> Manifest:
-    """Frame the pages, write the manifest, and give both files their names, the beton last."""
-    if not len(assembly.kept):
-        where = assembly.listing.where(int(assembly.order[0]))
-        raise ConversionError(
-            f"none of the {len(assembly.listing):,} images could be read; the first is {where}: "
-            f"{assembly.reasons[0]}."
-        )
-    with _named_write_errors(partial):
-        fingerprint = frame_pages(assembly, partial)
-    actions = np.bincount(assembly.records["action"], minlength=len(ACTIONS))
-    manifest = Manifest(
-        path=manifest_path(path),
-        fingerprint=fingerprint,
-        class_names=assembly.listing.class_names,
-        counts={ACTIONS[action]: int(actions[action]) for action in _DONE},
-        settings=settings,
-    )
-    unnamed = manifest_path(partial)
-    kept = f" The images are kept in {partial}: repeat the command with --resume."
-    with _named_write_errors(unnamed, kept):
-        write_parquet(unnamed, manifest, manifest_lines(assembly))
-        sync(unnamed)
-    with _named_write_errors(manifest.path, kept):
-        replace_pair(partial, unnamed, path)
-    return manifest
-
-
-@contextmanager
-def _named_write_errors(path: Path, kept: str = "") -> Iterator[None]:
-    """Turn an OSError into a ConversionError that names the file and the cure."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConversionError(
-            f"cannot write {path}: {reason}. Free some space, or name another folder, and run the "
-            f"command again.{kept}"
-        ) from error

@@ -44,6 +44,8 @@ from fastprune.cli.options import COUNT, PATH, json_option, show
 @click.option("--shuffle-rows", type=int, metavar="SEED", help="Put the rows in a random order.")
 @click.option("--resume", is_flag=True, help="Resume from the partial file of an interrupted run.")
 @click.option("--keep-partial", is_flag=True, help="Leave a partial file when the run fails.")
+@click.option("--shards", type=COUNT, help="Write a folder of so many betons, used as one.")
+@click.option("--shard", type=click.IntRange(0), help="Make this shard alone, counted from 0.")
 @json_option
 def convert(
     images: Path,
@@ -60,6 +62,8 @@ def convert(
     shuffle_rows: int | None,
     resume: bool,
     keep_partial: bool,
+    shards: int | None,
+    shard: int | None,
     as_json: bool,
 ) -> None:
     """Write images into a beton, without loss where they are JPEGs.
@@ -67,9 +71,12 @@ def convert(
     IMAGES is a folder with one subfolder per class; a folder of WebDataset tars or of Parquet
     files, or a pattern of them; or, with --labels, a folder of images.
     """
+    from fastprune.beton.shards import SET_NAME
     from fastprune.beton.summary import jpeg_layouts
     from fastprune.beton.writer import convert as convert_images
 
+    if shard is not None and shards is None:
+        raise click.UsageError("--shard names one of several: add --shards.")
     start = time.monotonic()
     manifest = convert_images(
         images,
@@ -86,6 +93,8 @@ def convert(
         shuffle_seed=shuffle_rows,
         resume=resume,
         keep_partial=keep_partial,
+        shards=shards,
+        shard=shard,
     )
     seconds = time.monotonic() - start
     counts = ", ".join(f"{count:,} {action}" for action, count in manifest.counts.items())
@@ -95,6 +104,8 @@ def convert(
         {"rows": num_rows, **manifest.counts, "seconds": seconds, "out": beton},
         as_json=as_json,
     )
+    if shards is not None and manifest.path.name != SET_NAME:
+        click.echo(f"other shards of {beton} are missing; the last run writes {SET_NAME}", err=True)
     if jpeg != "original" and not as_json:
         click.echo(jpeg_layouts(manifest))
 

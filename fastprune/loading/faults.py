@@ -1,6 +1,8 @@
 """Find and name what goes wrong with a file while it is read."""
 
+import os
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -21,52 +23,53 @@ _MODES = ("st_mode", "st_nlink", "st_uid", "st_gid")
 
 
 class FileWatch:
-    """Notices that an open beton was cut short, replaced, rewritten or removed.
+    """Notices that a file of an open beton was cut short, replaced, rewritten or removed.
 
     A file that is cut between this check and the reading of a page still ends the process with
     SIGBUS; no check from outside the kernel can close that gap.
     """
 
     def __init__(self, beton: Beton):
-        self._path = beton.path
-        # Not the path's status now: the file may have been replaced since it was mapped.
-        self._opened = beton.mapped
-        self._num_bytes = len(beton.content)
+        # Not the paths' status now: a file may have been replaced since it was mapped.
+        self._opened = {file.path: file.mapped for file in beton.files}
 
     def check(self) -> None:
-        """Look at the file as it is now.
+        """Look at the files as they are now.
 
         Raises:
-            LoadingError: it is not the file that was opened any more.
+            LoadingError: one is not the file that was opened any more.
         """
-        try:
-            now = self._path.stat()
-        except OSError as error:
-            raise LoadingError(
-                f"{self._path} cannot be found any more ({error.strerror}). Put it back and start "
-                "the loader again."
-            ) from error
-        if (now.st_dev, now.st_ino) != (self._opened.st_dev, self._opened.st_ino):
-            raise LoadingError(
-                f"{self._path} was replaced while it was read. Start the loader again."
-            )
-        if now.st_size < self._num_bytes:
-            raise LoadingError(
-                f"{self._path} was cut from {self._num_bytes:,} to {now.st_size:,} bytes while it "
-                "was read. Get a whole copy of it, or convert the images again."
-            )
-        # `cp new.beton train.beton` writes into the same inode. A change time cannot be set back as
-        # a modification time can, but it also moves with a chmod or a link, which explain it here.
-        before = self._opened
-        is_explained = any(getattr(now, name) != getattr(before, name) for name in _MODES)
-        if (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size) or (
-            now.st_ctime_ns != before.st_ctime_ns and not is_explained
-        ):
-            raise LoadingError(
-                f"{self._path} was written to while it was read. Start the loader again, and "
-                "replace betons by renaming a finished file."
-            )
-        self._opened = now
+        for path, before in self._opened.items():
+            self._opened[path] = _require_unchanged(path, before)
+
+
+def _require_unchanged(path: Path, before: os.stat_result) -> os.stat_result:
+    """Compare a file with what it was; return what it is now."""
+    try:
+        now = path.stat()
+    except OSError as error:
+        raise LoadingError(
+            f"{path} cannot be found any more ({error.strerror}). Put it back and start the loader "
+            "again."
+        ) from error
+    if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino):
+        raise LoadingError(f"{path} was replaced while it was read. Start the loader again.")
+    if now.st_size < before.st_size:
+        raise LoadingError(
+            f"{path} was cut from {before.st_size:,} to {now.st_size:,} bytes while it was read. "
+            "Get a whole copy of it, or convert the images again."
+        )
+    # `cp new.beton train.beton` writes into the same inode. A change time cannot be set back as a
+    # modification time can, but it also moves with a chmod or a link, which explain it here.
+    is_explained = any(getattr(now, name) != getattr(before, name) for name in _MODES)
+    if (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size) or (
+        now.st_ctime_ns != before.st_ctime_ns and not is_explained
+    ):
+        raise LoadingError(
+            f"{path} was written to while it was read. Start the loader again, and replace betons "
+            "by renaming a finished file."
+        )
+    return now
 
 
 class RowFaults:

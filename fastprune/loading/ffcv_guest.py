@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton, image_and_label
+from fastprune.errors import InvalidValueError
 from fastprune.ffcv import ViewDecoder
 from fastprune.loading.decoding import DECODER
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
@@ -47,6 +48,11 @@ class FfcvGuest:
     decoder = DECODER
 
     def __init__(self, beton: Beton, *, image_size: int, num_workers: int, faults: RowFaults):
+        if len(beton.files) > 1:
+            raise InvalidValueError(
+                f"backend 'ffcv' reads one file, but {beton.path} has {len(beton.files):,} shards. "
+                "Take backend='cpu', or compact the shards into one beton."
+            )
         self._beton = beton
         # Numba refuses more threads than it was started with.
         self._num_workers = min(num_workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]

@@ -127,7 +127,7 @@ def test_a_file_that_does_not_exist_is_an_error_and_no_fault(tmp_path):
 
 
 def test_a_folder_is_no_beton(tmp_path):
-    with pytest.raises(BetonError, match="Is a directory"):
+    with pytest.raises(BetonError, match="is a folder without shards"):
         open_beton(tmp_path)
 
 

@@ -238,3 +238,19 @@ def test_closed_standard_streams_cost_nothing(images, beton, tmp_path, closed):
     done = subprocess.run(["sh", "-c", command, sys.executable, images, out], timeout=60)
     assert done.returncode == 0
     assert out.read_bytes() == beton.read_bytes()
+
+
+def test_sharded_beton_is_made_checked_and_shown(images, tmp_path):
+    first = run("convert", images, tmp_path / "train", "--shards", 2, "--shard", 1)
+    assert first.exit_code == 0
+    assert "other shards of" in first.stderr
+    assert run("check", tmp_path / "train").exit_code == 1
+    assert run("convert", images, tmp_path / "train", "--shards", 2, "--resume").exit_code == 0
+    assert run("check", tmp_path / "train", "--deep").exit_code == 0
+    assert "files                 2" in run("info", tmp_path / "train").stdout
+
+
+def test_shard_without_the_number_of_shards_is_wrong_usage(images, tmp_path):
+    result = run("convert", images, tmp_path / "train", "--shard", 1)
+    assert result.exit_code == 2
+    assert "add --shards" in result.stderr

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastprune import Loader, open_beton, score
+from fastprune import Loader, convert, open_beton, score
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
 from fastprune.errors import ArtifactError, InvalidValueError
@@ -373,3 +373,11 @@ def test_wrong_arguments_are_refused(beton, tmp_path, teacher, options, message)
     teacher = small_teacher() if teacher == "network" else teacher
     with pytest.raises(InvalidValueError, match=message):
         run(beton, teacher, tmp_path / "s.parquet", **options)
+
+
+def test_shards_get_the_scores_of_the_single_beton(beton, tmp_path):
+    convert(beton.parent / "images", tmp_path / "train", shards=3)
+    sharded = run(tmp_path / "train", small_teacher(), tmp_path / "sharded.parquet")
+    single = run(beton, small_teacher(), tmp_path / "single.parquet")
+    assert_same(sharded, single)
+    assert sharded.fingerprint == single.fingerprint

@@ -1,0 +1,207 @@
+"""A sharded beton: a folder of betons and one manifest.json, which is written last."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastprune.artifacts.atomic import write_text
+from fastprune.artifacts.fingerprint import Fingerprint, content_digest, structure_digest
+from fastprune.beton.manifest import Manifest, Part, manifest_path, read_manifest
+from fastprune.errors import ArtifactError, BetonError
+from fastprune.untrusted import member, read_json
+
+SET_NAME = "manifest.json"
+MAX_SHARDS = 100_000
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as manifest.json lists it.
+
+    Attributes:
+        path: the beton.
+        first_row: the row of the set that is the shard's row 0.
+        fingerprint: of its images.
+    """
+
+    path: Path
+    first_row: int
+    fingerprint: Fingerprint
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{index:05d}.beton"
+
+
+def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
+    """Read manifest.json; the shards are not opened.
+
+    Returns:
+        The manifest of the whole, whose lines are those of the shards' manifests, and the shards in
+        the order of their rows.
+
+    Raises:
+        BetonError: there is none, it is damaged, lists a shard that is missing or one twice, or
+            there is a shard that it does not list.
+    """
+    path = folder / SET_NAME
+    try:
+        record = read_json(path)
+        if member(record, "format", int) != _FORMAT:
+            raise ValueError(f"its format is {record['format']}, but this version reads {_FORMAT}")
+        names = member(record, "class_names", list, None)
+        shards: list[Shard] = []
+        first_row = 0
+        for entry in member(record, "shards", list):
+            name = member(entry, "file", str)
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"it lists {name!r}, which is no file name")
+            fingerprint = Fingerprint.from_dict(member(entry, "fingerprint", dict))
+            shards.append(Shard(folder / name, first_row, fingerprint))
+            first_row += fingerprint.num_rows
+        manifest = Manifest(
+            path=path,
+            fingerprint=Fingerprint.from_dict(member(record, "fingerprint", dict)),
+            class_names=None if names is None else tuple(map(str, names)),
+            counts=member(record, "counts", dict),
+            settings=member(record, "settings", dict),
+            version=member(record, "version", str),
+            parts=tuple(Part(manifest_path(shard.path), shard.first_row) for shard in shards),
+        )
+        if manifest.fingerprint.num_rows != first_row:
+            raise ValueError(
+                f"its shards have {first_row:,} rows, but the whole "
+                f"{manifest.fingerprint.num_rows:,}"
+            )
+    except FileNotFoundError:
+        raise BetonError(_why_unfinished(folder)) from None
+    except (OSError, ValueError) as error:
+        raise BetonError(
+            f"{path} is no manifest of a sharded beton ({error}). Remove it, and make it again: "
+            f"fastprune convert IMAGES {folder} --shards N --resume"
+        ) from error
+    _require_these_files(folder, shards)
+    return manifest, shards
+
+
+def _require_these_files(folder: Path, shards: list[Shard]) -> None:
+    """Refuse a folder that does not hold each listed shard once, and no other."""
+    listed = Counter(shard.path.name for shard in shards)
+    present = {path.name for path in folder.glob("shard-*.beton")}
+    name, count = listed.most_common(1)[0] if listed else ("", 0)
+    if count != 1:
+        raise BetonError(
+            f"{folder / SET_NAME} lists "
+            + (f"{name} {count} times" if count else "no shards")
+            + f". Remove it, and make it again: fastprune convert IMAGES {folder} --shards N "
+            "--resume"
+        )
+    if missing := sorted(listed.keys() - present):
+        raise BetonError(
+            f"{folder / missing[0]} is missing (with {len(missing) - 1:,} others of "
+            f"{len(listed):,} shards). Copy it here, or make it again: fastprune convert IMAGES "
+            f"{folder} --shards {len(listed)} --resume"
+        )
+    if foreign := sorted(present - listed.keys()):
+        raise BetonError(
+            f"{folder / foreign[0]} is none of the {len(listed):,} shards that {SET_NAME} lists. "
+            "It is of another conversion, perhaps: move it away."
+        )
+
+
+def _why_unfinished(folder: Path) -> str:
+    count = len(list(folder.glob("shard-*.beton")))
+    if not count:
+        return (
+            f"{folder} is a folder without shards. Name a beton file, or make a sharded beton: "
+            f"fastprune convert IMAGES {folder} --shards N"
+        )
+    return (
+        f"{folder} is unfinished: it holds {count:,} shards, but no {SET_NAME}, which is written "
+        f"when all are there. Make the others: fastprune convert IMAGES {folder} --shards N "
+        "--resume"
+    )
+
+
+def missing_shards(
+    folder: Path, num_shards: int, job: dict[str, Any], *, refuse_others: bool
+) -> list[int]:
+    """Find the shards that are not there yet.
+
+    Args:
+        folder: of the sharded beton.
+        num_shards: of the whole.
+        job: what all shards of one conversion have in their settings.
+        refuse_others: whether a shard of another conversion is an error, or counts as missing: the
+            tasks of an array replace shards one by one.
+
+    Raises:
+        BetonError: a shard of another conversion is there.
+    """
+    missing = []
+    for index in range(num_shards):
+        path = folder / shard_name(index)
+        if not path.exists():
+            missing.append(index)
+            continue
+        try:
+            settings = read_manifest(manifest_path(path)).settings
+        except ArtifactError:
+            settings = {}
+        if settings == {**job, "shard": index}:
+            continue
+        if refuse_others:
+            raise BetonError(
+                f"{path} was made from other images or with other settings. Remove it, or name "
+                "another folder."
+            )
+        missing.append(index)
+    return missing
+
+
+def write_set(folder: Path, num_shards: int, job: dict[str, Any]) -> Manifest:
+    """Write manifest.json for shards that are all there.
+
+    Whoever writes it writes the same bytes, so several processes may.
+
+    Args:
+        folder: of the sharded beton.
+        num_shards: of the whole.
+        job: the settings of the whole.
+
+    Raises:
+        ArtifactError: a shard's manifest cannot be read, or the file cannot be written.
+    """
+    manifests = [read_manifest(manifest_path(folder / shard_name(i))) for i in range(num_shards)]
+    columns: dict[str, list[Any]] = {"label": [], "width": [], "height": [], "source_crc32c": []}
+    counts: Counter[str] = Counter()
+    for manifest in manifests:
+        table = manifest.table(["row", *columns])
+        table = table.filter(table["row"].is_valid())
+        for name, values in columns.items():
+            values.append(table[name].to_numpy())
+        counts.update(manifest.counts)
+    whole = {name: np.concatenate(values) for name, values in columns.items()}
+    structure = structure_digest(whole["label"], whole["width"], whole["height"])
+    content = content_digest(whole["source_crc32c"])
+    record = {
+        "format": _FORMAT,
+        "fingerprint": Fingerprint(len(whole["label"]), structure, content).to_dict(),
+        "class_names": manifests[0].class_names,
+        "counts": {name: counts[name] for name in manifests[0].counts},
+        "settings": job,
+        "version": manifests[0].version,
+        "shards": [
+            {"file": shard_name(index), "fingerprint": manifest.fingerprint.to_dict()}
+            for index, manifest in enumerate(manifests)
+        ],
+    }
+    write_text(folder / SET_NAME, json.dumps(record, indent=1) + "\n")
+    return read_set(folder)[0]
