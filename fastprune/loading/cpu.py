@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastprune.beton.reader import Beton
 from fastprune.errors import LoadingError
 from fastprune.loading.batch import BatchMemory
-from fastprune.loading.decoding import DECODER, Outcome, RowDecoder, StoredImages
+from fastprune.loading.decoding import Outcome, RowDecoder, StoredImages
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
 from fastprune.loading.threads import ThreadDiedError, WorkerThreads
 
@@ -43,7 +43,6 @@ class CpuEngine:
     """Decodes given rows of one beton with given views on CPU threads; see `engine.Engine`."""
 
     name = "cpu"
-    decoder = DECODER
 
     def __init__(
         self,

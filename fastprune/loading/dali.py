@@ -22,7 +22,6 @@ from fastprune.loading.batch import cuda_index
 from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.loading.dali_pipeline import (
     BATCHES_AHEAD,
-    VERSION,
     Pipeline,
     PipelineError,
     Sample,
@@ -64,8 +63,6 @@ class DaliEngine:
         device: torch.device,
         faults: RowFaults,
     ):
-        device_name = "GPU" if device.type == "cuda" else "CPU"
-        self.decoder = f"DALI {VERSION} on the {device_name}"
         self._beton = beton
         self._image_size = image_size
         self._num_workers = num_workers

@@ -28,7 +28,6 @@ except ImportError as error:
 # Their stubs know neither dictionaries of arguments nor the constants.
 fn: Any = nvidia.dali.fn
 types: Any = nvidia.dali.types
-VERSION: str = nvidia.dali.__version__
 
 BATCHES_AHEAD = 2
 # Texts of CUDA, of allocators, and of nvImageCodec's statuses but for those that blame the image:

@@ -30,10 +30,6 @@ from fastprune.jpeg.workspace import Workspace, make_workspace
 from fastprune.loading import crops
 from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 
-#: Name of the pixels that this module makes. Counted up whenever one of them changes, so that a
-#: resumed run and a cache of a teacher's logits notice it.
-DECODER = "fastprune views 1"
-
 # A thread keeps one workspace. A 4000 x 3000 photograph seen whole needs about 30 MB, a usual
 # ImageNet view below 2 MB: what is larger is rare, and is given back at once.
 _MOST_KEPT_BYTES = 16 << 20

@@ -27,11 +27,9 @@ class Engine(Protocol):
 
     Attributes:
         name: the backend it is.
-        decoder: what decodes, with its version: engines of equal decoders give equal pixels.
     """
 
     name: str
-    decoder: str
 
     def decode(
         self,

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from fastprune.beton.reader import Beton, image_and_label
 from fastprune.errors import InvalidValueError
 from fastprune.ffcv import ViewDecoder
-from fastprune.loading.decoding import DECODER
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
 
 # After `fastprune.ffcv`, which says what to do where ffcv is missing.
@@ -45,7 +44,6 @@ class FfcvGuest:
     """Decodes given rows of one beton with given views inside FFCV; see `engine.Engine`."""
 
     name = "ffcv"
-    decoder = DECODER
 
     def __init__(self, beton: Beton, *, image_size: int, num_workers: int, faults: RowFaults):
         if len(beton.files) > 1:

@@ -32,7 +32,7 @@ from fastprune.loading.crops import CropPolicy, warn_of_enlarging
 from fastprune.loading.engine import decoder_identity, make_engine
 from fastprune.loading.faults import RowFaults
 from fastprune.loading.sampler import EpochSampler, KeptImages, NextEpoch, this_rank
-from fastprune.loading.state import make_state, read_state, require_same_terms
+from fastprune.loading.state import make_state, read_state, require_same_batches
 
 _LOG = logging.getLogger(__name__)
 
@@ -140,9 +140,8 @@ class Loader:
                 to this rank.
             distributed: "auto" shares the epoch among torch.distributed's ranks when the process
                 group is there; (rank, world) names them; None gives this process all rows.
-            service: address of a loading service (`fastprune serve`), such as
-                "unix:/run/fastprune.sock", to take views from; where it cannot be reached, or does
-                not serve this beton, they are decoded here, equal to the bit. None for that of the
+            service: address of a loading service (`fastprune serve`, "unix:PATH") to take views
+                from; what it does not give is decoded here, equal to the bit. None for that of the
                 environment variable FASTPRUNE_SERVICE; "" for none.
 
         Raises:
@@ -436,13 +435,8 @@ class Loader:
         """
         position, changed = read_state(state, self._terms(self.rows))
         rows = self.rows if changed is None else rows_of(self.beton, changed)
-        require_same_terms(state, self._terms(rows))
         num_batches = replace(self._sampler(), rows=rows).num_batches()
-        if position[1] > num_batches:
-            raise InvalidValueError(
-                f"the state is of batch {position[1]:,}, but an epoch has {num_batches:,} batches. "
-                "Pass what state_dict() returned."
-            )
+        require_same_batches(state, self._terms(rows), num_batches=num_batches)
         if changed is not None:
             self.set_rows(changed)
         self._next = self._position = position
@@ -465,7 +459,7 @@ class Loader:
         """Make these the kept rows, or change nothing."""
         collate = self._collate.keeping(rows, num_negatives=self._num_negatives)
         unranked = replace(self._unranked, rows=rows)
-        num_repeated = self._require_batches(unranked).num_repeated()
+        num_repeated = unranked.shared(self._distributed, self.beton.path).num_repeated()
         if num_repeated:
             _LOG.info(
                 "%s: each epoch repeats %d rows to fill its batches", self.beton.path, num_repeated
@@ -476,26 +470,14 @@ class Loader:
     def _sampler(self) -> EpochSampler:
         """Return the epochs of this rank, among as many ranks as there are now."""
         # Asked each time: a loader may be made before the process group is.
-        return self._require_batches(self._unranked)
-
-    def _require_batches(self, unranked: EpochSampler) -> EpochSampler:
-        """Return the sampler for this rank; refuse one that drops everything."""
-        rank, world = this_rank(self._distributed)
-        sampler = replace(unranked, rank=rank, world=world)
-        if sampler.tail == "drop" and sampler.num_batches() == 0:
-            ranks = f" on each of {world} ranks" if world > 1 else ""
-            raise InvalidValueError(
-                f"{len(sampler.rows):,} kept rows of {self.beton.path} fill no batch of "
-                f'{self.batch_size:,}{ranks}. Use a smaller batch_size, or tail="pad" or "exact".'
-            )
-        return sampler
+        return self._unranked.shared(self._distributed, self.beton.path)
 
     def _terms(self, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Return what besides the position decides which batches of these rows come."""
         return replace(self._sampler(), rows=rows).terms() | {
             "augment": self._policy.kind,
             "image_size": self._image_size,
-            "decoder": self._engine.decoder,
+            "decoder": decoder_identity(self.backend, self.device),
             "num_views": self.num_views,
             "images": self.beton.fingerprint.structure,
         }

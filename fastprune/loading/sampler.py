@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,22 @@ class EpochSampler:
     world: int = 1
     pages: NDArray[np.int64] | None = None
     open_pages: int = 1
+
+    def shared(self, distributed: str | tuple[int, int] | None, path: Path) -> "EpochSampler":
+        """Return this rank's share, see `this_rank`; `path` is the beton's, for the message.
+
+        Raises:
+            InvalidValueError: every row of an epoch would be dropped.
+        """
+        rank, world = this_rank(distributed)
+        share = replace(self, rank=rank, world=world)
+        if share.tail == "drop" and share.num_batches() == 0:
+            ranks = f" on each of {world} ranks" if world > 1 else ""
+            raise InvalidValueError(
+                f"{len(share.rows):,} kept rows of {path} fill no batch of {self.batch_size:,}"
+                f'{ranks}. Use a smaller batch_size, or tail="pad" or "exact".'
+            )
+        return share
 
     def num_batches(self) -> int:
         """Count this rank's batches in an epoch; equal on all ranks unless the tail is "exact"."""

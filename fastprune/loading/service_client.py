@@ -29,7 +29,6 @@ from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError
 from fastprune.loading import service_wire as wire
 from fastprune.loading.cpu import CpuEngine
-from fastprune.loading.decoding import DECODER
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
 from fastprune.loading.service_wire import Kind, ServiceError, ServiceRefusedError
 
@@ -236,7 +235,6 @@ class ServiceEngine:
 
     # A service decodes with the same code, to the same bits: a run may change between the two.
     name = "cpu"
-    decoder = DECODER
 
     def __init__(
         self, address: str, beton: Beton, *, image_size: int, local: CpuEngine, faults: RowFaults

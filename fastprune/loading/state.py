@@ -65,11 +65,16 @@ def read_state(
     return (state["epoch"], state["batches"]), kept
 
 
-def require_same_terms(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def require_same_batches(theirs: dict[str, Any], ours: dict[str, Any], *, num_batches: int) -> None:
     """Refuse the state of a loader that gives other batches.
 
+    Args:
+        theirs: the state.
+        ours: the terms of this loader, with the rows of the state.
+        num_batches: of an epoch of these rows.
+
     Raises:
-        InvalidValueError: terms differ; each is named.
+        InvalidValueError: terms differ, and each is named, or the position lies behind the epoch.
     """
     differing = ", ".join(
         f"{name} ({theirs[name]!r} there, {value!r} here)"
@@ -80,4 +85,9 @@ def require_same_terms(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         raise InvalidValueError(
             f"the state is of a loader with other batches: {differing}. Make this loader with "
             "the same arguments, or start a new run."
+        )
+    if theirs["batches"] > num_batches:
+        raise InvalidValueError(
+            f"the state is of batch {theirs['batches']:,}, but an epoch has {num_batches:,} "
+            "batches. Pass what state_dict() returned."
         )
