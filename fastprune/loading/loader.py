@@ -173,6 +173,7 @@ class Loader:
             open_pages=open_pages,
         )
         warn_of_enlarging(self.beton, image_size)
+        self._image_size = image_size
         self._num_negatives = num_negatives
         self._seed = seed
         self._distributed = distributed
