@@ -48,7 +48,9 @@ def _save_batch(context: Context, bad: StepLosses, batch: Batch) -> str:
     path = Path(context.recipe.run.out) / f"bad-batch-step-{bad.step}{rank}.safetensors"
     tensors = batch._asdict() | {"losses": bad.losses}
     # Contiguous: channels_last images would be refused.
-    data = save({name: value.cpu().contiguous() for name, value in tensors.items()})
+    # Without a teacher cache a batch has no logits of the teacher.
+    present = {name: value for name, value in tensors.items() if value is not None}
+    data = save({name: value.cpu().contiguous() for name, value in present.items()})
     try:
         # Not through `atomic_path`: the error below must come out, whatever the disk does.
         path.write_bytes(data)
