@@ -132,7 +132,7 @@ def test_a_loop_of_another_codebase_learns_without_a_teacher(beton, cache):
     """RepDistiller's loop, with the fourth part of the batch in the place of its teacher."""
     torch.manual_seed(0)
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, CLASSES))
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
     loader = Loader(beton, seed=3, layout="xyit", teacher_cache=cache.path, **SETTINGS)
     distances = []
     for _ in range(8):
