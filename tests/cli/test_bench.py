@@ -18,7 +18,7 @@ def test_bench_loader_prints_a_rate_for_every_loader(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=280,
     )
     for name in ("fastprune, cpu", "stock ffcv", "torchvision", "fastest:"):
         assert name in done.stdout
