@@ -185,12 +185,6 @@ class Trainer:
         # With pruning the loader's rows change from epoch to epoch; these stay.
         self._rows = train_loader.rows
         sizes = training_sizes(recipe.data)
-        self._batches: Loader | GrowingLoader = (
-            train_loader
-            if len(sizes) == 1
-            else GrowingLoader(self._loader_of_size, sizes, epochs=self._epochs)
-        )
-        self._pruning = self._make_pruning(stride)
         # After the identity, which is of the teacher's weights too.
         self._teacher = make_teacher(
             context,
@@ -200,6 +194,12 @@ class Trainer:
             epochs=self._epochs,
             sizes=sizes,
         )
+        self._batches: Loader | GrowingLoader = (
+            train_loader
+            if len(sizes) == 1
+            else GrowingLoader(self._loader_of_size, sizes, epochs=self._epochs)
+        )
+        self._pruning = self._make_pruning(stride)
         self._stepper = Stepper(context, learner, objective, self._teacher, self._pruning)
         self._stepper.warm_up(num_classes=train_loader.num_classes, image_sizes=sizes)
         # Warm-up ran steps whose seconds are those of compilers.
