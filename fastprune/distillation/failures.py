@@ -47,9 +47,9 @@ def _save_batch(context: Context, bad: StepLosses, batch: Batch) -> str:
     rank = f"-rank-{context.ranks.rank}" if context.ranks.world > 1 else ""
     path = Path(context.recipe.run.out) / f"bad-batch-step-{bad.step}{rank}.safetensors"
     tensors = batch._asdict() | {"losses": bad.losses}
+    # Without a teacher cache a batch has no logits of the teacher, and holes are no tensor.
+    present = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     # Contiguous: channels_last images would be refused.
-    # Without a teacher cache a batch has no logits of the teacher.
-    present = {name: value for name, value in tensors.items() if value is not None}
     data = save({name: value.cpu().contiguous() for name, value in present.items()})
     try:
         # Not through `atomic_path`: the error below must come out, whatever the disk does.

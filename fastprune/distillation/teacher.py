@@ -171,18 +171,17 @@ class CachedTeacher(Teacher):
 
     def _put(self, rows: NDArray[np.int64], slot: int, logits: Tensor) -> Tensor:
         """Keep logits, and return them as they will come back."""
+        # A subset that grew has rows that the cache has no room for: they are asked for again.
+        held = self._cache.holds(rows)
+        # As they are: `put` refuses a logit beyond the dtype's range, and names it.
+        copy = _host_copy(logits)
+        self._filler.put(rows[held], slot, copy if held.all() else lambda: copy()[held])
         if self._cache.dtype == "uint8":
             # Rounded on the host, by the code that reads: the step waits for it while it fills.
             rounded = self._cache.round_trip(logits.cpu().numpy(), rows)
-            logits = torch.from_numpy(rounded).to(logits.device)
-        if self._cache.dtype == "float16":
-            # As numpy does, round to nearest even; beyond its range, `put` refuses the row.
-            logits = logits.half().float()
-        # A subset that grew has rows that the cache has no room for: they are asked for again.
-        held = self._cache.holds(rows)
-        copy = _host_copy(logits)
-        self._filler.put(rows[held], slot, copy if held.all() else lambda: copy()[held])
-        return logits
+            return torch.from_numpy(rounded).to(logits.device)
+        # As numpy does, round to nearest even.
+        return logits.half().float() if self._cache.dtype == "float16" else logits
 
     @property
     def cache_bytes(self) -> int:

@@ -340,6 +340,8 @@ class Trainer:
         bad = self._losses.fetch()
         self._timer.read()
         if bad is not None:
+            # Logits that a cache refused are the cause where there are some, and say so.
+            self._teacher.flush()
             # Views are pure functions of epoch and row, so the loader makes the batch again.
             position = {"epoch": bad.epoch, "batches": bad.batch}
             self._batches.load_state_dict(self._batches.state_dict() | position)

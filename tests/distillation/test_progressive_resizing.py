@@ -112,11 +112,11 @@ def test_run_of_growing_images_resumes_to_the_same_weights(recipe, tmp_path, mon
 def test_what_a_new_size_takes_once_is_start_up(recipe, teacher, monkeypatch):
     sizes, backward, warm_up = [], Stepper._backward, Loader.warm_up
 
-    def slow(self, batch, **options):
+    def slow(self, batch, ask, **options):
         if batch.images.shape[-1] not in sizes:
             sizes.append(batch.images.shape[-1])
             time.sleep(1)
-        return backward(self, batch, **options)
+        return backward(self, batch, ask, **options)
 
     def slow_to_open(self):
         time.sleep(1)

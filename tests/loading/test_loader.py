@@ -356,7 +356,7 @@ print(loader.backend, sum(len(rows) for _, _, rows in loader))
             "dali",
             ["loading.dali", "loading.dali_pipeline"],
             "nvidia.dali.fn",
-            r"pip install fastprune\[dali-cuda13\]",
+            r"pip install nvidia-dali-cuda130",
         ),
     ],
 )
