@@ -1,7 +1,9 @@
 """What every test may use: small generated images, and libraries that CI must not miss."""
 
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,6 +25,15 @@ def require_library(name: str) -> None:
     if name in _REQUIRED:
         pytest.fail(f"{name} is not installed, but FASTPRUNE_REQUIRE={','.join(_REQUIRED)}.")
     pytest.skip(f"{name} is not installed", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """Take back the level that a command sets for its whole process."""
+    logger = logging.getLogger("fastprune")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def _is_installed(module: str) -> bool:
