@@ -35,11 +35,13 @@ class Preparation:
 
     Attributes:
         folder: where everything is.
+        image_size: pixels a side of what is trained, scored and evaluated on.
         facts: seconds of every step, rows, and what the teacher reached; JSON values.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, image_size: int = 32) -> None:
         self.folder = folder
+        self.image_size = image_size
         self._record = folder / "prepared.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.facts: dict[str, Any] = (
@@ -153,7 +155,7 @@ class Preparation:
             words += ["--teacher", network, "--teacher-checkpoint", str(self.teacher)]
             # As the students' images: what is scored, and what class std are of, is what is taught.
             words += ["--views", "train", "--precision", "fp32"]
-            words += ["--image-size", "32", "--device", device]
+            words += ["--image-size", str(self.image_size), "--device", device]
             run_fastprune(words, out.with_suffix(".log"))
             table = ScoreTable.load(out)
             top1 = float((table.predictions == table.labels).mean())
@@ -171,8 +173,9 @@ class Preparation:
         return path, time.perf_counter() - started
 
     def betons(self) -> dict[str, Any]:
-        """Settings of a recipe that name the data."""
-        return {"data.train": self.train, "data.val": self.val}
+        """Settings of a recipe that name the data, and the size at which it is seen."""
+        size = self.image_size
+        return {"data.train": self.train, "data.val": self.val, "data.image_size": size}
 
 
 def refuse_other(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, made: Path) -> None:

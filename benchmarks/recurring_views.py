@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--views", default="2,4,8,16,0", help="values of K; 0 for new ones always")
     parser.add_argument("--per-class", type=int, default=600, help="training images; 0 for all")
     parser.add_argument("--val-per-class", type=int, default=0, help="test images; 0 for all")
+    parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher", default="resnet20")
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     name = f"recurring-views-{arguments.name}"
-    prepared = Preparation(ROOT / "build" / name)
+    prepared = Preparation(ROOT / "build" / name, image_size=arguments.image_size)
     prepared.convert(arguments.images, arguments.per_class or None, arguments.val_per_class or None)
     prepared.train_teacher(arguments.teacher, arguments.teacher_epochs, arguments.device)
     left_out = ("images", "name", "views", "seeds")
