@@ -17,7 +17,7 @@ from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.untrusted import member, numbers, parquet_metadata
 
 _METADATA_KEY = b"fastprune"
-_FIXED_COLUMNS = ("row", "label", "prediction")
+_FIXED_COLUMNS = ("row", "label", "prediction", "cluster")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class ScoreTable:
     Attributes:
         labels: (N,) int64, label of every row, in row order.
         metrics: name -> (N,) float32; larger is harder, except `logit_std`, which is no difficulty.
-        predictions: (N,) int64, the teacher's top-1 class.
+        predictions: (N,) int64, the teacher's top-1 class; -1 where it is not known.
         class_std: (C,) float64, mean over all rows of a class of the unbiased standard deviation
             of the teacher's logits; NaN for a class without rows.
         class_counts: (C,) int64, rows per class.
@@ -35,6 +35,9 @@ class ScoreTable:
         teacher: what identifies the teacher: network name, checkpoint, weights hash.
         view: what identifies the view that was scored: image size, augmentation, mean, std.
         seconds: that the pass took, start-up included; None where nobody measured it.
+        clusters: (N,) int64 in [0, K), the cluster of every row, where rows were scored without
+            labels; else None.
+        clustering: how the clusters were made: their number, seed, iterations, mean distance.
     """
 
     labels: NDArray[np.int64]
@@ -46,11 +49,25 @@ class ScoreTable:
     teacher: dict[str, Any] = field(default_factory=dict)
     view: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
+    clusters: NDArray[np.int64] | None = None
+    clustering: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
         """Rows in the beton, N."""
         return len(self.labels)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """What rows are shared out among, (N,) int64: clusters where known, else labels."""
+        return self.labels if self.clusters is None else self.clusters
+
+    @property
+    def group_counts(self) -> NDArray[np.int64]:
+        """Rows per group, (C,) or (K,) int64."""
+        if self.clusters is None:
+            return self.class_counts
+        return np.bincount(self.clusters, minlength=self.clustering.get("num_clusters", 0))
 
     def metric(self, name: str) -> NDArray[np.float32]:
         """Return one metric of every row, (N,) float32.
@@ -75,6 +92,7 @@ class ScoreTable:
             "row": np.arange(self.num_rows, dtype=np.int64),
             "label": self.labels,
             "prediction": self.predictions,
+            **({} if self.clusters is None else {"cluster": self.clusters}),
             **self.metrics,
         }
         metadata = {
@@ -86,6 +104,8 @@ class ScoreTable:
             "class_counts": self.class_counts.tolist(),
             "seconds": self.seconds,
         }
+        if self.clusters is not None:
+            metadata["clustering"] = self.clustering
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -141,6 +161,13 @@ class ScoreTable:
                 f"its 'class_std' has {len(class_std):,} numbers, but it has "
                 f"{len(class_counts):,} classes"
             )
+        clusters = columns.get("cluster")
+        clustering = member(metadata, "clustering", dict, None) or {}
+        if clusters is not None:
+            num_clusters = member(clustering, "num_clusters", int)
+            # Counts are made for each: a number from a file must not choose how many.
+            if not 0 <= clusters.min() <= clusters.max() < num_clusters <= MAX_CLASSES:
+                raise ValueError(f"its 'cluster' numbers are not in [0, {num_clusters:,})")
         return cls(
             labels=labels,
             metrics={n: c for n, c in columns.items() if n not in _FIXED_COLUMNS},
@@ -151,6 +178,8 @@ class ScoreTable:
             teacher=member(metadata, "teacher", dict),
             view=member(metadata, "view", dict),
             seconds=member(metadata, "seconds", float, None),
+            clusters=clusters,
+            clustering=clustering,
         )
 
 

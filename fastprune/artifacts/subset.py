@@ -28,7 +28,7 @@ class Subset:
         strategy: the rule that chose them.
         parameters: the rule's other settings, such as quota and quantile.
         seed: for the strategies that draw.
-        class_counts: kept rows per class, C entries.
+        class_counts: kept rows per class, C entries; per cluster of images without classes.
         class_std: (C,) float64, as in `ScoreTable.class_std`; None for a bare index file.
         command: the command that made it.
         score_seconds: that the scoring pass behind it took; None where nobody measured it.

@@ -52,6 +52,7 @@ class Job:
         num_workers: processes.
         resume: whether partial files are continued.
         keep_partial: whether a partial file is left when the conversion fails.
+        unlabeled: whether the images have no classes; their labels are 0 then.
     """
 
     source: Source
@@ -61,11 +62,14 @@ class Job:
     num_workers: int
     resume: bool
     keep_partial: bool
+    unlabeled: bool = False
 
     @property
     def choices(self) -> dict[str, Any]:
         """The settings that determine a beton's bytes."""
-        own = {"on_error": self.on_error, "shuffle_seed": self.shuffle_seed}
+        own: dict[str, Any] = {"on_error": self.on_error, "shuffle_seed": self.shuffle_seed}
+        if self.unlabeled:
+            own["labels"] = False
         return {**asdict(self.settings), **own}
 
 

@@ -108,6 +108,11 @@ class Beton:
         return None if self.manifest is None else self.manifest.class_names
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the labels are classes: False where the images were converted without any."""
+        return self.manifest is None or self.manifest.settings.get("labels") is not False
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """The identity of the images; with the content where the beton's own manifest is there."""
         content = None if self.manifest is None else self.manifest.fingerprint.content

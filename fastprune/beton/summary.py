@@ -66,7 +66,11 @@ def _scores(path: Path) -> dict[str, Any]:
             f"median {np.nanmedian(values):.4g}"
             for name, values in table.metrics.items()
         },
-        "teacher_accuracy": float(np.mean(table.predictions == table.labels)),
+        **(
+            {"teacher_accuracy": float(np.mean(table.predictions == table.labels))}
+            if table.clusters is None
+            else {"clusters": table.clustering}
+        ),
         "teacher": table.teacher,
         "view": table.view,
         "seconds": table.seconds,
@@ -83,7 +87,7 @@ def _beton(path: Path) -> dict[str, Any]:
         "path": str(beton.path),
         "rows": beton.num_rows,
         "fields": {field.name: field.kind for field in beton.fields},
-        "classes": beton.num_classes,
+        "classes": beton.num_classes if beton.has_labels else 0,
         "classes_without_rows": max(0, beton.num_classes - len(rows_per_class)),
         "rows_per_class": _spread(rows_per_class),
         "files": len(beton.files),

@@ -28,6 +28,7 @@ def convert(
     beton_path: str | Path,
     *,
     labels: str | Path | None = None,
+    unlabeled: bool = False,
     workers: int | None = None,
     jpeg: str = "auto",
     on_error: str = "stop",
@@ -56,6 +57,8 @@ def convert(
             pixels (height, width, 3) or (height, width), or the bytes of an image file.
         beton_path: the file to write; an older one is replaced at the very end, with its manifest.
         labels: for a flat folder, a text file with a line "name class" per image.
+        unlabeled: leave classes out: every label is 0, and what needs labels refuses the beton. The
+            folder may be any tree of images; tars, Parquet files and datasets need no labels.
         workers: processes; by default one per CPU that affinity and cgroup quota leave, at
             most 16.
         jpeg: what becomes of 8-bit baseline and progressive JPEGs, gray or YCbCr. "original" copies
@@ -101,8 +104,13 @@ def convert(
             raise InvalidValueError(f"shards must be at most {MAX_SHARDS:,}, not {shards:,}.")
     if shard is not None and not 0 <= shard < (shards or 0):
         raise InvalidValueError(f"shard must lie in [0, {shards or 0:,}), not {shard:,}.")
+    if unlabeled and classes_from is not None:
+        raise InvalidValueError(
+            f"classes_from ({classes_from}) numbers classes, but the images shall have none. Leave "
+            "one of them out (--classes-from, --no-labels)."
+        )
     names = None if classes_from is None else _class_names_of(Path(classes_from))
-    source = source_for(images, labels)
+    source = source_for(images, labels, unlabeled=unlabeled)
     if shuffle_seed is not None and isinstance(source, ParquetSource):
         raise InvalidValueError(
             "shuffle_seed cannot be used with Parquet files, which are read row group by row "
@@ -113,7 +121,9 @@ def convert(
         listing = source.list_images()
         return listing if names is None else renumbered(listing, names)
 
-    job = Job(source, settings, on_error, shuffle_seed, num_workers, resume, keep_partial)
+    job = Job(
+        source, settings, on_error, shuffle_seed, num_workers, resume, keep_partial, unlabeled
+    )
     if shards is None:
         return build_beton(job, Path(beton_path), list_images)
     return _convert_shards(job, Path(beton_path), list_images, shards, shard)

@@ -15,6 +15,12 @@ from fastprune.cli.options import COUNT, PATH, json_option, show
 @click.argument("images", type=PATH)
 @click.argument("beton", type=PATH)
 @click.option("--labels", type=PATH, help='A file of "name class" lines for a flat folder.')
+@click.option(
+    "--no-labels",
+    "unlabeled",
+    is_flag=True,
+    help="Leave classes out; a folder may be any tree of images.",
+)
 @click.option("--workers", type=COUNT, help="Processes.  [default: one per usable CPU, at most 16]")
 @click.option(
     "--jpeg",
@@ -51,6 +57,7 @@ def convert(
     images: Path,
     beton: Path,
     labels: Path | None,
+    unlabeled: bool,
     workers: int | None,
     jpeg: str,
     on_error: str,
@@ -69,7 +76,7 @@ def convert(
     """Write images into a beton, without loss where they are JPEGs.
 
     IMAGES is a folder with one subfolder per class; a folder of WebDataset tars or of Parquet
-    files, or a pattern of them; or, with --labels, a folder of images.
+    files, or a pattern of them; or, with --labels or --no-labels, a folder of images.
     """
     from fastprune.beton.shards import SET_NAME
     from fastprune.beton.summary import jpeg_layouts
@@ -82,6 +89,7 @@ def convert(
         images,
         beton,
         labels=labels,
+        unlabeled=unlabeled,
         workers=workers,
         jpeg=jpeg,
         on_error=on_error,

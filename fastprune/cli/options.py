@@ -24,6 +24,7 @@ METRICS = (
     "margin",
     "entropy",
     "confidence",
+    "prototype",
 )
 STRATEGIES = ("medium", "window", "easy", "hard", "random", "moderate", "ccs")
 QUOTAS = ("proportional", "equal")
@@ -161,7 +162,7 @@ _TEACHER_OPTIONS = (
     click.option(
         "--teacher-classes",
         type=COUNT,
-        help="Logits of the teacher.  [default: the beton's classes]",
+        help="Logits of the teacher.  [default: the beton's classes; with --unsupervised its own]",
     ),
     click.option(
         "--image-size",

@@ -32,6 +32,13 @@ from fastprune.cli.options import (
 )
 @teacher_options
 @click.option(
+    "--unsupervised",
+    "num_clusters",
+    type=COUNT,
+    metavar="K",
+    help="Score without labels: K clusters of the teacher's features in place of classes.",
+)
+@click.option(
     "--feature-layer",
     help="Layer whose output are the features.  [default: the input of the classifier]",
 )
@@ -89,11 +96,17 @@ def score(
     )
     if os.environ.get("RANK", "0") == "0":
         seconds = time.perf_counter() - started
-        top1 = float((table.predictions == table.labels).mean())
+        found: dict[str, Any]
+        if table.clusters is None:
+            top1 = float((table.predictions == table.labels).mean())
+            said, found = f"teacher's top-1 {top1:.2%}", {"teacher_top1": top1}
+        else:
+            mean = table.clustering["mean_distance"]
+            count = table.clustering["num_clusters"]
+            said, found = f"{count:,} clusters, mean distance {mean:.4f}", table.clustering
         show(
-            f"scored {table.num_rows:,} rows in {seconds:.1f} s, teacher's top-1 {top1:.2%} "
-            f"-> {out}",
-            {"rows": table.num_rows, "seconds": seconds, "teacher_top1": top1, "out": out},
+            f"scored {table.num_rows:,} rows in {seconds:.1f} s, {said} -> {out}",
+            {"rows": table.num_rows, "seconds": seconds, **found, "out": out},
             as_json=as_json,
         )
 

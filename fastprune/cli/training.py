@@ -75,11 +75,15 @@ def train(
         sys.exit(1)
     if not is_first:
         return
+    reached = (
+        "no labels to validate by"
+        if result.top1_last is None or result.top1_best is None
+        else f"top-1 {result.top1_last:.2%} after the last epoch, {result.top1_best:.2%} at best"
+    )
     show(
         f"trained on {result.rows:,} rows for {result.epochs} epochs in "
         f"{result.train_seconds:.1f} s ({result.total_seconds:.1f} s in all): "
-        f"top-1 {result.top1_last:.2%} after the last epoch, {result.top1_best:.2%} at best "
-        f"-> {result.student}",
+        f"{reached} -> {result.student}",
         asdict(result),
         as_json=as_json,
     )

@@ -223,8 +223,9 @@ def result_table(result: DemoResult) -> Table:
             _mean([run.score_seconds for run in runs], 1),
             _mean([run.score_seconds + run.result.total_seconds for run in runs], 1),
             _mean([result.cost_ratio(run) for run in runs], 3),
-            _mean([100 * run.result.top1_last for run in runs], 1),
-            _mean([100 * run.result.top1_best for run in runs], 1),
+            # Its runs have labels, so they are validated.
+            _mean([100 * (run.result.top1_last or 0.0) for run in runs], 1),
+            _mean([100 * (run.result.top1_best or 0.0) for run in runs], 1),
         )
     return table
 

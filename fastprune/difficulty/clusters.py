@@ -5,17 +5,21 @@ seed gives the same clusters to the bit on any number of threads: every product 
 by one thread on rows of its own, and every sum over rows runs in row order.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
+from fastprune.compile_cache import cached
 from fastprune.cpus import cpus_per_rank
+from fastprune.difficulty import kernels
 from fastprune.difficulty.kernels import (
     as_float64,
     refuse_first_bad_row,
@@ -23,6 +27,9 @@ from fastprune.difficulty.kernels import (
 )
 from fastprune.errors import InvalidValueError
 from fastprune.splitmix import row_keys
+
+# `as_float64` is compiled in, so its file is a source too.
+_compiled = functools.partial(cached, Path(__file__), Path(kernels.__file__))
 
 # Rows of one product: its (rows, K) float32 cosines stay in a core's cache, and the cost of packing
 # the centers anew for each product is small beside the product.
@@ -251,7 +258,7 @@ def _inverse_lengths(features: NDArray[Any]) -> NDArray[np.float64]:
     return 1 / scales
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"})
+@_compiled(parallel=True, fastmath={"reassoc", "contract"})
 def _measure_lengths(rows: Any, lengths: Any) -> None:
     """Set the Euclidean lengths of all rows."""
     for row in prange(len(rows)):
@@ -261,7 +268,7 @@ def _measure_lengths(rows: Any, lengths: Any) -> None:
         lengths[row] = np.sqrt(squares)
 
 
-@njit(cache=True, nogil=True)
+@_compiled(nogil=True)
 def _nearest(products: Any, scales: Any, assignments: Any, distances: Any) -> None:
     """Reduce (n, K) products of rows and centers to the nearest center and its distance."""
     for i in range(len(products)):
@@ -274,7 +281,7 @@ def _nearest(products: Any, scales: Any, assignments: Any, distances: Any) -> No
         distances[i] = max(0.0, 1.0 - most * scales[i])
 
 
-@njit(cache=True, fastmath={"reassoc", "contract"})
+@_compiled(fastmath={"reassoc", "contract"})
 def _add_units(rows: Any, scales: Any, chosen: Any, total: Any) -> None:
     """Add the chosen rows, at length 1, to total; four at once hide each other's latency."""
     whole = len(chosen) - len(chosen) % 4
@@ -290,7 +297,7 @@ def _add_units(rows: Any, scales: Any, chosen: Any, total: Any) -> None:
             total[i] += as_float64(rows[a, i]) * scales[a]
 
 
-@njit(cache=True, parallel=True)
+@_compiled(parallel=True)
 def _mean_directions(rows: Any, scales: Any, grouped: Any, offsets: Any, centers: Any) -> None:
     """Set each center to the mean direction of its rows; keep it where there is none.
 
@@ -306,7 +313,7 @@ def _mean_directions(rows: Any, scales: Any, grouped: Any, offsets: Any, centers
                 centers[cluster, i] = total[i] / length
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"})
+@_compiled(parallel=True, fastmath={"reassoc", "contract"})
 def _lower_distances(units: Any, center: Any, nearest: Any) -> None:
     """Lower each row's distance to its nearest center by one more center."""
     for row in prange(len(units)):

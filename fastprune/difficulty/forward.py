@@ -32,7 +32,8 @@ class Forward:
         device: of the network's weights.
         dtype: of its arithmetic: float32, or bfloat16 under autocast.
         width: D.
-        num_classes: C.
+        num_classes: C; 0 for a teacher without a classifier.
+        uses_labels: whether rows are measured by their labels too.
     """
 
     network: nn.Module
@@ -40,6 +41,7 @@ class Forward:
     dtype: torch.dtype
     width: int
     num_classes: int
+    uses_labels: bool = True
 
     def examine(
         self, views: Iterable[tuple[Tensor, ...]], *, keep: Keep | None = None
@@ -52,7 +54,8 @@ class Forward:
             keep: given each view's rows, number and logits.
 
         Returns:
-            features (B, D) float32 and COLUMNS (B, len(COLUMNS)) float64, on the CPU.
+            features (B, D) float32 and COLUMNS (B, len(COLUMNS)) float64, on the CPU: NaN for
+            metrics that need labels where none are used, or logits where there are none.
 
         Raises:
             InvalidValueError: a feature or a logit is not finite; the first such row is named.
@@ -66,10 +69,14 @@ class Forward:
             if keep is not None:
                 keep(rows, number, logits)
             features.append(hidden)
-            metrics.append(logit_metrics(logits, labels, hidden))
+            metrics.append(logit_metrics(logits, labels if self.uses_labels else None, hidden))
             probabilities.append(logits.softmax(dim=1))
-        columns = [_mean([m[name] for m in metrics]) for name in LOGIT_METRICS]
-        columns += [_mean(probabilities).argmax(dim=1).double(), rows.double()]
+        unknown = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=rows.device)
+        columns = [_mean([m.get(name, unknown) for m in metrics]) for name in LOGIT_METRICS]
+        predictions = (
+            _mean(probabilities).argmax(dim=1) if self.uses_labels else torch.full_like(rows, -1)
+        )
+        columns += [predictions.double(), rows.double()]
         return _mean(features).cpu(), torch.stack(columns, dim=1).cpu()
 
 
@@ -83,6 +90,7 @@ def ready_forward(
     device: torch.device,
     precision: str,
     compile_network: bool,
+    uses_labels: bool = True,
 ) -> Iterator[Forward]:
     """Put a network on the device in eval mode, hook its features, and try it on one image.
 
@@ -114,7 +122,7 @@ def ready_forward(
                     "Take a teacher of these classes, or say how many it has (--teacher-classes)."
                 )
             compiled: Any = torch.compile(tap) if compile_network else tap
-            yield Forward(compiled, device, dtype, features.shape[1], num_classes)
+            yield Forward(compiled, device, dtype, features.shape[1], num_classes, uses_labels)
     finally:
         for module, was_training in modes:
             module.training = was_training

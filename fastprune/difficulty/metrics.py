@@ -10,6 +10,10 @@ from torch.nn import functional
 
 from fastprune.errors import InvalidValueError
 
+# What a pass without labels measures: the distance to the own cluster's center, and metrics of
+# logits alone.
+CLUSTER_METRIC = "prototype"
+LABEL_FREE_METRICS = ("entropy", "confidence", "logit_std")
 FEATURE_METRICS = ("centroid", "centroid_median")
 LOGIT_METRICS = (
     "loss",
@@ -136,22 +140,31 @@ def logit_std(logits: Tensor) -> Tensor:
     return logits.double().std(dim=1, correction=1)
 
 
-def logit_metrics(logits: Tensor, labels: Tensor, features: Tensor) -> dict[str, Tensor]:
+def logit_metrics(logits: Tensor, labels: Tensor | None, features: Tensor) -> dict[str, Tensor]:
     """Compute the metrics that need one row alone: `LOGIT_METRICS`, each (B,) float64.
+
+    Without labels these are `LABEL_FREE_METRICS`, and where the teacher has no classifier, none.
 
     Raises:
         InvalidValueError: the teacher has fewer than two classes.
     """
+    if labels is None and logits.shape[1] == 0:
+        return {}
     if logits.shape[1] < 2:
         raise InvalidValueError(
             f"the teacher gives {logits.shape[1]} logit per image; scores need at least 2 classes."
         )
+    label_free = {
+        "entropy": entropy(logits),
+        "confidence": confidence(logits),
+        "logit_std": logit_std(logits),
+    }
+    if labels is None:
+        return label_free
     return {
         "loss": loss(logits, labels),
         "el2n": el2n(logits, labels),
         "grand_last": grand_last(logits, labels, features),
         "margin": margin(logits, labels),
-        "entropy": entropy(logits),
-        "confidence": confidence(logits),
-        "logit_std": logit_std(logits),
+        **label_free,
     }

@@ -16,6 +16,7 @@ from fastprune.networks import (
     build_network,
     load_weights,
     network_in_metadata,
+    own_classes,
     published_view,
     published_weights,
     weights_digest,
@@ -36,7 +37,7 @@ class Teacher:
 
     Attributes:
         network: maps (B, 3, S, S) images to (B, C) logits.
-        num_classes: C.
+        num_classes: C; 0 where it has no classifier and gives features.
         identity: network, checkpoint, published weights and digest of the weights, for the record.
         image_size: side of the images it was trained on, in pixels; None where unknown.
         published: size, mean and std that its weights were made for, where all are known.
@@ -52,7 +53,7 @@ class Teacher:
 def make_teacher(
     teacher: str | nn.Module | None,
     *,
-    num_classes: int,
+    num_classes: int | None,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
 ) -> Teacher:
@@ -61,7 +62,8 @@ def make_teacher(
     Args:
         teacher: a network, or the name of one (see `build_network`); None for the network that the
             checkpoint names.
-        num_classes: C.
+        num_classes: C; None for as many as it knows by itself, and if nothing says, for features
+            alone.
         checkpoint: its weights in a file.
         weights: its published weights, by name; by default the best ones, without a checkpoint.
 
@@ -75,7 +77,7 @@ def make_teacher(
                 "the teacher is a network, which has its weights; leave the checkpoint and the "
                 "weights out, or give its name."
             )
-        return _described(teacher, type(teacher).__name__, num_classes)
+        return _described(teacher, type(teacher).__name__, num_classes or 0)
     if checkpoint is None:
         return _published(teacher, weights, num_classes)
     if weights is not None:
@@ -89,6 +91,8 @@ def make_teacher(
         raise InvalidValueError(
             f"{checkpoint} does not say which network it is of. Name it (--teacher)."
         )
+    if num_classes is None:
+        num_classes = own_classes(name, checkpoint=checkpoint, weights=None)
     network = build_network(name, num_classes=num_classes)
     load_weights(network, checkpoint)
     size = metadata.get("image_size")
@@ -107,7 +111,7 @@ def make_teacher(
     )
 
 
-def _published(name: str | None, weights: str | None, num_classes: int) -> Teacher:
+def _published(name: str | None, weights: str | None, num_classes: int | None) -> Teacher:
     """Build a teacher with published weights, or call a factory, which brings its own."""
     if name is None:
         raise InvalidValueError(
@@ -115,6 +119,8 @@ def _published(name: str | None, weights: str | None, num_classes: int) -> Teach
             "(--teacher-checkpoint)."
         )
     weights = weights or published_weights(name)
+    if num_classes is None:
+        num_classes = own_classes(name, checkpoint=None, weights=weights)
     network = build_network(name, num_classes=num_classes, weights=weights)
     view = None if weights is None else published_view(name, weights)
     return _described(network, name, num_classes, weights=weights, published=view)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from fastprune.artifacts.scores import ScoreTable, require_parquet_name
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.checks import require_at_least
 from fastprune.difficulty.cache import fill_missing, open_cache, recurring_views
+from fastprune.difficulty.clusters import spherical_kmeans
 from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward
 from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
-from fastprune.difficulty.metrics import LOGIT_METRICS
+from fastprune.difficulty.metrics import CLUSTER_METRIC, LABEL_FREE_METRICS, LOGIT_METRICS
 from fastprune.difficulty.network import Channels, Teacher, ViewSpec, choose_view, make_teacher
 from fastprune.difficulty.reading import Reading
 from fastprune.distributed import Ranks, device_of_rank, join_ranks
@@ -40,6 +42,7 @@ def score(
     checkpoint: str | Path | None = None,
     weights: str | None = None,
     num_classes: int | None = None,
+    num_clusters: int | None = None,
     feature_layer: str | None = None,
     image_size: int | None = None,
     mean: Channels | None = None,
@@ -74,6 +77,10 @@ def score(
         weights: published weights of the named teacher, such as IMAGENET1K_V2; by default, where
             no checkpoint is given, the best ones.
         num_classes: C, logits of the teacher; by default the beton's number of classes.
+        num_clusters: K, to score without labels: rows are grouped by spherical k-means of their
+            features, and their difficulty `prototype` is the cosine distance to the center of
+            their cluster. The teacher needs no classifier; it has as many classes as num_classes
+            says, else its checkpoint or published weights, else none.
         feature_layer: the layer whose output is the feature vector; by default the input of the
             teacher's classifier.
         image_size: side of the images in pixels; by default as `choose_view` finds it.
@@ -84,7 +91,7 @@ def score(
             "center" or None for the center crop. View i of a row is the one that training on
             `num_views` recurring views shows in slot i.
         augment: how augmented views are taken, as for `Loader`: as the training to come does.
-        seed: of the augmented views, as of the training to come.
+        seed: of the augmented views, as of the training to come; and of the clusters.
         cache: folder of a teacher cache, which keeps the logits of these views for the training;
             made where it is missing.
         num_views: K, how many views recur in the training; for the cache.
@@ -105,7 +112,8 @@ def score(
 
     Raises:
         InvalidValueError: an argument is outside its domain, the teacher's classes are not the
-            beton's, or it returned a value that is not finite (the row is named).
+            beton's, it returned a value that is not finite (the row is named), or the beton has no
+            labels and num_clusters is not given.
         ArtifactMismatch: the cache is of something else; the difference is named.
         ArtifactError: the checkpoint does not fit, or a file cannot be written.
         BetonError: the beton cannot be read.
@@ -115,15 +123,7 @@ def score(
     require_at_least("batch_size", batch_size, 1)
     require_parquet_name(out_path)  # now, and not when the pass is done
     out_path, beton = Path(out_path), open_beton(beton_path)
-    classes = beton.num_classes if num_classes is None else num_classes
-    outside = (beton.labels < 0) | (beton.labels >= classes)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise InvalidValueError(
-            f"row {row:,} of {beton.path} has label {beton.labels[row]}, but the teacher's "
-            f"{classes:,} classes are 0 to {classes - 1:,}. Take a teacher that was trained on "
-            "these labels."
-        )
+    classes = _checked_classes(beton, num_classes, num_clusters)
     made = make_teacher(teacher, num_classes=classes, checkpoint=checkpoint, weights=weights)
     view = choose_view(
         beton,
@@ -136,26 +136,35 @@ def score(
         augment=augment,
     )
     recurring = 0 if cache is None else recurring_views(cache, num_views, scored=view.count)
+    if cache is not None and made.num_classes == 0:
+        raise InvalidValueError(
+            f"cache ({cache}) keeps logits, but the teacher has no classifier that makes some. "
+            "Leave it out, or take a teacher with classes (--teacher-classes)."
+        )
     with join_ranks() as ranks:
         rank_device = device_of_rank(choose_device(device))
         reading = Reading(beton, view, batch_size, rank_device, backend, num_workers)
         with ready_forward(
             made.network,
-            num_classes=classes,
+            num_classes=made.num_classes,
             feature_layer=feature_layer,
             image_size=view.image_size,
             device=rank_device,
             precision=precision,
             compile_network=compile_teacher,
+            uses_labels=num_clusters is None,
         ) as forward:
             # How the teacher is run decides its scores as much as its weights do.
             run_as = {"feature_layer": feature_layer, "dtype": str(forward.dtype)}
             made = replace(made, identity=made.identity | run_as)
-            identity = {
+            identity: dict[str, Any] = {
                 "images": beton.fingerprint.to_dict(),
                 "teacher": made.identity,
                 "view": view.to_dict(),
             }
+            if num_clusters is not None:
+                # Not their number: a killed pass may go on with another.
+                identity["labels"] = False
             with ExitStack() as stack:
                 journal = filler = None
                 if ranks.is_first:
@@ -177,7 +186,11 @@ def score(
                 _run(reading, forward, journal, ranks, filler)
                 table = None
                 if journal is not None:
-                    table = _make_table(journal, beton, made, view)
+                    table = (
+                        _make_table(journal, beton, made, view)
+                        if num_clusters is None
+                        else _make_clustered_table(journal, beton, made, view, num_clusters, seed)
+                    )
                     table.save(out_path)
                     if keep_features:
                         journal.keep_features(out_path.with_suffix(".features.npy"))
@@ -185,6 +198,32 @@ def score(
                 if filler is not None:
                     _finish_cache(filler, loader, forward, ranks, num_slots=view.count)
         return ranks.from_first(table)
+
+
+def _checked_classes(beton: Beton, asked: int | None, num_clusters: int | None) -> int | None:
+    """Return the teacher's classes, None for its own; refuse labels that it does not know."""
+    if num_clusters is not None:
+        if 1 <= num_clusters <= beton.num_rows:
+            return asked
+        raise InvalidValueError(
+            f"num_clusters ({num_clusters:,}) must be from 1 to the number of rows of "
+            f"{beton.path}, {beton.num_rows:,}."
+        )
+    num_classes = beton.num_classes if asked is None else asked
+    if not beton.has_labels:
+        raise InvalidValueError(
+            f"{beton.path} was converted without labels, so no row has a class to be judged by. "
+            "Score it by clusters of the teacher's features: --unsupervised K (num_clusters)."
+        )
+    outside = (beton.labels < 0) | (beton.labels >= num_classes)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise InvalidValueError(
+            f"row {row:,} of {beton.path} has label {beton.labels[row]}, but the teacher's "
+            f"{num_classes:,} classes are 0 to {num_classes - 1:,}. Take a teacher that was "
+            "trained on these labels."
+        )
+    return num_classes
 
 
 def _run(
@@ -277,4 +316,38 @@ def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: View
         teacher=teacher.identity,
         view=view.to_dict(),
         seconds=journal.seconds,
+    )
+
+
+def _make_clustered_table(
+    journal: PassJournal,
+    beton: Beton,
+    teacher: Teacher,
+    view: ViewSpec,
+    num_clusters: int,
+    seed: int,
+) -> ScoreTable:
+    """Group the rows by their features; labels, where the beton has some, are not looked at."""
+    clusters = spherical_kmeans(journal.features, num_clusters, seed=seed)
+    has_logits = teacher.num_classes > 0
+    metrics = {name: np.array(journal.rows[name], np.float32) for name in LABEL_FREE_METRICS}
+    counts = np.bincount(beton.labels, minlength=beton.num_classes)
+    return ScoreTable(
+        labels=np.array(beton.labels, np.int64),
+        metrics={CLUSTER_METRIC: clusters.distances, **(metrics if has_logits else {})},
+        predictions=np.array(journal.rows["prediction"], np.int64),
+        class_std=np.full(len(counts), np.nan),
+        class_counts=counts.astype(np.int64),
+        fingerprint=beton.fingerprint,
+        teacher=teacher.identity,
+        view=view.to_dict(),
+        seconds=journal.seconds,
+        clusters=clusters.assignments,
+        clustering={
+            "num_clusters": num_clusters,
+            "seed": seed,
+            "iterations": clusters.iterations,
+            "converged": clusters.converged,
+            "mean_distance": clusters.inertia / beton.num_rows,
+        },
     )

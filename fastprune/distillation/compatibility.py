@@ -13,7 +13,13 @@ from fastprune.artifacts.subset import Subset
 from fastprune.distillation.objective import Objective
 from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.loading.loader import Loader
-from fastprune.networks import published_view, published_weights, weights_digest, weights_metadata
+from fastprune.networks import (
+    own_classes,
+    published_view,
+    published_weights,
+    weights_digest,
+    weights_metadata,
+)
 from fastprune.recipe import Recipe
 
 # What may change between two parts of a run. Files may lie elsewhere: what they hold is compared.
@@ -35,30 +41,32 @@ _FREE = {
 }
 
 
-def student_metadata(recipe: Recipe, loader: Loader, precision: str) -> dict[str, str]:
+def student_metadata(
+    recipe: Recipe, loader: Loader, precision: str, *, num_classes: int
+) -> dict[str, str]:
     """Return what a reader of the student's weights needs to build, feed and understand it."""
     metadata = {
         "network": recipe.student.network,
-        "num_classes": str(loader.num_classes),
+        "num_classes": str(num_classes),
         "image_size": str(recipe.data.val_image_size or recipe.data.image_size),
         "mean": json.dumps(recipe.data.mean),
         "std": json.dumps(recipe.data.std),
         "precision": precision,
     }
-    if loader.class_names is not None:
+    if recipe.data.labels and loader.class_names is not None:
         metadata["class_names"] = json.dumps(loader.class_names)
     return metadata
 
 
 def identity(
-    recipe: Recipe, train: Loader, val: Loader, objective: Objective, *, processes: int
+    recipe: Recipe, train: Loader, val: Loader | None, objective: Objective, *, processes: int
 ) -> dict[str, Any]:
     """Return everything that decides which weights a run ends with, by dotted name.
 
     Args:
         recipe: its settings, but those of no consequence and names of files.
         train: its images and rows.
-        val: its images.
+        val: its images; None without labels.
         objective: the teacher's weights and the class std.
         processes: that train together.
     """
@@ -73,7 +81,7 @@ def identity(
     return flat | {
         "data.backend": train.backend,
         "the images of data.train": str(train.beton.fingerprint),
-        "the images of data.val": str(val.beton.fingerprint),
+        "the images of data.val": None if val is None else str(val.beton.fingerprint),
         "the rows of data.subset": train.state_dict()["rows_digest"],
         "the weights of the teacher and the class std": weights_digest(objective),
         "teacher.cache": recipe.teacher is not None and recipe.teacher.cache is not None,
@@ -103,6 +111,49 @@ def require_same_run(theirs: dict[str, Any], ours: dict[str, Any], *, folder: st
             f"{folder} holds an unfinished run with other settings: {'; '.join(differing)}. Go on "
             "with its own, or name another folder (run.out)."
         )
+
+
+def require_labels(recipe: Recipe, *loaders: Loader) -> None:
+    """Refuse images without labels, where the recipe looks at labels.
+
+    Raises:
+        RecipeError: a beton was converted without labels.
+    """
+    for name, loader in zip(("train", "val"), loaders, strict=False):
+        if recipe.data.labels and not loader.beton.has_labels:
+            raise RecipeError(
+                f"data.{name} = {loader.beton.path} was converted without labels. Learn from the "
+                "teacher alone (data.labels = false, without data.val and with "
+                "loss.cross_entropy_weight = 0), or convert it with them."
+            )
+
+
+def classes_of_run(recipe: Recipe, train: Loader) -> tuple[int, int]:
+    """Find how many logits student and teacher have.
+
+    Returns:
+        C of the student and of the teacher. They are the beton's; without labels the teacher has
+        its own, and the student as many, or 0 (no classifier) where features alone are compared.
+
+    Raises:
+        RecipeError: logits are to be compared, but the teacher has no classifier.
+    """
+    if recipe.data.labels or recipe.teacher is None:
+        return train.num_classes, train.num_classes
+    teacher = recipe.teacher
+    known = teacher.num_classes
+    if known is None:
+        known = own_classes(teacher.network, checkpoint=teacher.checkpoint, weights=teacher.weights)
+    if recipe.loss.distillation_weight == 0:
+        return 0, known
+    if known < 2:
+        raise RecipeError(
+            f"loss.distillation_weight = {recipe.loss.distillation_weight} compares logits, but "
+            f"the teacher {teacher.network} has no classifier that makes some, as far as its file "
+            "says. Set the weight to 0 and loss.feature_weight above, or say how many logits it "
+            "has (teacher.num_classes)."
+        )
+    return known, known
 
 
 def require_same_classes(train: Loader, val: Loader) -> None:
@@ -144,6 +195,9 @@ def require_teacher_fits(recipe: Recipe, train: Loader) -> None:
             _require_same_values(recipe, values)
         return
     metadata = weights_metadata(checkpoint)
+    if not recipe.data.labels:
+        _require_same_values(recipe, metadata)
+        return
     # Students of `distill` carry these texts. Other checkpoints have none, and nothing is compared.
     names = tuple(json.loads(metadata.get("class_names", "null")) or ())
     count = int(metadata.get("num_classes", train.num_classes))

@@ -86,6 +86,16 @@ def evaluate_checkpoint(
         distributed=None,
     )
     num_classes = int(metadata.get("num_classes", loader.num_classes))
+    if num_classes == 0:
+        raise ArtifactMismatch(
+            f"{checkpoint} has no classifier: it was trained without labels and gives features. "
+            "Train a classifier on them to measure top-1."
+        )
+    if not loader.beton.has_labels:
+        raise ArtifactMismatch(
+            f"{beton} was converted without labels, which top-1 is measured by. Convert the images "
+            "with them."
+        )
     # Fewer is fine: a validation set may lack the last classes.
     if loader.num_classes > num_classes:
         raise ArtifactMismatch(

@@ -81,22 +81,28 @@ class Learner(nn.Module):
 
     @classmethod
     def with_projectors(
-        cls, student: nn.Module, teacher: FeatureNetwork, *, num_classes: int, projectors: int
+        cls,
+        student: nn.Module,
+        teacher: FeatureNetwork,
+        *,
+        num_classes: int,
+        image_size: int,
+        projectors: int,
     ) -> Self:
         """Make a learner whose features are compared with a teacher's penultimate ones.
 
         Args:
             student: maps (B, 3, H, W) images to (B, C) logits.
-            teacher: hooked at the input of its classifier.
-            num_classes: C.
+            teacher: hooked at the input of its classifier, or without one.
+            num_classes: C of the student; 0 where it has no classifier.
+            image_size: side of the images, in pixels.
             projectors: maps in the ensemble.
 
         Raises:
             InvalidValueError: the student has no linear layer that makes its logits.
         """
-        # Projectors need widths, which both classifiers know without a forward pass.
         network = FeatureNetwork(student, num_classes=num_classes)
-        widths = network.classifier_width, teacher.classifier_width
+        widths = network.feature_width(image_size), teacher.feature_width(image_size)
         return cls(network, ProjectorEnsemble(*widths, projectors=projectors))
 
     @property

@@ -67,7 +67,8 @@ class Result:
         teacher_forwards_saved: images whose logits a teacher cache had.
         cache_bytes: that the teacher cache takes on the disk at the end; 0 without one.
         cache_fill_seconds: the first process spent on writing it, beside the training.
-        top1_last: top-1 accuracy in [0, 1] on the validation set after the last epoch.
+        top1_last: top-1 accuracy in [0, 1] on the validation set after the last epoch; None of a
+            run without labels, and so are the next two.
         top1_best: the best of all validations; chosen on the validation set, so it flatters.
         top5_last: top-5 accuracy in [0, 1] after the last epoch.
         curve: one dict per validation: epoch, train_seconds so far, top1, val_loss.
@@ -109,9 +110,9 @@ class Result:
     teacher_forwards_saved: int
     cache_bytes: int
     cache_fill_seconds: float
-    top1_last: float
-    top1_best: float
-    top5_last: float
+    top1_last: float | None
+    top1_best: float | None
+    top5_last: float | None
     curve: list[dict[str, float]]
     student: Path
 
@@ -155,7 +156,7 @@ def make_result(
         epochs: passes over them.
         steps: optimizer steps.
         processes: how many trained together.
-        evaluations: one or more, in their order.
+        evaluations: in their order; none without labels.
         curve: one dict per evaluation.
         student: file with the student's weights.
     """
@@ -198,9 +199,9 @@ def make_result(
         teacher_forwards_saved=teacher_forwards_saved,
         cache_bytes=cache_bytes,
         cache_fill_seconds=cache_fill_seconds,
-        top1_last=evaluations[-1].top1,
-        top1_best=max(evaluation.top1 for evaluation in evaluations),
-        top5_last=evaluations[-1].top5,
+        top1_last=evaluations[-1].top1 if evaluations else None,
+        top1_best=max((evaluation.top1 for evaluation in evaluations), default=None),
+        top5_last=evaluations[-1].top5 if evaluations else None,
         curve=curve,
         student=student,
     )

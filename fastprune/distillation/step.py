@@ -93,7 +93,7 @@ class Batch(NamedTuple):
 
 
 def make_pair(
-    context: Context, *, num_classes: int, keep_ratio: float
+    context: Context, *, num_classes: int, keep_ratio: float, teacher_classes: int | None = None
 ) -> tuple[Learner, Objective]:
     """Build what a recipe trains and what it minimizes.
 
@@ -101,8 +101,9 @@ def make_pair(
 
     Args:
         context: networks, losses and memory format of the recipe, and the device.
-        num_classes: C, of the beton.
+        num_classes: C of the student: the beton's; 0 for none but features.
         keep_ratio: share of the beton's rows that is trained on.
+        teacher_classes: C of the teacher; None for the student's.
 
     Returns:
         The learner, with projectors where features are compared, and the objective with its
@@ -121,14 +122,19 @@ def make_pair(
     student, teacher = _build(recipe.student, num_classes), None
     with explain_missing_features(recipe):
         if recipe.teacher is not None:
-            network = _build(recipe.teacher, num_classes)
+            teacher_classes = num_classes if teacher_classes is None else teacher_classes
+            network = _build(recipe.teacher, teacher_classes)
             teacher = FeatureNetwork(
-                network, num_classes=num_classes, takes_features=takes_features
+                network, num_classes=teacher_classes, takes_features=takes_features
             )
         if takes_features:
             assert teacher is not None, "the recipe is validated"
             learner = Learner.with_projectors(
-                student, teacher, num_classes=num_classes, projectors=recipe.loss.projectors
+                student,
+                teacher,
+                num_classes=num_classes,
+                image_size=recipe.data.image_size,
+                projectors=recipe.loss.projectors,
             )
         else:
             learner = Learner(
@@ -256,17 +262,21 @@ class Stepper:
         # The graph would be kept alive until the next line of the log.
         return losses.detach()
 
-    def warm_up(self, *, num_classes: int, image_sizes: Sequence[int]) -> None:
+    def warm_up(
+        self, *, num_classes: int, image_sizes: Sequence[int], teacher_classes: int | None = None
+    ) -> None:
         """Run steps on empty images and undo them, so that no clock counts what happens once.
 
         Args:
-            num_classes: C.
+            num_classes: C of the student.
             image_sizes: sides of the images that the run has, in pixels; a step for each.
+            teacher_classes: C of the teacher; None for the student's.
 
         Raises:
             InvalidValueError: a network gives no logits of these classes.
         """
         context = self._context
+        asked = num_classes if teacher_classes is None else teacher_classes
         rows = context.recipe.data.batch_size
         # A copy: the state dict's tensors are the weights themselves.
         before = copy.deepcopy(self._learner.state_dict())
@@ -282,7 +292,7 @@ class Stepper:
             self._wrapped.train()
             self._backward(
                 Batch(images, labels, labels),
-                lambda batch: self._teacher.warm_up(batch.images, num_classes),
+                lambda batch: self._teacher.warm_up(batch.images, asked),
                 is_counted=False,
             )
         self._optimizer.zero_grad(set_to_none=True)

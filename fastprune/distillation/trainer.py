@@ -21,7 +21,9 @@ from fastprune.distillation.checkpoint import (
     set_rng_state,
 )
 from fastprune.distillation.compatibility import (
+    classes_of_run,
     identity,
+    require_labels,
     require_same_classes,
     require_same_run,
     require_teacher_fits,
@@ -94,13 +96,20 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
             return trainer.close()
 
 
-def _open_loaders(context: Context) -> tuple[Loader, Loader]:
-    """Loaders of both betons: (images, labels, rows) to train on, and (images, labels) of all."""
+def _open_loaders(context: Context) -> tuple[Loader, Loader | None]:
+    """Loaders of both betons: (images, labels, rows) to train on, and (images, labels) of all.
+
+    Without labels there is nothing to validate by, and no second loader.
+    """
     recipe = context.recipe
     train = _open_train_loader(context, recipe.data.image_size)
+    if recipe.data.val is None:
+        require_teacher_fits(recipe, train)
+        return train, None
     val_size = recipe.data.val_image_size or recipe.data.image_size
     # No `layout`: validation needs images and labels, every row once, in any order.
     val = Loader(recipe.data.val, train=False, image_size=val_size, **_loader_settings(context))
+    require_labels(recipe, train, val)
     require_same_classes(train, val)
     require_teacher_fits(recipe, train)
     return train, val
@@ -149,13 +158,13 @@ class Trainer:
         curve: one dict per validation: epoch, train_seconds so far, top1, val_loss.
     """
 
-    def __init__(self, context: Context, train_loader: Loader, val_loader: Loader) -> None:
+    def __init__(self, context: Context, train_loader: Loader, val_loader: Loader | None) -> None:
         """Build what trains, and do once what happens once: compilation and other warm-up.
 
         Args:
             context: of the run.
             train_loader: yields (images, labels, rows) of the recipe's image size.
-            val_loader: yields (images, labels), this process's share.
+            val_loader: yields (images, labels), this process's share; None without labels.
         """
         recipe, ranks, timer = context.recipe, context.ranks, context.timer
         self._context, self._recipe, self._ranks, self._timer = context, recipe, ranks, timer
@@ -164,9 +173,11 @@ class Trainer:
         # The student's weights depend on the seed alone, whatever was built before.
         torch.manual_seed(recipe.run.seed)
         # Weights are drawn on the CPU, so they are the same whatever the device.
+        self._num_classes, teacher_classes = classes_of_run(recipe, train_loader)
         learner, objective = make_pair(
             context,
-            num_classes=train_loader.num_classes,
+            num_classes=self._num_classes,
+            teacher_classes=teacher_classes,
             keep_ratio=len(train_loader.rows) / train_loader.beton.num_rows,
         )
         # Taken before the first step: the digest is of the teacher as it was loaded.
@@ -174,7 +185,8 @@ class Trainer:
             recipe, train_loader, val_loader, objective, processes=ranks.world
         )
         train_loader.warm_up()
-        val_loader.warm_up()
+        if val_loader is not None:
+            val_loader.warm_up()
         # Rows of one step of all processes; rows that fill no step are left out of an epoch.
         stride = train_loader.batch_size * ranks.world
         self._epochs = num_passes(
@@ -190,7 +202,7 @@ class Trainer:
             context,
             objective,
             train_loader,
-            num_classes=train_loader.num_classes,
+            num_classes=teacher_classes,
             epochs=self._epochs,
             sizes=sizes,
         )
@@ -201,7 +213,9 @@ class Trainer:
         )
         self._pruning = self._make_pruning(stride)
         self._stepper = Stepper(context, learner, objective, self._teacher, self._pruning)
-        self._stepper.warm_up(num_classes=train_loader.num_classes, image_sizes=sizes)
+        self._stepper.warm_up(
+            num_classes=self._num_classes, teacher_classes=teacher_classes, image_sizes=sizes
+        )
         # Warm-up ran steps whose seconds are those of compilers.
         timer.forget_parts()
         # Processes draw different numbers (dropout), as they see different rows.
@@ -375,7 +389,7 @@ class Trainer:
         epoch = self.epochs_done
         is_named = epoch == self._epochs or epoch % self._recipe.run.validate_every == 0
         is_validated = bool(self.curve) and self.curve[-1]["epoch"] == epoch
-        if epoch == 0 or is_validated or not is_named:
+        if self._val_loader is None or epoch == 0 or is_validated or not is_named:
             return
         train_seconds = self._timer.seconds["train"]
         with self._timer.phase("validation"), self._context.autocast():
@@ -423,7 +437,10 @@ class Trainer:
             # The result comes last: a folder with result.json has its student.
             with atomic_path(student) as temporary:
                 metadata = student_metadata(
-                    self._recipe, self._train_loader, self._context.precision
+                    self._recipe,
+                    self._train_loader,
+                    self._context.precision,
+                    num_classes=self._num_classes,
                 )
                 save_weights(self._stepper.student, temporary, metadata=metadata)
         self._timer.switch("closing")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastprune.networks.catalog import (
         PublishedView,
         build_network,
+        own_classes,
         published_view,
         published_weights,
     )
@@ -29,6 +30,7 @@ __all__ = [
     "classifier_name",
     "load_weights",
     "network_in_metadata",
+    "own_classes",
     "published_view",
     "published_weights",
     "save_weights",
@@ -42,6 +44,7 @@ _HOMES = {
     "build_network": "catalog",
     "classifier_name": "features",
     "load_weights": "weights",
+    "own_classes": "catalog",
     "published_view": "catalog",
     "published_weights": "catalog",
     "network_in_metadata": "weights",

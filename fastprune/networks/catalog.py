@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,12 +14,17 @@ from torch import nn
 from fastprune.checks import did_you_mean
 from fastprune.errors import ArtifactError, InvalidValueError, MissingDependencyError
 from fastprune.networks import resnet_large, resnet_small, vgg_small
+from fastprune.networks.features import without_classifier
 from fastprune.networks.mobilenet import MobileNetV1, SmallMobileNetV2
 from fastprune.networks.resnet_large import LargeResNet
 from fastprune.networks.resnet_small import SmallResNet
 from fastprune.networks.resnet_wide import WideResNet
 from fastprune.networks.shufflenet import SmallShuffleNetV1, SmallShuffleNetV2
 from fastprune.networks.vgg_small import SmallVGG
+from fastprune.networks.weights import weights_metadata
+
+# Any number will do for a classifier that is cut off, but 1: some networks have 1x1 gates.
+_CUT_CLASSES = 10
 
 _WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
 
@@ -51,7 +57,8 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
             `MobileNetV2`, `ShuffleV1`, ...), a torchvision classifier (`resnet50`, or
             `torchvision:vgg13` where a small network has the same name), `timm:NAME`, or a
             factory of yours, `package.module:function`, called with `num_classes=`.
-        num_classes: C, the logits per image.
+        num_classes: C, the logits per image; 0 for a network without its classifier, which gives
+            its penultimate features (B, D).
         weights: published weights: a member of the weights enum of a torchvision network, such
             as `IMAGENET1K_V2` or `DEFAULT`; `pretrained` for timm. None starts at random.
 
@@ -64,8 +71,11 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
         ArtifactError: the weights cannot be fetched.
         MissingDependencyError: timm is asked for and not installed.
     """
-    if num_classes < 1:
-        raise InvalidValueError(f"num_classes ({num_classes}) must be at least 1.")
+    if num_classes < 0:
+        raise InvalidValueError(
+            f"num_classes ({num_classes}) must be at least 1, or 0 for a network without its "
+            "classifier."
+        )
     source, _, rest = name.partition(":")
     # A prefix always wins, so that a name means the same whatever is added to the others.
     if source == "timm":
@@ -79,7 +89,9 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
     if small is None:
         return _torchvision_network(name, num_classes, weights)
     _refuse_weights(name, weights)
-    return small(num_classes)
+    if num_classes:
+        return small(num_classes)
+    return without_classifier(small(_CUT_CLASSES), num_classes=_CUT_CLASSES)
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,43 @@ def published_view(name: str, weights: str) -> PublishedView:
     )
 
 
+def published_classes(name: str, weights: str) -> int:
+    """How many classes published weights know; 0 for weights of a network without a classifier.
+
+    Args:
+        name: a torchvision or timm network.
+        weights: as `build_network` takes them.
+
+    Raises:
+        InvalidValueError: no such network, or no such weights.
+        MissingDependencyError: timm is asked for and not installed.
+    """
+    source, _, rest = name.rpartition(":")
+    if source == "timm":
+        return int(_timm_config(rest, weights).num_classes)
+    return len(_published_member(rest, weights).meta["categories"])
+
+
+def own_classes(name: str, *, checkpoint: str | Path | None, weights: str | None) -> int:
+    """How many classes a network knows by itself, whatever the images have.
+
+    Args:
+        name: as `build_network` takes it.
+        checkpoint: its weights in a file, whose header may say; or None.
+        weights: its published weights, or None.
+
+    Returns:
+        C; 0 where nothing says: the network is built without its classifier then.
+
+    Raises:
+        InvalidValueError: no such network, or no such weights.
+        ArtifactError: the checkpoint is missing or unreadable.
+    """
+    if checkpoint is not None:
+        return int(weights_metadata(checkpoint).get("num_classes", 0))
+    return 0 if weights is None else published_classes(name, weights)
+
+
 def _small_network(name: str) -> Callable[[int], nn.Module] | None:
     """The builder of a small network, or None where no small network is named so."""
     wide = _WIDE_RESNET.fullmatch(name)
@@ -162,6 +211,9 @@ def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn
     from torchvision import models
 
     _require_torchvision(name)
+    if num_classes == 0:
+        count = _CUT_CLASSES if weights is None else published_classes(name, weights)
+        return without_classifier(_torchvision_network(name, count, weights), num_classes=count)
     options: dict[str, Any] = {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary classifiers would make forward() return more than the logits.
@@ -208,7 +260,8 @@ def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module
     else:
         # timm itself would put a random classifier in the place of one of other classes.
         config = _timm_config(name, weights)
-        _require_classes(f"timm:{name}", weights, config.num_classes, num_classes)
+        if num_classes:  # timm itself leaves the classifier out for 0
+            _require_classes(f"timm:{name}", weights, config.num_classes, num_classes)
     with _named_download(f"timm:{name}"):
         network: nn.Module = timm.create_model(
             name, pretrained=weights is not None, num_classes=num_classes

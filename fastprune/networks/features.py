@@ -2,6 +2,7 @@
 
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -43,16 +44,35 @@ def classifier_name(network: nn.Module, *, num_classes: int) -> str:
     return names[-1]
 
 
+def without_classifier(network: nn.Module, *, num_classes: int) -> nn.Module:
+    """Put nothing in the place of the layer that makes the logits, so that features come out.
+
+    Args:
+        network: any classifier; it is changed.
+        num_classes: C.
+
+    Returns:
+        The network, which maps (B, 3, H, W) images to its penultimate features (B, D).
+
+    Raises:
+        InvalidValueError: the network has no such layer.
+    """
+    network.set_submodule(classifier_name(network, num_classes=num_classes), nn.Identity())
+    return network
+
+
 class FeatureNetwork(nn.Module):
     """A classifier that gives its features beside its logits: what a teacher and a student run as.
 
     Calling it with (B, 3, H, W) images returns (features (B, D), logits (B, C)). Feature maps
-    (B, D, H, W) are averaged over their positions. Use it as a context manager, or call `close`:
+    (B, D, H, W) are averaged over their positions. A network without a classifier (C is 0) gives
+    its features, and logits (B, 0). Use it as a context manager, or call `close`:
     the hook stays on the wrapped network until then.
 
     Attributes:
         network: the classifier itself, which maps images to logits.
-        layer: the dotted name of the layer that was hooked; None without features.
+        layer: the dotted name of the layer that was hooked; None without features, or where the
+            network itself gives them.
     """
 
     def __init__(
@@ -67,7 +87,7 @@ class FeatureNetwork(nn.Module):
 
         Args:
             network: any classifier; it is used as it is, not copied.
-            num_classes: C.
+            num_classes: C; 0 where the network gives features and no logits.
             feature_layer: the layer whose output are the features; by default the input of the
                 classifier is taken, found by `classifier_name`.
             takes_features: False where nobody looks at features: they are (B, 0) then, and the
@@ -81,9 +101,12 @@ class FeatureNetwork(nn.Module):
         self.layer: str | None = None
         self._features: Tensor | None = None
         self._hook: RemovableHandle | None = None
+        self._has_classifier = num_classes > 0
         if not takes_features:
             return
         modules = dict(network.named_modules())
+        if feature_layer is None and not self._has_classifier:
+            return
         if feature_layer is None:
             self.layer = classifier_name(network, num_classes=num_classes)
             self._hook = modules[self.layer].register_forward_pre_hook(self._take_input)
@@ -96,9 +119,19 @@ class FeatureNetwork(nn.Module):
                 f"layers are {', '.join(name for name, _ in network.named_children())}."
             )
 
-    @property
-    def classifier_width(self) -> int:
-        """D, the numbers in a feature, where the features are the classifier's input."""
+    def feature_width(self, image_size: int) -> int:
+        """Return D, the numbers in a feature, where no layer was named.
+
+        It is the input of the classifier, or what an empty image of this side shows.
+        """
+        if not self._has_classifier:
+            device = next(self.network.parameters()).device
+            was_training = self.network.training
+            with torch.no_grad():
+                images = torch.zeros(1, 3, image_size, image_size, device=device)
+                features, _ = self.eval()(images)
+            self.train(was_training)
+            return int(features.shape[1])
         assert self.layer is not None, "its features were asked for"
         layer = self.network.get_submodule(self.layer)
         width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
@@ -107,7 +140,11 @@ class FeatureNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> features (B, D), logits (B, C)."""
-        logits = self.network(images)
+        output = self.network(images)
+        if self.layer is None and not self._has_classifier:
+            own = _as_rows(output, "the network itself")
+            return own, own.new_empty((len(images), 0))
+        logits = output if self._has_classifier else images.new_empty((len(images), 0))
         if self.layer is None:
             return logits.new_empty((len(images), 0)), logits
         # Taken out: a stale feature of the last batch must not pass for this one's.

@@ -57,7 +57,10 @@ class DataSettings(_Section):
 
     Attributes:
         train: beton to train on.
-        val: beton to evaluate on.
+        val: beton to evaluate on; None only where there are no labels.
+        labels: False to learn from the teacher alone, from images with or without labels: their
+            labels are not looked at, there is no validation, and with features alone the student
+            has no classifier.
         subset: index file of the rows to train on; None for all rows.
         image_size: side of a training view in pixels; with `first_image_size` that of the last
             epochs.
@@ -80,7 +83,8 @@ class DataSettings(_Section):
     """
 
     train: _File
-    val: _File
+    val: _File | None = None
+    labels: bool = True
     subset: _File | None = None
     image_size: Count = 224
     first_image_size: Count | None = None
@@ -129,10 +133,13 @@ class TeacherSettings(NetworkSettings):
         cache: folder of its logits on recurring views (`data.num_views`), which the run reads and
             fills; None asks the network in every step.
         cache_dtype: of a new cache; None for float16.
+        num_classes: its logits, where `data.labels` is false; None for what the checkpoint or the
+            published weights say, or no classifier if nothing does.
     """
 
     cache: Path | None = None
     cache_dtype: Literal["float16", "float32", "uint8"] | None = None
+    num_classes: Count | None = None
 
 
 class LossSettings(_Section):
@@ -343,6 +350,42 @@ class Recipe(_Section):
             )
         if self.loss.reshaping == "class_std" and self.data.subset is None:
             raise ValueError("loss.reshaping = 'class_std' needs data.subset, which carries them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        """Refuse, by name, what needs labels where there are none."""
+        if self.data.labels:
+            if self.data.val is None:
+                raise ValueError("data.val is missing")
+            if self.teacher is not None and self.teacher.num_classes is not None:
+                raise ValueError(
+                    "teacher.num_classes is for data.labels = false; else the teacher has the "
+                    "classes of data.train"
+                )
+            return self
+        if self.teacher is None:
+            raise ValueError(
+                "data.labels = false leaves the teacher alone to learn from, but [teacher] is "
+                "missing"
+            )
+        loss = self.loss
+        needs = {
+            f"data.val = {self.data.val} is validated by top-1, which": self.data.val is not None,
+            f"loss.cross_entropy_weight = {loss.cross_entropy_weight}": loss.cross_entropy_weight,
+            f"loss.label_smoothing = {loss.label_smoothing}": loss.label_smoothing,
+            "loss.reshaping = 'class_std'": loss.reshaping == "class_std",
+            "loss.distillation = 'dkd'": loss.distillation == "dkd",
+        }
+        for name, is_asked in needs.items():
+            if is_asked:
+                cure = "leave it out" if "weight" not in name else "set it to 0"
+                raise ValueError(f"{name} needs labels, but data.labels = false: {cure}")
+        if loss.distillation_weight == 0 and loss.feature_weight == 0:
+            raise ValueError(
+                "loss.distillation_weight and loss.feature_weight are both 0, and without labels "
+                "there is nothing else to learn from"
+            )
         return self
 
     @model_validator(mode="after")

@@ -64,7 +64,9 @@ class Subject:
         return {row: file for row, file in pairs if row is not None and file is not None}
 
     def class_name(self, label: int) -> str:
-        """Name a class, by its number where the beton has no names."""
+        """Name a class, by its number where the beton has no names; or a cluster."""
+        if self.table.clusters is not None:
+            return f"cluster {label}"
         names = None if self.beton is None else self.beton.class_names
         known = names is not None and 0 <= label < len(names)
         return names[label] if names is not None and known else f"class {label}"
@@ -191,12 +193,12 @@ def _charts(subject: Subject) -> list[str]:
         ),
     ]
     if kept is not None:
-        kept_counts = np.bincount(table.labels[kept], minlength=len(table.class_counts))
-        names = [subject.class_name(label) for label in range(len(table.class_counts))]
+        kept_counts = np.bincount(table.groups[kept], minlength=len(table.group_counts))
+        names = [subject.class_name(label) for label in range(len(table.group_counts))]
         parts += [
             heading("What each class keeps"),
             picture(
-                class_counts_png(table.class_counts, kept_counts, names),
+                class_counts_png(table.group_counts, kept_counts, names),
                 "Rows and kept rows of every class",
                 may_scroll=True,
             ),
@@ -232,7 +234,7 @@ def _contact_sheets(
 
 def _chosen_labels(subject: Subject, classes: Sequence[str], count: int) -> list[int]:
     """Look up the classes that are asked for, else spread some evenly over all that have rows."""
-    present = np.flatnonzero(subject.table.class_counts)
+    present = np.flatnonzero(subject.table.group_counts)
     if not classes:
         spread = np.linspace(0, len(present) - 1, min(count, len(present)))
         return [int(label) for label in present[np.unique(spread.round().astype(int))]]
@@ -275,7 +277,7 @@ def _write_list(
         ["row", "file", "label", "class", subject.metric, "prediction", "predicted", "kept"]
     )
     for row in rows.tolist():
-        label, prediction = (int(a[row]) for a in (subject.table.labels, subject.table.predictions))
+        label, prediction = (int(a[row]) for a in (subject.table.groups, subject.table.predictions))
         writer.writerow(
             [
                 *(row, subject.files.get(row, ""), label, subject.class_name(label)),
@@ -294,7 +296,7 @@ def class_strips(subject: Subject, label: int, count: int) -> dict[str, Rows]:
     Medium are the rows around the median of the class's kept rows, or of all of its rows where
     nothing, or none of the class, is kept.
     """
-    members = np.flatnonzero(subject.table.labels == label)
+    members = np.flatnonzero(subject.table.groups == label)
     ascending = members[np.argsort(subject.scores[members], kind="stable")]
     kept = ascending if subject.kept is None else ascending[np.isin(ascending, subject.kept)]
     is_kept = subject.kept is not None and len(kept) > 0
@@ -308,7 +310,7 @@ def class_strips(subject: Subject, label: int, count: int) -> dict[str, Rows]:
 
 
 def _thumbnail(subject: Subject, beton: Beton, row: int) -> Thumbnail:
-    prediction, label = (int(a[row]) for a in (subject.table.predictions, subject.table.labels))
+    prediction, label = (int(a[row]) for a in (subject.table.predictions, subject.table.groups))
     is_wrong = prediction >= 0 and prediction != label
     file = subject.files.get(row)
     return Thumbnail(

@@ -21,7 +21,7 @@ from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.untrusted import open_regular, read_json, read_npy, read_npz_member, read_text
 
 _UNKNOWN_CLASS = -1  # no teacher predicted anything
-_NO_METRICS = ("row", "label", "prediction")
+_NO_METRICS = ("row", "label", "prediction", "cluster")
 
 
 def import_scores(path: str | Path, beton: Beton) -> ScoreTable:

@@ -13,6 +13,7 @@ from fastprune.errors import InvalidValueError
 from fastprune.selection.strategies import require_finite, select_rows
 
 DEFAULT_METRIC = "centroid"
+CLUSTER_METRIC = "prototype"
 _COMPAT_METRIC = "loss"
 _STRATEGY_METRICS = {"moderate": "centroid_median"}
 _NAMES_SHOWN = 5
@@ -40,11 +41,12 @@ def make_subset(
     """Choose rows by their scores and keep the record of how.
 
     Args:
-        table: the scores.
+        table: the scores. Where it has clusters, they take the place of classes.
         keep_ratio: share of the rows to keep, in (0, 1]; excluded rows do not count.
         metric: what rows are ranked by, one metric or a blend (see `difficulty`); by default
             `centroid`, `loss` with compat `mdslr` and `centroid_median` with `moderate`, as in the
-            papers' code, or the table's only metric.
+            papers' code, `prototype` of rows that were scored without labels, or the table's only
+            metric.
         strategy: see `select_rows`; so are quota, per_class, quantile, drop_hardest, seed, compat.
         quota: as there.
         per_class: as there.
@@ -68,13 +70,20 @@ def make_subset(
         # Moderate Coreset measures the distance from the median of the class, not from its mean.
         own = _STRATEGY_METRICS.get(strategy, DEFAULT_METRIC)
         own = own if own in table.metrics else DEFAULT_METRIC
+        # Without labels: the distance to the center of the cluster in the place of the class.
+        own = own if table.clusters is None else CLUSTER_METRIC
         metric = only or (_COMPAT_METRIC if compat == "mdslr" else own)
+    if quota != "proportional" and len(table.group_counts) < 2:
+        raise InvalidValueError(
+            f"quota {quota!r} shares rows out among classes, but the images have none. Leave it "
+            "out, or score them with clusters in place of classes (fastprune score --unsupervised)."
+        )
     candidates, excluded = _candidates(table, exclude)
     scores = difficulty(table, metric)[candidates]
     require_finite(scores, candidates)
     chosen = select_rows(
         scores,
-        table.labels[candidates],
+        table.groups[candidates],
         keep_ratio=keep_ratio,
         strategy=strategy,
         quota=quota,
@@ -86,7 +95,7 @@ def make_subset(
         rows=candidates,
     )
     rows = candidates[chosen]
-    class_counts = np.bincount(table.labels[rows], minlength=len(table.class_counts))
+    class_counts = np.bincount(table.groups[rows], minlength=len(table.group_counts))
     _refuse_empty(table, class_counts, keep_ratio, allow_empty_classes)
     parameters: dict[str, Any] = {"quota": quota, "per_class": per_class}
     if strategy == "window":
@@ -95,6 +104,8 @@ def make_subset(
         parameters["drop_hardest"] = drop_hardest
     if compat:
         parameters["compat"] = compat
+    if table.clusters is not None:
+        parameters["clusters"] = len(table.group_counts)
     if excluded:
         parameters["excluded_rows"] = excluded
     return Subset(
@@ -130,12 +141,13 @@ def _refuse_empty(
         raise InvalidValueError(
             f"a keep ratio of {keep_ratio} keeps none of {table.num_rows:,} rows. Keep more."
         )
-    empty = np.flatnonzero((class_counts == 0) & (table.class_counts > 0))
+    empty = np.flatnonzero((class_counts == 0) & (table.group_counts > 0))
     if len(empty) and not allowed:
+        kind = "classes" if table.clusters is None else "clusters"
         shown = ", ".join(map(str, empty[:_NAMES_SHOWN]))
         more = f" and {len(empty) - _NAMES_SHOWN:,} more" if len(empty) > _NAMES_SHOWN else ""
         raise InvalidValueError(
-            f"the subset would keep no row of {len(empty):,} classes ({shown}{more}). Keep more, "
+            f"the subset would keep no row of {len(empty):,} {kind} ({shown}{more}). Keep more, "
             "choose another strategy, or allow it (--allow-empty-classes)."
         )
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from fastprune import recipe
 from fastprune.cli import main, options
 from fastprune.difficulty.forward import PRECISIONS
-from fastprune.difficulty.metrics import FEATURE_METRICS, LOGIT_METRICS
+from fastprune.difficulty.metrics import CLUSTER_METRIC, FEATURE_METRICS, LOGIT_METRICS
 from fastprune.networks import names
 from fastprune.networks.catalog import SMALL_NETWORKS
 from fastprune.selection.exporters import FORMATS
@@ -28,7 +28,7 @@ def test_choices_of_the_command_line_are_the_librarys():
     assert options.QUOTAS == QUOTAS
     assert options.EXPORT_FORMATS == FORMATS
     assert options.PRECISIONS == PRECISIONS
-    assert {*options.METRICS, "logit_std"} == {*FEATURE_METRICS, *LOGIT_METRICS}
+    assert {*options.METRICS, "logit_std"} == {CLUSTER_METRIC, *FEATURE_METRICS, *LOGIT_METRICS}
     backend = recipe.DataSettings.model_fields["backend"].annotation
     assert backend.__args__ == options.BACKENDS
 

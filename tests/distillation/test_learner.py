@@ -17,7 +17,9 @@ def learner() -> Learner:
     """A resnet8 (features of 64 numbers) that looks at a resnet8x4 (of 256)."""
     teacher = FeatureNetwork(build_network("resnet8x4", num_classes=CLASSES), num_classes=CLASSES)
     student = build_network("resnet8", num_classes=CLASSES)
-    return Learner.with_projectors(student, teacher, num_classes=CLASSES, projectors=3)
+    return Learner.with_projectors(
+        student, teacher, num_classes=CLASSES, image_size=32, projectors=3
+    )
 
 
 @pytest.fixture

@@ -107,7 +107,9 @@ def test_teacher_is_frozen_in_eval_mode_and_its_logits_are_reshaped(teacher, ima
 
 def test_features_are_compared_with_the_teachers(teacher, images, labels):
     student = build_network("resnet8x4", num_classes=CLASSES)
-    learner = Learner.with_projectors(student, teacher, num_classes=CLASSES, projectors=2)
+    learner = Learner.with_projectors(
+        student, teacher, num_classes=CLASSES, image_size=32, projectors=2
+    )
     settings = LossSettings(cross_entropy_weight=0, distillation_weight=0, feature_weight=25)
     objective = Objective(settings, teacher)
     outputs, targets = learner(images), Outputs(*teacher(images))

@@ -192,9 +192,9 @@ def test_wide_resnet_of_impossible_shape_is_refused(name):
         build_network(name, num_classes=10)
 
 
-def test_network_without_classes_is_refused():
-    with pytest.raises(InvalidValueError, match=r"num_classes \(0\) must be at least 1"):
-        build_network("resnet8", num_classes=0)
+def test_fewer_than_no_classes_are_refused():
+    with pytest.raises(InvalidValueError, match=r"num_classes \(-1\) must be at least 1"):
+        build_network("resnet8", num_classes=-1)
 
 
 def test_unknown_weights_are_answered_with_the_known_ones():

@@ -111,4 +111,34 @@ def test_width_of_the_features_is_that_of_the_classifiers_input(name, width):
     network = build_network(name, num_classes=10).eval()
     with FeatureNetwork(network, num_classes=10) as hooked, torch.no_grad():
         features, _ = hooked(torch.randn(2, 3, 64, 64))
-        assert features.shape == (2, hooked.classifier_width) == (2, width)
+        assert features.shape == (2, hooked.feature_width(32)) == (2, width)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "resnet18"]
+)
+def test_a_network_without_its_classifier_gives_its_features(name):
+    network = build_network(name, num_classes=0)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features, logits = FeatureNetwork(network.eval(), num_classes=0)(images)
+    assert logits.shape == (2, 0)
+    torch.testing.assert_close(features, network(images))
+    with FeatureNetwork(build_network(name, num_classes=10), num_classes=10) as whole:
+        assert features.shape == (2, whole.feature_width(32))
+    assert FeatureNetwork(network, num_classes=0).feature_width(32) == features.shape[1]
+
+
+def test_a_timm_network_without_a_head_gives_its_features():
+    pytest.importorskip("timm")
+    network = FeatureNetwork(build_network("timm:resnet10t", num_classes=0), num_classes=0)
+    assert network.feature_width(64) == 512
+    assert network.training
+
+
+def test_features_of_a_named_layer_need_no_classifier():
+    network = build_network("resnet8", num_classes=0).eval()
+    with FeatureNetwork(network, num_classes=0, feature_layer="layer2") as tapped:
+        features, logits = tapped(torch.zeros(2, 3, 32, 32))
+    assert (features.shape, logits.shape) == ((2, 32), (2, 0))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.beton.sources.dataset import DatasetSource
-from fastprune.beton.sources.folder import FlatSource, FolderSource
+from fastprune.beton.sources.folder import FlatSource, FolderSource, TreeSource
 from fastprune.beton.sources.listing import Source
 from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.beton.sources.tars import TarSource
@@ -15,16 +15,18 @@ from fastprune.errors import ConversionError, InvalidValueError
 _NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")
 
 
-def source_for(images: Any, labels: str | Path | None) -> Source:
+def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = False) -> Source:
     """Return the source that reads what the user named.
 
     Args:
         images: a folder with class folders, with tar or Parquet shards, or, given `labels`, with
             images; a shard; a pattern of shards; or an indexable dataset.
         labels: the file with the classes of a flat folder.
+        unlabeled: whether classes are left out: a folder is any tree of images then, and shards
+            and datasets need no labels.
 
     Raises:
-        InvalidValueError: it is neither a path nor a dataset.
+        InvalidValueError: it is neither a path nor a dataset, or there are labels to be left out.
         ConversionError: a folder holds shards of several splits.
     """
     if not isinstance(images, str | Path):
@@ -33,15 +35,20 @@ def source_for(images: Any, labels: str | Path | None) -> Source:
                 f"images is a {type(images).__name__}, but must be a path or an object with "
                 "__len__ and __getitem__ that gives (image, label)."
             )
-        return DatasetSource(images)
+        return DatasetSource(images, unlabeled)
     path = Path(images)
     if labels is not None:
+        if unlabeled:
+            raise InvalidValueError(
+                f"labels ({labels}) were given for images that shall have none. Leave one of them "
+                "out (--labels, --no-labels)."
+            )
         return FlatSource(path, Path(labels))
     if shards := shard_files(path, ".parquet"):
-        return ParquetSource(shards)
+        return ParquetSource(shards, unlabeled)
     if shards := shard_files(path, ".tar"):
-        return TarSource(shards)
-    return FolderSource(path)
+        return TarSource(shards, unlabeled)
+    return TreeSource(path) if unlabeled else FolderSource(path)
 
 
 def shard_files(path: Path, suffix: str) -> list[Path]:

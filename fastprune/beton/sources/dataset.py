@@ -17,6 +17,7 @@ class DatasetSource:
     """The samples of an object with `__len__` and `__getitem__`, read in the workers."""
 
     dataset: Any
+    unlabeled: bool = False
 
     def list_images(self) -> Listing:
         """Number the samples; their labels are not known before they are read.
@@ -28,7 +29,7 @@ class DatasetSource:
         name = type(self.dataset).__name__
         if count == 0:
             raise ConversionError(f"the dataset {name} is empty. Give one that has samples.")
-        class_names = getattr(self.dataset, "classes", None)
+        class_names = None if self.unlabeled else getattr(self.dataset, "classes", None)
         return Listing(
             root=name,
             names=_Numbers(count),
@@ -41,8 +42,15 @@ class DatasetSource:
         )
 
     def read(self, location: int) -> tuple[Content, int]:
-        """Take one sample: a pair, a longer tuple, or a dict with "image" and "label"."""
+        """Take one sample: a pair, a longer tuple, or a dict with "image" and "label".
+
+        Without labels it may also be the image alone.
+        """
         sample = self.dataset[location]
+        if self.unlabeled:
+            if isinstance(sample, Mapping):
+                return sample["image"], 0
+            return (sample[0] if isinstance(sample, tuple | list) else sample), 0
         if isinstance(sample, Mapping):
             content, label = sample["image"], sample["label"]
         else:

@@ -1,4 +1,4 @@
-"""Folders of image files: an ImageFolder tree, or one folder with a file of the classes."""
+"""Folders of image files: an ImageFolder tree, a tree without classes, or a folder and a list."""
 
 import logging
 import os
@@ -57,6 +57,46 @@ class FolderSource:
             source_bytes=np.array(sizes, np.int64),
             locate=names.__getitem__,
             class_names=tuple(class_names),
+            identity=identity.hexdigest(),
+        )
+
+    def read(self, location: str) -> tuple[bytes, None]:
+        """Read one file."""
+        return read_file(f"{self.root}/{location}"), None
+
+
+@dataclass(frozen=True)
+class TreeSource:
+    """All images below `root`, in folders of any depth or in none; they have no classes."""
+
+    root: Path
+
+    def list_images(self) -> Listing:
+        """List the images, folder by folder in sorted order.
+
+        Raises:
+            ConversionError: the folder cannot be listed or holds no images, or a symbolic link
+                leads back to a folder above it.
+        """
+        names: list[str] = []
+        sizes: list[int] = []
+        identity = FilesIdentity()
+        for path, status in _images_below(self.root, ""):
+            names.append(path)
+            sizes.append(status.st_size)
+            identity.add(path, status)
+        if not names:
+            raise ConversionError(
+                f"the image folder {self.root} holds no images ({', '.join(EXTENSIONS)}), nor do "
+                "the folders in it. Name a folder that does."
+            )
+        return Listing(
+            root=str(self.root),
+            names=names,
+            labels=np.zeros(len(names), np.int64),
+            source_bytes=np.array(sizes, np.int64),
+            locate=names.__getitem__,
+            class_names=None,
             identity=identity.hexdigest(),
         )
 
@@ -205,25 +245,30 @@ def _class_folders(root: Path) -> list[str]:
     return class_names
 
 
-def _images_below(root: Path, class_name: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield names relative to the root and their status, in torchvision's `make_dataset` order."""
+def _images_below(root: Path, inner: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield names relative to the root and their status, in torchvision's `make_dataset` order.
+
+    Args:
+        root: the folder that names are relative to.
+        inner: the folder in it to look into, such as a class; "" for the root itself.
+    """
     ignored = 0
-    for folder, files in sorted(_walk(root, class_name, ())):
+    for folder, files in sorted(_walk(root, inner, ())):
         for name in sorted(files):
             if not name.lower().endswith(EXTENSIONS):
                 ignored += 1
                 continue
-            path = f"{folder}/{name}"
+            path = f"{folder}/{name}" if folder else name
             yield path, file_status(f"{root}/{path}")
     if ignored:
-        _log.info("%s: left out %d files that are no images", root / class_name, ignored)
+        _log.info("%s: left out %d files that are no images", root / inner, ignored)
 
 
 def _walk(
     root: Path, folder: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield every folder with its files, links followed; refuse a link to a folder above it."""
-    path = f"{root}/{folder}"
+    path = f"{root}/{folder}".rstrip("/")
     try:
         status = os.stat(path)  # noqa: PTH116
         with os.scandir(path) as entries:
@@ -241,7 +286,7 @@ def _walk(
     yield folder, [name for name, inner in is_folder.items() if not inner]
     for name, inner in is_folder.items():
         if inner:
-            yield from _walk(root, f"{folder}/{name}", (*above, identity))
+            yield from _walk(root, f"{folder}/{name}" if folder else name, (*above, identity))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -24,6 +24,7 @@ class ParquetSource:
     """The rows of Parquet files, in file order."""
 
     files: list[Path]
+    unlabeled: bool = False
 
     def list_images(self) -> Listing:
         """Read every row's label; the images stay on disk.
@@ -32,7 +33,7 @@ class ParquetSource:
             ConversionError: a file is no Parquet, or has no image or label column.
         """
         schema = _opened(self.files[0]).schema_arrow
-        column = _label_column(schema, self.files[0])
+        column = None if self.unlabeled else _label_column(schema, self.files[0])
         names: list[str] = []
         labels: list[Any] = []
         places: list[NDArray[np.int32]] = []
@@ -40,8 +41,11 @@ class ParquetSource:
         for number, path in enumerate(self.files):
             file = _opened(path)
             _image_column(file.schema_arrow, path)
-            _label_column(file.schema_arrow, path)
-            labels.append(_labels(file, column, path))
+            if column is None:
+                labels.append(np.zeros(file.metadata.num_rows, np.int64))
+            else:
+                _label_column(file.schema_arrow, path)
+                labels.append(_labels(file, column, path))
             for group in range(file.num_row_groups):
                 # A row group is not read for its rows' sizes: their mean cuts the work well enough.
                 facts = file.metadata.row_group(group)
@@ -60,7 +64,7 @@ class ParquetSource:
             labels=np.concatenate(labels),
             source_bytes=np.concatenate(sizes),
             locate=lambda index: tuple(table[index].tolist()),
-            class_names=_class_names(schema, column),
+            class_names=None if column is None else _class_names(schema, column),
             identity=shards_identity(self.files),
         )
 

@@ -34,6 +34,7 @@ class TarSource:
     """The samples of tar shards, in file order. Names inside are data and never become paths."""
 
     shards: list[Path]
+    unlabeled: bool = False
 
     def list_images(self) -> Listing:
         """List every sample: its image's place in the tar, and the number in its .cls file.
@@ -46,7 +47,7 @@ class TarSource:
         places: list[tuple[int, int, int]] = []
         labels: list[int] = []
         for number, shard in enumerate(self.shards):
-            for key, image, label in _samples(shard):
+            for key, image, label in _samples(shard, self.unlabeled):
                 names.append(f"{shard.name}/{key}.{image.extension}")
                 places.append((number, image.offset, image.size))
                 labels.append(label)
@@ -73,7 +74,7 @@ class TarSource:
         return content, None
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, _Member, int]]:
+def _samples(shard: Path, unlabeled: bool) -> Iterator[tuple[str, _Member, int]]:
     """Yield key, image and label of every sample of a shard."""
     with shard.open("rb") as file:
         sample: dict[str, _Member] = {}
@@ -81,7 +82,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, _Member, int]]:
         for member in _members(shard, file):
             # Files of one sample stand together; another key starts the next sample.
             if member.key != key and sample:
-                yield _sample(shard, file, sample)
+                yield _sample(shard, file, sample, unlabeled)
                 sample = {}
             key = member.key
             if member.extension in sample:
@@ -91,14 +92,18 @@ def _samples(shard: Path) -> Iterator[tuple[str, _Member, int]]:
                 )
             sample[member.extension] = member
         if sample:
-            yield _sample(shard, file, sample)
+            yield _sample(shard, file, sample, unlabeled)
 
 
-def _sample(shard: Path, file: BinaryIO, sample: dict[str, _Member]) -> tuple[str, _Member, int]:
-    """Find the image and the label among the files of one key."""
+def _sample(
+    shard: Path, file: BinaryIO, sample: dict[str, _Member], unlabeled: bool
+) -> tuple[str, _Member, int]:
+    """Find the image and the label among the files of one key; 0 where labels are left out."""
     key = next(iter(sample.values())).key
     where = f"sample {key!r} of {shard}"
     image = next((sample[extension] for extension in _IMAGES if extension in sample), None)
+    if image is not None and unlabeled:
+        return key, image, 0
     if image is None or _LABEL not in sample:
         missing = "image" if image is None else f".{_LABEL} file"
         raise ConversionError(
