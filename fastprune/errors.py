@@ -23,6 +23,10 @@ class BetonError(ArtifactError):
     """A beton is damaged, unfinished, or cannot be read."""
 
 
+class StorageError(ArtifactError):
+    """Object storage does not give or take what it was asked for."""
+
+
 class ConversionError(FastpruneError):
     """An image or an image folder cannot be converted."""
 

@@ -13,6 +13,7 @@ from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.artifacts.subset import Subset, checked_rows
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
+from fastprune.beton.presence import rows_present
 from fastprune.beton.reader import image_and_label, open_beton
 from fastprune.beton.row_check import Placement, check_rows, label_faults
 from fastprune.beton.shards import read_set
@@ -33,6 +34,8 @@ def check_beton(
 
     The structure is checked always: header, fields, metadata, allocation table, and whether the
     manifest beside the file belongs to it.
+
+    Of a mirror, `deep` looks at the rows that were fetched.
 
     Args:
         path: the beton, ours or stock FFCV's, or the folder of a sharded one.
@@ -73,7 +76,9 @@ def check_beton(
         faults += [lines] if isinstance(lines, Fault) else []
     if deep:
         crcs = lines.crcs if isinstance(lines, _Lines) else None
-        faults += _image_faults(tables, image, placements[image], crcs)
+        mirrored = rows_present(path)
+        present = np.ones(len(labels), bool) if mirrored is None else mirrored[1] != 0
+        faults += _image_faults(tables, image, placements[image], crcs, present)
     if subset is not None:
         content = None if manifest is None else manifest.fingerprint.content
         beton = Fingerprint(len(labels), structure, content)
@@ -155,7 +160,11 @@ def _subset_faults(subset_path: Path, path: Path, beton: Fingerprint) -> list[Fa
 
 
 def _image_faults(
-    tables: Tables, image: int, placement: Placement, crcs: dict[int, int] | None
+    tables: Tables,
+    image: int,
+    placement: Placement,
+    crcs: dict[int, int] | None,
+    present: NDArray[np.bool_],
 ) -> list[Fault]:
     """Decode every image that lies inside the file, on every core.
 
@@ -164,6 +173,7 @@ def _image_faults(
         image: the index of the image field.
         placement: where the images lie.
         crcs: row -> CRC-32C of its stored bytes; None where nobody knows them.
+        present: (N,) whether a row is there: a mirror lacks some.
 
     Returns:
         At most one fault per row, in row order.
@@ -171,7 +181,7 @@ def _image_faults(
     # Rows whose data lies inside the file, even where other rows' does not. The offsets are what
     # the file says: the sums that are compared must not overflow.
     offsets, sizes, end = placement.offsets, placement.sizes, tables.table_offset
-    inside = (sizes > 0) & (offsets >= tables.data_offset) & (sizes <= end)
+    inside = present & (sizes > 0) & (offsets >= tables.data_offset) & (sizes <= end)
     rows = np.flatnonzero(inside & (offsets <= end - np.minimum(sizes, end)))
     pieces = [rows[at : at + _ROWS_PER_TASK] for at in range(0, len(rows), _ROWS_PER_TASK)]
     columns = tables.metadata[f"f{image}"]

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
 from fastprune.beton.mapping import map_side_by_side
+from fastprune.beton.presence import rows_present
 from fastprune.beton.row_check import Placement, check_rows, label_faults
 from fastprune.beton.shards import SET_NAME, Shard, read_set
 from fastprune.beton.structure import Fault, Tables, read_tables
@@ -32,12 +33,14 @@ class BetonFile:
         first_row: the beton's row that is the file's row 0.
         start: where the file starts in the beton's content, in bytes.
         mapped: its status when it was mapped, from the very descriptor.
+        is_filled: whether processes write rows into it while it is open: a mirror's.
     """
 
     path: Path
     first_row: int
     start: int
     mapped: os.stat_result
+    is_filled: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -68,6 +71,8 @@ class Beton:
         files: the file, or the shards in the order of their rows.
         structure: digest of labels, widths and heights.
         manifest: the manifest beside the file; None where there is none of this beton.
+        present: (N,) uint8 of a mirror, 1 for rows that are there; it changes as processes fetch
+            more. None for a beton that is no mirror: all rows are there.
     """
 
     path: Path
@@ -83,6 +88,7 @@ class Beton:
     files: tuple[BetonFile, ...]
     structure: str
     manifest: Manifest | None
+    present: NDArray[np.uint8] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By path: the mapped file may be larger than the memory that a copy of it would take.
@@ -181,6 +187,7 @@ def open_beton(path: str | Path) -> Beton:
             warn_user(fault.message, ForeignManifestWarning)
         if faults:
             raise damaged(path, faults)
+    mirrored = rows_present(path)
     return Beton(
         path=path,
         labels=labels,
@@ -192,9 +199,10 @@ def open_beton(path: str | Path) -> Beton:
         fields=records.fields,
         page_bytes=records.page_bytes,
         content=records.content,
-        files=records.files,
+        files=tuple(replace(file, is_filled=mirrored is not None) for file in records.files),
         structure=structure,
         manifest=manifest,
+        present=None if mirrored is None else mirrored[1],
     )
 
 

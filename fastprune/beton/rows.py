@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastprune.artifacts.fingerprint import ContentNotComparedWarning, require_same_images
 from fastprune.artifacts.subset import Subset, checked_rows
+from fastprune.beton.presence import require_present
 from fastprune.beton.reader import Beton
 from fastprune.errors import warn_user
 
@@ -25,9 +26,15 @@ def rows_of(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
 
     Raises:
         InvalidValueError: the rows do not index the beton.
-        ArtifactError: the file is missing or no subset.
+        ArtifactError: the file is missing or no subset, or a mirror does not hold its rows.
         ArtifactMismatch: the subset was made from other images.
     """
+    rows = _named_rows(beton, subset)
+    require_present(beton.path, beton.present, rows)
+    return rows
+
+
+def _named_rows(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
     if subset is None:
         return np.arange(beton.num_rows)
     name = str(subset) if isinstance(subset, str | Path) else "subset"

@@ -1,6 +1,7 @@
 """A sharded beton: a folder of betons and one manifest.json, which is written last."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ SET_NAME = "manifest.json"
 MAX_SHARDS = 100_000
 
 _FORMAT = 1
+_SHARD_NAME = re.compile(r"shard-\d+\.beton", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def shard_name(index: int) -> str:
 
 
 def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
-    """Read manifest.json; the shards are not opened.
+    """Read manifest.json and look for the shards, which are not opened.
 
     Returns:
         The manifest of the whole, whose lines are those of the shards' manifests, and the shards in
@@ -51,6 +53,13 @@ def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
         BetonError: there is none, it is damaged, lists a shard that is missing or one twice, or
             there is a shard that it does not list.
     """
+    manifest, shards = read_listing(folder)
+    _require_these_files(folder, shards)
+    return manifest, shards
+
+
+def read_listing(folder: Path) -> tuple[Manifest, list[Shard]]:
+    """Read manifest.json alone; see `read_set`."""
     path = folder / SET_NAME
     try:
         record = read_json(path)
@@ -61,8 +70,9 @@ def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
         first_row = 0
         for entry in member(record, "shards", list):
             name = member(entry, "file", str)
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise ValueError(f"it lists {name!r}, which is no file name")
+            # Names of other forms could leave the folder, or replace what else is in it.
+            if not _SHARD_NAME.fullmatch(name):
+                raise ValueError(f"it lists {name!r}, which is no shard's name")
             fingerprint = Fingerprint.from_dict(member(entry, "fingerprint", dict))
             shards.append(Shard(folder / name, first_row, fingerprint))
             first_row += fingerprint.num_rows
@@ -87,7 +97,6 @@ def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
             f"{path} is no manifest of a sharded beton ({error}). Remove it, and make it again: "
             f"fastprune convert IMAGES {folder} --shards N --resume"
         ) from error
-    _require_these_files(folder, shards)
     return manifest, shards
 
 

@@ -192,6 +192,40 @@ def dali_index(beton: Path, out: Path, subset: Path | None, as_json: bool) -> No
 
 
 @click.command()
+@click.argument("url")
+@click.argument("subset")
+@click.argument("folder", type=PATH)
+@click.option("--threads", type=COUNT, default=16, help="Requests at a time.")
+@click.option(
+    "--retry-seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    help="How long a request is repeated that fails or gives wrong bytes.",
+)
+@json_option
+def stage(
+    url: str, subset: str, folder: Path, threads: int, retry_seconds: float, as_json: bool
+) -> None:
+    """Fetch a subset's rows of a beton in object storage into a mirror on a local disk.
+
+    URL is that of a beton (s3://bucket/train.beton) or of a folder of shards (s3://bucket/train/);
+    SUBSET a subset's file, or the word "all". `Loader(URL, SUBSET, cache=FOLDER)` and
+    `Loader(FOLDER, SUBSET)` read the mirror.
+    """
+    from fastprune.beton.remote.fetch import stage as stage_rows
+
+    rows = None if subset == "all" else subset
+    staged = stage_rows(url, rows, folder, threads=threads, retry_seconds=retry_seconds)
+    show(
+        f"{staged.num_rows:,} rows are in {folder}: {staged.num_fetched_rows:,} were missing; "
+        f"{staged.fetched_bytes:,} bytes in {staged.num_requests:,} requests took "
+        f"{staged.seconds:.1f} s",
+        {**asdict(staged), "out": folder},
+        as_json=as_json,
+    )
+
+
+@click.command()
 @click.argument("file", type=PATH)
 @json_option
 def info(file: Path, as_json: bool) -> None:
@@ -215,4 +249,4 @@ def _number(value: object) -> str:
     return f"{value:,}" if is_number else str(value)
 
 
-COMMANDS: tuple[click.Command, ...] = (convert, check, compact, dali_index, info)
+COMMANDS: tuple[click.Command, ...] = (convert, check, compact, dali_index, stage, info)

@@ -53,6 +53,14 @@ class Collate:
         """Views of each row in a batch."""
         return 2 if self.layout == "two_view" else 1
 
+    def view_identity(self) -> dict[str, Any]:
+        """Return what these settings decide of a view's pixels, as JSON values."""
+        return {
+            "mean": list(self.normalize.mean),
+            "std": list(self.normalize.std),
+            "transform": None if self.transform is None else repr(self.transform),
+        }
+
     def keeping(self, rows: NDArray[np.int64], *, num_negatives: int) -> "Collate":
         """Draw contrast rows from these rows (K,), where the layout has any."""
         if self.layout != "xyi_contrast":

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton
+from fastprune.beton.remote.mirror import Mirror
 from fastprune.errors import InvalidValueError
+from fastprune.loading.arrival import FetchingEngine
 from fastprune.loading.faults import RowFaults
 
 BACKENDS = ("auto", "cpu", "dali", "ffcv")
@@ -60,10 +62,12 @@ def make_engine(
     device: torch.device,
     faults: RowFaults,
     service: str | None = None,
+    mirror: Mirror | None = None,
 ) -> Engine:
     """Start the engine of that name, as a client of a loading service where one is named.
 
-    Without a service, "auto" is chosen by `choice.choose_backend`.
+    Without a service, "auto" is chosen by `choice.choose_backend`. With a mirror, rows are fetched
+    into it ahead of the engine.
 
     Raises:
         InvalidValueError: there is no such engine, or a service cannot stand in for it.
@@ -96,7 +100,9 @@ def make_engine(
         )
 
     chosen, why = ("cpu", "the service's") if service else (backend, "as asked for")
-    if chosen == "auto":
+    if chosen == "auto" and any(file.is_filled for file in beton.files):
+        chosen, why = "cpu", "rows of a mirror cannot be measured before they are fetched"
+    elif chosen == "auto":
         from fastprune.loading.choice import choose_backend
 
         chosen, why = choose_backend(
@@ -109,13 +115,13 @@ def make_engine(
     decoder = "the GPU" if chosen == "dali" and device.type == "cuda" else f"{num_workers} threads"
     _LOG.info("%s: decoding with the engine %s on %s (%s)", beton.path, chosen, decoder, why)
     engine = start(chosen, faults)
-    if not service:
-        return engine
-    from fastprune.loading.cpu import CpuEngine
-    from fastprune.loading.service_client import ServiceEngine
+    if service:
+        from fastprune.loading.cpu import CpuEngine
+        from fastprune.loading.service_client import ServiceEngine
 
-    assert isinstance(engine, CpuEngine), "choose_service refuses the others"
-    return ServiceEngine(service, beton, image_size=image_size, local=engine, faults=faults)
+        assert isinstance(engine, CpuEngine), "choose_service refuses the others"
+        engine = ServiceEngine(service, beton, image_size=image_size, local=engine, faults=faults)
+    return engine if mirror is None else FetchingEngine(engine, mirror)
 
 
 def choose_service(service: str | None, backend: str) -> str | None:

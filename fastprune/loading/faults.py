@@ -32,6 +32,7 @@ class FileWatch:
     def __init__(self, beton: Beton):
         # Not the paths' status now: a file may have been replaced since it was mapped.
         self._opened = {file.path: file.mapped for file in beton.files}
+        self._filled = {file.path for file in beton.files if file.is_filled}
 
     def check(self) -> None:
         """Look at the files as they are now.
@@ -40,10 +41,10 @@ class FileWatch:
             LoadingError: one is not the file that was opened any more.
         """
         for path, before in self._opened.items():
-            self._opened[path] = _require_unchanged(path, before)
+            self._opened[path] = _require_unchanged(path, before, path in self._filled)
 
 
-def _require_unchanged(path: Path, before: os.stat_result) -> os.stat_result:
+def _require_unchanged(path: Path, before: os.stat_result, is_filled: bool) -> os.stat_result:
     """Compare a file with what it was; return what it is now."""
     try:
         now = path.stat()
@@ -59,6 +60,8 @@ def _require_unchanged(path: Path, before: os.stat_result) -> os.stat_result:
             f"{path} was cut from {before.st_size:,} to {now.st_size:,} bytes while it was read. "
             "Get a whole copy of it, or convert the images again."
         )
+    if is_filled:
+        return now
     # `cp new.beton train.beton` writes into the same inode. A change time cannot be set back as a
     # modification time can, but it also moves with a chmod or a link, which explain it here.
     is_explained = any(getattr(now, name) != getattr(before, name) for name in _MODES)

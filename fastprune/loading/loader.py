@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.artifacts.teacher_cache import TeacherCache
-from fastprune.beton.reader import open_beton
 from fastprune.beton.rows import RowsLike, kept_rows, rows_of
 from fastprune.checks import require_at_least, require_channels
 from fastprune.cpus import cpus_per_rank
 from fastprune.errors import InvalidValueError
 from fastprune.loading.arguments import require_arguments
+from fastprune.loading.arrival import open_source
 from fastprune.loading.batch import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -88,11 +88,12 @@ class Loader:
         num_workers: int | None = None,
         distributed: str | tuple[int, int] | None = "auto",
         service: str | None = None,
+        cache: str | Path | None = None,
     ):
         """Open the beton, check the subset against it, and start the engine.
 
         Args:
-            beton: the file.
+            beton: the file, the folder of a sharded beton, or the URL of either in object storage.
             subset: the kept rows: a file, a `Subset`, an array of rows, or None for all rows.
             batch_size: rows per batch and rank.
             train: chooses the defaults of `augment`, `order` and `tail`.
@@ -143,9 +144,12 @@ class Loader:
             service: address of a loading service (`fastprune serve`, "unix:PATH") to take views
                 from; what it does not give is decoded here, equal to the bit. None for that of the
                 environment variable FASTPRUNE_SERVICE; "" for none.
+            cache: for a URL: the folder on a local disk that gets the rows, ahead of the order;
+                processes share it, and later epochs and runs fetch nothing (docs/remote.md).
 
         Raises:
             BetonError: the beton is missing or damaged.
+            StorageError: the beton cannot be fetched.
             ArtifactMismatch: subset or teacher cache are of other images, or the cache of other
                 views.
             InvalidValueError: an argument is outside its domain, or there is no full batch.
@@ -155,8 +159,7 @@ class Loader:
         require_arguments(given)
         self._given = given
         self.batch_size = batch_size
-        # Its file is looked at again later, when the working folder may be another one.
-        self.beton = open_beton(Path(beton).absolute())
+        self.beton, mirror = open_source(beton, cache)
         self.device = choose_device(device)
         self.num_workers = num_workers or cpus_per_rank(
             world=this_rank(distributed)[1], gpus=torch.cuda.device_count()
@@ -202,6 +205,7 @@ class Loader:
             device=self.device,
             faults=self._faults,
             service=service,
+            mirror=mirror,
         )
         if teacher_cache is not None or layout == "xyit":
             asked = {} if num_views is None else {"num_views": num_views}
@@ -285,7 +289,8 @@ class Loader:
         # As it was made: maps, threads and engines are no use to another process. The rows and not
         # their file, which would be read and warned of again.
         rows = None if len(self.rows) == self.beton.num_rows else self.rows
-        given = self._given | {"beton": self.beton.path, "subset": rows}
+        path = self.beton.path if self._given["cache"] is None else self._given["beton"]
+        given = self._given | {"beton": path, "subset": rows}
         return given, self._next, self._rows_changed
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -357,19 +362,13 @@ class Loader:
 
         Order, rows, batch size and ranks are no part of it.
         """
-        normalize, transform = self._collate.normalize, self._collate.transform
-        return {
-            "images": self.beton.fingerprint.to_dict(),
-            "view": {
-                "augment": asdict(self._policy),
-                "image_size": self._image_size,
-                "seed": self._seed,
-                "mean": list(normalize.mean),
-                "std": list(normalize.std),
-                "transform": None if transform is None else repr(transform),
-            },
-            "decoder": decoder_identity(self.backend, self.device),
+        view = self._collate.view_identity() | {
+            "augment": asdict(self._policy),
+            "image_size": self._image_size,
+            "seed": self._seed,
         }
+        decoder = decoder_identity(self.backend, self.device)
+        return {"images": self.beton.fingerprint.to_dict(), "view": view, "decoder": decoder}
 
     def attach(self, cache: TeacherCache, *, marks_holes: bool = False) -> None:
         """Deliver a teacher's logits from a cache, from the next iterator on.
