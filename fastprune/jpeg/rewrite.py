@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.errors import JpegError
+from fastprune.jpeg.best_table import best_table
 from fastprune.jpeg.blocks import NUM_CATEGORIES, find_blocks, has_same_blocks, write_rows
 from fastprune.jpeg.frame import (
     AC_TABLE,
     COMPONENTS,
     read_frame,
 )
-from fastprune.jpeg.huffman import best_table
 from fastprune.jpeg.native import MEANINGS, OK, entry
 from fastprune.jpeg.scan import mcu_grid, prepare_tables
 from fastprune.jpeg.workspace import GUARD_BYTES, SPEC_BYTES, Workspace, make_workspace

@@ -1,10 +1,7 @@
 """From decoded pixels to the batch a training loop gets: to the device, normalized, arranged."""
 
-import contextlib
-import math
-import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +14,8 @@ from numpy.typing import NDArray
 from fastprune.compile_cache import cached
 from fastprune.errors import InvalidValueError
 from fastprune.loading.cached_logits import CachedLogits
+from fastprune.loading.contrast import ContrastRows, DrawnAhead
+from fastprune.loading.memory import BatchMemory
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,6 +36,7 @@ class Collate:
         seed: of the transform and the contrast rows.
         transform: applied to each image, or to each second view; None for none.
         contrast: draws contrast rows for the layout that has them.
+        drawn: those of an epoch's batches.
         cached: looks up the teacher's logits for the layouts that have them.
     """
 
@@ -45,7 +45,8 @@ class Collate:
     normalize: "Normalizer"
     seed: int
     transform: Transform | None
-    contrast: "ContrastRows | None" = None
+    contrast: ContrastRows | None = None
+    drawn: DrawnAhead | None = None
     cached: CachedLogits | None = None
 
     @property
@@ -69,15 +70,25 @@ class Collate:
         contrast = ContrastRows(rows, labels, num_negatives=num_negatives, seed=self.seed)
         return replace(self, contrast=contrast)
 
+    def beginning(
+        self, batches: Sequence[NDArray[np.int64]], *, epoch: int, num_workers: int
+    ) -> "Collate":
+        """Draw the contrast rows of these batches from now on, where the layout has any."""
+        if self.contrast is None:
+            return self
+        drawn = DrawnAhead(
+            self.contrast, self.labels, batches, epoch=epoch, num_workers=num_workers
+        )
+        return replace(self, drawn=drawn)
+
     def __call__(
-        self, pixels: torch.Tensor, rows: NDArray[np.int64], *, epoch: int, slot: int
+        self, pixels: torch.Tensor, rows: NDArray[np.int64], *, slot: int
     ) -> tuple[Any, ...]:
         """Put one batch together.
 
         Args:
             pixels: (views_per_row * B, S, S, 3) uint8, all first views before all second ones.
             rows: (views_per_row * B,) int64, in the same order.
-            epoch: in [0, 2**63), of the contrast rows.
             slot: in [0, 2**63), of the views: what recurs with a view, recurs as a whole.
 
         Returns:
@@ -95,9 +106,10 @@ class Collate:
         images = views if self.layout == "two_view" else views[0]
         labels = self.labels[rows]
         columns = [labels] if self.layout == "xy" else [labels, rows]
-        if self.contrast is not None:
-            columns.append(self.contrast.draw(rows, labels, epoch=epoch))
-        batch = [_send(column, self.normalize.device) for column in columns]
+        tensors = [torch.from_numpy(column) for column in columns]
+        if self.drawn is not None:
+            tensors.append(self.drawn.take(rows))
+        batch = [_send(tensor, self.normalize.device) for tensor in tensors]
         supplement: dict[str, Any] = {"rows": batch[-1]}
         if self.cached is not None:
             logits, holes = self.cached.look_up(rows, slot)
@@ -109,9 +121,8 @@ class Collate:
         return (images, batch[0], supplement) if self.layout == "xy_supp" else (images, *batch)
 
 
-def _send(column: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Numbers of a batch on the device; the host does not wait for their copy."""
-    tensor = torch.from_numpy(column)
     # From pageable memory the copy would wait for all the work that the device has to do.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -131,7 +142,7 @@ class Normalizer:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: torch.dtype | None
-    _memory: "BatchMemory" = field(default_factory=lambda: BatchMemory())
+    _memory: BatchMemory = field(default_factory=BatchMemory)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalize a batch.
@@ -198,7 +209,7 @@ def transformed(
     with torch.random.fork_rng(devices):
         for row, image in zip(rows, pixels, strict=True):
             # torch takes seeds of 63 bits.
-            number = int(_stream(seed, int(row), slot).random_raw() >> np.uint64(1))
+            number = int(_raw(seed, int(row), slot) >> np.uint64(1))
             # Not torch.manual_seed, which reseeds every GPU, also those whose state is not kept.
             torch.default_generator.manual_seed(number)
             if pixels.is_cuda:
@@ -208,111 +219,13 @@ def transformed(
     return torch.stack(images).permute(0, 2, 3, 1).contiguous()
 
 
-class ContrastRows:
-    """Draws the rows that contrastive representation distillation compares a row with.
-
-    The first is the row itself, the others are kept rows of other classes, drawn with replacement;
-    a pure function of (seed, epoch, row).
-
-    Source: Tian et al. 2020, "Contrastive Representation Distillation".
-    """
-
-    def __init__(
-        self, rows: NDArray[np.int64], labels: NDArray[np.int64], *, num_negatives: int, seed: int
-    ):
-        """Sort the rows by class.
-
-        Args:
-            rows: (K,) int64, the kept rows.
-            labels: (K,) int64, their labels.
-            num_negatives: rows of other classes to draw for each row.
-            seed: in [0, 2**63).
-
-        Raises:
-            InvalidValueError: all rows are of one class.
-        """
-        by_class = np.argsort(labels, kind="stable")
-        self._rows = rows[by_class]
-        classes, self._start, self._count = np.unique(
-            labels[by_class], return_index=True, return_counts=True
-        )
-        if len(classes) < 2:
-            raise InvalidValueError(
-                'layout="xyi_contrast" needs kept rows of at least two classes, but all are of '
-                f"class {classes[0]}. Keep more classes, or use another layout."
-            )
-        self._classes = classes
-        self._num_negatives = num_negatives
-        self._seed = seed
-
-    def draw(
-        self, rows: NDArray[np.int64], labels: NDArray[np.int64], *, epoch: int
-    ) -> NDArray[np.int64]:
-        """Draw the contrast rows of a batch: (B, 1 + num_negatives) int64."""
-        drawn = np.empty((len(rows), 1 + self._num_negatives), np.int64)
-        drawn[:, 0] = rows
-        which = np.searchsorted(self._classes, labels)
-        for i, c in enumerate(which):
-            start, count = self._start[c], self._count[c]
-            raw = _stream(self._seed, int(rows[i]), epoch).random_raw(self._num_negatives)
-            # A position among the rows of other classes, by the top 32 bits; those of the own
-            # class, which lie together, are stepped over.
-            others = np.uint64(len(self._rows) - count)
-            position = ((raw >> np.uint64(32)) * others >> np.uint64(32)).astype(np.int64)
-            drawn[i, 1:] = self._rows[position + count * (position >= start)]
-        return drawn
-
-
-def _stream(seed: int, row: int, epoch_or_slot: int) -> np.random.Philox:
-    """Start random numbers that no other (seed, row, epoch or slot) shares."""
-    # The last counter word sets them apart from the orders' streams, which start at 0.
-    counter = np.array([0, 0, epoch_or_slot, 1], np.uint64)
-    return np.random.Philox(key=np.array([seed, row], np.uint64), counter=counter)
-
-
-class BatchMemory:
-    """Lends tensors on the CPU whose memory comes back when the last reference to it goes.
-
-    The system hands out large blocks page by page on first touch, which takes longer than filling
-    them. A batch that the caller still holds, or a view of it, is never given out again.
-    """
-
-    def __init__(self, *, most_free: int = 4):
-        self._free: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
-        self._most_free = most_free
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialized tensor.
-
-        Args:
-            shape: of the tensor.
-            dtype: of the tensor.
-
-        Returns:
-            A contiguous tensor on the CPU.
-        """
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        block = self._fitting(num_bytes)
-        # The tensor holds this array, which dies with the tensor's storage.
-        lent = block[:num_bytes]
-        weakref.finalize(lent, self._give_back, block).atexit = False
-        return torch.from_numpy(lent).view(dtype).view(shape)
-
-    def _fitting(self, num_bytes: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-        """Return a free block that is large enough, or a new one."""
-        # Asked for before it is looked at: iterators in other threads take from the list, too.
-        with contextlib.suppress(IndexError):
-            while len(block := self._free.pop()) < num_bytes:
-                pass
-            return block
-        return np.empty(num_bytes, np.uint8)
-
-    def _give_back(self, block: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> None:
-        """Keep a block for the next batch, unless there are plenty."""
-        if len(self._free) < self._most_free:
-            self._free.append(block)
+def _raw(seed: int, row: int, slot: int) -> np.uint64:
+    """Draw a random number that no other (seed, row, slot) shares."""
+    # The last counter word sets it apart from the orders' streams, which start at 0.
+    counter = np.array([0, 0, slot, 1], np.uint64)
+    key = np.array([seed, row], np.uint64)
+    number: np.uint64 = np.random.Philox(key=key, counter=counter).random_raw(1)[0]
+    return number
 
 
 def choose_device(name: str | torch.device) -> torch.device:

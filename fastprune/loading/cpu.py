@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton
 from fastprune.errors import LoadingError
-from fastprune.loading.batch import BatchMemory
 from fastprune.loading.decoding import Outcome, RowDecoder, StoredImages
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
+from fastprune.loading.memory import BatchMemory
 from fastprune.loading.threads import ThreadDiedError, WorkerThreads
 
 _LOG = logging.getLogger(__name__)

@@ -1,6 +1,5 @@
 """The loader: batches of a beton's kept rows, ready to train on."""
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -321,12 +320,14 @@ class Loader:
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
         slot = self.slot_of(epoch)
-        collate, decoded = self._collate, self._decoded(self._sampler(), epoch, consumed)
+        batches = self._sampler().batches(epoch)[consumed:]
+        collate = self._collate.beginning(batches, epoch=epoch, num_workers=self.num_workers)
+        decoded = self._decoded(batches, slot=slot)
         for count, (pixels, rows) in enumerate(decoded, consumed + 1):
             if len(rows) == 0:  # every row of it was left out
                 self._faults.require_no_peers(self.world)
                 continue
-            batch = [collate(pixels, rows, epoch=epoch, slot=slot)]
+            batch = [collate(pixels, rows, slot=slot)]
             self._position = (epoch, count)
             # The suspended generator keeps no batch that its caller has let go of.
             del pixels
@@ -452,8 +453,10 @@ class Loader:
             rank=0,
             world=1,
         )
-        for pixels, rows in itertools.islice(self._decoded(sampler, 0, 0), 1):
-            self._collate(pixels, rows, epoch=0, slot=0)
+        batches = sampler.batches(0)[:1]
+        collate = self._collate.beginning(batches, epoch=0, num_workers=1)
+        for pixels, rows in self._decoded(batches, slot=0):
+            collate(pixels, rows, slot=0)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""
@@ -483,13 +486,12 @@ class Loader:
         }
 
     def _decoded(
-        self, sampler: EpochSampler, epoch: int, consumed: int
+        self, batches: Sequence[NDArray[np.int64]], *, slot: int
     ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """Return pixels and rows of an epoch's batches that follow those consumed."""
-        batches = sampler.batches(epoch)[consumed:]
+        """Return pixels and rows of batches, in the views of a slot."""
         if self._collate.views_per_row > 1:
             batches = [np.tile(rows, self._collate.views_per_row) for rows in batches]
-        return self._engine.decode(batches, partial(self._views_in_batch, slot=self.slot_of(epoch)))
+        return self._engine.decode(batches, partial(self._views_in_batch, slot=slot))
 
     def _views_in_batch(self, rows: NDArray[np.int64], *, slot: int) -> NDArray[np.int32]:
         """Return the views of rows that come once for each view."""

@@ -13,6 +13,7 @@ from fastprune.beton.shards import SET_NAME, shard_name
 from fastprune.beton.summary import summarize
 from fastprune.errors import BetonError, ConversionError, InvalidValueError, LoadingError
 from tests.beton.damage import column_offset, patch
+from tests.conftest import require_library
 from tests.images import write_image_folder
 
 
@@ -233,6 +234,7 @@ def test_folder_without_shards_is_named(tmp_path):
 
 
 def test_stock_ffcv_reads_a_shard_but_no_folder(made):
+    require_library("ffcv")
     with pytest.raises(InvalidValueError, match=r"reads one file, but .* has 3 shards. Take"):
         Loader(made, batch_size=4, image_size=16, device="cpu", backend="ffcv")
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from fastprune.errors import JpegError
 from fastprune.jpeg import rewrite
+from fastprune.jpeg.best_table import best_table
 from fastprune.jpeg.decode import decode_view
 from fastprune.jpeg.headers import read_header
-from fastprune.jpeg.huffman import best_table
 from fastprune.jpeg.rewrite import to_restart_rows
 from tests.images import picture
 from tests.jpeg.samples import encode, known_kinds

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import v2
 
 from fastprune.errors import InvalidValueError
-from fastprune.loading.batch import ContrastRows
+from fastprune.loading.contrast import ContrastRows, DrawnAhead
 from fastprune.loading.loader import Loader
 
 
@@ -41,7 +41,7 @@ def test_a_running_iterator_keeps_its_contrast_rows_when_the_rows_change(bare_be
 def test_every_row_of_other_classes_is_drawn_about_as_often():
     rows, labels = np.arange(100) * 2, np.repeat([0, 3, 5], [20, 50, 30])
     contrast = ContrastRows(rows, labels, num_negatives=8000, seed=0)
-    drawn = contrast.draw(rows[[30]], labels[[30]], epoch=0)[0, 1:]
+    drawn = contrast.draw(rows[[30]], labels[[30]], epoch=0)[0, 1:].numpy()
     values, counts = np.unique(drawn, return_counts=True)
     assert (values == rows[labels != 3]).all()
     assert counts.min() > 100
@@ -56,6 +56,16 @@ def test_contrast_rows_depend_on_seed_epoch_and_row_alone():
     assert (
         ContrastRows(rows, labels, num_negatives=9, seed=2).draw(rows, labels, epoch=2) != whole
     ).any()
+
+
+def test_contrast_rows_drawn_ahead_are_those_drawn_at_once():
+    rows, labels = np.arange(100), np.arange(100) % 4
+    contrast = ContrastRows(rows, labels, num_negatives=9, seed=1)
+    batches = [*np.random.default_rng(0).permutation(100).reshape(10, 10)]
+    ahead = DrawnAhead(contrast, labels, batches, epoch=3, num_workers=2)
+    # The third batch is lost, and a row of the fifth.
+    for batch in [*batches[:2], batches[3], batches[4][1:], *batches[5:]]:
+        assert torch.equal(ahead.take(batch), contrast.draw(batch, labels[batch], epoch=3))
 
 
 def test_contrast_rows_of_a_single_class_are_refused(bare_beton):

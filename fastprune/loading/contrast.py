@@ -1,0 +1,171 @@
+"""Rows that contrastive distillation compares a row with, drawn ahead of the training loop."""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+
+from fastprune import splitmix
+from fastprune.compile_cache import cached
+from fastprune.errors import InvalidValueError
+from fastprune.loading.memory import BatchMemory
+
+_mix = njit(nogil=True)(splitmix.mix64)
+_GOLDEN = splitmix.GOLDEN
+# Sets these streams apart from the orders' and the crops', which begin with the seed itself.
+_PURPOSE = 0xC2B2AE3D27D4EB4F
+# Batches drawn ahead: two of 256 rows with 16,384 negatives take 67 MB.
+_MOST_AHEAD = 2
+
+
+class ContrastRows:
+    """Draws the rows that contrastive representation distillation compares a row with.
+
+    The first is the row itself, the others are kept rows of other classes, drawn with replacement;
+    a pure function of (seed, epoch, row).
+
+    Source: Tian et al. 2020, "Contrastive Representation Distillation".
+    """
+
+    def __init__(
+        self, rows: NDArray[np.int64], labels: NDArray[np.int64], *, num_negatives: int, seed: int
+    ):
+        """Sort the rows by class.
+
+        Args:
+            rows: (K,) int64, the kept rows.
+            labels: (K,) int64, their labels.
+            num_negatives: rows of other classes to draw for each row.
+            seed: in [0, 2**63).
+
+        Raises:
+            InvalidValueError: all rows are of one class, or they are 2**32 or more.
+        """
+        by_class = np.argsort(labels, kind="stable")
+        self._rows = rows[by_class]
+        classes, self._start, self._count = np.unique(
+            labels[by_class], return_index=True, return_counts=True
+        )
+        if len(classes) < 2:
+            raise InvalidValueError(
+                'layout="xyi_contrast" needs kept rows of at least two classes, but all are of '
+                f"class {classes[0]}. Keep more classes, or use another layout."
+            )
+        if len(rows) >= 2**32:
+            raise InvalidValueError(
+                f'layout="xyi_contrast" draws from at most 2**32 - 1 rows, not {len(rows):,}.'
+            )
+        self._classes = classes
+        self._num_negatives = num_negatives
+        self._seed = seed
+        self._memory = BatchMemory()
+
+    def draw(
+        self, rows: NDArray[np.int64], labels: NDArray[np.int64], *, epoch: int
+    ) -> torch.Tensor:
+        """Draw the contrast rows of a batch: (B, 1 + num_negatives) int64, on the CPU."""
+        drawn = self._memory.take((len(rows), 1 + self._num_negatives), torch.int64)
+        which = np.searchsorted(self._classes, labels)
+        seed = splitmix.mix64(np.array([self._seed ^ _PURPOSE], np.uint64))[0]
+        _draw(
+            *(rows, self._start[which], self._count[which], self._rows),
+            *(seed, np.uint64(epoch), drawn.numpy()),
+        )
+        return drawn
+
+
+class DrawnAhead:
+    """The contrast rows of an epoch's batches, drawn by threads while the loop is at work."""
+
+    def __init__(
+        self,
+        contrast: ContrastRows,
+        labels: NDArray[np.int64],
+        batches: Sequence[NDArray[np.int64]],
+        *,
+        epoch: int,
+        num_workers: int,
+    ):
+        """Begin with the first batches.
+
+        Args:
+            contrast: draws.
+            labels: (N,) int64, of every row of the beton.
+            batches: rows of each batch, in their order.
+            epoch: in [0, 2**63).
+            num_workers: threads; they end with this object.
+        """
+        self._contrast, self._labels, self._epoch = contrast, labels, epoch
+        self._num_workers = min(num_workers, _MOST_AHEAD)
+        self._waiting = iter(batches)
+        self._drawn: deque[tuple[NDArray[np.int64], Future[torch.Tensor]]] = deque()
+        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="contrast rows")
+        for _ in range(_MOST_AHEAD):
+            self._begin_next()
+
+    def take(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Return the contrast rows of the batch with these rows, in their order.
+
+        Args:
+            rows: (B,) int64, of the next batch or a later one, less those that were left out
+                because they cannot be decoded.
+        """
+        while True:
+            batch, drawn = self._drawn.popleft()
+            self._begin_next()
+            kept = np.isin(batch, rows)
+            # Batches that lost every row are passed over.
+            if kept.any():
+                whole = drawn.result()
+                return whole if kept.all() else whole[torch.from_numpy(kept)]
+
+    def _begin_next(self) -> None:
+        rows = next(self._waiting, None)
+        if rows is not None:
+            draw = self._threads.submit(
+                self._contrast.draw, rows, self._labels[rows], epoch=self._epoch
+            )
+            self._drawn.append((rows, draw))
+
+
+@cached(Path(__file__), Path(splitmix.__file__), nogil=True)
+def _draw(
+    rows: Any, start: Any, count: Any, by_class: Any, seed: Any, epoch: Any, drawn: Any
+) -> None:
+    """Fill each line of `drawn` with a row and rows of other classes.
+
+    Args:
+        rows: (B,) int64.
+        start: (B,) int64, where the row's own class begins in `by_class`.
+        count: (B,) int64, rows of its own class.
+        by_class: (K,) int64, the kept rows, sorted by class.
+        seed: uint64.
+        epoch: uint64.
+        drawn: (B, 1 + num_negatives) int64.
+    """
+    half = np.uint64(32)
+    low = np.uint64(0xFFFFFFFF)
+    of_epoch = _mix(seed + (epoch + np.uint64(1)) * _GOLDEN)
+    for i in range(len(rows)):
+        drawn[i, 0] = rows[i]
+        state = _mix(of_epoch + (np.uint64(rows[i]) + np.uint64(1)) * _GOLDEN)
+        others = np.uint64(len(by_class) - count[i])
+        first, own = np.uint64(start[i]), np.uint64(count[i])
+        for j in range(1, drawn.shape[1]):
+            # Two draws of 32 bits from each number of the generator.
+            if j & 1:
+                state += _GOLDEN
+                bits = _mix(state)
+                draw = bits >> half
+            else:
+                draw = bits & low
+            # A position among the rows of other classes; those of the own class, which lie
+            # together, are stepped over.
+            position = draw * others >> half
+            drawn[i, j] = by_class[position + own * (position >= first)]
