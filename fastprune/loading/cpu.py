@@ -106,7 +106,7 @@ class CpuEngine:
         rows, images = batch.rows[part], batch.pixels.numpy()[part]
         outcome = self._decoder.decode(stored_images(self._beton, rows), batch.views[part], images)
         for i in np.flatnonzero(self._faults.altered(rows)).tolist():
-            outcome.faults[i] = ALTERED
+            outcome.faults.setdefault(i, ALTERED)
         # Both are safe from several threads at once: a single call each, under the GIL.
         batch.outcome.faults.update({part.start + i: text for i, text in outcome.faults.items()})
         batch.outcome.whole_kinds.extend(outcome.whole_kinds)

@@ -162,9 +162,11 @@ class DaliEngine:
         """Find the rows that no decoder should see; each header is read once."""
         # DALI's CPU decoder can crash the process on a batch in which one image has a bad header.
         for row, is_altered in zip(rows.tolist(), self._faults.altered(rows), strict=True):
+            if row in self._broken:
+                continue
             if is_altered:
                 self._broken[row] = ALTERED
-            if row in self._broken or self._header_was_read[row]:
+            if self._header_was_read[row]:
                 continue
             try:
                 header = read_header(self._beton.image_bytes(row).tobytes())

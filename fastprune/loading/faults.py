@@ -3,11 +3,9 @@
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -83,13 +81,14 @@ class RowFaults:
         num_decoded_whole: views so far of JPEGs that the view decoder does not know.
     """
 
-    def __init__(self, beton: Beton, *, skip: bool, verify_crc: bool):
+    def __init__(self, beton: Beton, *, skip: bool, verify_crc: bool | None):
         """Prepare to judge rows.
 
         Args:
             beton: the open beton.
             skip: count unusable rows instead of raising.
-            verify_crc: compare every row's bytes with the manifest's CRC-32C.
+            verify_crc: compare a row's bytes with the manifest's CRC-32C whenever it is read
+                (True), never (False), or the first time, where there is a manifest (None).
 
         Raises:
             InvalidValueError: there is no manifest to compare with.
@@ -98,14 +97,24 @@ class RowFaults:
         self.num_decoded_whole = 0
         self._beton = beton
         self._skip = skip
-        self._crcs = _stored_crcs(beton) if verify_crc else None
+        if verify_crc and beton.manifest is None:
+            raise InvalidValueError(
+                f"verify_crc=True needs the checksums of a manifest, but {beton.path} has none. "
+                f"Make one with: fastprune check {beton.path} --deep --write-manifest"
+            )
+        has_checksums = beton.manifest is not None and verify_crc is not False
+        self._to_verify = np.full(beton.num_rows, has_checksums)
+        # What was found stays: a row must not be left out of one epoch and be there in the next.
+        self._altered = np.zeros(beton.num_rows, np.bool_)
+        self._verifies_again = verify_crc is True
 
     def altered(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the rows (n,) hold other bytes than were written; none without `verify_crc`."""
-        if self._crcs is None:
-            return np.zeros(len(rows), np.bool_)
-        found = [google_crc32c.value(self._beton.image_bytes(row).tobytes()) for row in rows]
-        return np.not_equal(np.array(found, np.uint32), self._crcs[rows])
+        """Which of the rows (n,) hold other bytes than were written, as far as that is verified."""
+        for row in rows[self._to_verify[rows]].tolist():
+            found = google_crc32c.value(self._beton.image_bytes(row).tobytes())
+            self._altered[row] |= found != self._stored_crcs[row]
+            self._to_verify[row] = self._verifies_again
+        return self._altered[rows]
 
     def without_failed(
         self, pixels: torch.Tensor, rows: NDArray[np.int64], faults: dict[int, str]
@@ -165,26 +174,15 @@ class RowFaults:
         return "" if sources is None else f" (from {sources[row]})"
 
     @cached_property
+    def _stored_crcs(self) -> NDArray[np.uint32]:
+        """The manifest's CRC-32C of every row's stored bytes, (N,)."""
+        assert self._beton.manifest is not None
+        return self._beton.manifest.column("stored_crc32c").to_numpy().astype(np.uint32)
+
+    @cached_property
     def _sources(self) -> list[str] | None:
         """The file of every row, read only when a fault is to be named."""
         if self._beton.manifest is None:
             return None
-        return _column(self._beton, "source")
-
-
-def _stored_crcs(beton: Beton) -> NDArray[np.uint32]:
-    """The manifest's CRC-32C of every row's stored bytes, (N,)."""
-    if beton.manifest is None:
-        raise InvalidValueError(
-            f"verify_crc=True needs the checksums of a manifest, but {beton.path} has none. Make "
-            f"one with: fastprune check {beton.path} --deep --write-manifest"
-        )
-    return np.array(_column(beton, "stored_crc32c"), np.uint32)
-
-
-def _column(beton: Beton, name: str) -> list[Any]:
-    """A column of the manifest, one entry per row in row order."""
-    assert beton.manifest is not None
-    lines = beton.manifest.table(["row", name])
-    values: list[Any] = lines.filter(pc.is_valid(lines["row"])).sort_by("row")[name].to_pylist()
-    return values
+        sources: list[str] = self._beton.manifest.column("source").to_pylist()
+        return sources

@@ -75,8 +75,8 @@ class FfcvGuest:
                 self._file.check()
                 self._faults.num_decoded_whole = self._decoder.num_decoded_whole
                 altered = self._faults.altered(rows)
-                faults = {i: reasons[row] for i, row in enumerate(rows.tolist()) if row in reasons}
-                faults |= dict.fromkeys(np.flatnonzero(altered).tolist(), ALTERED)
+                faults = dict.fromkeys(np.flatnonzero(altered).tolist(), ALTERED)
+                faults |= {i: reasons[row] for i, row in enumerate(rows.tolist()) if row in reasons}
                 # A clone, because FFCV decodes into the same few buffers again and again.
                 yield self._faults.without_failed(pixels.clone(), rows, faults)
 

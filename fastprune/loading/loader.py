@@ -82,7 +82,7 @@ class Loader:
         transform: Transform | None = None,
         num_negatives: int = 16_384,
         on_error: str = "raise",
-        verify_crc: bool = False,
+        verify_crc: bool | None = None,
         open_pages: int = 64,
         num_workers: int | None = None,
         distributed: str | tuple[int, int] | None = "auto",
@@ -134,7 +134,8 @@ class Loader:
             num_negatives: contrast rows of other classes for each row.
             on_error: "raise" a LoadingError for a row that cannot be decoded, or "skip" it: its
                 batch is smaller then, or missing (several ranks: an error); see `num_skipped`.
-            verify_crc: compare the bytes of each row with the manifest's CRC-32C as they are read.
+            verify_crc: compare the bytes of a row with the manifest's CRC-32C: True whenever it is
+                read, False never, None the first time, where the beton has a manifest.
             open_pages: pages that the order "pages" draws from at a time.
             num_workers: decoding threads; None for one per CPU that affinity and cgroup quota leave
                 to this rank.

@@ -356,7 +356,7 @@ class ServiceEngine:
             other.num_pending -= 1
             other.reasons.update({start + i: reason for i, reason in reasons.items()})
         for i in np.flatnonzero(self._faults.altered(batch.rows)).tolist():
-            batch.reasons[i] = ALTERED
+            batch.reasons.setdefault(i, ALTERED)
         return self._faults.without_failed(batch.pixels, batch.rows, batch.reasons)
 
     def _session(self) -> Session | None:

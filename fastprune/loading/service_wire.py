@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-import pyarrow.compute as pc
 
 from fastprune import __version__
 from fastprune.beton.reader import Beton
@@ -178,8 +177,7 @@ def images_digest(beton: Beton) -> str:
             f"{beton.path} has no manifest to know its images by. Make one with: fastprune check "
             f"{beton.path} --deep --write-manifest"
         )
-    lines = beton.manifest.table(["row", "stored_crc32c"])
-    stored = lines.filter(pc.is_valid(lines["row"])).sort_by("row")["stored_crc32c"]
+    stored = beton.manifest.column("stored_crc32c")
     digest = hashlib.blake2b(str(beton.fingerprint.to_dict()).encode(), digest_size=16)
     digest.update(stored.to_numpy().astype("<u4").tobytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import io
 
+import google_crc32c
 import numpy as np
 import pytest
 
@@ -44,9 +45,22 @@ def test_a_changed_byte_that_decodes_is_found_by_its_checksum(beton, damage_row)
     opened = open_beton(beton)
     comment = opened.image_bytes(5).tobytes().index(b"\xff\xc4") + 30
     damage_row(beton, 5, bytes([opened.image_bytes(5)[comment] ^ 1]), comment)
-    assert sum(len(rows) for _, _, rows in _loader(beton)) == 12
-    with pytest.raises(LoadingError, match=r"row 5 of .* not those that were written \(CRC-32C\)"):
-        list(_loader(beton, verify_crc=True))
+    assert sum(len(rows) for _, _, rows in _loader(beton, verify_crc=False)) == 12
+    for settings in ({}, {"verify_crc": True}):
+        with pytest.raises(LoadingError, match=r"row 5 of .* those that were written \(CRC-32C\)"):
+            list(_loader(beton, **settings))
+    loader = _loader(beton, on_error="skip")
+    assert [sum(len(rows) for _, _, rows in loader) for _ in range(2)] == [11, 11]
+
+
+@pytest.mark.parametrize(("verify_crc", "times"), [(False, 0), (None, 1), (True, 3)])
+def test_checksums_are_computed_once_unless_asked_for_always(beton, monkeypatch, verify_crc, times):
+    computed, value = [], google_crc32c.value
+    monkeypatch.setattr(google_crc32c, "value", lambda data: computed.append(1) or value(data))
+    loader = _loader(beton, verify_crc=verify_crc)
+    for _ in range(3):
+        list(loader)
+    assert len(computed) == times * 12
 
 
 def test_whole_rows_pass_the_checksums(beton):
