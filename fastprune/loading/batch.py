@@ -1,9 +1,10 @@
 """From decoded pixels to the batch a training loop gets: to the device, normalized, arranged."""
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastprune.errors import InvalidValueError
 from fastprune.loading.cached_logits import CachedLogits
 from fastprune.loading.contrast import ContrastRows, DrawnAhead
 from fastprune.loading.memory import BatchMemory
+from fastprune.loading.sending import Sent, one_ahead, send
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -82,49 +84,56 @@ class Collate:
         return replace(self, drawn=drawn)
 
     def __call__(
-        self, pixels: torch.Tensor, rows: NDArray[np.int64], *, slot: int
-    ) -> tuple[Any, ...]:
-        """Put one batch together.
+        self, decoded: Iterator[tuple[torch.Tensor, NDArray[np.int64]]], *, slot: int
+    ) -> Iterator[tuple[Any, ...]]:
+        """Put batches together; on a GPU each is sent a batch ahead of the caller.
 
         Args:
-            pixels: (views_per_row * B, S, S, 3) uint8, all first views before all second ones.
-            rows: (views_per_row * B,) int64, in the same order.
+            decoded: pixels (views_per_row * B, S, S, 3) uint8, all first views before all second
+                ones, and rows (views_per_row * B,) int64, in the same order.
             slot: in [0, 2**63), of the views: what recurs with a view, recurs as a whole.
 
-        Returns:
+        Yields:
             On the device, "xy": (images, labels); "xyi": (images, labels, rows); "xyit": (images,
             labels, rows, teacher's logits), and `Holes` where they are marked; "xy_supp":
             (images, labels, {"rows": rows}); "xyi_contrast": (images, labels, rows, contrast
             rows); "two_view": ((images, images), labels, rows).
         """
-        pixels = pixels.to(self.normalize.device, non_blocking=True)
-        *earlier, pixels = pixels.chunk(self.views_per_row)
-        rows = rows[: len(pixels)]
-        if self.transform is not None:
-            pixels = transformed(pixels, self.transform, rows, seed=self.seed, slot=slot)
-        views = (*map(self.normalize, earlier), self.normalize(pixels))
-        images = views if self.layout == "two_view" else views[0]
+        sent = itertools.starmap(self._send, decoded)
+        # A `map`, which keeps no batch that its caller has let go of.
+        yield from map(
+            partial(self._finish, slot=slot),
+            one_ahead(sent) if self.normalize.device.type == "cuda" else sent,
+        )
+
+    def _send(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> Sent:
+        """Begin to copy a batch to the device."""
+        rows = rows[: len(pixels) // self.views_per_row]
         labels = self.labels[rows]
         columns = [labels] if self.layout == "xy" else [labels, rows]
-        tensors = [torch.from_numpy(column) for column in columns]
+        parts = [pixels, *map(torch.from_numpy, columns)]
         if self.drawn is not None:
-            tensors.append(self.drawn.take(rows))
-        batch = [_send(tensor, self.normalize.device) for tensor in tensors]
+            parts.append(self.drawn.take(rows))
+        return send(rows, parts, self.normalize.device)
+
+    def _finish(self, sent: Sent, *, slot: int) -> tuple[Any, ...]:
+        """Make of what was sent the batch that the caller gets, in the current stream."""
+        pixels, *batch = sent.receive()
+        *earlier, pixels = pixels.chunk(self.views_per_row)
+        if self.transform is not None:
+            pixels = transformed(pixels, self.transform, sent.rows, seed=self.seed, slot=slot)
+        views = (*map(self.normalize, earlier), self.normalize(pixels))
+        images = views if self.layout == "two_view" else views[0]
         supplement: dict[str, Any] = {"rows": batch[-1]}
         if self.cached is not None:
-            logits, holes = self.cached.look_up(rows, slot)
+            # Not a batch ahead: what is missing of a row that comes twice may be put in between.
+            logits, holes = self.cached.look_up(sent.rows, slot)
             if self.layout == "xyit":
                 return images, *batch, logits, *([holes] if self.cached.marks_holes else [])
             # Where torchdistill looks for what its teacher said; "." is the whole network.
             extracted = {".": {"output": logits}}
             supplement["cached_data"] = {"teacher_outputs": logits, "extracted_outputs": extracted}
         return (images, batch[0], supplement) if self.layout == "xy_supp" else (images, *batch)
-
-
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Numbers of a batch on the device; the host does not wait for their copy."""
-    # From pageable memory the copy would wait for all the work that the device has to do.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)

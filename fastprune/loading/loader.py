@@ -1,6 +1,8 @@
 """The loader: batches of a beton's kept rows, ready to train on."""
 
+import itertools
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -323,16 +325,23 @@ class Loader:
         slot = self.slot_of(epoch)
         batches = self._sampler().batches(epoch)[consumed:]
         collate = self._collate.beginning(batches, epoch=epoch, num_workers=self.num_workers)
-        decoded = self._decoded(batches, slot=slot)
-        for count, (pixels, rows) in enumerate(decoded, consumed + 1):
-            if len(rows) == 0:  # every row of it was left out
-                self._faults.require_no_peers(self.world)
-                continue
-            batch = [collate(pixels, rows, slot=slot)]
-            self._position = (epoch, count)
-            # The suspended generator keeps no batch that its caller has let go of.
-            del pixels
-            yield batch.pop()
+        numbers, given = itertools.count(consumed + 1), deque[int]()
+
+        def has_rows(decoded: tuple[torch.Tensor, NDArray[np.int64]]) -> bool:
+            number = next(numbers)
+            if len(decoded[1]):
+                given.append(number)
+                return True
+            self._faults.require_no_peers(self.world)
+            return False  # every row of it was left out
+
+        def at_its_position(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+            self._position = (epoch, given.popleft())
+            return batch
+
+        # No loop over batches: its variable would keep one that the caller has let go of.
+        decoded = filter(has_rows, self._decoded(batches, slot=slot))
+        yield from map(at_its_position, collate(decoded, slot=slot))
         self._position = (epoch + 1, 0)
 
     def slot_of(self, epoch: int) -> int:
@@ -456,8 +465,7 @@ class Loader:
         )
         batches = sampler.batches(0)[:1]
         collate = self._collate.beginning(batches, epoch=0, num_workers=1)
-        for pixels, rows in self._decoded(batches, slot=0):
-            collate(pixels, rows, slot=0)
+        next(collate(self._decoded(batches, slot=0), slot=0))
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastprune.errors import InvalidValueError
+from fastprune.errors import InvalidValueError, LoadingError
 from fastprune.loading.contrast import ContrastRows, DrawnAhead
 from fastprune.loading.loader import Loader
+from fastprune.loading.sending import one_ahead
 
 
 def _loader(path, subset=None, **settings):
@@ -124,3 +125,28 @@ def test_with_two_views_only_the_second_is_transformed(bare_beton):
     (first, second), _, _ = next(iter(loader))
     assert first.any()
     assert not second.any()
+
+
+def test_one_item_is_made_ahead_but_for_the_first():
+    made = []
+
+    def items():
+        for number in range(4):
+            made.append(number)
+            yield number
+
+    seen = [(number, list(made)) for number in one_ahead(items())]
+    assert seen == [(0, [0]), (1, [0, 1, 2]), (2, [0, 1, 2, 3]), (3, [0, 1, 2, 3])]
+
+
+@pytest.mark.parametrize("num_good", [0, 1, 2, 3])
+def test_an_error_made_ahead_comes_in_its_turn(num_good):
+    def items():
+        yield from range(num_good)
+        raise LoadingError("row 7")
+
+    given = []
+    with pytest.raises(LoadingError, match="row 7"):
+        for item in one_ahead(items()):
+            given.append(item)  # noqa: PERF402 - what came before the error is kept
+    assert given == list(range(num_good))
