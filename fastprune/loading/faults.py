@@ -177,7 +177,7 @@ class RowFaults:
     def _stored_crcs(self) -> NDArray[np.uint32]:
         """The manifest's CRC-32C of every row's stored bytes, (N,)."""
         assert self._beton.manifest is not None
-        return self._beton.manifest.column("stored_crc32c").to_numpy().astype(np.uint32)
+        return np.asarray(self._beton.manifest.column("stored_crc32c"), np.uint32)
 
     @cached_property
     def _sources(self) -> list[str] | None:
