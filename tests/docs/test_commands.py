@@ -30,7 +30,8 @@ def _commands(page):
     indented = re.findall(r"^    (fastprune .*)$", page.read_text(), re.MULTILINE)
     lines = "\n".join(_blocks(page, "")).replace("\\\n", " ").splitlines()
     for line in [*lines, *indented]:
-        words = shlex.split(line, comments=True)
+        # A number of the shell's, such as $SLURM_ARRAY_TASK_ID.
+        words = shlex.split(re.sub(r"\$[A-Z_]+_ID\b", "0", line), comments=True)
         places = [i for i, word in enumerate(words[:-1]) if word == "fastprune"]
         # In `compose run fastprune`, `-t fastprune` and `-o fastprune` it is another thing's name.
         if places and not words[places[0] - 1].startswith("-t") and "..." not in words:
