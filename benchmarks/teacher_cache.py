@@ -8,10 +8,12 @@ Four kinds of steps take turns within one run, on loaders and students that are 
 teacher (plain), with a cache that holds nothing yet (filling), with one that holds all (cached),
 and without teacher and distillation (student alone: the limit below which no cache can come). From
 their ratios follow the costs of whole trainings, beside the arithmetic of multiply-adds. A large
-cache is then read in turn by `check`, by the loader's look-ups and by plain reads of its bytes.
+cache is then read in turn by `check` and by plain reads of its bytes. With `--run`, the logits of a
+finished run's teacher and student show what rounding does to losses.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,16 @@ from _harness import ratios, spread, take_turns, write_result
 from epoch import make_beton
 
 from fastprune.artifacts.cache_filler import CacheFiller
+from fastprune.artifacts.cache_slot import DTYPES, decode, encode
 from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.distillation.losses import decoupled_distillation_loss, distillation_loss
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair
 from fastprune.distillation.teacher import Teacher, make_teacher
 from fastprune.distributed import Ranks
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.networks import build_network, save_weights
+from fastprune.networks import build_network, load_weights, save_weights
 from fastprune.recipe import make_recipe
 
 KINDS = ("plain", "filling", "cached", "student")
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, help="an ImageFolder, or a folder of JPEG files; default: drawn"
     )
+    parser.add_argument("--run", type=Path, help="a finished run, whose logits are rounded")
     parser.add_argument("--name", default="", help="of the result: teacher-cache-NAME.json")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -74,11 +80,16 @@ def main() -> None:
                 )
         disk = measure_disk(Path(folder), rounds=arguments.rounds)
         print(f"check over plain reads: {disk['check over plain reads']['median']:.2f}")
+    rounding = None if arguments.run is None else measure_rounding(arguments.run)
     result = {
         "question": "seconds of a distillation step with a teacher cache over one with the teacher",
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "settings": {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in vars(arguments).items()
+        },
         "pairs": pairs,
         "disk": disk,
+        "rounding": rounding,
     }
     name = f"teacher-cache-{arguments.name}" if arguments.name else "teacher-cache"
     print(f"-> {write_result(name, result)}")
@@ -315,6 +326,62 @@ def measure_disk(folder: Path, *, rounds: int) -> dict[str, Any]:
         "check over plain reads, from memory": ratios(warm["check"], warm["plain"]),
         "check_megabytes_per_second": spread([megabytes / value for value in cold["check"]]),
         "plain_megabytes_per_second": spread([megabytes / value for value in cold["plain"]]),
+    }
+
+
+def measure_rounding(run: Path) -> dict[str, Any]:
+    """Losses of a run's student under its teacher, from logits as each dtype keeps them."""
+    recipe = make_recipe(json.loads((run / "recipe.json").read_text()))
+    assert recipe.teacher is not None
+    assert recipe.teacher.checkpoint is not None
+    data = recipe.data
+    loader = Loader(
+        data.train, image_size=data.image_size, batch_size=data.batch_size, device="cpu"
+    )
+    parts: list[list[torch.Tensor]] = [[], [], []]
+    networks = []
+    for settings, weights in (
+        (recipe.teacher, recipe.teacher.checkpoint),
+        (recipe.student, run / "student.safetensors"),
+    ):
+        network = build_network(settings.network, num_classes=loader.num_classes)
+        load_weights(network, weights)
+        networks.append(network.eval())
+    with torch.no_grad():
+        for images, labels in loader:
+            for part, values in zip(
+                parts, (*(network(images) for network in networks), labels), strict=True
+            ):
+                part.append(values)
+    teacher, student, labels = map(torch.cat, parts)
+    losses = {
+        f"{name}, T = {temperature}": partial(loss, temperature=temperature)
+        for temperature in (1.0, 4.0)
+        for name, loss in (
+            ("kd", lambda logits, **kw: distillation_loss(student, logits, **kw)),
+            (
+                "dkd",
+                lambda logits, **kw: decoupled_distillation_loss(student, logits, labels, **kw),
+            ),
+        )
+    }
+    exact = {name: loss(teacher) for name, loss in losses.items()}
+    differences = {}
+    for dtype in DTYPES:
+        rounded = torch.from_numpy(decode(encode(teacher.numpy(), np.arange(len(teacher)), dtype)))
+        differences[dtype] = {
+            name: {
+                "of the mean": abs(float((loss(rounded) - exact[name]).mean())),
+                "largest of a row": float((loss(rounded) - exact[name]).abs().max()),
+            }
+            for name, loss in losses.items()
+        }
+    return {
+        "logits": list(teacher.shape),
+        "teacher": recipe.teacher.network,
+        "student": recipe.student.network,
+        "mean_loss": {name: float(values.mean()) for name, values in exact.items()},
+        "difference_from_float32": differences,
     }
 
 

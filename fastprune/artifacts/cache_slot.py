@@ -189,17 +189,21 @@ class Slot:
         with _writable(self._filled_path) as file:
             _write_at(file, filled.tobytes(), self.filled.offset)
 
-    def seal(self) -> None:
-        """Sum the blocks that changed since they were summed last; under the lock, alone."""
-        crc = np.array(self._crc)
-        for block in np.flatnonzero(crc == _OPEN):
-            if self.filled[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS].any():
-                crc[block] = self._sum(int(block))
-                self._is_verified[block] = True
-        self._write_crc(crc)
+    def changed_blocks(self) -> list[int]:
+        """Blocks that got rows since they were summed last, from any writer."""
+        return [
+            block
+            for block in np.flatnonzero(self._crc == _OPEN).tolist()
+            if self.filled[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS].any()
+        ]
 
-    def sync(self) -> None:
-        """Put bits and CRCs on the disk."""
+    def seal(self) -> None:
+        """Sum the blocks that changed, and put bits and CRCs on the disk; under the lock, alone."""
+        crc = np.array(self._crc)
+        for block in self.changed_blocks():
+            crc[block] = self._sum(block)
+            self._is_verified[block] = True
+        self._write_crc(crc)
         for path in (self._filled_path, self._crc_path):
             with _writable(path) as file:
                 os.fdatasync(file)

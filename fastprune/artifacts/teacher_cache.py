@@ -43,8 +43,7 @@ class TeacherCache:
     """Logits of one teacher on the K recurring views of some rows.
 
     Several processes may fill it at once. Data is on the disk before the bitmap says so: a process
-    that is killed loses the last seconds of its work, no more. `close` it, or use it as a context
-    manager.
+    that is killed loses the last seconds of its work, no more. `close` it, or use `with`.
 
     Attributes:
         path: the folder.
@@ -224,7 +223,7 @@ class TeacherCache:
             ArtifactError: a row has no logits yet, or its block is damaged.
         """
         rows = np.asarray(rows, np.int64)
-        self._positions(rows)
+        self._positions(rows)  # refuses what there is no room for
         logits, found = self.lookup(rows, slot)
         if not found.all():
             raise ArtifactError(
@@ -254,9 +253,8 @@ class TeacherCache:
             blocks = files.unverified_blocks(positions)
             if len(blocks):
                 with locked(self.path / _LOCK, shared=True):
-                    faults = files.damaged(blocks)
-                if faults:
-                    raise ArtifactError(faults[0])
+                    if faults := files.damaged(blocks):
+                        raise ArtifactError(faults[0])
             there = decode(files.read(positions))
         if found.all():
             return there, found
@@ -294,15 +292,13 @@ class TeacherCache:
         stored = encode(values, rows, self.dtype)
         with self._threads:
             self._pending.add(slot, positions, stored)
-            is_late = self._pending.seconds > _COMMIT_SECONDS
-            if is_late or self._pending.num_bytes > _COMMIT_BYTES:
+            if self._pending.seconds > _COMMIT_SECONDS or self._pending.num_bytes > _COMMIT_BYTES:
                 self.commit()
         return decode(stored)
 
     def round_trip(self, logits: ArrayLike, rows: ArrayLike) -> NDArray[np.float32]:
         """What `put` would return, without putting anything."""
-        values = np.asarray(logits, np.float32)
-        return decode(encode(values, np.asarray(rows, np.int64), self.dtype))
+        return decode(encode(np.asarray(logits, np.float32), np.asarray(rows), self.dtype))
 
     def commit(self, *, seal: bool = False) -> None:
         """Write what was put, data before the bitmap.
@@ -315,22 +311,15 @@ class TeacherCache:
                 last commit is dropped; what was committed stays.
         """
         with self._threads:
-            if not self._pending.num_bytes and not seal:
+            # A whole cache may be read from where nobody may write.
+            if not self._pending.num_bytes and not (seal and self._changed_slots()):
                 return
             try:
                 with locked(self.path / _LOCK):
                     for slot, positions, stored in self._pending.pop():
-                        if self._slot(slot) is None:
-                            Slot.create(
-                                self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype
-                            )
-                        files = self._slot(slot)
-                        assert files is not None
-                        files.write(positions, stored)
-                    for slot in range(self.num_views) if seal else ():
-                        if (files := self._slot(slot)) is not None:
-                            files.seal()
-                            files.sync()
+                        self._made_slot(slot).write(positions, stored)
+                    for slot in self._changed_slots() if seal else ():
+                        self._made_slot(slot).seal()
             except OSError as error:
                 raise ArtifactError(
                     f"cannot write the teacher cache {self.path}: {error.strerror}. What it holds "
@@ -368,12 +357,12 @@ class TeacherCache:
         """
         for slot in range(self.num_views):
             try:
-                files = self._slot(slot)
-                if files is not None:
-                    for block in files.all_blocks():
-                        with locked(self.path / _LOCK, shared=True):
-                            faults = files.damaged(block[None])
-                        yield from faults
+                if (files := self._slot(slot)) is None:
+                    continue
+                for block in files.all_blocks():
+                    with locked(self.path / _LOCK, shared=True):
+                        faults = files.damaged(block[None])
+                    yield from faults
             except ArtifactError as error:
                 yield str(error)
 
@@ -399,11 +388,7 @@ class TeacherCache:
         return sum(file.stat().st_blocks * 512 for file in self.path.iterdir())
 
     def close(self) -> None:
-        """Write what was put, and let go of the files.
-
-        Raises:
-            ArtifactError: as `commit`.
-        """
+        """Write what was put, and let go of the files; raises as `commit`."""
         try:
             self.commit()
         finally:
@@ -436,6 +421,19 @@ class TeacherCache:
         files = self._slot(slot)
         pending = self._pending.has(slot, positions)
         return pending if files is None else pending | files.filled[positions]
+
+    def _changed_slots(self) -> list[int]:
+        """The slots that got rows since they were summed last, from any writer."""
+        slots = ((slot, self._slot(slot)) for slot in range(self.num_views))
+        return [slot for slot, files in slots if files is not None and files.changed_blocks()]
+
+    def _made_slot(self, slot: int) -> Slot:
+        """The files of a slot, made where they are missing; under the lock, alone."""
+        if self._slot(slot) is None:
+            Slot.create(self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype)
+        files = self._slot(slot)
+        assert files is not None
+        return files
 
     def _slot(self, slot: int) -> Slot | None:
         """The files of a slot; None where nothing was written into it yet."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +19,6 @@ from fastprune.errors import InvalidValueError
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.progress import track
-
-
-def teacher_identity(weights_digest: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what decides a teacher's logits on a view, for the identity of a cache."""
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    return {"weights_digest": weights_digest, "precision": precision}
 
 
 def fill_cache(
@@ -118,9 +111,14 @@ def fill_cache(
             precision=precision,
             compile_network=compile_teacher,
         ) as forward:
-            digest = made.identity["weights_digest"]
             cache = open_cache(
-                cache_path, loader, forward, digest, num_views=num_views, dtype=dtype
+                cache_path,
+                loader,
+                weights_digest=made.identity["weights_digest"],
+                precision=forward.dtype,
+                num_classes=classes,
+                num_views=num_views,
+                dtype=dtype,
             )
             fill_missing(
                 cache, loader, forward, ranks, slots=range(num_views) if slots is None else slots
@@ -158,25 +156,36 @@ def recurring_views(path: str | Path, num_views: int | None, *, scored: int = 1)
 def open_cache(
     path: str | Path,
     loader: Loader,
-    forward: Forward,
-    weights_digest: str,
     *,
+    weights_digest: str,
+    precision: torch.dtype,
+    num_classes: int,
     num_views: int,
     dtype: str | None = None,
 ) -> TeacherCache:
     """Open a cache of what a loader shows a teacher, or make one with room for the loader's rows.
 
+    Args:
+        path: the folder.
+        loader: of the views.
+        weights_digest: of the teacher.
+        precision: of the teacher's arithmetic, float32 or bfloat16.
+        num_classes: C.
+        num_views: K.
+        dtype: that is stored; None for that of an existing cache, or float16.
+
     Raises:
         ArtifactMismatch: it is of something else; the difference is named.
         ArtifactError: it is damaged, or the folder cannot be written.
     """
-    teacher = {"teacher": teacher_identity(weights_digest, forward.dtype)}
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision]
+    teacher = {"weights_digest": weights_digest, "precision": name}
     return TeacherCache.open_or_create(
         path,
         rows=loader.rows,
-        num_classes=forward.num_classes,
+        num_classes=num_classes,
         num_views=num_views,
-        identity=loader.view_identity() | teacher,
+        identity=loader.view_identity() | {"teacher": teacher},
         dtype=dtype,
     )
 

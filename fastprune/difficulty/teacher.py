@@ -178,9 +178,14 @@ def score(
                     journal = stack.enter_context(files)
                 if cache is not None:
                     loader = reading.open(np.arange(beton.num_rows), ranks)
-                    digest = made.identity["weights_digest"]
                     opened = open_cache(
-                        cache, loader, forward, digest, num_views=recurring, dtype=cache_dtype
+                        cache,
+                        loader,
+                        weights_digest=made.identity["weights_digest"],
+                        precision=forward.dtype,
+                        num_classes=forward.num_classes,
+                        num_views=recurring,
+                        dtype=cache_dtype,
                     )
                     filler = stack.enter_context(CacheFiller(opened))
                 _run(reading, forward, journal, ranks, filler)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastprune.artifacts.cache_filler import CacheFiller
 from fastprune.artifacts.teacher_cache import TeacherCache
-from fastprune.difficulty.cache import teacher_identity
+from fastprune.difficulty.cache import open_cache
 from fastprune.distillation.compatibility import require_logits
 from fastprune.distillation.learner import Outputs
 from fastprune.distillation.objective import Objective
@@ -266,20 +266,20 @@ def make_teacher(
     network, objective.teacher = objective.teacher, None
     assert network is not None
     assert loader.num_views is not None, "the recipe is validated"
-    identity = loader.view_identity()
-    if len(sizes) > 1 and identity["view"]["augment"]["kind"] == "pad_crop":
+    policy = loader.view_identity()["view"]["augment"]["kind"]
+    if len(sizes) > 1 and policy == "pad_crop":
         raise RecipeError(
             f"teacher.cache holds logits of one image size, and pad_crop's shifts are in pixels of "
             f"it, but data.first_image_size = {sizes[0]} lets images grow to {sizes[-1]}. Train at "
             "one size, or take data.augment = 'rrc', whose boxes are the same at every size."
         )
-    digest = weights_digest(network.network)
-    cache = TeacherCache.open_or_create(
+    cache = open_cache(
         settings.cache,
-        rows=loader.rows,
+        loader,
+        weights_digest=weights_digest(network.network),
+        precision=context.dtype,
         num_classes=num_classes,
         num_views=loader.num_views,
-        identity=identity | {"teacher": teacher_identity(digest, context.dtype)},
         dtype=settings.cache_dtype,
     )
     for epoch in range(epochs):

@@ -435,6 +435,14 @@ def test_a_block_is_not_called_damaged_while_it_is_not_summed(cache):
     assert np.array_equal(reopened.logits(ROWS[:200], 0), logits_of(ROWS[:200], 0))
 
 
+def test_a_whole_cache_is_sealed_again_without_writing(cache):
+    fill(cache)
+    cache.commit(seal=True)
+    before = {file: file.stat().st_mtime_ns for file in cache.path.iterdir()}
+    TeacherCache.open(cache.path).commit(seal=True)
+    assert {file: file.stat().st_mtime_ns for file in cache.path.iterdir()} == before
+
+
 def test_verify_recomputes_entries_and_refuses_another_teacher(tmp_path):
     with make_cache(tmp_path / "cache") as cache:
         assert cache.verify(logits_of) == 0.0

@@ -21,7 +21,7 @@ from fastprune.distillation.trainer import distill
 from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.networks import save_weights
 from tests.distillation import networks
-from tests.distillation.test_processes import torchrun
+from tests.distillation.test_processes import losses, torchrun
 
 ROOT = Path(__file__).parents[2]
 ROWS = np.arange(80)
@@ -419,6 +419,23 @@ def test_two_ranks_fill_a_cache_and_train_from_it(cached, tmp_path):
         load_file(tmp_path / name / "student.safetensors") for name in ("first", "second")
     )
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_two_ranks_learn_from_a_cache_what_one_with_twice_the_batch_does(cached, tmp_path):
+    def settings(name, processes):
+        return cached(
+            name,
+            data={"batch_size": 20 // processes, "num_workers": 1},
+            student={"network": "tests.distillation.networks:frozen"},
+        )
+
+    one = distill(settings("one", 1))
+    ran = torchrun(settings("two", 2), tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    weights_of_two = load_file(tmp_path / "two" / "student.safetensors")
+    for name, values in weights(one).items():
+        assert weights_of_two[name] == pytest.approx(values, abs=1e-4), name
 
 
 def test_one_process_reads_what_two_ranks_filled(cached, tmp_path):

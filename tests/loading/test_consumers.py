@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastprune.artifacts.teacher_cache import TeacherCache
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -114,8 +115,8 @@ def test_accelerate_leaves_the_loader_as_it_is(bare_beton):
         optimizer.zero_grad()
 
 
-def test_torchdistill_distils_with_the_supplement(bare_beton):
-    require_library("torchdistill")
+def _torchdistill_box(teacher, loader, *, teacher_path, teacher_proc="forward_batch_only"):
+    """A box that distills logits, `teacher_path` being where the teacher's come from."""
     from torchdistill.core.distillation import DistillationBox
 
     config = {
@@ -133,7 +134,7 @@ def test_torchdistill_distils_with_the_supplement(bare_beton):
                             "kwargs": {
                                 "student_module_path": "1",
                                 "student_module_io": "output",
-                                "teacher_module_path": "1",
+                                "teacher_module_path": teacher_path,
                                 "teacher_module_io": "output",
                                 "temperature": 4.0,
                                 "alpha": 0.9,
@@ -146,12 +147,21 @@ def test_torchdistill_distils_with_the_supplement(bare_beton):
             },
         },
     }
-    for role in ("teacher", "student"):
-        config[role]["forward_proc"] = "forward_batch_only"
-        config[role]["forward_hook"] = {"input": [], "output": ["1"]}
+    for role, path, proc in (
+        ("teacher", teacher_path, teacher_proc),
+        ("student", "1", "forward_batch_only"),
+    ):
+        config[role]["forward_proc"] = proc
+        # "." is the whole network, whose output needs no hook.
+        config[role]["forward_hook"] = {"input": [], "output": [] if path == "." else [path]}
     cpu = torch.device("cpu")
-    box = DistillationBox(_network(), _network(), {}, config, cpu, None, False, 1.0)
-    box.train_data_loader = _loader(bare_beton, layout="xy_supp")
+    box = DistillationBox(teacher, _network(), {}, config, cpu, None, False, 1.0)
+    box.train_data_loader = loader
+    return box
+
+
+def _torchdistill_epoch(box):
+    """Losses of the steps of an epoch."""
     box.pre_epoch_process(epoch=0)
     losses = []
     for sample_batch, targets, supp_dict in box.train_data_loader:
@@ -160,5 +170,41 @@ def test_torchdistill_distils_with_the_supplement(bare_beton):
         box.post_forward_process(loss=loss)
         losses.append(float(loss))
     box.post_epoch_process()
-    assert len(losses) == len(box.train_data_loader)
+    return losses
+
+
+def test_torchdistill_distils_with_the_supplement(bare_beton):
+    require_library("torchdistill")
+    loader = _loader(bare_beton, layout="xy_supp")
+    losses = _torchdistill_epoch(_torchdistill_box(_network(), loader, teacher_path="1"))
+    assert len(losses) == len(loader)
     assert all(loss > 0 for loss in losses)
+
+
+def test_torchdistill_distils_from_a_teacher_cache_and_asks_no_teacher(bare_beton, tmp_path):
+    require_library("torchdistill")
+    from torchdistill.core.interfaces.registry import register_forward_proc_func
+
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    plain = _loader(bare_beton, layout="xy_supp", num_views=1)
+    with TeacherCache.create(
+        tmp_path / "cache",
+        rows=plain.rows,
+        num_classes=3,
+        num_views=1,
+        dtype="float32",
+        identity=plain.view_identity(),
+    ) as cache:
+        for images, _, supplement in plain:
+            cache.put(supplement["rows"], 0, teacher(images).detach())
+    loader = _loader(bare_beton, layout="xy_supp", teacher_cache=tmp_path / "cache")
+    plain.set_epoch(0)
+    asked = _torchdistill_epoch(_torchdistill_box(teacher, plain, teacher_path="."))
+
+    @register_forward_proc_func
+    def forward_cached(model, images, targets=None, supp_dict=None, **kwargs):
+        return supp_dict["cached_data"]["teacher_outputs"]
+
+    box = _torchdistill_box(nn.Identity(), loader, teacher_path=".", teacher_proc="forward_cached")
+    assert _torchdistill_epoch(box) == asked
