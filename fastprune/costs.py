@@ -33,10 +33,11 @@ class StepSeconds:
 def summarize_steps(
     samples: Mapping[str, Sequence[float]], counts: Mapping[str, int]
 ) -> StepSeconds:
-    """Summarize the steps of a run, whose kinds (image sizes) differ in their work.
+    """Summarize the steps of a run, whose kinds differ in their work.
 
     Args:
-        samples: kind -> seconds of its timed steps, one or more of all kinds together.
+        samples: kind (such as the images' size) -> seconds of its timed steps, one or more of all
+            kinds together.
         counts: kind -> its steps, timed or not.
     """
     everything = [seconds for kind in samples.values() for seconds in kind]

@@ -15,7 +15,7 @@ from fastprune.cli.options import COUNT, PATH, Share
 @click.option(
     "--keep", type=Share(), default=0.5, help="Share of the rows that the pruned runs keep."
 )
-@click.option("--epochs", type=COUNT, default=16, help="Passes of every student over its rows.")
+@click.option("--epochs", type=COUNT, default=12, help="Passes of every student over its rows.")
 @click.option(
     "--seeds", type=COUNT, default=1, help="Students per kind of run, each with another seed."
 )
@@ -26,13 +26,13 @@ from fastprune.cli.options import COUNT, PATH, Share
     help="Weights of the teacher. [default: trained there and then]",
 )
 @click.option(
-    "--teacher-epochs", type=COUNT, default=12, help="Passes of the teacher, where it is trained."
+    "--teacher-epochs", type=COUNT, default=10, help="Passes of the teacher, where it is trained."
 )
 @click.option("--student", default="resnet8", help="Network of the students.")
 @click.option("--per-class", type=COUNT, help="Take at most this many training images per class.")
-@click.option("--image-size", type=COUNT, help="Side of a view. [default: the images', at most 48]")
+@click.option("--image-size", type=COUNT, help="Side of a view. [default: the images', at most 32]")
 def demo(**options: object) -> None:
-    """Walk the whole way on small images: full, medium half and random half side by side.
+    """Walk the whole way on small images: all rows, with and without a teacher cache, and halves.
 
     Writes betons, scores, subsets, runs, result.json and report.png to the folder of --out, where
     an earlier demo is replaced.
@@ -47,5 +47,15 @@ def demo(**options: object) -> None:
     Console(width=110).print(result_table(result))
     click.echo(f"-> {settings.out / 'result.json'}, {settings.out / 'report.png'}")
 
+    click.echo(_GO_ON)
+
+
+# The recipe's head lists what comes after the teacher: scores, a subset, a student.
+_GO_ON = """
+On with your own images, one folder per class in FOLDER/train and FOLDER/val:
+
+  fastprune convert FOLDER/train train.beton
+  fastprune convert FOLDER/val val.beton
+  fastprune train small_images_teacher    # what follows: fastprune recipes show small_images"""
 
 COMMANDS = (demo,)

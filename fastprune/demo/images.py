@@ -12,8 +12,8 @@ from fastprune.errors import ConversionError
 # CIFAR's folders have `test`, ImageNet's `val`.
 _VAL_NAMES = ("val", "validation", "test")
 _VAL_SHARE = 0.1
-_DRAWN_TRAIN_PER_CLASS = 300
-_DRAWN_VAL_PER_CLASS = 100
+_DRAWN_TRAIN_PER_CLASS = 150
+_DRAWN_VAL_PER_CLASS = 75
 
 
 def prepare_images(

@@ -32,14 +32,16 @@ class RunPicture:
 
     Attributes:
         name: legend entry.
-        curve: one dict per validation, with train_seconds and top1 in [0, 1].
+        cost_ratio: its cost over the full run's.
+        top1: accuracy in [0, 1] after the last epoch.
         score_seconds: spent on scoring and selecting before the run began.
         train_seconds: spent in epochs.
         other_seconds: start-up and validation.
     """
 
     name: str
-    curve: Sequence[Mapping[str, float]]
+    cost_ratio: float
+    top1: float
     score_seconds: float
     train_seconds: float
     other_seconds: float
@@ -82,10 +84,9 @@ class StudentRun:
     """A student, and the cost before its training could begin.
 
     Attributes:
-        name: "full", "medium" or "random".
+        name: of its kind, "full" among them.
         result: cost and accuracy of its training.
-        score_seconds: spent on the teacher's pass and the selection; 0 for "full", which needs
-            neither.
+        score_seconds: spent on the teacher's pass and the selection; 0 where neither is needed.
     """
 
     name: str
@@ -109,7 +110,7 @@ class DemoResult:
     """Everything the demo measured.
 
     Attributes:
-        runs: the students; of every seed a full, a medium and a random one.
+        runs: the students; of every seed one of each kind.
         table: the scores.
         kept: the medium subset.
         samples: caption -> images to show.
@@ -148,7 +149,8 @@ class DemoResult:
             [
                 RunPicture(
                     name=run.name,
-                    curve=run.result.curve,
+                    cost_ratio=self.cost_ratio(run),
+                    top1=run.result.top1_last,
                     score_seconds=run.score_seconds,
                     train_seconds=run.result.train_seconds,
                     other_seconds=run.result.total_seconds - run.result.train_seconds,
@@ -260,7 +262,7 @@ def sample_rows(scores: NDArray[np.float32], kept: NDArray[np.int64]) -> dict[st
 
 
 def draw_comparison(path: str | Path, runs: Sequence[RunPicture], kept: KeptPicture) -> None:
-    """Draw accuracy over time, seconds by use, the kept window, and sample pictures as a PNG.
+    """Draw accuracy over cost, seconds by use, the kept window, and sample pictures as a PNG.
 
     Args:
         path: the PNG to write.
@@ -290,16 +292,14 @@ def _names(runs: Sequence[RunPicture]) -> list[str]:
 
 
 def _draw_accuracy(axes: Axes, runs: Sequence[RunPicture], colors: Mapping[str, str]) -> None:
-    labelled = set()  # several seeds are one entry of the legend
-    for run in runs:
-        seconds = [run.score_seconds + point["train_seconds"] for point in run.curve]
-        label = None if run.name in labelled else run.name
-        labelled.add(run.name)
-        top1 = [100 * point["top1"] for point in run.curve]
-        axes.plot(seconds, top1, marker=".", color=colors[run.name], label=label)
-    axes.set_xlabel("seconds of scoring and training")
-    axes.set_ylabel("top-1 on the validation set, %")
-    axes.set_title("Accuracy over time")
+    for name, color in colors.items():
+        ours = [run for run in runs if run.name == name]
+        reached = [100 * run.top1 for run in ours]
+        axes.plot([run.cost_ratio for run in ours], reached, "o", color=color, label=name)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("cost, over that of full")
+    axes.set_ylabel("top-1 after the last epoch, %")
+    axes.set_title("Accuracy over cost: a dot is a run")
     axes.legend()
     axes.grid(alpha=0.3)
 
@@ -322,8 +322,9 @@ def _draw_seconds(axes: Axes, runs: Sequence[RunPicture], colors: Mapping[str, s
     for (label, values), style in zip(parts.items(), styles, strict=True):
         axes.bar(names, values, bottom=bottom, label=label, **style)
         bottom += np.array(values)
-    axes.set_ylabel("seconds")
-    axes.set_title("What it cost")
+    axes.set_ylabel("seconds by the clock")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_title("Where the time went")
     axes.legend()
 
 

@@ -21,8 +21,8 @@ PARTS = ("wait", "teacher", "student", "optimizer")
 class StepTimer:
     """Seconds of each step, from the end of the one before it, waiting for its batch included.
 
-    Steps of one image size do the same work, so they are kept apart by it. On CUDA a step ends when
-    the device has done it; nothing waits for that but `read`.
+    Steps of one kind (`Batch.kind`) do the same work, so they are kept apart by it. On CUDA a step
+    ends when the device has done it; nothing waits for that but `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,9 +41,9 @@ class StepTimer:
         """Leave out the time until `start`: a validation is no part of a step."""
         self._last = None
 
-    def lap(self, image_size: int) -> None:
-        """End a step on images of this side, in pixels, and begin the next one."""
-        kind, last, now = str(image_size), self._last, self._now()
+    def lap(self, kind: str) -> None:
+        """End a step of this kind, and begin the next one."""
+        last, now = self._last, self._now()
         self._counts[kind] = self._counts.get(kind, 0) + 1
         if isinstance(last, float) and isinstance(now, float):
             self._seconds.setdefault(kind, []).append(now - last)

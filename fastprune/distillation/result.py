@@ -55,10 +55,11 @@ class Result:
         step_seconds_p10: what a tenth of the steps stayed below, waiting included.
         step_seconds_p50: their median.
         step_seconds_p90: what a tenth of the steps went beyond.
-        steady_train_seconds: the steps, each with the median of those on images of its size: what
-            train_seconds would be on a machine that does nothing else most of the time.
-        disturbed: whether step_seconds_p90 is more than 1.3 times the median, among the steps on
-            images of one size: something else ran on the machine.
+        steady_train_seconds: the steps, each with the median of its kind (images of one size, with
+            the teacher asked or not): what train_seconds would be on a machine that does nothing
+            else most of the time.
+        disturbed: whether step_seconds_p90 is more than 1.3 times the median, among the steps of
+            one kind: something else ran on the machine.
         peak_device_bytes: the most memory that torch held of the CUDA device; None on the CPU.
         peak_host_bytes: the most memory that the process held, since it began.
         data_wait_share: wait_seconds as a share in [0, 1] of train_seconds.

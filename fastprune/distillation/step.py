@@ -91,6 +91,16 @@ class Batch(NamedTuple):
     teacher_logits: Tensor | None = None
     holes: Holes | None = None
 
+    @property
+    def kind(self) -> str:
+        """What a step's time depends on: the images' side, and of how many the teacher is asked."""
+        if self.holes is None:
+            share = "each"
+        else:
+            num_holes = len(self.holes.rows)
+            share = "each" if num_holes == len(self.images) else "some" if num_holes else "none"
+        return f"{self.images.shape[-1]} pixels, teacher asked of {share}"
+
 
 def make_pair(
     context: Context, *, num_classes: int, keep_ratio: float, teacher_classes: int | None = None

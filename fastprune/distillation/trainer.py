@@ -316,7 +316,7 @@ class Trainer:
             self._learning_rate = learning_rate(self._recipe.schedule, progress)
             self.steps += 1
             losses = self._stepper.update(batch, step=self.steps, learning_rate=self._learning_rate)
-            self._timer.steps.lap(batch.images.shape[-1])
+            self._timer.steps.lap(batch.kind)
             # No `.item()` here: the host would wait for the device at each step.
             self._losses.add(StepLosses(self.steps, epoch, index, losses, batch.rows))
             if self.steps % self._recipe.run.log_every == 0:

@@ -1,4 +1,4 @@
-"""Charts of training runs: accuracy over time and over epochs, and where the time went."""
+"""Charts of training runs: accuracy over cost, time and epochs, and where the time went."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastprune.report.runs import Group, Run
+from fastprune.report.runs import Group, Run, cost_ratios, steady_cost
+from fastprune.report.verdict import half_width
 
 CONVERSION, SCORING = "conversion", "scoring"
 _WAITING, _REST_OF_TRAINING, _REST = "waiting for data", "training, other", "other"
@@ -89,6 +90,60 @@ def time_parts(run: Run, *, convert_seconds: float | None) -> Mapping[str, float
         **around,
     }
     return {name: parts[name] for name in PARTS if parts[name] > 0}
+
+
+def cost_png(groups: Sequence[Group], baseline: Group | None) -> bytes | None:
+    """Draw top-1 after the last epoch over what the student cost.
+
+    A dot is a run; a cross is a group's mean, with the 95% interval of the mean over its seeds.
+
+    Args:
+        groups: finished ones.
+        baseline: whose cost is 1; None to draw seconds.
+
+    Returns:
+        A PNG; None where no group has both numbers for each of its runs.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    drawn = 0
+    for group, color in zip(groups, _colors(len(groups)), strict=True):
+        costs = _costs(group, baseline)
+        reached = [100 * run.top1_last for run in group.runs if run.top1_last is not None]
+        if not len(costs) == len(reached) == len(group.runs):
+            continue
+        drawn += 1
+        axes.plot(costs, reached, "o", color=color, markersize=5, alpha=0.5)
+        axes.errorbar(
+            [fmean(costs)],
+            [fmean(reached)],
+            yerr=half_width(reached),
+            fmt="x",
+            color=color,
+            capsize=4,
+            label=_plain(group.name),
+        )
+    if not drawn:
+        return None
+    axes.set_xlim(left=0)
+    axes.set_xlabel(
+        "cost, seconds of steps at their median, scoring and start-up"
+        if baseline is None
+        else f"cost: steps at their median, scoring and start-up; {_plain(baseline.name)} = 1"
+    )
+    axes.set_ylabel("top-1 after the last epoch, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper left", ncols=_LEGEND_COLUMNS, fontsize=8)
+    return _png(figure)
+
+
+def _costs(group: Group, baseline: Group | None) -> Sequence[float]:
+    """The cost of each run; empty where it is not known of all."""
+    if baseline is not None:
+        return cost_ratios(group, baseline, with_scoring=True)
+    costs = [steady_cost(run) for run in group.runs]
+    return [cost for cost in costs if cost is not None]
 
 
 def accuracy_png(groups: Sequence[Group]) -> bytes:

@@ -351,18 +351,28 @@ def cost_ratios(group: Group, reference: Group, *, with_scoring: bool) -> list[f
     is_steady = all(run.number("steady_train_seconds") is not None for run in runs)
 
     def cost(run: Run) -> float | None:
-        train = run.number("steady_train_seconds" if is_steady else "train_seconds")
-        if train is None or not with_scoring:
-            return train
-        if run.score_seconds is None:
-            return None
-        return Cost(train, run.score_seconds, run.number("startup_seconds") or 0.0).seconds
+        if with_scoring:
+            return steady_cost(run, is_steady=is_steady)
+        return run.number("steady_train_seconds" if is_steady else "train_seconds")
 
     references = {run.seed: cost(run) for run in reference.runs}
     pairs = [(cost(run), references[run.seed]) for run in group.runs if run.seed in references]
     if not pairs:
         pairs = [(mean([cost(r) for r in group.runs]), mean([cost(r) for r in reference.runs]))]
     return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
+
+
+def steady_cost(run: Run, *, is_steady: bool = True) -> float | None:
+    """Seconds of training, scoring and start-up; None where one is not recorded.
+
+    Args:
+        run: a finished run.
+        is_steady: count each step with the median, or training by the wall clock.
+    """
+    train = run.number("steady_train_seconds" if is_steady else "train_seconds")
+    if train is None or run.score_seconds is None:
+        return None
+    return Cost(train, run.score_seconds, run.number("startup_seconds") or 0.0).seconds
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -15,7 +15,7 @@ from fastprune.report.page import (
     verdict_list,
     warning,
 )
-from fastprune.report.run_charts import accuracy_png, seconds_png
+from fastprune.report.run_charts import accuracy_png, cost_png, seconds_png
 from fastprune.report.runs import (
     Group,
     Run,
@@ -74,7 +74,7 @@ def report_runs(
     """Write an HTML page, with its pictures in it and beside it, about training runs.
 
     Runs of one name are taken together, as seeds of the same experiment. The pictures also go to
-    `<out>-accuracy.png` and `<out>-seconds.png`.
+    `<out>-cost.png`, `<out>-accuracy.png` and `<out>-seconds.png`.
 
     Args:
         paths: run folders, or folders that hold some.
@@ -100,6 +100,7 @@ def report_runs(
     parts = [
         verdict_list(verdict(groups, baseline)),
         *map(warning, warnings_about(groups)),
+        *_accuracy_over_cost(groups, baseline, out_path),
         *_accuracy(groups, baseline, out_path),
         *_costs(groups, baseline, convert_seconds, out_path),
         *_settings(groups),
@@ -112,6 +113,24 @@ def report_runs(
 def _write_png(out_path: Path, what: str, png: bytes) -> None:
     with atomic_path(out_path.with_name(f"{out_path.stem}-{what}.png")) as temporary:
         temporary.write_bytes(png)
+
+
+def _accuracy_over_cost(
+    groups: Sequence[Group], baseline: Group | None, out_path: Path
+) -> list[str]:
+    """The chart that a page of finished runs begins with."""
+    png = cost_png([group for group in groups if group.is_finished], baseline)
+    if png is None:
+        return []
+    _write_png(out_path, "cost", png)
+    return [
+        heading("Accuracy over cost"),
+        picture(png, "Top-1 of each run over what it cost", may_scroll=True),
+        note(
+            "A dot is a run; a cross the mean of its seeds, with the 95% interval of that mean "
+            "(Student's t). Intervals that overlap may still differ in pairs: see Δ below."
+        ),
+    ]
 
 
 def _accuracy(groups: Sequence[Group], baseline: Group | None, out_path: Path) -> list[str]:

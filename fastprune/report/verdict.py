@@ -60,12 +60,16 @@ def difference(group: Group, baseline: Group) -> Difference | None:
     if not shared:
         return None
     points = [100 * ((ours[seed] or 0.0) - (theirs[seed] or 0.0)) for seed in shared]
-    if len(points) == 1:
-        return Difference(points[0], None, shared)
-    degrees = len(points) - 1
+    return Difference(statistics.mean(points), half_width(points), shared)
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95% interval around the mean, by Student's t; None for a single value."""
+    degrees = len(values) - 1
+    if degrees == 0:
+        return None
     quantile = _T_QUANTILES[degrees - 1] if degrees <= len(_T_QUANTILES) else _NORMAL_QUANTILE
-    half_width = quantile * statistics.stdev(points) / math.sqrt(len(points))
-    return Difference(statistics.mean(points), half_width, shared)
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def verdict(groups: Sequence[Group], baseline: Group | None) -> list[str]:

@@ -5,14 +5,15 @@ from PIL import Image
 from fastprune.demo.summary import KeptPicture, RunPicture, Sample, draw_comparison
 from fastprune.errors import ArtifactError
 
-CURVE = [{"train_seconds": 1.0, "top1": 0.3}, {"train_seconds": 2.0, "top1": 0.6}]
-
 
 @pytest.fixture
 def picture():
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    runs = [RunPicture("full", CURVE, 0.0, 2.0, 0.5), RunPicture("medium", CURVE, 0.3, 1.0, 0.5)]
+    runs = [
+        RunPicture("full", 1.0, 0.6, 0.0, 2.0, 0.5),
+        RunPicture("medium", 0.6, 0.5, 0.3, 1.0, 0.5),
+    ]
     scores = generator.random(100, dtype=np.float32)
     kept = KeptPicture(
         "centroid", scores, np.arange(50), {"easy": [Sample(pixels, "$^cat$", 0.1)] * 3}

@@ -14,6 +14,7 @@ from fastprune.errors import ConversionError, InvalidValueError
 from tests.conftest import require_library
 from tests.images import write_image_folder
 
+KINDS = ["full", "full+cache", "medium+reshape", "random"]
 SMALL = {"per_class": 14, "epochs": 1, "teacher_epochs": 1, "image_size": 32, "teacher": "resnet8"}
 
 
@@ -26,25 +27,34 @@ def demo(tmp_path_factory):
 def test_result_has_the_documented_schema(demo):
     out, _ = demo
     result = json.loads((out / "result.json").read_text())
-    assert [run["name"] for run in result["runs"]] == ["full", "medium", "random"]
+    assert [run["name"] for run in result["runs"]] == KINDS
     for run in result["runs"]:
         assert run["total_seconds"] > run["train_seconds"] > 0
         assert 0 <= run["top1_last"] <= run["top1_best"] <= 1
         assert (run["seed"], run["epochs"]) == (0, 1)
-    assert [run["rows"] for run in result["runs"]] == [140, 70, 70]
+    assert [run["rows"] for run in result["runs"]] == [140, 140, 70, 70]
     assert result["machine"]["cores"] >= 1
     assert "torch" in result["versions"]
 
 
-def test_pruned_runs_are_charged_for_the_scoring_and_full_is_not(demo):
+def test_only_the_run_that_uses_scores_is_charged_for_them(demo):
     out, _ = demo
-    full, *pruned = json.loads((out / "result.json").read_text())["runs"]
-    assert full["score_seconds"] == 0
-    assert full["ratio_to_full"] == 1
-    for run in pruned:
-        assert run["score_seconds"] > 0
-        paid = run["score_seconds"] + run["train_seconds"]
-        assert run["ratio_to_full"] == pytest.approx(paid / full["train_seconds"])
+    runs = {run["name"]: run for run in json.loads((out / "result.json").read_text())["runs"]}
+    medium = runs.pop("medium+reshape")
+    assert {run["score_seconds"] for run in runs.values()} == {0}
+    assert medium["score_seconds"] > 0
+    paid = medium["score_seconds"] + medium["train_seconds"]
+    assert medium["ratio_to_full"] == pytest.approx(paid / runs["full"]["train_seconds"])
+    assert runs["full"]["ratio_to_full"] == 1
+
+
+def test_cached_run_asks_the_teacher_for_a_third_of_its_epochs(tmp_path):
+    settings = SMALL | {"epochs": 4}
+    result = run_demo(DemoSettings(out=tmp_path / "out", **settings))
+    forwards = {run.name: run.result.teacher_forwards for run in result.runs}
+    assert forwards["full"] == 4 * 128  # of 140 images four batches
+    # Two slots are filled; batches of later epochs hold rows that filled none before.
+    assert 2 * 128 <= forwards["full+cache"] <= 2 * 140
 
 
 def test_cost_ratio_counts_steps_at_their_median_scoring_and_start_up(demo):
@@ -62,7 +72,7 @@ def test_table_says_which_runs_were_disturbed(demo):
     _, result = demo
     busy = [replace(run, result=replace(run.result, disturbed=True)) for run in result.runs[1:2]]
     shown = replace(result, runs=[result.runs[0], *busy])
-    assert "busy with something else (medium, seed 0)" in result_table(shown).caption
+    assert "busy with something else (full+cache, seed 0)" in result_table(shown).caption
     assert "busy" not in result_table(result).caption
 
 
@@ -96,7 +106,7 @@ def test_report_is_a_picture(demo):
 
 def test_table_names_every_run(demo):
     _, result = demo
-    assert list(result_table(result).columns[0].cells) == ["full", "medium", "random"]
+    assert list(result_table(result).columns[0].cells) == KINDS
 
 
 def test_demo_clears_what_an_earlier_demo_left_and_nothing_else(tmp_path, tmp_path_factory):

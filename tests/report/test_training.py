@@ -9,7 +9,14 @@ from PIL import Image
 
 from fastprune.cli import main
 from fastprune.errors import ArtifactError, InvalidValueError
-from fastprune.report.run_charts import PARTS, _draw_group, accuracy_png, seconds_png, time_parts
+from fastprune.report.run_charts import (
+    PARTS,
+    _draw_group,
+    accuracy_png,
+    cost_png,
+    seconds_png,
+    time_parts,
+)
 from fastprune.report.runs import group_runs, read_runs
 from fastprune.report.training import report_runs
 from tests.report.run_folders import change_result, write_run
@@ -64,14 +71,28 @@ def test_page_compares_the_runs_of_a_folder(runs, tmp_path):
 
 
 def test_pictures_are_in_the_page_and_beside_it(runs, tmp_path):
-    report_runs([runs], tmp_path / "report.html")
+    report_runs([runs], tmp_path / "report.html", score_seconds=1)
     page = (tmp_path / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 2
+    assert page.count('src="data:image/png;base64,') == 3
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    for name in ("report-accuracy.png", "report-seconds.png"):
+    for name in ("report-cost.png", "report-accuracy.png", "report-seconds.png"):
         with Image.open(tmp_path / name) as image:
             assert image.format == "PNG"
             assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_first_chart_is_accuracy_over_cost(runs, tmp_path):
+    report_runs([runs], tmp_path / "report.html", score_seconds=1)
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<img alt="([^"]*)"', page)[0] == "Top-1 of each run over what it cost"
+
+
+def test_runs_whose_cost_is_not_recorded_are_not_in_the_chart_of_costs(runs):
+    groups = group_runs(read_runs([runs]))
+    full, half = sorted(groups, key=lambda group: group.name)
+    assert cost_png([half], full) is None
+    assert cost_png([full], full) is not None
+    assert cost_png([full, half], None) is not None
 
 
 def test_page_tells_the_machine_the_device_and_the_engine(runs, tmp_path):
