@@ -115,6 +115,8 @@ class DemoResult:
         kept: the medium subset.
         samples: caption -> images to show.
         step_seconds: seconds of every step, in order.
+        wrong_label_share: share in [0, 1] of the training images that carry a wrong label on
+            purpose; 0 for the user's own.
     """
 
     runs: Sequence[StudentRun]
@@ -122,6 +124,7 @@ class DemoResult:
     kept: Subset
     samples: dict[str, list[Sample]]
     step_seconds: dict[str, float]
+    wrong_label_share: float = 0.0
 
     def ratio_to_full(self, run: StudentRun) -> float:
         """Divide a run's seconds by the wall clock by the full run's with the same seed."""
@@ -150,7 +153,8 @@ class DemoResult:
                 RunPicture(
                     name=run.name,
                     cost_ratio=self.cost_ratio(run),
-                    top1=run.result.top1_last,
+                    # The pictures have labels, and the last epoch is validated.
+                    top1=run.result.top1_last or 0.0,
                     score_seconds=run.score_seconds,
                     train_seconds=run.result.train_seconds,
                     other_seconds=run.result.total_seconds - run.result.train_seconds,
@@ -168,6 +172,7 @@ class DemoResult:
             "runs": [self._fields(run) for run in self.runs],
             "keep_ratio": self.kept.keep_ratio,
             "step_seconds": self.step_seconds,
+            "wrong_label_share": self.wrong_label_share,
             "machine": describe_machine(),
             "versions": describe_versions(),
         }
@@ -199,6 +204,9 @@ def result_table(result: DemoResult) -> Table:
     """Lay the runs side by side, one line per kind; over several seeds mean ± sd."""
     seeds = len({run.result.seed for run in result.runs})
     remarks = ["Cost: steps times their median seconds, scoring and start-up, over those of full."]
+    if result.wrong_label_share:
+        share = f"{result.wrong_label_share:.0%}"
+        remarks.append(f"{share} of the training pictures carry a wrong label on purpose.")
     if seeds > 1:
         remarks.append(f"Mean of {seeds} seeds ± sd.")
     if result.disturbed:

@@ -15,6 +15,7 @@ from fastprune.artifacts.atomic import exclusive
 from fastprune.beton.reader import open_beton
 from fastprune.beton.writer import convert
 from fastprune.demo.images import prepare_images
+from fastprune.demo.pictures import WRONG_LABEL_SHARE
 from fastprune.demo.summary import DemoResult, Sample, StudentRun, sample_rows
 from fastprune.difficulty.teacher import score
 from fastprune.distillation.trainer import distill
@@ -169,6 +170,7 @@ def run_demo(settings: DemoSettings) -> DemoResult:
             kept=subsets["medium"],
             samples=_samples(train, table.metric(_METRIC), subsets["medium"].rows),
             step_seconds=steps,
+            wrong_label_share=WRONG_LABEL_SHARE if settings.images is None else 0.0,
         )
         result.save(out)
     return result

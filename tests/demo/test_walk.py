@@ -76,6 +76,14 @@ def test_table_says_which_runs_were_disturbed(demo):
     assert "busy" not in result_table(result).caption
 
 
+def test_wrong_labels_stand_beside_the_numbers(demo):
+    out, result = demo
+    assert json.loads((out / "result.json").read_text())["wrong_label_share"] == 0.03
+    assert "3% of the training pictures carry a wrong label" in result_table(result).caption
+    own = replace(result, wrong_label_share=0.0)
+    assert "wrong label" not in result_table(own).caption
+
+
 def test_subsets_are_class_balanced_halves_of_the_scored_beton(demo):
     out, _ = demo
     table = ScoreTable.load(out / "scores.parquet")
