@@ -4,15 +4,18 @@
 
 The beton has real metadata and a real allocation table, with sizes drawn from the files, and holes
 where the images would be: opening reads no image. FFCV's workers leave the table in no order, so
-that is measured too. So are the same rows in 64 shards.
+that is measured too. So are the same rows in 64 shards. "Cold" opens what the page cache was told to
+drop.
 """
 
 import argparse
+import os
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
-from _harness import spread, take_turns, write_result
+from _harness import ratios, spread, write_result
 
 from fastprune.artifacts.fingerprint import Fingerprint, content_digest
 from fastprune.beton import layout
@@ -43,17 +46,38 @@ def main() -> None:
         write_hollow_beton(paths["rows in no order"], sizes, generator.permutation(arguments.rows))
         paths[f"{NUM_SHARDS} shards"] = Path(folder, "c")
         write_hollow_shards(paths[f"{NUM_SHARDS} shards"], sizes)
-        seconds = take_turns(
-            {name: lambda path=path: open_beton(path) for name, path in paths.items()},
-            rounds=arguments.rounds,
-        )
+        seconds = {f"{name}, {state}": [] for name in paths for state in ("warm", "cold")}
+        for number in range(1 + arguments.rounds):
+            for name, path in paths.items():
+                for state in ("warm", "cold"):
+                    if state == "cold":
+                        drop_from_memory(path)
+                    started = time.perf_counter()
+                    open_beton(path)
+                    if number:
+                        seconds[f"{name}, {state}"].append(time.perf_counter() - started)
     result = {
         "question": "seconds to open a beton with its structure checked",
         "settings": {"rows": arguments.rows, "rounds": arguments.rounds},
         "seconds": {name: spread(values) for name, values in seconds.items()},
+        "shards_over_single": {
+            state: ratios(
+                seconds[f"{NUM_SHARDS} shards, {state}"], seconds[f"rows in order, {state}"]
+            )
+            for state in ("warm", "cold")
+        },
     }
     path = write_result("open", result)
     print(f"{result['seconds']}\n-> {path}")
+
+
+def drop_from_memory(path: Path) -> None:
+    """Make the next read of a beton, a file or a folder, one from the disk."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def write_hollow_beton(path: Path, sizes: np.ndarray, order: np.ndarray) -> None:
