@@ -4,8 +4,8 @@
 
 The beton has real metadata and a real allocation table, with sizes drawn from the files, and holes
 where the images would be: opening reads no image. FFCV's workers leave the table in no order, so
-that is measured too. So are the same rows in 64 shards. "Cold" opens what the page cache was told to
-drop.
+that is measured too. So are the same rows in 64 shards. "Cold" opens what the page cache was told
+to drop.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Files mapped into memory: one, or several side by side in one range of addresses."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -16,6 +17,7 @@ from fastprune.errors import BetonError
 # Linux's, which the mmap module does not name: map at this very address, over what is there.
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_MOST_AHEAD_BYTES = 64 << 20  # more than the tables of any shard that anyone makes
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -76,10 +78,17 @@ def map_side_by_side(
     sizes, alignment = [], layout.DEFAULT_PAGE_BYTES
     for path in paths:
         with _opened(path) as file:
+            _read_ahead(file, 0, layout.HEADER.itemsize)
+    for path in paths:
+        with _opened(path) as file:
             sizes.append(os.fstat(file.fileno()).st_size)
             header = file.read(layout.HEADER.itemsize).ljust(layout.HEADER.itemsize, b"\0")
-        # Anything else than a page size is refused later, where the header is read with care.
-        page_bytes = int(np.frombuffer(header, layout.HEADER)[0]["page_size"])
+            # Anything else than a page size is refused later, where the header is read with care.
+            [(_, num_fields, page_bytes, num_rows, table_offset)] = np.frombuffer(
+                header, layout.HEADER
+            ).tolist()
+            _read_ahead(file, 0, layout.metadata_start(num_fields) + 24 * num_rows)
+            _read_ahead(file, table_offset, sizes[-1] - table_offset)
         if page_bytes.bit_count() == 1:
             alignment = max(alignment, page_bytes)
     starts, end = [], 0
@@ -97,6 +106,15 @@ def map_side_by_side(
             if size:
                 mapping.map(path, file, start, size)
     return np.asarray(mapping), starts, statuses
+
+
+def _read_ahead(file: BinaryIO, start: int, size: int) -> None:
+    """Have a range read while other files are looked at: one disk access after another is slow."""
+    # Numbers of a damaged header are passed over, and so are file systems that cannot.
+    with contextlib.suppress(OSError, OverflowError):
+        os.posix_fadvise(
+            file.fileno(), start, min(max(size, 1), _MOST_AHEAD_BYTES), os.POSIX_FADV_WILLNEED
+        )
 
 
 def _opened(path: Path) -> BinaryIO:
