@@ -213,4 +213,4 @@ def write_set(folder: Path, num_shards: int, job: dict[str, Any]) -> Manifest:
         ],
     }
     write_text(folder / SET_NAME, json.dumps(record, indent=1) + "\n")
-    return read_set(folder)[0]
+    return read_listing(folder)[0]

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastprune.beton.build import Job, build_beton
 from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
 from fastprune.beton.reader import open_beton
+from fastprune.beton.remote.store import Store, is_url
+from fastprune.beton.remote.upload import upload_shards
 from fastprune.beton.shards import MAX_SHARDS, SET_NAME, missing_shards, shard_name, write_set
 from fastprune.beton.sources import source_for
 from fastprune.beton.sources.listing import Listing, renumbered
@@ -56,6 +59,7 @@ def convert(
             (image, label) or {"image": ..., "label": ...}, an image being a PIL image, uint8
             pixels (height, width, 3) or (height, width), or the bytes of an image file.
         beton_path: the file to write; an older one is replaced at the very end, with its manifest.
+            With `shards` also a URL, such as s3://bucket/train/.
         labels: for a flat folder, a text file with a line "name class" per image.
         unlabeled: leave classes out: every label is 0, and what needs labels refuses the beton. The
             folder may be any tree of images; tars, Parquet files and datasets need no labels.
@@ -84,7 +88,8 @@ def convert(
             manifest.json.
 
     Returns:
-        The manifest; of a sharded beton that is not whole yet, the one of the last shard made.
+        The manifest; of a sharded beton that is not whole yet, the one of the last shard made. One
+        that was uploaded has no lines here.
 
     Raises:
         InvalidValueError: a setting is outside its domain.
@@ -92,6 +97,7 @@ def convert(
             `classes_from`, the beton cannot be written, memory or file descriptors ran out, or a
             worker died. Nothing is left behind, unless a partial file was asked for.
         ArtifactError: `classes_from` cannot be read or has no class names of its own.
+        StorageError: the URL cannot be written.
     """
     settings = _checked_settings(jpeg, quality, max_side, exif, verify)
     num_workers = _checked_workers(workers)
@@ -125,7 +131,24 @@ def convert(
         source, settings, on_error, shuffle_seed, num_workers, resume, keep_partial, unlabeled
     )
     if shards is None:
+        if is_url(beton_path):
+            raise InvalidValueError(
+                f"shards must be at least 1 where the beton goes to {beton_path}: each shard is "
+                "made on the local disk and uploaded."
+            )
         return build_beton(job, Path(beton_path), list_images)
+    if is_url(beton_path):
+        store = Store(str(beton_path))
+        listing = list_images()
+        identity = _shard_settings(job, listing, shards)
+        return upload_shards(
+            store,
+            partial(_make_shard, job, listing, identity),
+            num_shards=shards,
+            shard=shard,
+            settings=identity,
+            resume=resume,
+        )
     return _convert_shards(job, Path(beton_path), list_images, shards, shard)
 
 
@@ -152,11 +175,7 @@ def _convert_shards(
             "parent exists and that you may write to."
         ) from error
     listing = list_images()
-    if num_shards > len(listing):
-        raise InvalidValueError(
-            f"shards must be at most the number of images, {len(listing):,}, but is {num_shards:,}."
-        )
-    settings = {**job.choices, "shards": num_shards, "images": listing.identity}
+    settings = _shard_settings(job, listing, num_shards)
     # Without resume, what is there of this shard (or of all) is made anew.
     todo = range(num_shards) if shard is None else [shard]
     if job.resume:
@@ -164,20 +183,35 @@ def _convert_shards(
         todo = [index for index in todo if index in missing]
     manifest = None
     for index in todo:
-        # Ranges of positions that differ in size by one at most, in the order of the rows.
-        first, last = (at * len(listing) // num_shards for at in (index, index + 1))
-        manifest = build_beton(
-            job,
-            folder / shard_name(index),
-            lambda: listing,
-            part=lambda order, first=first, last=last: order[first:last],  # type: ignore[misc]
-            shard={**settings, "shard": index},
-        )
+        manifest = _make_shard(job, listing, settings, index, folder / shard_name(index))
     if not missing_shards(folder, num_shards, settings, refuse_others=False):
         return write_set(folder, num_shards, settings)
     if manifest is None:
         manifest = read_manifest(manifest_path(folder / shard_name(shard or 0)))
     return manifest
+
+
+def _shard_settings(job: Job, listing: Listing, num_shards: int) -> dict[str, Any]:
+    """Return what all shards of a conversion have in their settings."""
+    if num_shards > len(listing):
+        raise InvalidValueError(
+            f"shards must be at most the number of images, {len(listing):,}, but is {num_shards:,}."
+        )
+    return {**job.choices, "shards": num_shards, "images": listing.identity}
+
+
+def _make_shard(
+    job: Job, listing: Listing, settings: dict[str, Any], index: int, path: Path
+) -> Manifest:
+    # Ranges of positions that differ in size by one at most, in the order of the rows.
+    first, last = (at * len(listing) // settings["shards"] for at in (index, index + 1))
+    return build_beton(
+        job,
+        path,
+        lambda: listing,
+        part=lambda order: order[first:last],
+        shard={**settings, "shard": index},
+    )
 
 
 def _checked_settings(

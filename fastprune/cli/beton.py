@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, json_option, show
+from fastprune.cli.options import COUNT, PATH, Location, json_option, show
 
 
 @click.command()
 @click.argument("images", type=PATH)
-@click.argument("beton", type=PATH)
+@click.argument("beton", type=Location())
 @click.option("--labels", type=PATH, help='A file of "name class" lines for a flat folder.')
 @click.option(
     "--no-labels",
@@ -55,7 +55,7 @@ from fastprune.cli.options import COUNT, PATH, json_option, show
 @json_option
 def convert(
     images: Path,
-    beton: Path,
+    beton: str | Path,
     labels: Path | None,
     unlabeled: bool,
     workers: int | None,
@@ -77,6 +77,7 @@ def convert(
 
     IMAGES is a folder with one subfolder per class; a folder of WebDataset tars or of Parquet
     files, or a pattern of them; or, with --labels or --no-labels, a folder of images.
+    BETON is a file; with --shards a folder, or a URL such as s3://bucket/train/.
     """
     from fastprune.beton.shards import SET_NAME
     from fastprune.beton.summary import jpeg_layouts
@@ -114,7 +115,8 @@ def convert(
     )
     if shards is not None and manifest.path.name != SET_NAME:
         click.echo(f"other shards of {beton} are missing; the last run writes {SET_NAME}", err=True)
-    if jpeg != "original" and not as_json:
+    # The lines of a manifest that was uploaded are not here any more.
+    if jpeg != "original" and not as_json and manifest.path.exists():
         click.echo(jpeg_layouts(manifest))
 
 

@@ -10,6 +10,18 @@ from typing import Any
 import click
 
 PATH = click.Path(path_type=Path)
+
+
+class Location(click.ParamType[str | Path]):
+    """A local path, or a URL of object storage, which a `Path` would mangle."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str | Path:
+        """Tell the two apart."""
+        return value if "://" in str(value) else PATH.convert(value, param, ctx)
+
+
 COUNT = click.IntRange(min=1)
 
 # The values are repeated here, because `--help` and completion must not import what they are of

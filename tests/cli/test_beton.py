@@ -254,3 +254,24 @@ def test_shard_without_the_number_of_shards_is_wrong_usage(images, tmp_path):
     result = run("convert", images, tmp_path / "train", "--shard", 1)
     assert result.exit_code == 2
     assert "add --shards" in result.stderr
+
+
+def test_shards_go_to_a_url_and_rows_come_back(tmp_path):
+    images = write_image_folder(tmp_path / "images", classes=2)
+    url = f"file://{tmp_path}/store/train/"
+    result = run("convert", images, url, "--shards", "2")
+    assert result.exit_code == 0, result.output
+    assert "wrote 8 rows (8 copied, 0 rewritten, 0 transcoded, 0 skipped)" in result.stdout
+    np.save(tmp_path / "half.npy", np.array([1, 3, 6]))
+    result = run("stage", url, tmp_path / "half.npy", tmp_path / "mirror")
+    assert result.exit_code == 0, result.output
+    assert "3 rows are in" in result.stdout
+    assert "3 were missing" in result.stdout
+    shown = json.loads(run("stage", url, "all", tmp_path / "mirror", "--json").stdout)
+    assert (shown["num_rows"], shown["num_fetched_rows"]) == (8, 5)
+
+
+def test_stage_of_nothing_is_named_without_a_traceback(tmp_path):
+    result = run("stage", f"file://{tmp_path}/nowhere", "all", tmp_path / "mirror")
+    assert result.exit_code == 1
+    assert "nowhere/manifest.json does not exist" in result.stderr

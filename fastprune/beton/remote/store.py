@@ -135,16 +135,6 @@ class Store:
         info = self._repeated(name, lambda: system.get_file_info(path))
         return bool(info.type == pyarrow.fs.FileType.File)
 
-    def names(self) -> list[str]:
-        """List the objects directly below the URL, sorted.
-
-        Raises:
-            StorageError: as `status`.
-        """
-        selector = pyarrow.fs.FileSelector(self._root)
-        infos = self._repeated("", lambda: self._system().get_file_info(selector))
-        return sorted(i.base_name for i in infos if i.type == pyarrow.fs.FileType.File)
-
     def write(self, name: str, path: Path) -> None:
         """Write a local file as an object, which appears when it is whole.
 
