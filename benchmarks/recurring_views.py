@@ -93,6 +93,8 @@ def train(
     }
     if num_views:
         settings |= {"data.num_views": num_views, "teacher.cache": cache}
+    # What a killed study left would spare this run its teacher.
+    shutil.rmtree(cache, ignore_errors=True)
     result, _ = train_process(folder, settings)
     shutil.rmtree(cache, ignore_errors=True)
     kept = {key: result[key] for key in KEPT_OF_RESULT}
