@@ -73,6 +73,19 @@ def test_stock_loader_decodes_the_source_files_pixels_under_the_right_labels(tmp
         assert np.array_equal(pixels, decode_as_ffcv(Path(path).read_bytes(), 48, 64))
 
 
+def test_stock_loader_reads_shards_one_by_one(tmp_path):
+    images = write_image_folder(tmp_path / "images", same_size=True)
+    convert(images, tmp_path / "one.beton")
+    convert(images, tmp_path / "many", shards=3)
+
+    decoder = decoders.SimpleRGBImageDecoder
+    images, labels = batches(tmp_path / "one.beton", decoder())
+    shards = [batches(path, decoder()) for path in sorted((tmp_path / "many").glob("*.beton"))]
+    assert [len(part) for _, part in shards] == [4, 4, 4]
+    assert np.array_equal(np.concatenate([part for part, _ in shards]), images)
+    assert np.array_equal(np.concatenate([part for _, part in shards]), labels)
+
+
 def test_stock_loader_center_crops_images_of_different_sizes(tmp_path):
     root = write_image_folder(tmp_path / "images")
     convert(root, tmp_path / "a.beton", workers=1)
