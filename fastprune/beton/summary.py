@@ -86,6 +86,7 @@ def _beton(path: Path) -> dict[str, Any]:
     return {
         "path": str(beton.path),
         "rows": beton.num_rows,
+        **({} if beton.present is None else {"rows_present": int(beton.present.sum())}),
         "fields": {field.name: field.kind for field in beton.fields},
         "classes": beton.num_classes if beton.has_labels else 0,
         "classes_without_rows": max(0, beton.num_classes - len(rows_per_class)),

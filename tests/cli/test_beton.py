@@ -267,6 +267,9 @@ def test_shards_go_to_a_url_and_rows_come_back(tmp_path):
     assert result.exit_code == 0, result.output
     assert "3 rows are in" in result.stdout
     assert "3 were missing" in result.stdout
+    checked = run("check", tmp_path / "mirror", "--deep").stdout
+    assert checked.startswith("no faults in the 3 rows that this mirror holds")
+    assert json.loads(run("info", tmp_path / "mirror", "--json").stdout)["rows_present"] == 3
     shown = json.loads(run("stage", url, "all", tmp_path / "mirror", "--json").stdout)
     assert (shown["num_rows"], shown["num_fetched_rows"]) == (8, 5)
 
