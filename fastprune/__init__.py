@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastprune.beton.check import check_beton
     from fastprune.beton.compact import compact
     from fastprune.beton.reader import open_beton
+    from fastprune.beton.remote.fetch import stage
     from fastprune.beton.writer import convert
     from fastprune.difficulty.kernels import centroid_distances
     from fastprune.difficulty.teacher import score
@@ -56,6 +57,7 @@ __all__ = [
     "open_beton",
     "score",
     "select_rows",
+    "stage",
     "standardize_logits",
 ]
 
@@ -78,6 +80,7 @@ _HOMES = {
     "open_beton": "fastprune.beton.reader",
     "score": "fastprune.difficulty.teacher",
     "select_rows": "fastprune.selection.strategies",
+    "stage": "fastprune.beton.remote.fetch",
     "standardize_logits": "fastprune.distillation.losses",
 }
 

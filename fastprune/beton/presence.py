@@ -78,6 +78,10 @@ class MirrorRecord:
                 )
                 for entry in member(record, "files", list)
             )
+            for file in files:
+                # Rows are written into these files: a name must not leave the folder.
+                if Path(file.name).name != file.name or file.name in ("", ".", ".."):
+                    raise ValueError(f"it lists {file.name!r}, which is no file name")
             fingerprint = Fingerprint.from_dict(member(record, "fingerprint", dict))
             return cls(member(record, "url", str), fingerprint, files)
         except (FileNotFoundError, NotADirectoryError):

@@ -216,6 +216,15 @@ def test_damaged_state_of_a_mirror_is_named(bucket, tmp_path, name):
         open_beton(tmp_path / "mirror")
 
 
+def test_record_that_names_files_elsewhere_is_refused(bucket, tmp_path):
+    stage(f"file://{bucket}/train", ROWS, tmp_path / "mirror")
+    record = json.loads((tmp_path / "mirror" / MIRROR_NAME).read_text())
+    record["files"][0]["name"] = "../evil.beton"
+    (tmp_path / "mirror" / MIRROR_NAME).write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"lists '\.\./evil\.beton', which is no file name"):
+        stage(f"file://{bucket}/train", ROWS, tmp_path / "mirror")
+
+
 def test_full_disk_is_named_with_the_bytes_that_are_wanted(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(ArtifactError, match=r"has 1,000 bytes free, but 6 rows with 8,\d+ bytes"):
@@ -289,7 +298,8 @@ def test_killed_while_staging_fetches_only_what_was_under_way_again(
     process = start_staging(tmp_path / "mirror")
     go(process)
     deadline = time.monotonic() + 60
-    while len(server.requests) < num_requests and time.monotonic() < deadline:
+    while len(server.requests) < num_requests and process.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
