@@ -10,6 +10,7 @@ import pytest
 _REQUIRED = tuple(filter(None, os.environ.get("FASTPRUNE_REQUIRE", "").split(",")))
 _MODULES = {
     "accelerate": "accelerate",
+    "datasets": "datasets",
     "dali": "nvidia.dali",
     "ffcv": "ffcv",
     "lightning": "lightning",

@@ -40,7 +40,17 @@ METRICS = (
 )
 STRATEGIES = ("medium", "window", "easy", "hard", "random", "moderate", "ccs")
 QUOTAS = ("proportional", "equal")
-EXPORT_FORMATS = ("mdslr", "deepcore", "rows", "dropped", "names")
+EXPORT_FORMATS = (
+    "mdslr",
+    "deepcore",
+    "rows",
+    "dropped",
+    "names",
+    "indices",
+    "symlinks",
+    "webdataset",
+    "huggingface",
+)
 PRECISIONS = ("auto", "fp32", "bf16")
 CACHE_DTYPES = ("float16", "float32", "uint8")
 AUGMENTS = ("rrc", "pad_crop", "center", "none")

@@ -24,6 +24,7 @@ from fastprune.cli.options import (
 if TYPE_CHECKING:
     from fastprune.artifacts.scores import ScoreTable
     from fastprune.artifacts.subset import Subset
+    from fastprune.beton.reader import Beton
 
 
 @click.command()
@@ -82,7 +83,8 @@ if TYPE_CHECKING:
 @click.option(
     "--exclude",
     type=PATH,
-    help="Rows that are never kept (.npy); --keep is a share of the others.",
+    help="Rows that are never kept: cleanlab's issues (.csv, .parquet), rows or a mask (.npy), a "
+    "list (.txt, .json); --keep is a share of the others.",
 )
 @click.option(
     "--allow-empty-classes", is_flag=True, help="Let classes that have rows keep none of them."
@@ -100,15 +102,16 @@ def select(
     **options: Any,
 ) -> None:
     """Choose the rows of SCORES that are kept, and write them as a subset."""
-    from fastprune.selection.importers import read_array
+    from fastprune.selection.importers import read_excluded
     from fastprune.selection.subsets import make_subset
 
     ratios = sweep if keep is None else (keep, *sweep)
     if len(ratios) != max(1, len(sweep)):
         raise click.UsageError("give --keep or --sweep, one of them.")
     started = time.perf_counter()
-    table = _load_scores(scores, beton)
-    excluded = None if exclude is None else read_array(exclude)
+    opened = None if beton is None else _opened(beton)
+    table = _load_scores(scores, opened)
+    excluded = None if exclude is None else read_excluded(exclude, table.num_rows, beton=opened)
     written = []
     for ratio in dict.fromkeys(ratios):
         subset = make_subset(
@@ -166,17 +169,20 @@ def import_(
     "--out",
     required=True,
     type=PATH,
-    help="File to write; for mdslr a folder.",
+    help="File to write; for mdslr, symlinks and huggingface a folder.",
 )
 @click.option(
     "--format",
     "file_format",
     type=click.Choice(EXPORT_FORMATS),
     required=True,
-    help="mdslr (ratio_50.npy and std.npy), deepcore (JSON), rows, dropped or names (text).",
+    help="mdslr (ratio_50.npy and std.npy); deepcore (JSON); rows, dropped or names (text); "
+    "indices of torch.utils.data.Subset (.npy); symlinks to the image files; webdataset (JSON: "
+    "keys of each shard); huggingface (Parquet with images and scores).",
 )
-@click.option("--beton", type=PATH, help="names: images whose manifest has the names.")
-@click.option("--scores", type=PATH, help="deepcore: table that rows were chosen by.")
+@click.option("--beton", type=PATH, help="The images, whose manifest has the files' names.")
+@click.option("--scores", type=PATH, help="deepcore, huggingface: table that rows were chosen by.")
+@click.option("--images", type=PATH, help="symlinks: the folder that was converted.")
 @json_option
 def export(
     subset: Path,
@@ -184,6 +190,7 @@ def export(
     file_format: str,
     beton: Path | None,
     scores: Path | None,
+    images: Path | None,
     as_json: bool,
 ) -> None:
     """Write SUBSET for another tool."""
@@ -199,6 +206,7 @@ def export(
         file_format,
         beton=None if beton is None else open_beton(beton),
         scores=None if scores is None else ScoreTable.load(scores),
+        images=images,
     )
     show(
         f"exported {len(loaded.rows):,} rows -> {', '.join(map(str, written))}",
@@ -207,16 +215,21 @@ def export(
     )
 
 
-def _load_scores(path: Path, beton: Path | None) -> "ScoreTable":
+def _opened(path: Path) -> "Beton":
+    from fastprune.beton.reader import open_beton
+
+    return open_beton(path)
+
+
+def _load_scores(path: Path, beton: "Beton | None") -> "ScoreTable":
     """Load a score table, or another tool's scores of a beton."""
     from fastprune.artifacts.scores import ScoreTable
 
     if beton is None:
         return ScoreTable.load(path)
-    from fastprune.beton.reader import open_beton
     from fastprune.selection.importers import import_scores
 
-    return import_scores(path, open_beton(beton))
+    return import_scores(path, beton)
 
 
 def _command_line() -> str:

@@ -20,6 +20,9 @@ from fastprune.beton.reader import Beton
 from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.untrusted import open_regular, read_json, read_npy, read_npz_member, read_text
 
+Rows = NDArray[np.int64]
+
+_TABLE_READERS = {".csv": pyarrow.csv.read_csv, ".parquet": pq.read_table}
 _UNKNOWN_CLASS = -1  # no teacher predicted anything
 _NO_METRICS = ("row", "label", "prediction", "cluster")
 
@@ -128,18 +131,113 @@ def import_subset(
     )
 
 
+# How pandas and others call the column of a table that says which row a line is of.
+_ROW_COLUMNS = ("row", "index", "indices", "__index_level_0__", "", "Unnamed: 0")
+_ISSUE = "is_label_issue"
+
+
+def read_excluded(path: str | Path, num_rows: int, *, beton: Beton | None = None) -> Rows:
+    """Read the rows that are never to be kept.
+
+    Args:
+        path: cleanlab's table of issues, `.csv` or `.parquet`, with a column `is_label_issue` and
+            a line per row, or fewer lines with the table's index; a table with a column `row` or
+            `index` alone, whose lines are all meant; `.npy` with rows in any order, or (N,) bool;
+            rows in `.txt`, `.json` or `.npz`; or, with the beton, file names in `.txt` or `.json`.
+        num_rows: N, of the scores.
+        beton: the images, to look file names up.
+
+    Returns:
+        (K,) int64, sorted and unique; K may be 0.
+
+    Raises:
+        ArtifactError: the file cannot be read as what its name says, or has no such column.
+        InvalidValueError: it is of another number of rows, or lists names without a beton.
+    """
+    path = Path(path)
+    if path.suffix in _TABLE_READERS:
+        listed = _issues(path, num_rows)
+    else:
+        listed = _read_list(path)
+        if isinstance(listed, list) and listed and all(isinstance(e, str) for e in listed):
+            if beton is None:
+                raise InvalidValueError(
+                    f"{path} lists file names, which the manifest of the images knows. Name them "
+                    "(--beton), or list rows."
+                )
+            listed = _rows_of_names(path, listed, beton)
+        listed = np.asarray(listed)
+        if listed.dtype == bool:
+            _require_lines(path, len(listed), num_rows)
+            listed = np.flatnonzero(listed)
+    if listed.ndim != 1 or (listed.dtype.kind not in "iu" and len(listed)):
+        raise InvalidValueError(
+            f"{path} must list rows or mark them, but it holds {listed.dtype} of shape "
+            f"{listed.shape}."
+        )
+    rows = np.unique(listed.astype(np.int64))
+    if len(rows) and (rows[0] < 0 or rows[-1] >= num_rows):
+        wrong = rows[0] if rows[0] < 0 else rows[-1]
+        raise InvalidValueError(
+            f"{path} excludes row {wrong:,}, but the scores are of rows 0 to {num_rows - 1:,}. It "
+            "was made for other images, or in another order."
+        )
+    return rows
+
+
+def _issues(path: Path, num_rows: int) -> NDArray[Any]:
+    """Return the rows that a table names, those with an issue where it says which have."""
+    table = _read_table(path)
+    names = table.column_names
+    row_column = next((name for name in _ROW_COLUMNS if name in names), None)
+    rows = None if row_column is None else _plain(path, table[row_column], row_column)
+    if _ISSUE not in names:
+        if rows is None:
+            raise ArtifactError(
+                f"{path} has neither a column {_ISSUE!r} nor one with rows (found: "
+                f"{', '.join(names)}). Save cleanlab's get_label_issues() with its index."
+            )
+        return rows
+    marks = _plain(path, table[_ISSUE], _ISSUE)
+    if marks.dtype.kind not in "biu" or not np.isin(marks, (0, 1)).all():
+        raise ArtifactError(f"{path}: the column {_ISSUE!r} must hold true and false.")
+    if rows is None:
+        _require_lines(path, len(marks), num_rows)
+        rows = np.arange(num_rows)
+    return rows[marks.astype(bool)]
+
+
+def _plain(path: Path, column: Any, name: str) -> NDArray[Any]:
+    """Return a column as an array, if no line of it is empty."""
+    if column.null_count:
+        raise ArtifactError(f"{path}: the column {name!r} has {column.null_count:,} empty lines.")
+    return column.to_numpy()  # type: ignore[no-any-return]
+
+
+def _require_lines(path: Path, count: int, num_rows: int) -> None:
+    if count != num_rows:
+        raise InvalidValueError(
+            f"{path} marks {count:,} rows, but the scores are of {num_rows:,}. Give one mark per "
+            "row, or the rows themselves (in a table, a column row or index)."
+        )
+
+
+def _read_table(path: Path) -> pa.Table:
+    """Read a .csv or .parquet file."""
+    try:
+        open_regular(path).close()
+        return _TABLE_READERS[path.suffix](path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ArtifactError(f"{path} cannot be read as {path.suffix[1:]} ({error}).") from error
+
+
 def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
     """Read metric name -> values in row order."""
     if path.suffix == ".npy":
         return {path.stem: read_array(path)}
-    readers = {".csv": pyarrow.csv.read_csv, ".parquet": pq.read_table}
-    if path.suffix not in readers:
+    if path.suffix not in _TABLE_READERS:
         raise ArtifactError(f"{path}: scores are read from .npy, .csv or .parquet files alone.")
-    try:
-        open_regular(path).close()
-        table = readers[path.suffix](path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ArtifactError(f"{path} cannot be read as {path.suffix[1:]} ({error}).") from error
+    table = _read_table(path)
     columns = {
         name: table[name].to_numpy()
         for name in table.column_names

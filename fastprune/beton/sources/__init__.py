@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastprune.beton.sources.dataset import DatasetSource
+from fastprune.beton.sources.dataset import DatasetSource, without_decoding
 from fastprune.beton.sources.folder import FlatSource, FolderSource, TreeSource
 from fastprune.beton.sources.listing import Source
 from fastprune.beton.sources.parquet import ParquetSource
@@ -35,7 +35,7 @@ def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = Fals
                 f"images is a {type(images).__name__}, but must be a path or an object with "
                 "__len__ and __getitem__ that gives (image, label)."
             )
-        return DatasetSource(images, unlabeled)
+        return DatasetSource(without_decoding(images), unlabeled)
     path = Path(images)
     if labels is not None:
         if unlabeled:

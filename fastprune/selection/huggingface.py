@@ -1,0 +1,126 @@
+"""A subset as Parquet files that Hugging Face's `datasets` loads: images, labels, scores."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fastprune.artifacts.scores import ScoreTable
+from fastprune.beton import layout
+from fastprune.beton.reader import Beton
+from fastprune.errors import ArtifactError, InvalidValueError
+
+# As `datasets` writes images: files that a hub takes, and row groups that its viewer reads quickly.
+_SHARD_BYTES = 500 * 10**6
+_GROUP_ROWS = 100
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write_parquet_shards(
+    rows: NDArray[np.int64],
+    beton: Beton,
+    folder: Path,
+    *,
+    scores: ScoreTable | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> list[Path]:
+    """Write `train-00000-of-00003.parquet` and so on, whole or not at all.
+
+    Columns are `image` (a struct of bytes and path, decoded by `datasets` when it is looked at),
+    `label` (a ClassLabel where the beton has class names; none where it has no labels), `row`, and
+    with scores every metric, and `cluster` where there are clusters. The bytes are the stored ones:
+    `fastprune convert` makes the same beton of them again.
+
+    Args:
+        rows: (K,) int64, sorted; the rows to write.
+        beton: the images, with their manifest.
+        folder: to make.
+        scores: of the beton.
+        shard_bytes: of images in a file, about.
+
+    Returns:
+        The files.
+
+    Raises:
+        InvalidValueError: the beton holds raw pixels, which are no image files.
+        ArtifactError: the folder exists or cannot be written.
+    """
+    if (beton.modes[rows] != layout.JPG).any():
+        raise InvalidValueError(
+            f"{beton.path} holds raw pixels, but format 'huggingface' takes image files. Convert "
+            "the images with fastprune, which keeps JPEGs."
+        )
+    if folder.exists():
+        raise ArtifactError(f"{folder} exists. Name a folder that does not, or remove it.")
+    # A row's file is the one that its first byte falls into.
+    ends = np.cumsum(beton.sizes[rows])
+    shard_of = (ends - beton.sizes[rows]) // shard_bytes
+    parts = [rows[shard_of == shard] for shard in np.unique(shard_of)]
+    partial = folder.with_name(f"{folder.name}.partial")
+    names = [f"train-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+    columns = _columns(beton, scores)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, part in zip(names, parts, strict=True):
+            _write_shard(partial / name, part, beton, columns)
+        partial.rename(folder)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {folder}: {error.strerror or error}. Free some space, or name a folder "
+            "whose parent exists and that you may write to."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [folder / name for name in names]
+
+
+def _columns(beton: Beton, scores: ScoreTable | None) -> dict[str, NDArray[Any]]:
+    """Return what is known of every row beside its image, (N,) each."""
+    columns: dict[str, NDArray[Any]] = {"label": beton.labels} if beton.has_labels else {}
+    columns["row"] = np.arange(beton.num_rows)
+    if scores is not None:
+        columns |= scores.metrics
+        if scores.clusters is not None:
+            columns["cluster"] = scores.clusters
+    return columns
+
+
+def _write_shard(
+    path: Path, rows: NDArray[np.int64], beton: Beton, columns: dict[str, NDArray[Any]]
+) -> None:
+    """Write a file, a row group at a time: the images are not held in memory together."""
+    assert beton.manifest is not None
+    sources = beton.manifest.table(["source"])["source"]
+    types = {name: pa.from_numpy_dtype(values.dtype) for name, values in columns.items()}
+    schema = pa.schema([("image", _IMAGE), *types.items()]).with_metadata(
+        {"huggingface": json.dumps(_described(beton, types))}
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(rows), _GROUP_ROWS):
+            part = rows[start : start + _GROUP_ROWS]
+            files = sources.take(pa.array(part)).to_pylist()
+            images = [
+                {"bytes": beton.image_bytes(row).tobytes(), "path": file and Path(file).name}
+                for row, file in zip(part.tolist(), files, strict=True)
+            ]
+            arrays = [pa.array(values[part]) for values in columns.values()]
+            group = pa.table([pa.array(images, _IMAGE), *arrays], schema=schema)
+            writer.write_table(group, row_group_size=_GROUP_ROWS)
+
+
+def _described(beton: Beton, types: dict[str, pa.DataType]) -> dict[str, Any]:
+    """Describe the columns as `datasets` does: its `Features`, under "info"."""
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    for name, kind in types.items():
+        # Arrow says "float" and "double" for what everybody else calls by its width.
+        dtype = {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
+        features[name] = {"dtype": dtype, "_type": "Value"}
+    if "label" in types and beton.class_names is not None:
+        features["label"] = {"names": list(beton.class_names), "_type": "ClassLabel"}
+    return {"info": {"features": features}}

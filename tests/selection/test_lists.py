@@ -1,0 +1,222 @@
+"""Lists from elsewhere: rows that are left out, and subsets as other tools' folders and indices."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from torch.utils.data import Subset as TorchSubset
+from torchvision.datasets import ImageFolder
+
+from fastprune import Subset, convert, open_beton
+from fastprune.cli import main
+from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.selection.exporters import export_subset
+from fastprune.selection.importers import read_excluded
+from tests.images import jpeg_bytes, write_image_folder
+from tests.selection.tables import score_table
+
+ISSUES = np.isin(np.arange(10), [2, 3, 7])
+
+
+def table(path, **columns):
+    write = pyarrow.csv.write_csv if path.suffix == ".csv" else pq.write_table
+    write(pa.table(columns), path)
+    return path
+
+
+# What is excluded
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_cleanlabs_issues_are_a_line_per_row(suffix, tmp_path):
+    quality = np.linspace(0, 1, 10)
+    path = table(tmp_path / f"issues{suffix}", is_label_issue=ISSUES, label_quality=quality)
+    assert read_excluded(path, 10).tolist() == [2, 3, 7]
+
+
+@pytest.mark.parametrize("index", ["", "Unnamed: 0", "row", "index"])
+def test_fewer_lines_need_the_index_of_the_table(index, tmp_path):
+    columns = {index: [7, 2, 5], "is_label_issue": [True, True, False]}
+    assert read_excluded(table(tmp_path / "a.csv", **columns), 10).tolist() == [2, 7]
+
+
+def test_what_pandas_saves_is_read(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"is_label_issue": ISSUES, "label_quality": np.linspace(0, 1, 10)})
+    for issues in (frame, frame[frame.is_label_issue]):
+        issues.to_csv(tmp_path / "issues.csv")
+        issues.to_parquet(tmp_path / "issues.parquet")
+        for suffix in ("csv", "parquet"):
+            assert read_excluded(tmp_path / f"issues.{suffix}", 10).tolist() == [2, 3, 7]
+
+
+def test_a_table_of_rows_alone_means_all_of_them(tmp_path):
+    assert read_excluded(table(tmp_path / "a.parquet", row=[5, 1]), 10).tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("rows", [[7, 2, 3], ISSUES])
+def test_a_npy_holds_rows_or_a_mark_per_row(rows, tmp_path):
+    np.save(tmp_path / "a.npy", np.array(rows))
+    assert read_excluded(tmp_path / "a.npy", 10).tolist() == [2, 3, 7]
+
+
+def test_an_empty_list_excludes_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    assert read_excluded(tmp_path / "a.txt", 10).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"is_label_issue": [True]}, InvalidValueError, r"marks 1 rows.*are of 10.*row or index"),
+        ({"quality": [0.5]}, ArtifactError, r"neither a column 'is_label_issue'.*quality.*index"),
+        ({"is_label_issue": [0.5] * 10}, ArtifactError, r"must hold true and false"),
+        ({"is_label_issue": [None] + [True] * 9}, ArtifactError, r"has 1 empty lines"),
+        ({"row": [3, 10]}, InvalidValueError, r"excludes row 10.*rows 0 to 9"),
+        ({"row": [-1]}, InvalidValueError, r"excludes row -1"),
+        ({"row": ["a"]}, InvalidValueError, r"must list rows or mark them"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(columns, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        read_excluded(table(tmp_path / "a.parquet", **columns), 10)
+
+
+def test_a_mask_of_other_images_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", ISSUES)
+    with pytest.raises(InvalidValueError, match=r"marks 10 rows, but the scores are of 12"):
+        read_excluded(tmp_path / "a.npy", 12)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(ArtifactError, match=r"cannot be read as parquet"):
+        read_excluded(tmp_path / "a.parquet", 10)
+
+
+def test_select_leaves_issues_out(tmp_path):
+    scores = score_table()
+    scores.save(tmp_path / "s.parquet")
+    issues = np.arange(200) % 4 == 1
+    table(tmp_path / "issues.csv", is_label_issue=issues)
+    result = run(
+        *("select", tmp_path / "s.parquet", "-o", tmp_path / "half.npy", "--keep", 0.5),
+        *("--exclude", tmp_path / "issues.csv"),
+    )
+    assert result.exit_code == 0, result.output
+    subset = Subset.load(tmp_path / "half.npy")
+    assert len(subset.rows) == 75
+    assert not issues[subset.rows].any()
+    assert subset.parameters["excluded_rows"] == 50
+
+
+def test_excluded_names_need_the_images(beton, tmp_path):
+    (tmp_path / "bad.txt").write_text("class_01/002.jpg\n")
+    assert read_excluded(tmp_path / "bad.txt", 6, beton=beton).tolist() == [5]
+    with pytest.raises(InvalidValueError, match=r"lists file names.*--beton"):
+        read_excluded(tmp_path / "bad.txt", 6)
+
+
+# Subsets for other tools
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def beton(tmp_path):
+    write_image_folder(tmp_path / "images", classes=2, per_class=3)
+    convert(tmp_path / "images", tmp_path / "train.beton")
+    return open_beton(tmp_path / "train.beton")
+
+
+ROWS = Subset(np.array([1, 5]))
+
+
+def test_links_lead_to_the_kept_files_in_their_class_folders(beton, tmp_path):
+    out = tmp_path / "kept"
+    export_subset(ROWS, out, "symlinks", beton=beton, images=tmp_path / "images")
+    linked = ImageFolder(str(out))
+    assert [path for path, _ in linked.samples] == [
+        str(out / "class_00" / "001.jpg"),
+        str(out / "class_01" / "002.jpg"),
+    ]
+    kept = (out / "class_01" / "002.jpg").read_bytes()
+    assert kept == (tmp_path / "images" / "class_01" / "002.jpg").read_bytes()
+    assert not (tmp_path / "kept.partial").exists()
+
+
+def test_links_to_files_that_are_gone_leave_nothing_behind(beton, tmp_path):
+    (tmp_path / "images" / "class_01" / "002.jpg").unlink()
+    with pytest.raises(ArtifactError, match=r"class_01/002\.jpg does not exist.*--images"):
+        export_subset(ROWS, tmp_path / "kept", "symlinks", beton=beton, images=tmp_path / "images")
+    assert not list(tmp_path.glob("kept*"))
+
+
+def test_links_do_not_replace_a_folder(beton, tmp_path):
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(ArtifactError, match=r"kept exists"):
+        export_subset(ROWS, tmp_path / "kept", "symlinks", beton=beton, images=tmp_path / "images")
+
+
+def test_links_need_the_folder_of_the_images(beton, tmp_path):
+    with pytest.raises(InvalidValueError, match=r"needs the folder that was converted"):
+        export_subset(ROWS, tmp_path / "kept", "symlinks", beton=beton)
+
+
+def test_indices_are_those_of_the_images_own_dataset(tmp_path):
+    write_image_folder(tmp_path / "images", classes=2, per_class=3)
+    (tmp_path / "images" / "class_00" / "000.jpg").write_bytes(b"damaged")
+    convert(tmp_path / "images", tmp_path / "a.beton", shuffle_seed=1, on_error="skip")
+    beton = open_beton(tmp_path / "a.beton")
+    export_subset(Subset(np.array([0, 3])), tmp_path / "i.npy", "indices", beton=beton)
+    indices = np.load(tmp_path / "i.npy")
+    dataset = ImageFolder(str(tmp_path / "images"))
+    kept = [dataset.samples[index][0] for index in TorchSubset(dataset, indices).indices]
+    sources = beton.manifest.table()["source"].to_pylist()
+    assert sorted(kept) == sorted(str(tmp_path / "images" / sources[row]) for row in (0, 3))
+
+
+def test_a_webdataset_index_has_the_keys_of_each_shard(tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"a-{shard}.tar", "w") as tar:
+            for number in range(3):
+                for suffix, data in (("seg.jpg", jpeg_bytes(number)), ("cls", b"0")):
+                    info = tarfile.TarInfo(f"d/{shard}{number}.{suffix}".replace("seg.", ""))
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    convert(str(tmp_path / "a-*.tar"), tmp_path / "a.beton")
+    beton = open_beton(tmp_path / "a.beton")
+    export_subset(Subset(np.array([0, 2, 4])), tmp_path / "k.json", "webdataset", beton=beton)
+    kept = json.loads((tmp_path / "k.json").read_text())
+    assert kept == {"a-0.tar": ["d/00", "d/02"], "a-1.tar": ["d/11"]}
+
+
+def test_files_in_no_tar_have_no_webdataset_index(beton, tmp_path):
+    with pytest.raises(
+        InvalidValueError, match=r"made of tars, but 'class_00/001\.jpg' is in none"
+    ):
+        export_subset(ROWS, tmp_path / "k.json", "webdataset", beton=beton)
+
+
+@pytest.mark.parametrize("file_format", ["indices", "symlinks", "webdataset", "huggingface"])
+def test_formats_of_files_need_the_beton(file_format, tmp_path):
+    with pytest.raises(InvalidValueError, match=rf"'{file_format}' needs a beton.*--beton"):
+        export_subset(ROWS, tmp_path / "out", file_format)
+
+
+def test_the_command_line_makes_links(beton, tmp_path):
+    ROWS.save(tmp_path / "two.npy")
+    result = run(
+        *("export", tmp_path / "two.npy", "-o", tmp_path / "kept", "--format", "symlinks"),
+        *("--beton", beton.path, "--images", tmp_path / "images"),
+    )
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "kept").rglob("*.jpg"))) == 2
