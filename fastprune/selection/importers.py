@@ -204,7 +204,8 @@ def _issues(path: Path, num_rows: int) -> NDArray[Any]:
     if rows is None:
         _require_lines(path, len(marks), num_rows)
         rows = np.arange(num_rows)
-    return rows[marks.astype(bool)]
+    issues: NDArray[Any] = rows[marks.astype(bool)]
+    return issues
 
 
 def _plain(path: Path, column: Any, name: str) -> NDArray[Any]:

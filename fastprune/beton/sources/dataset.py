@@ -67,7 +67,7 @@ class DatasetSource:
 
 def without_decoding(dataset: Any) -> Any:
     """Let a `datasets.Dataset` give the files of its images, not their pixels: nothing is lost."""
-    feature = (getattr(dataset, "features", None) or {}).get("image")
+    feature: Any = (getattr(dataset, "features", None) or {}).get("image")
     if getattr(feature, "decode", False) and hasattr(dataset, "cast_column"):
         return dataset.cast_column("image", type(feature)(decode=False))
     return dataset
