@@ -1,12 +1,19 @@
 """timm's distillation task with reshaping: in a loop as timm's train script has it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fastprune import convert, open_beton
 from fastprune.artifacts.subset import Subset
 from fastprune.errors import InvalidValueError
+from tests.images import write_image_folder
 
 timm = pytest.importorskip("timm")
 
@@ -151,3 +158,94 @@ def test_a_subset_of_other_classes_is_refused(networks):
 def test_a_bare_subset_is_refused(networks, tmp_path):
     with pytest.raises(InvalidValueError, match=r"no class std.*fastprune select"):
         make(networks, Subset(np.arange(3)))
+
+
+_TWO_PROCESSES = """
+import sys
+
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter, accuracy, reduce_tensor
+from torch import nn
+
+from fastprune import Loader
+from fastprune.timm import ReshapedDistillationTask
+
+# What timm's train.py does, in its order, on two processes: task, DDP, EMA, an epoch, validation.
+beton, subset, with_mixup = sys.argv[1], sys.argv[2], sys.argv[3] == "mixup"
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+loader_train = Loader(beton, subset, batch_size=4, image_size=32, device="cpu", num_workers=1)
+loader_eval = Loader(beton, train=False, batch_size=4, image_size=32, device="cpu", num_workers=1)
+torch.manual_seed(0)
+model = timm.create_model("resnet10t", num_classes=3)
+teacher = timm.create_model("resnet10t", num_classes=3)
+optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05)
+mixup = Mixup(mixup_alpha=0.8, num_classes=3) if with_mixup else None
+task = ReshapedDistillationTask(
+    model,
+    teacher,
+    class_std=subset,
+    criterion=SoftTargetCrossEntropy() if with_mixup else nn.CrossEntropyLoss(),
+    distill_loss_weight=0.9,
+    task_loss_weight=0.1,
+    temperature=4.0,
+    verbose=False,
+)
+task.setup_ema(decay=0.9)
+task.prepare_distributed(device_ids=None)
+scheduler, epochs = create_scheduler_v2(
+    optimizer, num_epochs=1, warmup_epochs=0, updates_per_epoch=len(loader_train)
+)
+losses = AverageMeter()
+loader_train.sampler.set_epoch(0)
+task.train()
+seen = []
+for step, (input, target) in enumerate(loader_train):
+    input, target = mixup(input, target) if mixup else (input, target)
+    result = task(input, target)
+    result["loss"].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    task.update_ema(step=step)
+    losses.update(reduce_tensor(result["loss"].detach(), 2).item(), len(input))
+    scheduler.step_update(num_updates=step + 1, metric=losses.avg)
+task.eval()
+with torch.no_grad():
+    top1 = AverageMeter()
+    for input, target in loader_eval:
+        top1.update(accuracy(task.get_eval_model(ema=True)(input), target)[0].item(), len(input))
+weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+both = [torch.empty_like(weights) for _ in range(2)]
+torch.distributed.all_gather(both, weights)
+assert torch.equal(both[0], both[1]), "the processes' students differ"
+print(f"rank {rank}: {len(loader_train)} steps, loss {losses.avg:.4f}, {top1.count} rows validated")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("mix", ["mixup", "plain"])
+def test_two_processes_train_an_epoch_as_timms_script_does(mix, tmp_path):
+    write_image_folder(tmp_path / "images", classes=3, per_class=16)
+    convert(tmp_path / "images", tmp_path / "train.beton")
+    fingerprint = open_beton(tmp_path / "train.beton").fingerprint
+    Subset(np.arange(0, 48, 2), fingerprint, class_std=CLASS_STD[:3]).save(tmp_path / "half.npy")
+    (tmp_path / "train.py").write_text(_TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [tmp_path / "train.py", tmp_path / "train.beton", tmp_path / "half.npy", mix]
+    done = subprocess.run(
+        [*launcher, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    # 24 rows in batches of 4 for each of two processes; 48 rows to validate.
+    assert [line.split(",")[0] for line in lines] == ["rank 0: 3 steps", "rank 1: 3 steps"]
+    assert all("24 rows validated" in line and "nan" not in line for line in lines)
