@@ -51,12 +51,17 @@ def test_a_resumed_epoch_ends_where_it_would_have(bare_beton):
     assert [resumed.end_of_dataloader for _ in resumed] == [False, False, True]
 
 
-def _gather(rank, folder, beton):
+def _join(rank, folder):
+    """Make this process one of two ranks."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
+
+
+def _gather(rank, folder, beton):
+    _join(rank, folder)
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(_loader(beton, train=False, tail="pad"))
     rows = [accelerator.gather_for_metrics(rows) for _, _, rows in loader]
@@ -70,3 +75,34 @@ def test_metrics_gathered_from_two_ranks_have_every_row_once(bare_beton, tmp_pat
     torch.multiprocessing.spawn(_gather, (str(tmp_path), str(bare_beton)), nprocs=2)
     for rank in (0, 1):
         assert sorted(torch.load(tmp_path / f"rank{rank}.pt").tolist()) == list(range(30))
+
+
+def _resume(rank, folder, beton):
+    _join(rank, folder)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+
+    def steps(loader, number=None):
+        """The rows of all ranks in each step, and whether the gradients are applied then."""
+        found = []
+        for _, _, rows in loader:
+            with accelerator.accumulate(network):
+                found.append((accelerator.gather(rows).tolist(), accelerator.sync_gradients))
+            if len(found) == number:
+                break
+        return found
+
+    network, optimizer = accelerator.prepare(network, optimizer)
+    whole = steps(accelerator.prepare(_loader(beton, batch_size=3)))
+    interrupted = accelerator.prepare(_loader(beton, batch_size=3))
+    first = steps(interrupted, 2)
+    resumed = accelerator.prepare(_loader(beton, batch_size=3))
+    resumed.load_state_dict(interrupted.state_dict())
+    assert first + steps(resumed) == whole
+    assert len(whole) == 5
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_resume_in_the_middle_of_an_epoch(bare_beton, tmp_path):
+    torch.multiprocessing.spawn(_resume, (str(tmp_path), str(bare_beton)), nprocs=2)

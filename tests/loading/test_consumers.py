@@ -1,5 +1,7 @@
 """Real consumers, where they are installed: each takes the loader in place of its own."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -97,6 +99,29 @@ def test_lightning_trains_names_the_epochs_and_validates(bare_beton, tmp_path):
         train.set_epoch(epoch)
         expected += [(epoch, rows.tolist()) for _, _, rows in train]
     assert seen == expected
+
+
+def test_lightning_spawns_two_processes_that_share_the_rows(bare_beton, tmp_path):
+    require_library("lightning")
+    import lightning
+
+    from tests.loading.spawned import Module
+
+    lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(Module(tmp_path), _loader(bare_beton, layout="xyi", tail="pad", num_workers=1))
+    rows = [json.loads((tmp_path / f"rows-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(set(rows[0] + rows[1])) == list(range(30))
+    assert len(rows[0]) == len(rows[1]) == 18
 
 
 def test_accelerate_leaves_the_loader_as_it_is(bare_beton):
