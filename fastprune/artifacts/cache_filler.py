@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.artifacts.teacher_cache import TeacherCache
-from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,8 @@ class CacheFiller:
     """Writes into a cache on a thread of its own, and gives up when the disk does.
 
     A full disk costs the cache and not the run: it is warned of once, and what is put afterwards is
-    passed over. Logits that cannot be kept are the caller's fault and raise.
+    passed over. Logits that cannot be kept, or that the caller fails to give, raise where the
+    caller comes by next.
 
     Attributes:
         cache: what is filled.
@@ -38,7 +39,7 @@ class CacheFiller:
         self.cache = cache
         self.seconds = 0.0
         self.has_failed = False
-        self._refused: InvalidValueError | None = None
+        self._fault: Exception | None = None
         self._jobs: queue.Queue[_Job | None] = queue.Queue(_MOST_QUEUED)
         self._thread: threading.Thread | None = None
 
@@ -54,8 +55,9 @@ class CacheFiller:
 
         Raises:
             InvalidValueError: logits put earlier are not finite, or beyond the dtype's range.
+            Exception: whatever an earlier `logits` raised.
         """
-        self._raise_refusal()
+        self._raise_fault()
         if self.has_failed:
             return
         if self._thread is None:
@@ -69,11 +71,10 @@ class CacheFiller:
         Args:
             seal: also sum the blocks that changed, by whomever.
 
-        Raises:
-            InvalidValueError: as `put`.
+        Raises as `put`.
         """
         self._jobs.join()
-        self._raise_refusal()
+        self._raise_fault()
         if not self.has_failed:
             self._attempt(lambda: self.cache.commit(seal=seal))
 
@@ -100,8 +101,9 @@ class CacheFiller:
                 values = logits()
                 if not self.has_failed:
                     self._attempt(lambda: self.cache.put(rows, slot, values))  # noqa: B023
-            except InvalidValueError as error:
-                self._refused = self._refused or error
+            # Of any kind: a thread that ended here would leave its caller waiting for ever.
+            except Exception as error:
+                self._fault = self._fault or error
             finally:
                 del job, logits
                 self._jobs.task_done()
@@ -117,6 +119,6 @@ class CacheFiller:
             logger.warning("the teacher cache is not filled any further: %s", error)
         self.seconds += time.perf_counter() - began
 
-    def _raise_refusal(self) -> None:
-        if self._refused is not None:
-            raise self._refused
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from fastprune import TeacherCache
 from fastprune.artifacts import cache_slot, teacher_cache
+from fastprune.artifacts.cache_filler import CacheFiller
 from fastprune.artifacts.cache_slot import decode, encode
 from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from tests.artifacts.cache_writer import NUM_CLASSES, ROWS, logits_of, make_cache
@@ -635,6 +637,19 @@ def test_threads_of_one_process_put_and_read_at_once(cache):
     assert failures == []
     cache.commit(seal=True)
     assert list(TeacherCache.open(cache.path).check()) == []
+
+
+def test_logits_that_cannot_be_had_raise_in_the_caller_who_is_not_left_waiting(cache):
+    def broken():
+        raise RuntimeError("the device was lost")
+
+    with CacheFiller(cache) as filler:
+        for _ in range(20):  # more than wait in the queue
+            with suppress(RuntimeError):
+                filler.put(ROWS[:4], 0, broken)
+        with pytest.raises(RuntimeError, match="the device was lost"):
+            filler.flush()
+    assert not cache.has(ROWS[:4], 0).any()
 
 
 def test_closing_writes_what_was_put_and_leaves_no_descriptors(tmp_path):
