@@ -94,8 +94,8 @@ class Mirror:
             StorageError: the range cannot be read, or the object changed.
             ArtifactError: the disk is full.
         """
-        name = self.record.files[request.file].name
-        with claimed(self.folder / name, request.start, request.size) as descriptor:
+        file = self.record.files[request.file]
+        with claimed(self.folder / file.name, request.start, request.size) as descriptor:
             if descriptor is None:
                 return None
             # Looked at again: another process may just have finished.
@@ -104,7 +104,7 @@ class Mirror:
                 return 0
             start = int(self.places.offsets[rows[0]])
             size = int((self.places.offsets[rows] + self.places.sizes[rows]).max()) - start
-            require_version(self.store, self.record.files[request.file])
+            require_version(self.store, file)
 
             def require_rows(content: bytes) -> None:
                 view = memoryview(content)
@@ -112,10 +112,11 @@ class Mirror:
                     at = int(self.places.offsets[row]) - start
                     stored = bytes(view[at : at + int(self.places.sizes[row])])
                     if google_crc32c.value(stored) != self.crcs[row]:
+                        require_version(self.store, file)
                         raise BadBodyError(f"the bytes of row {row:,} are others (CRC-32C)")
 
-            content = self.store.read(name, start, size, require=require_rows, stop=stop)
-            with named_os_errors(self.folder / name):
+            content = self.store.read(file.name, start, size, require=require_rows, stop=stop)
+            with named_os_errors(self.folder / file.name):
                 _write(descriptor, content, start)
             self.present[rows] = 1
             return size

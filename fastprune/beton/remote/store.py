@@ -200,6 +200,10 @@ class Store:
                 return attempt()
             except (OSError, BadBodyError) as error:
                 reason = str(error).strip()
+                if isinstance(error, BadBodyError):
+                    # The object may have been replaced since it was opened: look at it again.
+                    with self._lock:
+                        self._opened.pop(name, None)
                 if isinstance(error, FileNotFoundError) or _MISSING.search(reason):
                     raise StorageError(
                         f"{where} does not exist. Compare the URL with a listing of the bucket."

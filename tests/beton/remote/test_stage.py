@@ -14,7 +14,8 @@ import pytest
 
 from fastprune import Subset, check_beton, compact, convert, open_beton
 from fastprune.beton.presence import MARKS_NAME, MIRROR_NAME
-from fastprune.beton.remote.fetch import stage
+from fastprune.beton.remote.fetch import Fetch, stage
+from fastprune.beton.remote.mirror import open_mirror
 from fastprune.beton.remote.plan import MOST_BYTES
 from fastprune.beton.shards import SET_NAME, shard_name
 from fastprune.errors import (
@@ -172,6 +173,18 @@ def test_object_that_changed_is_refused(server, bucket, tmp_path):
     with pytest.raises(StorageError, match=r'shard-00001\.beton changed since .* is "another"'):
         stage(URL, np.array([9]), tmp_path / "mirror")
     require_rows(tmp_path / "mirror", bucket, ROWS)
+
+
+def test_object_that_changes_while_it_is_read_is_refused(server, tmp_path):
+    mirror = open_mirror(URL, tmp_path / "mirror", retry_seconds=20)
+    server.fault = lambda method, key, number: "wrong range" if method == "GET" else None
+    server.etags["bucket/train/shard-00000.beton"] = '"another"'
+    with (
+        pytest.raises(StorageError, match=r'shard-00000\.beton changed since .* is "another"'),
+        Fetch(mirror, np.array([0, 1])) as fetch,
+    ):
+        fetch.wait(np.array([0, 1]))
+    assert mirror.present.sum() == 0
 
 
 def test_url_with_credentials_is_refused_without_showing_them(tmp_path):
