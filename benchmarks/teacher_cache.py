@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32", "uint8"))
     parser.add_argument("--classes", type=int, default=1000, help="logits, whatever the images are")
     parser.add_argument("--threads", type=int, default=1, help="of torch; decoding has its own")
-    parser.add_argument("--steps", type=int, default=4, help="of each kind in a round")
+    parser.add_argument("--steps", type=int, default=2, help="of each kind in a round")
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
