@@ -2,230 +2,273 @@
 
     python benchmarks/service.py --images folder-of-jpegs
 
-Consumers are processes that take batches of random resized crops as fast as they come, alone, three
-of the same rows, and three of nested subsets (30, 50 and 70%); with loaders of their own side by
-side, and through `fastprune serve`. The peer is one torchvision DataLoader whose batches three
-consumers get over shared memory, as TensorSocket does it. Settings take turns; every one sees views
-that none saw before it. A rate is of all consumers together, from the moment when all are ready
-to the end of the last.
+Consumers are processes that take uint8 batches of random resized crops as fast as they come: alone,
+three of the same rows, and three of nested subsets (30, 50 and 70%); with loaders of their own side
+by side, and through `fastprune serve`. The peer is one torchvision DataLoader whose batches three
+consumers get over shared memory, as TensorSocket does it. Three students distil at once with and
+without the service. Settings take turns, and every one sees views that none saw before it. A rate
+is of all consumers together, from the moment when all are ready to the end of the last.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
 from _harness import ratios, spread, write_result
 
-from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
-from fastprune.cpus import usable_cpus
-
-SHARES = {"one": (1.0,), "three equal": (1.0, 1.0, 1.0), "nested": (0.3, 0.5, 0.7)}
-
-# Its arguments: beton, service, share of the rows, epochs, seed, workers, folder to meet in, number
-# of consumers.
-CONSUMER = """
-import json, os, sys, time
-from pathlib import Path
-import numpy as np
-import torch
-from fastprune.loading.loader import Loader
-beton, service, share, epochs, seed, workers, meeting, consumers = sys.argv[1:]
-torch.set_num_threads(1)
-loader = Loader(beton, service=service, seed=int(seed), num_workers=int(workers), batch_size=64,
-                raw=True, device="cpu", tail="exact")
-# Nested: the rows of a smaller share are among those of a larger one.
-chance = np.random.default_rng(0).random(loader.beton.num_rows)
-loader.set_rows(np.flatnonzero(chance < float(share)))
-loader.warm_up()
-Path(meeting, str(os.getpid())).touch()
-while len(os.listdir(meeting)) < int(consumers):
-    time.sleep(0.002)
-began, views = time.monotonic(), 0
-for _ in range(int(epochs)):
-    for images, labels in loader:
-        views += len(images)
-print(json.dumps({"began": began, "ended": time.monotonic(), "views": views}))
-"""
-
-# Its arguments: beton, workers, epochs, consumers.
-SHARED = """
-import json, sys, time
-import torch
-import torch.multiprocessing as mp
+from fastprune.bench_service import CASES, Consumers, Process, ServiceProcess, share_of_rows
 from fastprune.beton.reader import open_beton
 from fastprune.beton.rows import rows_of
+from fastprune.beton.writer import convert
+from fastprune.cpus import usable_cpus
+from fastprune.distillation.losses import distillation_loss
+from fastprune.loading.loader import Loader
+from fastprune.networks.catalog import build_network
 from fastprune.peers import torchvision_loader
 
-def consume(batches, seen):
+SIZE, BATCH_SIZE = 224, 64
+PACES = ("auto", "together")
+STUDENTS = ("resnet8", "resnet20", "MobileNetV2")
+STUDENT_SIZE = 32
+
+
+def consume_shared(queue: Any, seen: Any) -> None:
+    """Take batches of a shared DataLoader, in a process of its own."""
     torch.set_num_threads(1)
-    views = 0
-    while (batch := batches.get()) is not None:
-        views += len(batch[0])
-        del batch
-    seen.put((views, time.monotonic()))
+    while True:
+        num_views = 0
+        while (batch := queue.get()) is not None:
+            num_views += len(batch[0])
+            del batch
+        seen.put((num_views, time.monotonic()))
 
-if __name__ == "__main__":
-    beton, (workers, epochs, consumers) = open_beton(sys.argv[1]), map(int, sys.argv[2:])
-    context = mp.get_context("spawn")
+
+def share_torchvision(beton_path: str) -> None:
+    """Give every batch of one DataLoader to three consumers, each time that it is asked for."""
+    beton = open_beton(beton_path)
+    # The batch lies in shared memory: a consumer gets a descriptor, and no copy is made.
+    context = torch.multiprocessing.get_context("spawn")
     seen = context.Queue()
-    queues = [context.Queue(maxsize=4) for _ in range(consumers)]
-    processes = [context.Process(target=consume, args=(queue, seen)) for queue in queues]
-    for process in processes:
-        process.start()
-    loader = torchvision_loader(beton, rows_of(beton, None), batch_size=64, image_size=224,
-                                num_workers=workers)
-    next(iter(loader))
-    began = time.monotonic()
-    for _ in range(epochs):
-        for batch in loader:
-            for queue in queues:
-                queue.put(batch)
+    queues = [context.Queue(maxsize=4) for _ in range(3)]
     for queue in queues:
-        queue.put(None)
-    results = [seen.get() for _ in queues]
-    for process in processes:
-        process.join()
-    print(json.dumps({"began": began, "ended": max(end for _, end in results),
-                      "views": sum(views for views, _ in results)}))
-"""
+        context.Process(target=consume_shared, args=(queue, seen), daemon=True).start()
+    loader = torchvision_loader(
+        beton,
+        rows_of(beton, None),
+        batch_size=BATCH_SIZE,
+        image_size=SIZE,
+        num_workers=usable_cpus(),
+    )
+    for _ in loader:  # starts its workers, and the consumers
+        break
+    for line in sys.stdin:
+        began = time.monotonic()
+        for _ in range(json.loads(line)["epochs"]):
+            for batch in loader:
+                for queue in queues:
+                    queue.put(batch)
+        for queue in queues:
+            queue.put(None)
+        results = [seen.get() for _ in queues]
+        ended = max(end for _, end in results)
+        num_views = sum(views for views, _ in results)
+        print(json.dumps({"rate": num_views / (ended - began)}), flush=True)
 
 
-def rate_of(lines: list[str]) -> float:
-    """Views per second of all consumers together."""
-    results = [json.loads(line) for line in lines]
-    seconds = max(r["ended"] for r in results) - min(r["began"] for r in results)
-    return sum(r["views"] for r in results) / seconds
+def train_student(name: str, beton_path: str) -> None:
+    """Distil a student for an epoch, each time that it is asked for."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    num_classes = open_beton(beton_path).num_classes
+    teacher, student = (build_network(n, num_classes=num_classes) for n in ("resnet20", name))
+    teacher.eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    for line in sys.stdin:
+        settings = json.loads(line)
+        loader = Loader(
+            beton_path, batch_size=BATCH_SIZE, image_size=STUDENT_SIZE, augment="rrc", **settings
+        )
+        loader.set_rows(share_of_rows(loader.beton.num_rows, 0.5))
+        loader.warm_up()
+        print("{}", flush=True)
+        sys.stdin.readline()
+        began = time.monotonic()
+        for images, _ in loader:
+            with torch.no_grad():
+                taught = teacher(images)
+            loss = distillation_loss(student(images), taught, temperature=4.0).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(json.dumps({"began": began, "ended": time.monotonic()}), flush=True)
 
 
-def consume(beton: Path, service: str, shares: tuple[float, ...], epochs: int, seed: int) -> float:
-    """Views per second that consumers of these shares get together."""
-    with tempfile.TemporaryDirectory() as meeting:
-        settings = (epochs, seed, usable_cpus(), meeting, len(shares))
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", CONSUMER, *map(str, (beton, service, share, *settings))],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for share in shares
-        ]
-        outputs = [process.communicate()[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    return rate_of([output.splitlines()[-1] for output in outputs])
+def seconds_of_students(students: list[Process], service: str, seed: int) -> float:
+    """Wall clock until the last of the students has gone through its epoch."""
+    for student in students:
+        settings = {"service": service, "seed": seed, "num_workers": usable_cpus()}
+        student.tell(settings)
+    for student in students:
+        student.answer()
+    for student in students:
+        student.tell({})
+    found = [student.answer() for student in students]
+    return float(max(f["ended"] for f in found) - min(f["began"] for f in found))
 
 
-def consume_shared(beton: Path, folder: Path, epochs: int) -> float:
-    """Views per second that three consumers of one torchvision DataLoader get together."""
-    script = folder / "shared.py"
-    script.write_text(SHARED)
-    command = [sys.executable, str(script), str(beton), str(usable_cpus()), str(epochs), "3"]
-    return rate_of(subprocess.check_output(command, text=True).splitlines()[-1:])
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-class Service:
-    """A running `fastprune serve`."""
-
-    def __init__(self, beton: Path, folder: Path, *, memory: str, pace: str):
-        self.address = f"unix:{folder}/{pace}.sock"
-        command = [sys.executable, "-m", "fastprune", "serve", str(beton), "--listen", self.address]
-        command += ["--memory", memory, "--pace", pace]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while not Path(self.address.removeprefix("unix:")).exists():
-            assert self.process.poll() is None
-            time.sleep(0.05)
-
-    def num_decoded(self) -> int:
-        """Views decoded so far."""
-        command = [sys.executable, "-m", "fastprune", "serve", "--status", self.address, "--json"]
-        return int(json.loads(subprocess.check_output(command))["views_decoded"])
-
-    def stop(self) -> None:
-        """End it."""
-        self.process.terminate()
-        assert self.process.wait() == 0
-
-
-def measure(beton: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
+class Measurement:
     """Rates of every case, locally and by service, in turn."""
-    epochs = arguments.epochs
-    services = {
-        pace: Service(beton, folder, memory=arguments.memory, pace=pace)
-        for pace in ("auto", "together")
-    }
-    rates: dict[str, dict[str, list[float]]] = {}
-    union: dict[str, dict[str, list[float]]] = {}
-    server_cpu: list[float] = []
-    chance, seed = np.random.default_rng(0).random(open_beton(beton).num_rows), 0
-    for number in range(-1, arguments.rounds):
-        for case, shares in SHARES.items():
-            found = {}
-            seed += 1
-            found["local"] = consume(beton, "", shares, epochs, seed)
-            for pace, service in services.items():
-                before, cpu = service.num_decoded(), cpu_seconds(service.process.pid)
-                found[pace] = consume(beton, service.address, shares, epochs, seed)
-                decoded = service.num_decoded() - before
-                wanted = epochs * np.count_nonzero(chance < max(shares))
-                if number >= 0:
-                    union.setdefault(case, {}).setdefault(pace, []).append(decoded / wanted)
-                    server_cpu.append((cpu_seconds(service.process.pid) - cpu) / decoded)
-            if number >= 0:
-                for name, rate in found.items():
-                    rates.setdefault(case, {}).setdefault(name, []).append(rate)
-        shared = consume_shared(beton, folder, epochs)
-        if number >= 0:
-            rates.setdefault("three equal", {}).setdefault("shared torchvision", []).append(shared)
-    for service in services.values():
-        service.stop()
-    three = rates["three equal"]
-    return {
-        "views_per_second": {
-            case: {name: spread(values) for name, values in found.items()}
-            for case, found in rates.items()
-        },
-        "service_over_local": {
-            case: {pace: ratios(found[pace], found["local"]) for pace in services}
-            for case, found in rates.items()
-        },
-        "service_over_shared_torchvision": {
-            pace: ratios(three[pace], three["shared torchvision"]) for pace in services
-        },
-        "decoded_over_union": {
-            case: {pace: spread(values) for pace, values in found.items()}
-            for case, found in union.items()
-        },
-        "server_cpu_seconds_per_decoded_view": spread(server_cpu),
-    }
+
+    def __init__(self, beton_path: Path, *, epochs: int, memory_bytes: int):
+        self._beton_path = beton_path
+        self._epochs = epochs
+        self._num_rows = open_beton(beton_path).num_rows
+        self._consumers = Consumers(3)
+        workers = {"memory_bytes": memory_bytes, "num_workers": usable_cpus()}
+        self._services = {pace: ServiceProcess(beton_path, **workers, pace=pace) for pace in PACES}
+        script, path = str(Path(__file__).resolve()), str(beton_path)
+        self._shared = Process(script, "--role", "shared", path)
+        self._students = [Process(script, "--role", name, path) for name in STUDENTS]
+        self._seed = 0
+        self.rates: dict[str, dict[str, list[float]]] = {case: {} for case in CASES}
+        self.decoded: dict[str, dict[str, list[float]]] = {case: {} for case in CASES}
+        self.server_cpu: list[float] = []
+        self.seconds: dict[str, list[float]] = {"local": [], "service": []}
+
+    def consume(self, case: str) -> None:
+        """One round of a case."""
+        self._seed += 1
+        shares = CASES[case]
+        for name, service in {"local": None, **self._services}.items():
+            settings = {"batch_size": BATCH_SIZE, "image_size": SIZE, "num_workers": usable_cpus()}
+            settings |= {"service": service.address if service else "", "seed": self._seed}
+            self._consumers.prepare(
+                self._beton_path, shares, epochs=self._epochs, settings=settings
+            )
+            before, cpu = (service.num_decoded, service.cpu_seconds) if service else (0, 0.0)
+            self.rates[case].setdefault(name, []).append(self._consumers.run())
+            if service:
+                num_decoded = service.num_decoded - before
+                num_wanted = self._epochs * len(share_of_rows(self._num_rows, max(shares)))
+                self.decoded[case].setdefault(name, []).append(num_decoded / num_wanted)
+                self.server_cpu.append((service.cpu_seconds - cpu) / num_decoded)
+
+    def share(self) -> None:
+        """One round of the shared torchvision DataLoader."""
+        self._shared.tell({"epochs": self._epochs})
+        rate = self._shared.answer()["rate"]
+        self.rates["three equal"].setdefault("shared torchvision", []).append(rate)
+
+    def train(self) -> None:
+        """One round of three students."""
+        self._seed += 1
+        for name, address in {"local": "", "service": self._services["auto"].address}.items():
+            seconds = seconds_of_students(self._students, address, self._seed)
+            self.seconds[name].append(seconds)
+
+    def forget(self) -> None:
+        """Drop what was measured so far: a first round warms up."""
+        for found in (*self.rates.values(), *self.decoded.values()):
+            found.clear()
+        self.server_cpu.clear()
+        for seconds in self.seconds.values():
+            seconds.clear()
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in (self._consumers, self._shared, *self._students, *self._services.values()):
+            process.close()
+
+    def result(self) -> dict[str, Any]:
+        """What was measured, to be written."""
+        three = self.rates["three equal"]
+        return {
+            "views_per_second": {
+                case: {name: spread(values) for name, values in found.items()}
+                for case, found in self.rates.items()
+            },
+            "service_over_local": {
+                case: {pace: ratios(found[pace], found["local"]) for pace in PACES}
+                for case, found in self.rates.items()
+            },
+            "service_over_shared_torchvision": {
+                pace: ratios(three[pace], three["shared torchvision"]) for pace in PACES
+            },
+            "decoded_over_union": {
+                case: {pace: spread(values) for pace, values in found.items()}
+                for case, found in self.decoded.items()
+            },
+            "server_cpu_seconds_per_decoded_view": spread(self.server_cpu),
+            "students": {
+                "names": STUDENTS,
+                "image_size": STUDENT_SIZE,
+                "seconds": {name: spread(values) for name, values in self.seconds.items()},
+                "local_over_service": ratios(self.seconds["local"], self.seconds["service"]),
+            },
+        }
+
+
+def converted(images: Path, folder: Path, copies: int) -> Path:
+    """A beton that has each image a few times, so that an epoch is not over at once."""
+    (folder / "images").mkdir()
+    for copy in range(copies):
+        (folder / "images" / str(copy)).symlink_to(images.resolve())
+    convert(folder / "images", folder / "train.beton")
+    return folder / "train.beton"
+
+
+def measure(beton_path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All of it, in turn, until the rounds or the minutes are over."""
+    measurement = Measurement(
+        beton_path, epochs=arguments.epochs, memory_bytes=arguments.memory_mib << 20
+    )
+    try:
+        started = time.monotonic()
+        for number in range(1 + arguments.rounds):
+            for case in CASES:
+                measurement.consume(case)
+            measurement.share()
+            measurement.train()
+            if number == 0:
+                measurement.forget()
+            else:
+                print(json.dumps(measurement.result()), file=sys.stderr, flush=True)
+            rounds_seconds = (time.monotonic() - started) / (number + 1)
+            if number > 0 and time.monotonic() - started + rounds_seconds > arguments.seconds:
+                break
+        return measurement.result()
+    finally:
+        measurement.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True, help="a folder of JPEG files")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=4, help="of each consumer and round")
-    parser.add_argument("--memory", default="512MiB", help="of the service")
+    parser.add_argument("--images", type=Path, help="a folder of JPEG files")
+    parser.add_argument("--beton", type=Path, help="in place of images: a beton with a manifest")
+    parser.add_argument("--rounds", type=int, default=5, help="at most")
+    parser.add_argument("--seconds", type=float, default=3600, help="no round begins beyond them")
+    parser.add_argument("--copies", type=int, default=4, help="how often the beton has each image")
+    parser.add_argument("--epochs", type=int, default=1, help="of each consumer and round")
+    parser.add_argument("--memory-mib", type=int, default=512, help="of each service")
     parser.add_argument("--no-result", action="store_true", help="print only")
+    parser.add_argument("--role", nargs=2, help="what a process of this script does")
     arguments = parser.parse_args()
+    if arguments.role:
+        role, path = arguments.role
+        share_torchvision(path) if role == "shared" else train_student(role, path)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "images").mkdir()
-        (folder / "images" / "all").symlink_to(arguments.images.resolve())
-        convert(folder / "images", folder / "train.beton")
-        result = measure(folder / "train.beton", folder, arguments)
-    result |= {"epochs": arguments.epochs, "memory": arguments.memory, "image_size": 224}
+        beton_path = arguments.beton or converted(arguments.images, folder, arguments.copies)
+        num_rows = open_beton(beton_path).num_rows
+        result = measure(beton_path, arguments)
+    result |= {"rows": num_rows, "epochs": arguments.epochs, "image_size": SIZE}
+    result["memory_mib"] = arguments.memory_mib
     print(json.dumps(result, indent=2))
     if not arguments.no_result:
         print(write_result("service", result))

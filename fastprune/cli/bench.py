@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, device_option, json_option
+from fastprune.cli.options import COUNT, PATH, SIZE, device_option, json_option
 
 
 @click.group()
@@ -71,6 +71,62 @@ def loader(
     if measured.rates:
         best = max(measured.rates, key=lambda rate: rate.images_per_second)
         click.echo(f"fastest: {best.name}, {best.images_per_second:,.0f} images/s")
+
+
+@bench.command()
+@click.argument("beton", type=PATH)
+@click.option("--batch-size", type=COUNT, default=64)
+@click.option("--image-size", type=COUNT, default=224)
+@click.option("--workers", type=COUNT, help="Decoding threads of each loader, and of the service.")
+@click.option("--memory", type=SIZE, default="1GiB", help="Of the service, for decoded views.")
+@click.option("--pace", type=click.Choice(["auto", "together", "free"]), default="auto")
+@click.option("--rounds", type=COUNT, default=3, help="Counted rounds of each.")
+@click.option("--epochs", type=COUNT, default=1, help="Of each consumer in a round.")
+@json_option
+def service(
+    beton: Path,
+    batch_size: int,
+    image_size: int,
+    workers: int | None,
+    memory: int,
+    pace: str,
+    rounds: int,
+    epochs: int,
+    as_json: bool,
+) -> None:
+    """What `fastprune serve` would save on this machine, with your beton.
+
+    One consumer, three of all rows and three of nested subsets load without and with a service, in
+    turn; a first round is not counted.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastprune.bench_service import bench_service
+
+    measured = bench_service(
+        beton,
+        batch_size=batch_size,
+        image_size=image_size,
+        num_workers=workers,
+        memory_bytes=memory,
+        pace=pace,
+        rounds=rounds,
+        epochs=epochs,
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(rate) for rate in measured], indent=2))
+        return
+    table = Table("consumers", "own loaders", "service", "ratio", "decoded / wanted")
+    for rate in measured:
+        table.add_row(
+            rate.case,
+            f"{rate.local:,.0f} views/s",
+            f"{rate.service:,.0f} views/s",
+            f"{rate.speedup:.2f}",
+            f"{rate.decoded_share:.2f}",
+        )
+    Console().print(table)
 
 
 COMMANDS: tuple[click.Command, ...] = (bench,)

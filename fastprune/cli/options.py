@@ -73,6 +73,27 @@ class Share(click.ParamType[float]):
         return self.fail(f"{value} is not a share in (0, 1].{meant}", param, ctx)
 
 
+class Size(click.ParamType[int]):
+    """A number of bytes, as in 4GiB, 512MiB or 4e9."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Parse a number and its unit."""
+        if isinstance(value, int):
+            return value
+        units = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6}
+        units |= {"gb": 10**9, "b": 1, "": 1}
+        number = value.rstrip("BbGgIiKkMm")
+        try:
+            return int(float(number) * units[value[len(number) :].lower()])
+        except (KeyError, ValueError, OverflowError):
+            self.fail(f"{value!r} is no size such as 4GiB or 512MiB", param, ctx)
+
+
+SIZE = Size()
+
+
 class NumberList(click.ParamType[tuple[float, ...]]):
     """Numbers with commas between, so many as there are names, or any where there are none."""
 

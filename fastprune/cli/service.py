@@ -5,30 +5,13 @@ from pathlib import Path
 
 import click
 
-
-class _Memory(click.ParamType):  # type: ignore[type-arg]
-    """A number of bytes, as in 4GiB, 512MiB or 4e9."""
-
-    name = "size"
-
-    def convert(
-        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        if isinstance(value, int):
-            return value
-        units = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6}
-        units |= {"gb": 10**9, "b": 1, "": 1}
-        number = value.rstrip("BbGgIiKkMm")
-        try:
-            return int(float(number) * units[value[len(number) :].lower()])
-        except (KeyError, ValueError, OverflowError):
-            self.fail(f"{value!r} is no size such as 4GiB or 512MiB", param, ctx)
+from fastprune.cli.options import SIZE
 
 
 @click.command()
 @click.argument("betons", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--listen", metavar="ADDRESS", help="Where trainers find it: unix:PATH.")
-@click.option("--memory", type=_Memory(), default="1GiB", help="Most memory for decoded views.")
+@click.option("--memory", type=SIZE, default="1GiB", help="Most memory for decoded views.")
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads; one per CPU.")
 @click.option(
     "--pace",

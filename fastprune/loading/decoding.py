@@ -97,6 +97,25 @@ class RowDecoder:
         Returns:
             Which rows failed and why, at positions in [0, n).
         """
+        starts = np.arange(len(views)) * (3 * self._image_size**2)
+        return self.decode_into(stored, views, images.reshape(-1), starts)
+
+    def decode_into(
+        self,
+        stored: StoredImages,
+        views: NDArray[np.int32],
+        pixels: NDArray[np.uint8],
+        starts: NDArray[np.int64],
+    ) -> Outcome:
+        """Decode n rows to places that may lie apart; see `decode`.
+
+        Args:
+            stored: where the rows lie.
+            views: (n, 7), see `crops.CropPolicy.views`.
+            pixels: uint8, the memory; S * S * 3 bytes of it are filled for each row.
+            starts: (n,) int64, where the pixels of each row begin in it.
+        """
+        side = self._image_size
         outcome = Outcome()
         codes = np.full(len(views), UNSUPPORTED, np.int32)
         needed = np.stack([stored.sizes, views[:, HEIGHT], views[:, WIDTH]], axis=1)
@@ -111,7 +130,9 @@ class RowDecoder:
                 work = self._workspace(_largest(needed[piece]))
                 decode_rows(
                     some.content,
-                    images[piece],
+                    pixels,
+                    starts[piece],
+                    side,
                     codes[piece],
                     views[piece],
                     some.offsets,
@@ -121,8 +142,9 @@ class RowDecoder:
                     work,
                 )
         for i in np.flatnonzero(codes != OK).tolist():
+            image = pixels[starts[i] : starts[i] + 3 * side**2].reshape(side, side, 3)
             try:
-                self._settle(stored, i, int(codes[i]), views[i], images[i], outcome)
+                self._settle(stored, i, int(codes[i]), views[i], image, outcome)
             except JpegError as error:
                 outcome.faults[i] = str(error).rstrip(".")
         return outcome
@@ -211,7 +233,9 @@ def shift(image: Any, view: Any) -> None:
 @_compiled
 def decode_rows(
     content: Any,
-    images: Any,
+    pixels: Any,
+    starts: Any,
+    side: Any,
     codes: Any,
     views: Any,
     offsets: Any,
@@ -220,16 +244,17 @@ def decode_rows(
     sides: Any,
     work: Any,
 ) -> None:
-    """Fill `images` (n, S, S, 3) with the views of n rows and `codes` (n,) with a code each.
+    """Fill `pixels` from each of `starts` (n,) on with a row's view, and `codes` (n,) with a code.
 
-    `sides` (n, 2) are the height and width that the beton says. Raw rows are unsupported.
+    A view has `side` rows and columns. `sides` (n, 2) are the height and width that the beton says.
+    Raw rows are unsupported.
     """
-    output = images.shape[1]
     for i in range(len(codes)):
         codes[i] = UNSUPPORTED
         if modes[i] != JPG:
             continue
         view = views[i]
+        image = pixels[starts[i] : starts[i] + 3 * side * side]
         codes[i] = read_view(
             content[offsets[i] : offsets[i] + sizes[i]],
             work,
@@ -237,10 +262,10 @@ def decode_rows(
             np.int64(view[LEFT]),
             np.int64(view[HEIGHT]),
             np.int64(view[WIDTH]),
-            output,
-            output,
+            side,
+            side,
             view[FLIP] != 0,
-            images[i].reshape(-1),
+            image,
         )
         # Only then has the header been read. A box drawn for one size shows another part of an
         # image of another size, or none of it.
@@ -249,7 +274,7 @@ def decode_rows(
             if height != sides[i, 0] or width != sides[i, 1]:
                 codes[i] = OTHER_SIZE
         if codes[i] == OK:
-            shift(images[i], view)
+            shift(image.reshape(side, side, 3), view)
 
 
 def _decode_jpeg_whole(

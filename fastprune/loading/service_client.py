@@ -58,6 +58,7 @@ class Session:
         self._num_rows = num_rows
         self._numbers = count()
         self._open: dict[int, tuple[bytes, NDArray[np.uint8]]] = {}
+        self._taken = b""  # frames that wait for the next one, to wake the service once for both
         self._socket = _connected(address)
         self._incoming = self._socket.makefile("rb")
         try:
@@ -105,21 +106,27 @@ class Session:
         Raises:
             ServiceError: the service was lost.
         """
+        self.flush()
         while True:
             kind, payload = self._receive()
             if kind == Kind.ALIVE:
                 continue
-            if kind != Kind.VIEWS:
+            number = int.from_bytes(payload[: wire.NUMBER.size], "little")
+            if kind != Kind.VIEWS or number not in self._open:
                 raise ServiceError(f"an answer of kind {kind} is not understood")
-            (number,) = wire.NUMBER.unpack_from(payload)
             asked, images = self._open.pop(number)
             is_whole, reasons = self._copy(payload[wire.NUMBER.size :], images)
-            self._send(wire.frame(Kind.TAKEN, wire.NUMBER.pack(number)))
+            self._taken += wire.frame(Kind.TAKEN, wire.NUMBER.pack(number))
             if is_whole:
                 return number, reasons
             # We had been silent for so long that the service used the memory for others.
             self._open[number] = asked, images
             self._send(wire.frame(Kind.ASK, wire.NUMBER.pack(number), asked))
+
+    def flush(self) -> None:
+        """Say now which views were taken."""
+        if self._taken:
+            self._send(b"")
 
     def is_alive(self) -> bool:
         """Whether the service still listens, and has said nothing since the last epoch."""
@@ -161,24 +168,29 @@ class Session:
     ) -> tuple[bool, dict[int, str]]:
         """Copy views out of the slab; whether they are what was announced, and the reasons."""
         end = len(images) * wire.PLACE.itemsize
-        places = np.frombuffer(places_and_reasons[:end], wire.PLACE)
-        there = np.flatnonzero(places["offset"] != wire.NOWHERE)
-        num_bytes = images[0].size
-        offsets = places["offset"][there].astype(np.int64)
-        if len(places) != len(images) or (
-            len(offsets) and offsets.max() + wire.GUARD_BYTES + num_bytes > len(self._slab)
+        places = np.frombuffer(places_and_reasons[:end].ljust(end, b"\xff"), wire.PLACE)
+        text = places_and_reasons[end:]
+        found = {
+            str(i): str(reason) for i, reason in (wire.read_json(text) if text else {}).items()
+        }
+        reasons = {i: found[str(i)] for i in range(len(images)) if str(i) in found}
+        is_there = places["offset"] != wire.NOWHERE
+        there, num_bytes = np.flatnonzero(is_there), images[0].size
+        last_place = len(self._slab) - wire.GUARD_BYTES - num_bytes
+        # A view that lies nowhere for no reason would leave the batch's memory as it was.
+        if not set(np.flatnonzero(~is_there)) <= set(reasons) or (
+            len(there) and int(places["offset"][there].max()) > last_place
         ):
             raise ServiceError("an answer does not fit the question")
+        offsets = places["offset"][there].astype(np.int64)
         for i, start in zip(there.tolist(), (offsets + wire.GUARD_BYTES).tolist(), strict=True):
             images[i] = self._slab[start : start + num_bytes].reshape(self._shape)
         # Read after the copies: the service changes a generation before it reuses a place.
         is_whole = bool((self._generations[offsets // 8] == places["generation"][there]).all())
-        reasons = places_and_reasons[end:]
-        if not reasons:
-            return is_whole, {}
-        return is_whole, {int(i): str(text) for i, text in wire.read_json(reasons).items()}
+        return is_whole, reasons
 
     def _send(self, data: bytes) -> None:
+        data, self._taken = self._taken + data, b""
         try:
             self._socket.sendall(data)
         except OSError as error:
@@ -315,12 +327,18 @@ class ServiceEngine:
             times = np.bincount(np.concatenate(batches))
             session.announce(stream, np.flatnonzero(times), int(times[times > 0].min()))
             for rows in batches:
+                finished = []
+                if len(waiting) > _BATCHES_AHEAD:
+                    finished.append(self._finished(session, asks, waiting.popleft()))
+                # Asked for before the caller goes to work on the batch that is there.
                 self._file.check()
                 waiting.append(self._start(session, asks, rows, draw_views(rows)))
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield self._finished(session, asks, waiting.popleft())
+                if finished:
+                    yield finished.pop()
             while waiting:
-                yield self._finished(session, asks, waiting.popleft())
+                finished = [self._finished(session, asks, waiting.popleft())]
+                session.flush()
+                yield finished.pop()
             is_finished = True
         finally:
             # Left in the middle, the service is to forget what is on its way.

@@ -11,7 +11,7 @@ from fastprune.beton.reader import Beton
 from fastprune.loading.cpu import stored_images
 from fastprune.loading.decoding import RowDecoder
 from fastprune.loading.service_wire import GUARD_BYTES, MOST_REASON_CHARACTERS, WANTED
-from fastprune.service.window import MOST_TOGETHER, Task
+from fastprune.service.window import Task
 
 
 class Decoders:
@@ -57,29 +57,23 @@ class Decoders:
             thread.join()
 
     def _work(self) -> None:
-        pixels: dict[int, NDArray[np.uint8]] = {}  # of this thread, by image size
         while (task := self._tasks.get()) is not None:
-            size = task.images.image_size
-            shape = (MOST_TOGETHER, size, size, 3)
             try:
-                if size not in pixels:
-                    pixels[size] = np.empty(shape, np.uint8)
-                reasons = self._decode(task, pixels[size][: len(task.entries)])
+                reasons = self._decode(task)
             except Exception as error:  # such as a MemoryError: of these views alone
                 reason = f"{type(error).__name__}: {error}"
                 reasons = dict.fromkeys(range(len(task.entries)), reason)
             self._done(task, {i: text[:MOST_REASON_CHARACTERS] for i, text in reasons.items()})
 
-    def _decode(self, task: Task, pixels: NDArray[np.uint8]) -> dict[int, str]:
+    def _decode(self, task: Task) -> dict[int, str]:
         """Decode views into their places; return why some cannot be decoded, by position."""
         size = task.images.image_size
         decoder = self._decoders.setdefault(size, RowDecoder(size))
         wanted = np.frombuffer(b"".join(entry.key for entry in task.entries), WANTED)
-        stored = stored_images(self._betons[task.images.index], wanted["row"])
-        outcome = decoder.decode(stored, np.ascontiguousarray(wanted["view"]), pixels)
-        # The compiled loop fills neighbors, and places lie apart. To copy what is still in the
-        # CPU's cache takes a fiftieth of the time that decoding it took.
-        for entry, image in zip(task.entries, pixels, strict=True):
-            start = entry.offset + GUARD_BYTES
-            self._slab[start : start + image.size] = image.reshape(-1)
-        return outcome.faults
+        starts = np.array([entry.offset for entry in task.entries]) + GUARD_BYTES
+        return decoder.decode_into(
+            stored_images(self._betons[task.images.index], wanted["row"]),
+            np.ascontiguousarray(wanted["view"]),
+            self._slab,
+            starts,
+        ).faults

@@ -9,11 +9,8 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 import socket
-import stat
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,10 +22,11 @@ import numpy as np
 from fastprune import __version__
 from fastprune.beton.reader import Beton
 from fastprune.checks import require_at_least, require_one_of
-from fastprune.errors import InvalidValueError, LoadingError
+from fastprune.errors import LoadingError
 from fastprune.loading import service_wire as wire
 from fastprune.loading.faults import FileWatch
 from fastprune.loading.service_wire import Kind, ServiceError, ServiceRefusedError
+from fastprune.service import unix
 from fastprune.service.decoding import Decoders
 from fastprune.service.demand import Ask, Client, Images
 from fastprune.service.metrics import Monitor
@@ -46,7 +44,6 @@ _MOST_CONNECTIONS = 1024
 _MOST_UNREAD_BYTES = 4 << 20
 # Tasks beyond those that threads work at, so that none waits for the event loop.
 _TASKS_AHEAD = 1
-_PEER = struct.Struct("3i")  # pid, uid, gid; see unix(7)
 
 
 class Server:
@@ -110,7 +107,7 @@ class Server:
             InvalidValueError: another service listens at the address.
         """
         self._loop = asyncio.get_running_loop()
-        listening = _listening(self._path)
+        listening = unix.listening_socket(self._path)
         self._decoders = Decoders(
             [served.beton for served in self._betons],
             self._slab.content,
@@ -185,22 +182,22 @@ class Server:
         Raises:
             ServiceError: it says what cannot be done; it alone is to end.
         """
-        _require_own_user(writer.get_extra_info("socket"))
+        unix.require_own_user(writer.get_extra_info("socket"))
         if len(self._talks) > _MOST_CONNECTIONS:
             raise ServiceRefusedError(f"{_MOST_CONNECTIONS} clients are connected already")
         async with asyncio.timeout(_HELLO_SECONDS):
-            kind, payload = await _read(reader, (Kind.HELLO, Kind.STATUS))
+            kind, payload = await unix.read_frame(reader, (Kind.HELLO, Kind.STATUS))
         if kind == Kind.STATUS:
             writer.write(wire.json_frame(Kind.STATUS, self.status()))
             await writer.drain()
             return
         client = self._greet(wire.read_json(payload), writer)
         try:
-            _send_welcome(writer, self._slab)
+            unix.send_welcome(writer, self._slab)
             self._writers[client] = writer
             while True:
                 kinds = (Kind.EPOCH, Kind.ASK, Kind.TAKEN)
-                kind, payload = await _read(reader, kinds, client.images.num_rows)
+                kind, payload = await unix.read_frame(reader, kinds, client.images.num_rows)
                 self._obey(client, kind, payload)
                 self._pump()
         finally:
@@ -232,7 +229,7 @@ class Server:
         if images is None:
             beton = served.beton
             images = Images(str(beton.path), index, beton.widths, beton.heights, image_size)
-        pid, uid, _ = _peer(writer.get_extra_info("socket"))
+        pid, uid, _ = unix.peer(writer.get_extra_info("socket"))
         name = "".join(c for c in str(hello.get("name"))[:64] if c.isprintable())
         client = self._window.join(f"{name} (pid {pid}, uid {uid})", images, time.monotonic())
         self._images[served.digest, image_size] = images
@@ -382,20 +379,6 @@ def ask_status(address: str) -> dict[str, Any]:
     raise ServiceError(f"what listens at {address} is no loading service.")
 
 
-async def _read(
-    reader: asyncio.StreamReader, kinds: tuple[Kind, ...], num_rows: int = 0
-) -> tuple[Kind, bytes]:
-    """The next frame, if it is of these kinds.
-
-    Raises:
-        ServiceError: it is not, or too long.
-    """
-    kind, length = wire.HEADER.unpack(await reader.readexactly(wire.HEADER.size))
-    if kind not in kinds or length > wire.most_bytes(kind, num_rows):
-        raise ServiceError(f"a frame of kind {kind} and {length:,} bytes is not understood")
-    return Kind(kind), await reader.readexactly(length)
-
-
 def _views(ask: Ask) -> bytes:
     """The frame that answers an ask."""
     places = np.full(ask.num_views, 0, wire.PLACE)
@@ -403,66 +386,6 @@ def _views(ask: Ask) -> bytes:
     places["generation"] = [0 if e is None else e.generation for e in ask.entries]
     reasons = json.dumps(ask.reasons).encode() if ask.reasons else b""
     return wire.frame(Kind.VIEWS, wire.NUMBER.pack(ask.number), places.tobytes(), reasons)
-
-
-def _send_welcome(writer: asyncio.StreamWriter, slab: Slab) -> None:
-    """Send the first frame, and the slab's descriptor with it."""
-    # asyncio has no way to send descriptors; nothing else was written yet, so that nothing of the
-    # transport's is overtaken.
-    data = wire.json_frame(Kind.WELCOME, {"slab_bytes": slab.num_bytes})
-    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as connection:
-        if socket.send_fds(connection, [data], [slab.descriptor]) != len(data):
-            raise ServiceError("the first frame could not be sent")
-
-
-def _peer(connection: Any) -> tuple[int, int, int]:
-    """Process, user and group at the other end, as the kernel says."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    pid, uid, gid = _PEER.unpack(found)
-    return pid, uid, gid
-
-
-def _require_own_user(connection: Any) -> None:
-    """Refuse other users, whatever the mode of the socket.
-
-    Raises:
-        ServiceRefusedError: it is another one, and not root.
-    """
-    _, uid, _ = _peer(connection)
-    if uid not in (0, os.geteuid()):
-        raise ServiceRefusedError(f"it serves user {os.geteuid()} alone, not user {uid}")
-
-
-def _listening(path: Path) -> socket.socket:
-    """A socket for this user alone; what a killed server left there is removed.
-
-    Raises:
-        InvalidValueError: another server listens there, or something else is there.
-    """
-    if path.exists() or path.is_symlink():
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise InvalidValueError(f"{path} exists and is no socket. Name another path.")
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
-            probe.connect(str(path))
-            raise InvalidValueError(
-                f"another service listens at unix:{path}. Name another path, or stop it."
-            )
-    listening = socket.socket(socket.AF_UNIX)
-    # Renamed once it listens: who finds the name can connect. The mode comes into being with the
-    # file, so that there is no moment of another one.
-    hidden = path.with_name(f".{os.getpid()}")
-    before = os.umask(0o177)
-    try:
-        listening.bind(str(hidden))
-        listening.listen()
-        hidden.rename(path)
-    except OSError as error:
-        listening.close()
-        hidden.unlink(missing_ok=True)
-        raise InvalidValueError(f"unix:{path} cannot be used: {error}.") from error
-    finally:
-        os.umask(before)
-    return listening
 
 
 def _describe(client: Client, now: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ All of it belongs to one thread, the server's event loop; there are no locks. In
 """
 
 import itertools
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastprune.loading.service_wire import MOST_WANTED, WANTED, ServiceError, ServiceRefusedError
 from fastprune.service.demand import Ask, Client, Cohort, Entry, Images, Stream
+from fastprune.service.places import Places
 from fastprune.service.slab import EXTENT_BYTES, Slab
 
 PACES = ("auto", "together", "free")
@@ -58,22 +59,20 @@ class Window:
         self.clients: list[Client] = []
         self.answers: deque[Ask] = deque()
         self.num_decoded = self.num_served = self.num_detached = 0
-        self._slab = slab
+        self._places = Places(slab)
         self._pace = pace
         self._streams: dict[tuple[Images, bytes], Stream] = {}
-        self._spare: defaultdict[int, dict[Entry, None]] = defaultdict(dict)  # by size of a place
-        self._entries: dict[int, Entry] = {}  # every view in the slab, by its place
         self._turns = itertools.count(1)
 
     @property
     def num_views(self) -> int:
         """Views that the slab holds."""
-        return len(self._entries)
+        return len(self._places.entries)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the slab that hold views."""
-        return sum(entry.images.place_bytes for entry in self._entries.values())
+        return sum(entry.images.place_bytes for entry in self._places.entries.values())
 
     def join(self, name: str, images: Images, now: float) -> Client:
         """Admit a client.
@@ -85,20 +84,22 @@ class Window:
             raise ServiceRefusedError(
                 f"views of {images.image_size} pixels are too large for this service"
             )
-        client = Client(name, images, now, now)
-        needed = _extents_needed((*self.clients, client))
-        if needed > len(self._slab.extents):
+        slab, needed = self._places.slab, self._places.extents_needed(images.place_bytes)
+        if needed > len(slab.extents):
             raise ServiceRefusedError(
-                f"its memory of {self._slab.num_bytes >> 20} MiB is too small for "
+                f"its memory of {slab.num_bytes >> 20} MiB is too small for "
                 f"{len(self.clients) + 1} clients; start it with --memory "
                 f"{needed * EXTENT_BYTES >> 20}MiB or more"
             )
+        client = Client(name, images, now, now)
         self.clients.append(client)
+        self._places.sizes[images.place_bytes] += 1
         return client
 
     def leave(self, client: Client) -> None:
         """Forget a client and all that it asked for."""
         self.clients.remove(client)
+        self._places.sizes -= Counter([client.images.place_bytes])
         self._revoke(client, client.open.values())
         client.asks.clear()
         self._forget_demand(client)
@@ -237,12 +238,12 @@ class Window:
             if i in reasons:
                 # Nobody holds it, and whoever asks next has it tried again.
                 entry.num_lent = 0
-                self._evict(entry)
+                self._places.evict(entry)
                 continue
             entry.stream.passed[entry.row] = True
             if entry.stream.wanted[entry.row]:
                 entry.stream.kept[entry] = None
-            self._settle(entry)
+            self._places.settle(entry)
 
     def _hear(self, client: Client, now: float) -> None:
         """Note a word from a client; one that had been silent takes part again."""
@@ -259,7 +260,7 @@ class Window:
         self._drop(client, stream)
         here = [e for e in client.images.memo.values() if e.stream is stream]
         num_missed = np.count_nonzero(stream.passed & (counts > 0)) - len({e.row for e in here})
-        client.is_late = int(num_missed) > self._capacity(client.images) // _LATE_SHARE
+        client.is_late = int(num_missed) > self._places.capacity(client.images) // _LATE_SHARE
         if not client.is_late:
             self._want(client, stream, counts)
 
@@ -270,7 +271,7 @@ class Window:
         for entry in stream.images.memo.values():
             if entry.stream is stream and entry.is_decoded and counts[entry.row]:
                 stream.kept[entry] = None
-                self._spare[stream.images.place_bytes].pop(entry, None)
+                self._places.hold(entry)
 
     def _drop(self, client: Client, stream: Stream) -> bool:
         """Count a client's rows no more; whether they had been."""
@@ -279,7 +280,7 @@ class Window:
             return False
         stream.wanted -= counts
         for entry in [e for e in stream.kept if not stream.wanted[e.row]]:
-            self._settle(entry)
+            self._places.settle(entry)
         return True
 
     def _forget_demand(self, client: Client) -> bool:
@@ -317,7 +318,7 @@ class Window:
         """
         misses: list[Entry] = []
         memo = client.images.memo
-        most_lent = max(MOST_WANTED, self._capacity(client.images) // len(self.clients))
+        most_lent = max(MOST_WANTED, self._places.capacity(client.images) // len(self.clients))
         while client.asks and client.num_lent < most_lent:
             ask = client.asks[0]
             position = len(ask.entries)
@@ -331,9 +332,7 @@ class Window:
                     break
                 assert client.stream is not None
                 row = int.from_bytes(key[:8], "little")
-                generation = self._slab.generation(offset)
-                entry = Entry(client.images, key, row, client.stream, client, offset, generation)
-                memo[key] = self._entries[offset] = entry
+                entry = self._places.put(offset, key, row, client.stream, client)
                 misses.append(entry)
             elif entry.client is not client:
                 client.num_shared += 1
@@ -346,7 +345,7 @@ class Window:
             entry.awaiting.append((ask, len(ask.entries)))
             ask.num_pending += 1
         elif entry.num_lent == 0:
-            self._spare[entry.images.place_bytes].pop(entry, None)
+            self._places.hold(entry)
         entry.num_lent += 1
         ask.entries.append(entry)
         ask.client.num_lent += 1
@@ -380,68 +379,25 @@ class Window:
                 if entry is not None:
                     entry.num_lent -= 1
                     client.num_lent -= 1
-                    self._settle(entry)
-
-    def _settle(self, entry: Entry) -> None:
-        """Move a view to the spare ones if nobody wants it and no ask holds it."""
-        if not entry.is_decoded:
-            return
-        if not entry.stream.wanted[entry.row]:
-            entry.stream.kept.pop(entry, None)
-        if entry.num_lent == 0:
-            if self._slab.extent_at(entry.offset).is_retiring:
-                self._evict(entry)
-            elif entry not in entry.stream.kept:
-                self._spare[entry.images.place_bytes][entry] = None
-
-    def _evict(self, entry: Entry) -> None:
-        """Forget a view and give its place back."""
-        assert entry.num_lent == 0
-        assert entry.is_decoded
-        del entry.images.memo[entry.key], self._entries[entry.offset]
-        entry.stream.kept.pop(entry, None)
-        self._spare[entry.images.place_bytes].pop(entry, None)
-        self._slab.give_back(entry.offset)
+                    self._places.settle(entry)
 
     def _place_for(self, client: Client) -> int | None:
         """A place for one more view, or None while a client has to wait for one."""
         images = client.images
-        size, spare = images.place_bytes, self._spare[images.place_bytes]
+        places, size = self._places, images.place_bytes
         is_last = self._is_last(client)
-        num_left = len(spare) + self._slab.num_free(size)
         is_led = self._pace == "together" and not is_last
-        if is_led and num_left <= self._capacity(images) // _RESERVED_SHARE:
+        if is_led and places.num_left(size) <= places.capacity(images) // _RESERVED_SHARE:
             return None
-        self._cut_for(size)
-        if (offset := self._slab.take(size)) is not None:
+        if (offset := places.take(size)) is not None:
             return offset
-        victim = next(iter(spare), None)
+        victim = places.oldest_spare(size)
         if victim is None and (is_last or self._pace != "together"):
             victim = self._last_kept(client)
         if victim is None:
             return None
-        self._evict(victim)
-        return self._slab.take(size)
-
-    def _cut_for(self, size: int) -> None:
-        """Begin to empty an extent of another size if this size has fewer than its share."""
-        sizes = {client.images.place_bytes for client in self.clients}
-        share, have = len(self._slab.extents) // len(sizes), self._slab.num_extents
-        if have[size] >= share or self._slab.num_retiring or self._slab.num_free(size):
-            return
-        rich = [s for s in have if s != size and have[s] > (share if s in sizes else 0)]
-        if not rich:
-            return
-        richest = max(rich, key=have.__getitem__)
-        oldest = next(iter(self._spare[richest]), None)
-        if oldest is not None:
-            extent = self._slab.extent_at(oldest.offset)
-        else:
-            extent = next(e for e in self._slab.extents if e.place_bytes == richest)
-        self._slab.retire(extent)
-        for entry in [self._entries[o] for o in extent.offsets if o in self._entries]:
-            if entry.is_decoded and entry.num_lent == 0:
-                self._evict(entry)
+        places.evict(victim)
+        return places.slab.take(size)
 
     def _last_kept(self, client: Client) -> Entry | None:
         """The kept view that will be wanted last, of a cohort that has more than its share.
@@ -457,7 +413,7 @@ class Window:
         for stream in streams:
             kept[stream.cohort] += len(stream.kept)
         richest = max(kept, key=kept.__getitem__)
-        if kept[richest] <= self._capacity(client.images) // len(kept) and kept[own]:
+        if kept[richest] <= self._places.capacity(client.images) // len(kept) and kept[own]:
             richest = own
         latest = sorted((s for s in streams if s.cohort is richest), key=lambda s: -s.ordinal)
         entries = itertools.chain.from_iterable(reversed(s.kept) for s in latest)
@@ -475,19 +431,8 @@ class Window:
             and not (other.is_silent or other.is_late)
         )
 
-    def _capacity(self, images: Images) -> int:
-        """Views of these images that the slab could hold beside those of other sizes."""
-        sizes = {client.images.place_bytes for client in self.clients} | {images.place_bytes}
-        return len(self._slab.extents) * (EXTENT_BYTES // images.place_bytes) // len(sizes)
-
 
 def _precedence(client: Client) -> tuple[int, int, float]:
     """Who goes first among those that ask."""
     assert client.stream is not None
     return (client.stream.cohort.turn, *client.position)
-
-
-def _extents_needed(clients: Iterable[Client]) -> int:
-    """Extents that hold an ask of each client."""
-    sizes = Counter(client.images.place_bytes for client in clients)
-    return sum(-(-n * MOST_WANTED // (EXTENT_BYTES // size)) for size, n in sizes.items())

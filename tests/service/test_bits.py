@@ -131,7 +131,7 @@ def test_an_iterator_that_is_left_frees_what_it_held(beton, serve, no_fallback):
     for _ in range(5):
         next(iter(loader))
     wait_for(lambda: not service.server.status()["clients"])
-    entries = service.server._window._entries.values()
+    entries = service.server._window._places.entries.values()
     assert not any(entry.num_lent for entry in entries)
 
 

@@ -208,7 +208,7 @@ def test_a_client_that_is_killed_frees_what_it_held(beton, serve):
     trainer.kill()
     trainer.communicate()
     wait_for(lambda: not status(service.address)["clients"])
-    assert not any(entry.num_lent for entry in service.server._window._entries.values())
+    assert not any(entry.num_lent for entry in service.server._window._places.entries.values())
     assert_serves(beton, service.address)
 
 
@@ -222,7 +222,8 @@ def test_a_client_that_stood_still_gets_the_right_bits_though_its_views_were_dis
     trainer = start_trainer(beton, service.address, seconds=0.01)
     trainer.stdout.readline()
     os.kill(trainer.pid, signal.SIGSTOP)
-    lent = {e.offset: e.generation for e in service.server._window._entries.values() if e.num_lent}
+    entries = service.server._window._places.entries.values()
+    lent = {entry.offset: entry.generation for entry in entries if entry.num_lent}
     assert lent
     wait_for(lambda: status(service.address)["detached"] == 1)
     # Others need the memory in which its views lie.

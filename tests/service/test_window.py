@@ -220,7 +220,7 @@ def test_different_sizes_share_the_memory_and_nobody_starves(pace):
     small = Trainer(window, make_images(96), np.arange(NUM_ROWS))
     run(window, [large, small])
     assert window.num_decoded == 3 * NUM_ROWS
-    assert window.num_bytes <= window._slab.num_bytes
+    assert window.num_bytes <= window._places.slab.num_bytes
 
 
 def test_unrelated_trainers_take_turns():
@@ -259,7 +259,7 @@ def test_a_client_that_leaves_while_its_views_are_decoded_leaves_nothing_held():
     window.leave(trainer.client)
     for task in tasks:
         window.finish(task, {0: "damaged"}, 0.0)
-    assert all(entry.num_lent == 0 for entry in window._entries.values())
+    assert all(entry.num_lent == 0 for entry in window._places.entries.values())
     assert not window.answers
 
 
