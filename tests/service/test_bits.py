@@ -70,6 +70,21 @@ def test_batches_equal_a_local_loaders(beton, serve, no_fallback, settings):
     assert service.server.status()["views_decoded"] > 0
 
 
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_a_server_without_vector_instructions_gives_the_same_bits(
+    beton, tmp_path, monkeypatch, serve_process, no_fallback
+):
+    with monkeypatch.context() as environment:
+        environment.setenv("NUMBA_BOUNDSCHECK", "1")  # which turns vectors off, too
+        serve_process(beton)
+    address = f"unix:{tmp_path}/service.sock"
+    for augment in ("rrc", "pad_crop"):
+        assert_equal(
+            make_loader(beton, address, augment=augment), make_loader(beton, "", augment=augment)
+        )
+
+
 def test_a_small_memory_changes_no_bit(beton, serve, no_fallback):
     service = serve(beton, memory_bytes=16 << 20)
     loaders = [make_loader(beton, where, image_size=160) for where in ("", service.address)]

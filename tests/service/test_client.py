@@ -1,5 +1,6 @@
 """A client whose service sends garbage decodes by itself."""
 
+import contextlib
 import socket
 import threading
 from pathlib import Path
@@ -31,7 +32,7 @@ class Impostor:
     def _talk(self):
         for data in self._frames:
             connection, _ = self._listening.accept()
-            with connection:
+            with connection, contextlib.suppress(ConnectionError):
                 connection.settimeout(10)
                 connection.recv(1 << 16)
                 socket.send_fds(connection, [self._greeting], [self._slab.descriptor])

@@ -10,8 +10,8 @@ from fastprune.distillation.trainer import distill
 from fastprune.recipe import make_recipe
 
 
-def train(beton, out, *, service=None, seed=0, data_seed=None):
-    """Weights of a small student after two epochs."""
+def train(beton, out, *, service=None, seed=0, data_seed=None, epochs=2, pruning=None):
+    """Weights of a small student after a few epochs."""
     data = {"train": beton, "val": beton, "image_size": 32, "batch_size": 40, "num_workers": 1}
     return load_file(
         distill(
@@ -19,7 +19,8 @@ def train(beton, out, *, service=None, seed=0, data_seed=None):
                 {
                     "data": data | {"service": service, "seed": data_seed},
                     "student": {"network": "resnet8"},
-                    "schedule": {"epochs": 2, "learning_rate": 0.05},
+                    "schedule": {"epochs": epochs, "learning_rate": 0.05},
+                    **({"pruning": pruning} if pruning else {}),
                     "run": {"out": out, "seed": seed, "device": "cpu"},
                 }
             )
@@ -37,6 +38,18 @@ def test_a_student_is_the_same_with_and_without_a_service(beton, serve, tmp_path
     remote = train(beton, tmp_path / "remote", service=service.address)
     assert are_equal(local, remote)
     assert service.server.status()["views_decoded"] > 0
+
+
+def test_epochs_that_infobatch_prunes_are_the_same_with_and_without_a_service(
+    beton, serve, tmp_path
+):
+    service = serve(beton)
+    settings = {"epochs": 6, "pruning": {"rule": "infobatch", "skip_probability": 0.7}}
+    local = train(beton, tmp_path / "local", service="", **settings)
+    remote = train(beton, tmp_path / "remote", service=service.address, **settings)
+    assert are_equal(local, remote)
+    # Six epochs of all rows and one of validation would be more.
+    assert 3 * 120 < service.server.status()["views_served"] < 6 * 120
 
 
 def test_runs_of_one_data_seed_share_every_view_and_differ_in_their_weights(beton, serve, tmp_path):
