@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastprune.errors import InvalidValueError, LoadingError
-from fastprune.loading import service_client
+from fastprune.loading import service_client, service_session
 from fastprune.loading.loader import Loader
 from tests.service.conftest import NUM_ROWS, wait_for
 
@@ -224,7 +224,7 @@ def test_a_killed_server_changes_no_bit(beton, serve_process, tmp_path, caplog, 
 
 
 def test_a_stopped_server_is_given_up_on(beton, serve_process, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(service_client, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(service_session, "_SILENT_SECONDS", 0.5)
     process = serve_process(beton)
     loader = make_loader(beton, f"unix:{tmp_path}/service.sock")
     batches = iter(loader)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastprune.loading import service_wire as wire
-from fastprune.loading.service_client import Session
+from fastprune.loading.service_session import Session
 from fastprune.loading.service_wire import Kind, ServiceError
 from fastprune.service.slab import EXTENT_BYTES, Slab
 from tests.service.test_bits import assert_equal, make_loader
