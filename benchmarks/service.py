@@ -147,10 +147,11 @@ class Measurement:
         for name, service in {"local": None, **self._services}.items():
             settings = {"batch_size": BATCH_SIZE, "image_size": SIZE, "num_workers": usable_cpus()}
             settings |= {"service": service.address if service else "", "seed": self._seed}
+            # Before loaders get ready, for which the first batch is decoded.
+            before, cpu = (service.num_decoded, service.cpu_seconds) if service else (0, 0.0)
             self._consumers.prepare(
                 self._beton_path, shares, epochs=self._epochs, settings=settings
             )
-            before, cpu = (service.num_decoded, service.cpu_seconds) if service else (0, 0.0)
             self.rates[case].setdefault(name, []).append(self._consumers.run())
             if service:
                 num_decoded = service.num_decoded - before

@@ -266,8 +266,8 @@ def _rate_of(
         for address, kept in rates.items():
             # Another seed each time, so that no view was seen before.
             seen = {"service": address, "seed": 1000 * list(CASES).index(case) + number}
+            before = service.num_decoded  # the first batch is decoded while loaders get ready
             consumers.prepare(beton_path, shares, epochs=epochs, settings=settings | seen)
-            before = service.num_decoded
             rate = consumers.run()
             if number > 0:
                 kept.append(rate)
