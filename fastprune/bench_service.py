@@ -85,6 +85,7 @@ class ServiceProcess:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while not path.exists():
             if self._process.poll() is not None:
+                self._folder.cleanup()
                 raise FastpruneError("the service did not start; its own message stands above.")
             time.sleep(0.01)
 

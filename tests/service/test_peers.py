@@ -356,7 +356,9 @@ def test_sigterm_answers_what_was_asked_and_ends_with_zero(beton, serve_process,
 def test_a_killed_servers_socket_is_replaced_and_a_running_ones_is_not(
     beton, serve_process, tmp_path
 ):
-    serve_process(beton).kill()
+    first = serve_process(beton)
+    first.kill()
+    first.wait()
     process = serve_process(beton)
     command = [sys.executable, "-m", "fastprune", "serve", str(beton), "--listen"]
     command.append(f"unix:{tmp_path}/service.sock")
