@@ -10,7 +10,10 @@ _INTERVAL_STEPS = 2000
 
 
 def compare(
-    runs: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]
+    runs: Sequence[Mapping[str, Any]],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    margins: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare cells by the accuracy after the last epoch, seed by seed.
 
@@ -18,11 +21,13 @@ def compare(
         runs: with name, seed and top1_last in [0, 1].
         pairs: (cell, the one it is held against); those that share fewer than two seeds are left
             out.
+        margins: name of a contrast -> points within which its cells count as equivalent.
 
     Returns:
         For each pair its name, mean difference, 95% interval (low, high) in percentage points, n,
-        p by the paired t test, whether Holm's procedure at 5% over all pairs decides it, and a
-        sentence.
+        p by the paired t test, whether Holm's procedure at 5% over all pairs decides it, the
+        margin and whether the whole interval lies within it (None where there is no margin), and
+        a sentence.
     """
     reached: dict[str, dict[int, float]] = {}
     for run in runs:
@@ -37,6 +42,10 @@ def compare(
     for rank, contrast in enumerate(sorted(found, key=lambda contrast: contrast["p"])):
         is_open = is_open and contrast["p"] <= _LEVEL / (len(found) - rank)
         contrast["decided"] = is_open
+        margin = contrast["margin"] = (margins or {}).get(contrast["name"])
+        contrast["equivalent"] = None
+        if margin is not None:
+            contrast["equivalent"] = -margin < contrast["low"] and contrast["high"] < margin
         contrast["sentence"] = sentence(contrast)
     return found
 
@@ -51,8 +60,11 @@ def sentence(contrast: Mapping[str, Any]) -> str:
     decided = "no difference detected"
     if contrast["decided"]:
         decided = "better" if contrast["mean"] > 0 else "worse"
-    seeds = f"{contrast['n']} seeds"
-    return f"{contrast['name']}: {decided}, {mean} points [{low}, {high}], {seeds}."
+    found = f"{contrast['name']}: {decided}, {mean} points [{low}, {high}], {contrast['n']} seeds"
+    if contrast.get("margin") is None:
+        return f"{found}."
+    shown = "shown" if contrast["equivalent"] else "not shown"
+    return f"{found}; equivalence within {contrast['margin']} points {shown}."
 
 
 def _contrast(

@@ -25,6 +25,7 @@ from fastprune.beton.writer import convert
 from fastprune.selection.subsets import make_subset
 
 RECIPE = Path(__file__).parent / "wallclock.toml"
+_THREADS = 1  # of each process: several run side by side
 _LOG_LINES = 12
 _TEACHER_SEED = 0
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +36,7 @@ class Preparation:
 
     Attributes:
         folder: where everything is.
-        image_size: pixels a side of what is trained, scored and evaluated on.
+        image_size: side of training and test views in pixels.
         facts: seconds of every step, rows, and what the teacher reached; JSON values.
     """
 
@@ -118,6 +119,7 @@ class Preparation:
                     "student.network": network,
                     "schedule.epochs": epochs,
                     "run.seed": _TEACHER_SEED,
+                    "run.validate_every": epochs,
                     "run.device": device,
                 },
             )
@@ -149,20 +151,25 @@ class Preparation:
         beton: the step "compile". `pass_seconds` is what the pass took, `seconds` has the start of
         the process too.
         """
+        self.step("compile", lambda: self._score(network, device, self.val, "compile"))
+        self.step("score", lambda: self._score(network, device, self.train, "scores"))
 
-        def run(beton: Path, out: Path) -> dict[str, Any]:
-            words = ["score", str(beton), "-o", str(out), "--restart"]
-            words += ["--teacher", network, "--teacher-checkpoint", str(self.teacher)]
-            # As the students' images: what is scored, and what class std are of, is what is taught.
-            words += ["--views", "train", "--precision", "fp32"]
-            words += ["--image-size", str(self.image_size), "--device", device]
-            run_fastprune(words, out.with_suffix(".log"))
-            table = ScoreTable.load(out)
-            top1 = float((table.predictions == table.labels).mean())
-            return {"pass_seconds": table.seconds, "teacher_top1": top1}
+    def score_again(self, network: str, device: str) -> float:
+        """Score all rows once more, to know the seconds of a pass."""
+        seconds: float = self._score(network, device, self.train, "again")["pass_seconds"]
+        return seconds
 
-        self.step("compile", lambda: run(self.val, self.folder / "compile.parquet"))
-        self.step("score", lambda: run(self.train, self.scores))
+    def _score(self, network: str, device: str, beton: Path, name: str) -> dict[str, Any]:
+        out = self.folder / f"{name}.parquet"
+        words = ["score", str(beton), "-o", str(out), "--restart"]
+        words += ["--teacher", network, "--teacher-checkpoint", str(self.teacher)]
+        # As the students' images: what is scored, and what class std are of, is what is taught.
+        words += ["--views", "train", "--precision", "fp32"]
+        words += ["--image-size", str(self.image_size), "--device", device]
+        run_fastprune(words, out.with_suffix(".log"))
+        table = ScoreTable.load(out)
+        top1 = float((table.predictions == table.labels).mean())
+        return {"pass_seconds": table.seconds, "teacher_top1": top1}
 
     def select(self, name: str, **choice: Any) -> tuple[Path, float]:
         """Make a subset; give its path and the seconds that it took."""
@@ -173,9 +180,12 @@ class Preparation:
         return path, time.perf_counter() - started
 
     def betons(self) -> dict[str, Any]:
-        """Settings of a recipe that name the data, and the size at which it is seen."""
-        size = self.image_size
-        return {"data.train": self.train, "data.val": self.val, "data.image_size": size}
+        """Settings of a recipe that name the data."""
+        return {
+            "data.train": self.train,
+            "data.val": self.val,
+            "data.image_size": self.image_size,
+        }
 
 
 def refuse_other(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, made: Path) -> None:
@@ -219,35 +229,76 @@ def train_process(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, 
     Returns:
         result.json, and the seconds from the start of the process to its end.
     """
+    seconds = start_training(folder, settings).wait()
+    return read_result(folder), seconds
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Read what a run left."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+def start_training(folder: Path, settings: Mapping[str, Any]) -> "Command":
+    """Start a training; what an interrupted one left in the folder is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     words = ["train", str(RECIPE)]
     for key, value in {**settings, "run.out": folder}.items():
         text = json.dumps(value) if isinstance(value, int | float | bool) else str(value)
         words += ["--set", f"{key}={text}"]
-    seconds = run_fastprune(words, folder.with_name(f"{folder.name}.log"))
-    return json.loads((folder / "result.json").read_text()), seconds
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to end this process with the script: no run goes on when the study is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return Command(words, folder.with_name(f"{folder.name}.log"))
 
 
 def run_fastprune(words: list[str], log: Path) -> float:
     """Run a command with its output in a log; give the seconds from start to end."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "fastprune", *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"COLUMNS": "100"},
-            preexec_fn=_end_with_parent,
-            check=False,
-        )
-    seconds = time.perf_counter() - started
-    if done.returncode != 0:
-        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-_LOG_LINES:])
-        sys.exit(f"fastprune {words[0]} failed with exit code {done.returncode}:\n{tail}")
-    return seconds
+    return Command(words, log).wait()
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with the script: no run goes on when the study is killed."""
+    # SIGKILL: a process that is paused would not hear anything else.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Command:
+    """A fastprune command at work in a process of its own, with its output in a log."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        """Start it."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._name, self._log = words[0], log
+        self._started, self._seconds = time.perf_counter(), 0.0
+        with log.open("w", encoding="utf-8") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fastprune", *words],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"COLUMNS": "100", "OMP_NUM_THREADS": str(_THREADS)},
+                preexec_fn=_end_with_parent,
+            )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ended, well or not."""
+        if self._process.poll() is None:
+            return False
+        self._seconds = self._seconds or time.perf_counter() - self._started
+        return True
+
+    def wait(self) -> float:
+        """Give the seconds from its start to its end; a command that failed ends the script."""
+        self._process.wait()
+        assert self.is_done
+        if self._process.returncode != 0:
+            tail = "\n".join(self._log.read_text(encoding="utf-8").splitlines()[-_LOG_LINES:])
+            code = self._process.returncode
+            sys.exit(f"fastprune {self._name} failed with exit code {code}:\n{tail}")
+        return self._seconds
+
+    def pause(self) -> None:
+        """Stop it where it is; nothing happens where it ended."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it continue."""
+        self._process.send_signal(signal.SIGCONT)
