@@ -67,14 +67,13 @@ CELLS = (
     "full+cache",
     "random50",
     "random50+reshape",
-    "medium50-loss",
     "medium50-loss+reshape",
     "medium50-loss+reshape+cache",
     "infobatch@2E/3",
 )
-# Further ones beside them: other rules, and what reshaping does without pruning. The rest of
-# VARIANTS is for --variants.
-FURTHER_CELLS = ("full+reshape", "medium50-centroid+reshape", "hard50-loss")
+# Further ones beside them: selection without reshaping, reshaping without pruning, other rules.
+# The rest of VARIANTS is for --variants.
+FURTHER_CELLS = ("medium50-loss", "full+reshape", "medium50-centroid+reshape", "hard50-loss")
 CONTRASTS = (
     ("medium50-loss+reshape", "random50"),
     ("medium50-loss+reshape", "random50+reshape"),
