@@ -73,7 +73,7 @@ def _contrast(
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     count, mean = len(differences), statistics.mean(differences)
     error = statistics.stdev(differences) / math.sqrt(count)
-    half = quantile(1 - _LEVEL / 2, count - 1) * error
+    half = half_width(differences) or 0.0
     if error == 0:
         p = 1.0 if mean == 0 else 0.0
     else:
@@ -86,6 +86,14 @@ def _contrast(
         "n": count,
         "p": p,
     }
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95% interval around the mean, by Student's t; None for a single value."""
+    count = len(values)
+    if count < 2:
+        return None
+    return quantile(1 - _LEVEL / 2, count - 1) * statistics.stdev(values) / math.sqrt(count)
 
 
 def distribution(t: float, degrees: int) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from _cells import CELLS, CONTRASTS, FURTHER_CELLS, MARGINS, VARIANTS
-from _contrasts import compare
+from _contrasts import compare, half_width
 from _harness import RESULTS, ROOT, commit, write_result
 from _study import Command, Preparation, read_result, refuse_other, start_training, train_process
 from _turns import cost_seconds, steps_in_turn
@@ -310,7 +310,7 @@ class Study:
                 },
                 "in_turn": self._in_turn,
                 **summarize(self.runs, self._in_turn),
-                "runs": self.runs,
+                "runs": with_costs(self.runs, self._in_turn),
                 "arithmetic": ARITHMETIC,
             },
         )
@@ -350,6 +350,23 @@ def summarize(
     }
 
 
+def with_costs(
+    runs: Sequence[Mapping[str, Any]], in_turn: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The runs with their cost over that of `full` with the same seed, where that is known."""
+    full = {run["seed"]: run for run in runs if run["name"] == "full"}
+    known = {} if in_turn is None else in_turn["runs"]
+    return [
+        {
+            **run,
+            "cost_ratio": cost_seconds(run, in_turn) / cost_seconds(full[run["seed"]], in_turn)
+            if in_turn is not None and run["seed"] in full and {run["name"], "full"} <= known.keys()
+            else None,
+        }
+        for run in runs
+    ]
+
+
 def summarize_cell(
     name: str, runs: Sequence[Mapping[str, Any]], in_turn: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -359,8 +376,9 @@ def summarize_cell(
     both = [(run, full[seed]) for seed, run in ours.items() if seed in full]
     timed = both if in_turn is not None and name in in_turn["runs"] else []
     is_cached = in_turn is not None and f"{name}: cached" in in_turn["runs"]
+    reached = [run["top1_last"] for run in ours.values()]
     return {
-        "top1_last": mean_and_sd(run["top1_last"] for run in ours.values()),
+        "top1_last": mean_and_sd(reached) | {"half_width": half_width(reached)},
         "steps": mean_and_sd(run["steps"] for run in ours.values()),
         "cost_ratio": mean_and_sd(
             cost_seconds(a, in_turn) / cost_seconds(b, in_turn) for a, b in timed

@@ -31,10 +31,10 @@ def decode_line(result: Mapping[str, Any]) -> str:
     )
 
 
-def decode_in_readme(result: Mapping[str, Any]) -> str:
+def decode_in_docs(result: Mapping[str, Any]) -> str:
     """The chart, with what it shows."""
     del result
-    return "![Views of 224 pixels per second and core](docs/images/decode.png)\n"
+    return "![Views of 224 pixels per second and core](images/decode.png)\n"
 
 
 def draw_decode(result: Mapping[str, Any], path: Path) -> None:

@@ -3,234 +3,202 @@
 Nothing here expects an outcome: the sentences follow the numbers, whichever way they fall.
 """
 
+import hashlib
+import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
+import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-HALF, OURS, FULL, RANDOM = 0.5, "medium50-centroid", "full", "random50"
+FULL, OURS = "full", "medium50-loss+reshape"
 PICTURE = "wallclock-cifar10.png"
-_MUTED, _STRONG = "#9aa5b1", "#4c72b0"
-_ABOVE: dict[str, Any] = {
-    "loc": "lower right",
-    "bbox_to_anchor": (1, 1),
-    "frameon": False,
-    "fontsize": 8,
-}
 _LINE = 108
 
 Study = Mapping[str, Any]
 
 
 def study_in_readme(study: Study) -> str:
-    """Set-up, table, chart and findings."""
-    start = f"{set_up(study)} `make study IMAGES=folder` measures it."
-    return _markdown(start, study_table(study), _picture("docs/images"), *findings(study))
+    """Chart, set-up, and a line per contrast."""
+    return _markdown(_picture("docs/images"), set_up(study), findings(study), *costs(study))
 
 
 def study_in_choosing(study: Study) -> str:
-    """The same, under a heading of its own, for who chooses a strategy."""
+    """The same with the table, under a heading of its own, for who chooses a strategy."""
     return _markdown(
         "## What was measured on CIFAR-10",
         set_up(study),
         study_table(study),
         _picture("images"),
-        *findings(study),
+        findings(study),
+        *costs(study),
     )
 
 
 def study_in_log(study: Study) -> str:
-    """The same as an entry of the experiment log, with best validations and what came before."""
+    """The same as an entry of the experiment log, with what came before and what was left out."""
     made = study["prepared"]
-    teacher, score = made["teacher"], made["score"]
-    reached = f", top-1 {100 * teacher['top1_last']:.1f}%" if "top1_last" in teacher else ""
+    reduced = f"Smaller than planned: {study['reduced']}." if study["reduced"] else ""
+    disturbed = sum(cell["disturbed"] for cell in study["cells"].values())
+    runs = sum(cell["top1_last"]["n"] for cell in study["cells"].values())
     return _markdown(
-        f"## {study['date']}: students on some of the rows",
-        f"{set_up(study)} One teacher ({teacher['network']}{reached}) in "
-        f"{teacher['seconds']:.0f} s; conversion {made['convert']['seconds']:.1f} s; the scoring "
-        f"pass {score['pass_seconds']:.1f} s, {score['seconds']:.1f} s with the start of its "
-        f"process, compiled code cached. Commit {study['commit']}; every run with its curve is in "
-        "`benchmarks/results/wallclock-cifar10.json`.",
-        study_table(study, best=True),
-        *findings(study),
+        f"## {study['date']}: students on some of the rows, on all for half as long, and cached",
+        f"{set_up(study)} The teacher took {made['teacher']['seconds']:.0f} s, the first scoring "
+        f"pass {made['score']['pass_seconds']:.1f} s. {reduced} {disturbed} of {runs} runs were "
+        "disturbed by other work, which accuracy does not mind: their wall clock says nothing, and "
+        "cost is of steps measured in turn. Commit "
+        f"{study['commit']}; every run is in `benchmarks/results/wallclock-cifar10.json`.",
+        study_table(study),
+        findings(study),
+        *costs(study),
     )
 
 
 def _markdown(*parts: str) -> str:
     """Paragraphs, wrapped where they are sentences."""
     wrapper = textwrap.TextWrapper(_LINE, break_on_hyphens=False, break_long_words=False)
-    return "\n\n".join(p if p[0] in "|#!" else wrapper.fill(p) for p in parts) + "\n"
+    shown = (part if part[0] in "|#!-" else wrapper.fill(part) for part in parts if part)
+    return "\n\n".join(shown) + "\n"
 
 
 def _picture(folder: str) -> str:
-    """The chart."""
-    return f"![Top-1 and cost of each run]({folder}/{PICTURE})"
+    return f"![Top-1 of each run over what it cost]({folder}/{PICTURE})"
 
 
 def set_up(study: Study) -> str:
-    """What the study is of, in a sentence."""
-    settings, rows = study["settings"], study["prepared"]["convert"]
-    seeds = num_seeds(study)
-    machine = study["machine"]
+    """What the study is of, the teacher's accuracy included."""
+    settings, rows, machine = study["settings"], study["prepared"]["convert"], study["machine"]
     place = (
         ", ".join(machine["gpus"])
         if settings["device"] != "cpu"
-        else (f"{machine['cpu']}, {machine['cores']} cores")
+        else f"{machine['cpu']}, {machine['cores']} cores"
     )
+    teacher, seeds = study["teacher"], len(study["seeds"])
     return (
         f"{settings['teacher']} → {settings['student']} on {rows['train_rows']:,} training images "
-        f"of CIFAR-10, {settings['epochs']} epochs each, tested on {rows['val_rows']:,}; mean ± sd "
-        f"over {seeds} seed{'s' if seeds > 1 else ''}; {place}."
+        f"of CIFAR-10 at {settings['image_size']} pixels, {settings['epochs']} epochs (fewer where "
+        f"the name says so), tested on {rows['val_rows']:,}, {seeds} seed{'s' * (seeds > 1)}; "
+        f"{place}. The teacher is right on {100 * teacher['train_top1']:.1f}% of the training rows "
+        f"and {100 * teacher['test_top1']:.1f}% of the test rows."
     )
 
 
-def num_seeds(study: Study) -> int:
-    """Seeds of a variant that is done."""
-    return max(summary["top1_last"]["n"] for summary in cells_of(study).values())
-
-
-def cells_of(study: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The cells' summaries, which results from before the contrasts call so."""
-    return study["cells"] if "cells" in study else study["summary"]
-
-
-def done(study: Study) -> dict[str, Mapping[str, Any]]:
-    """The lines of the table that have all seeds; sentences speak of these alone."""
-    seeds = num_seeds(study)
-    return {name: s for name, s in cells_of(study).items() if s["top1_last"]["n"] == seeds}
-
-
-def study_table(study: Study, *, best: bool = False) -> str:
-    """A line per run, in Markdown."""
-    headings = ["run", "top-1 last, %", *(["top-1 best, %"] if best else [])]
-    headings += [f"over {RANDOM}, points", "training, s", "scoring, s"]
-    headings += ["training, ratio", "with scoring", "at 100 epochs", "waiting, %"]
+def study_table(study: Study) -> str:
+    """A line per cell, in Markdown, by cost."""
+    headings = ["cell", "seeds", "top-1 last, %", "steps", "cost", "cost, later student"]
+    headings += ["wall clock, ratio", "disturbed runs"]
     lines = [" | ".join(headings), "|".join(["---", *["--:"] * (len(headings) - 1)])]
-    seeds = num_seeds(study)
-    for name, summary in cells_of(study).items():
-        n = summary["top1_last"]["n"]
+    by_cost = sorted(study["cells"].items(), key=lambda item: item[1]["cost_ratio"]["mean"] or 0.0)
+    for name, cell in by_cost:
         cells = [
-            f"`{name}`" + (f" ({n} of {seeds} seeds so far)" if n < seeds else ""),
-            in_words(summary["top1_last"], 1, scale=100),
-            *([in_words(summary["top1_best"], 1, scale=100)] if best else []),
-            "–"
-            if name == RANDOM
-            else in_words(summary["top1_last_over_random50"], 1, scale=100, sign=True),
-            in_words(summary["train_seconds"], 1),
-            in_words({**summary["score_seconds"], "sd": None}, 1),
-            in_words(summary["train_over_full"], 3),
-            in_words(summary["with_scoring_over_full"], 3),
-            in_words({**summary["with_scoring_at_100_epochs"], "sd": None}, 3),
-            in_words({**summary["data_wait_share"], "sd": None}, 1, scale=100),
+            f"`{name}`",
+            str(cell["top1_last"]["n"]),
+            in_words(cell["top1_last"], 1, scale=100),
+            in_words({**cell["steps"], "sd": None}, 0),
+            in_words({**cell["cost_ratio"], "sd": None}, 3),
+            in_words({**cell["later_cost_ratio"], "sd": None}, 3),
+            in_words(cell["total_over_full"], 2),
+            str(cell["disturbed"]),
         ]
         lines.append(" | ".join(cells))
     return "\n".join(f"|{line}|" if "---" in line else f"| {line} |" for line in lines)
 
 
-def in_words(value: Mapping[str, Any], digits: int, *, scale: float = 1, sign: bool = False) -> str:
+def in_words(value: Mapping[str, Any], digits: int, *, scale: float = 1) -> str:
     """`61.2 ± 0.4`; a dash where there is nothing."""
     if value["mean"] is None:
         return "–"
-    # A mean that rounds to zero has no sign.
-    mean = round(scale * value["mean"], digits) + 0.0
-    text = f"{mean:{'+' if sign and mean else ''}.{digits}f}"
+    text = f"{scale * value['mean']:.{digits}f}"
     return text if value["sd"] is None else f"{text} ± {scale * value['sd']:.{digits}f}"
 
 
-def findings(study: Study) -> list[str]:
-    """What the numbers say, whichever way they fall."""
-    return [*_accuracy_findings(study), *_cost_findings(study)]
+def findings(study: Study) -> str:
+    """The contrasts' sentences as a list, whichever way they fall."""
+    lines = []
+    for contrast in study["contrasts"]:
+        name, rest = contrast["sentence"].split(": ", 1)
+        cell, other = name.split(" - ")
+        words = textwrap.wrap(
+            f"- `{cell}` against `{other}`: {rest}".replace("-0.0", "0.0"),
+            _LINE,
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        )
+        lines.append("\n".join(words))
+    return "\n".join(lines)
 
 
-def _accuracy_findings(study: Study) -> list[str]:
-    """Who reached what on half of the rows, with the random half beside it."""
-    summary = done(study)
-    halves = dict.fromkeys(
-        run["name"] for run in study["runs"] if run["keep_ratio"] == HALF and run["name"] in summary
-    )
-    ranked = sorted(halves, key=lambda name: -summary[name]["top1_last"]["mean"])
-    if FULL not in summary or RANDOM not in halves or len(ranked) < 2:
+def costs(study: Study) -> list[str]:
+    """What the cells of the contrasts cost, and where the numbers come from."""
+    cells = study["cells"]
+    known = [name for name, cell in cells.items() if cell["cost_ratio"]["mean"] is not None]
+    if FULL not in known or OURS not in known:
         return []
-    top = {name: in_words(summary[name]["top1_last"], 1, scale=100) for name in summary}
-    first = next(name for name in ranked if name != RANDOM)
-    gap = in_words(summary[first]["top1_last_over_random50"], 1, scale=100, sign=True)
-    means = [summary[name]["top1_last"]["mean"] for name in halves]
-    place = 1 + sum(mean > summary[RANDOM]["top1_last"]["mean"] for mean in means)
-    return [
-        f"After the last epoch `{FULL}` is at {top[FULL]}%. On half of the rows `{RANDOM}` is at "
-        f"{top[RANDOM]}%, number {place} of {len(ranked)}; the best of the others, `{first}`, "
-        f"is at {top[first]}%, {gap} points from `{RANDOM}` seed by seed."
+    later = [
+        f"{cell['later_cost_ratio']['mean']:.2f} with `{name}`"
+        for name, cell in cells.items()
+        if cell["later_cost_ratio"]["mean"] is not None
     ]
-
-
-def _cost_findings(study: Study) -> list[str]:
-    """What half of the rows cost, with the arithmetic for a long schedule."""
-    summary, name = done(study), OURS
-    if FULL not in summary or name not in summary:
-        return []
-    ours, full, epochs = summary[name], summary[FULL], study["settings"]["epochs"]
-    score, epoch, full_epoch = (
-        ours["score_seconds"]["mean"],
-        ours["train_seconds"]["mean"] / epochs,
-        full["train_seconds"]["mean"] / epochs,
+    told = ", ".join(
+        f"`{name}` {cells[name]['cost_ratio']['mean']:.2f}" for name in known if name != FULL
     )
-    long = (score + 100 * epoch) / (100 * full_epoch)
-    return [
-        f"`{name}` trains for {in_words(ours['train_over_full'], 3)} of the seconds of `{FULL}`; "
-        f"with the scoring pass it is {in_words(ours['with_scoring_over_full'], 3)} at these "
-        f"{epochs} epochs, and at 100 epochs ({score:.2f} + 100 × {epoch:.3f}) / "
-        f"(100 × {full_epoch:.3f}) = {long:.3f}. Training is the epochs, without start-up, "
-        f"validation and compilation; with them, and with scoring, it is "
-        f"{in_words(ours['total_over_full'], 3)}."
-    ]
+    text = (
+        f"Points are percentage points of top-1 after the last epoch, in pairs by seed, with the "
+        f"95% interval of each contrast by itself; Holm's procedure at 5% over all of them decides "
+        f"what is a difference. Cost is steps times their median seconds measured in turn, scoring "
+        f"and start-up, over `{FULL}`: {told}."
+    )
+    if later:
+        text += f" A later student, which finds scores and a whole cache, costs {', '.join(later)}."
+    return [text]
+
+
+def source_of(study: Study) -> str:
+    """A digest of the study that its chart carries, so that a chart of an older one is noticed."""
+    text = json.dumps(study, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def draw_study(study: Study, path: Path) -> None:
-    """Top-1 of every run and what each cost, side by side, as a PNG."""
-    names = list(cells_of(study))
-    figure = Figure(figsize=(10, 0.9 + 0.36 * len(names)), layout="constrained")
+    """Top-1 of every run over what it cost, as a PNG; nothing where costs are not known yet."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
-    accuracy, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    _draw_accuracy(accuracy, study, names)
-    _draw_cost(cost, study, names)
+    axes = figure.subplots()
+    palette = mpl.colormaps["tab20"]
+    for number, (name, cell) in enumerate(study["cells"].items()):
+        runs = [
+            run for run in study["runs"] if run["name"] == name and run["seed"] in study["seeds"]
+        ]
+        cost, reached = cell["cost_ratio"]["mean"], cell["top1_last"]
+        if cost is None:
+            continue
+        # Dark colors first: neighbors in a palette of pairs look alike.
+        color = palette((2 * number) % 20 + (2 * number) // 20)
+        tops = [100 * run["top1_last"] for run in runs]
+        axes.plot([r["cost_ratio"] for r in runs], tops, "o", color=color, alpha=0.45, ms=4)
+        half = None if reached["half_width"] is None else 100 * reached["half_width"]
+        bar: dict[str, Any] = {"fmt": "x", "color": color, "capsize": 4}
+        axes.errorbar([cost], [100 * reached["mean"]], yerr=half, label=name, **bar)
+        later = cell["later_cost_ratio"]["mean"]
+        if later is not None:
+            axes.plot(
+                [later],
+                [100 * reached["mean"]],
+                "o",
+                color=color,
+                mfc="none",
+                ms=9,
+                label=f"{name}, a later student",
+            )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("cost: steps at their median in turn, scoring, start-up; full = 1")
+    axes.set_ylabel("top-1 after the last epoch, %")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
-
-
-def _draw_accuracy(axes: Axes, study: Study, names: Sequence[str]) -> None:
-    """A dot for each seed, a bar for their mean, a line at random50."""
-    for place, name in enumerate(names):
-        reached = [100 * run["top1_last"] for run in study["runs"] if run["name"] == name]
-        axes.plot(reached, [place] * len(reached), "o", color=_MUTED, markersize=5)
-        mean = 100 * cells_of(study)[name]["top1_last"]["mean"]
-        axes.plot([mean], [place], "|", color=_STRONG, markersize=16, markeredgewidth=2.5)
-    if RANDOM in names:
-        mean = 100 * cells_of(study)[RANDOM]["top1_last"]["mean"]
-        axes.axvline(mean, color=_STRONG, linestyle=":", linewidth=1, label=f"mean of {RANDOM}")
-        axes.legend(**_ABOVE)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("top-1 after the last epoch, %: each seed, and the mean")
-
-
-def _draw_cost(axes: Axes, study: Study, names: Sequence[str]) -> None:
-    """Training and scoring over the training of full."""
-    full = cells_of(study).get(FULL, {}).get("train_seconds", {}).get("mean")
-    if full is None:
-        axes.set_axis_off()
-        return
-    places = range(len(names))
-    train, score = (
-        [cells_of(study)[name][key]["mean"] / full for name in names]
-        for key in ("train_seconds", "score_seconds")
-    )
-    axes.barh(places, train, color=_STRONG, label="training")
-    axes.barh(places, score, left=train, color=_MUTED, label="scoring")
-    axes.set_xlabel("seconds over those of training on all rows")
-    axes.legend(ncols=2, **_ABOVE)
-    axes.grid(axis="x", alpha=0.3)
+    metadata = {"Software": None, "Source": source_of(study)}
+    figure.savefig(path, format="png", dpi=110, metadata=metadata)

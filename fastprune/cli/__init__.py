@@ -91,7 +91,7 @@ def _open_closed_streams() -> None:
 @click.version_option(__version__, prog_name="fastprune")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 def main(debug: bool) -> None:
-    """Distill vision models on the part of a dataset that is worth training on.
+    """Distill vision models on exact, reproducible parts of an image dataset.
 
     \b
     images --convert--> train.beton --score--> scores --select--> subset --train--> student

@@ -52,3 +52,21 @@ def test_holms_correction_leaves_undecided_what_five_percent_alone_would_decide(
 
 def test_pair_that_shares_a_single_seed_is_left_out(contrasts):
     assert contrasts.compare([*runs("a", 50), *runs("b", 60)], [("a", "b")]) == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "is_equivalent", "words"),
+    [
+        ((50.1, 60.0, 69.9), True, "equivalence within 0.5 points shown"),
+        ((51.0, 60.0, 69.0), False, "equivalence within 0.5 points not shown"),
+    ],
+)
+def test_equivalence_needs_the_whole_interval_within_the_margin(
+    contrasts, ours, is_equivalent, words
+):
+    all_runs = [*runs("ours", *ours), *runs("theirs", 50, 60, 70)]
+    margins = {"ours - theirs": 0.5}
+    (found,) = contrasts.compare(all_runs, [("ours", "theirs")], margins=margins)
+    assert found["equivalent"] is is_equivalent
+    assert not found["decided"]
+    assert words in found["sentence"]

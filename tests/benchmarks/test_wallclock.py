@@ -27,56 +27,61 @@ def wallclock(monkeypatch, tmp_path):
 
 
 def run(name, seed, **numbers):
-    defaults = {"train_seconds": 10.0, "score_seconds": 0.0, "total_seconds": 20.0, "epochs": 10}
-    defaults |= {"top1_last": 0.5, "top1_best": 0.6, "data_wait_share": 0.01}
+    defaults = {"steps": 100, "top1_last": 0.5, "needs_scores": False, "disturbed": False}
+    defaults |= {"total_seconds": 20.0, "teacher_forwards": 6400, "teacher_forwards_saved": 0}
     return {"name": name, "seed": seed, **defaults, **numbers}
 
 
-def test_ratios_are_formed_seed_by_seed(wallclock):
-    runs = [
-        run("full", 0, train_seconds=10.0),
-        run("full", 1, train_seconds=20.0),
-        run("medium50-centroid", 0, train_seconds=5.0, score_seconds=1.0),
-        run("medium50-centroid", 1, train_seconds=10.0, score_seconds=1.0),
-    ]
-    summary = wallclock.summarize(runs)["medium50-centroid"]
-    assert summary["train_over_full"] == {"mean": 0.5, "sd": 0.0, "n": 2}
-    assert summary["with_scoring_over_full"]["mean"] == pytest.approx((0.6 + 0.55) / 2)
-    # A tenth of the study's seconds an epoch: (1 + 100 * 0.5) / (100 * 1), (1 + 100) / 200.
-    assert summary["with_scoring_at_100_epochs"]["mean"] == pytest.approx((0.51 + 0.505) / 2)
+def in_turn(**step_seconds):
+    cells = {
+        name.replace("_", " "): {"step_seconds_p50": seconds, "startup_seconds": 1.0}
+        for name, seconds in step_seconds.items()
+    }
+    return {"runs": cells, "score_seconds": 2.0}
 
 
-def test_cost_ratio_counts_steps_at_their_median_scoring_and_start_up(wallclock):
-    runs = [
-        run("full", 0, steady_train_seconds=10.0, startup_seconds=1.0),
-        run("medium50-loss", 0, steady_train_seconds=5.0, startup_seconds=1.0, score_seconds=2.0),
-    ]
-    cells = wallclock.summarize(runs)
-    assert cells["medium50-loss"]["cost_ratio"]["mean"] == pytest.approx(8 / 11)
+def test_cost_counts_steps_at_their_median_in_turn_scoring_and_start_up(wallclock):
+    runs = [run("full", 0), run("half", 0, steps=50, needs_scores=True)]
+    cells = wallclock.summarize(runs, in_turn(full=0.1, half=0.12))["cells"]
+    assert cells["half"]["cost_ratio"]["mean"] == pytest.approx((50 * 0.12 + 2 + 1) / (10 + 1))
     assert cells["full"]["cost_ratio"]["mean"] == 1
+
+
+def test_cached_cell_pays_the_teacher_for_what_it_asked_and_a_later_student_nothing(wallclock):
+    name = "full+cache"
+    turns = in_turn(full=0.1)
+    turns["runs"][name] = {"step_seconds_p50": 0.12, "startup_seconds": 1.0}
+    turns["runs"][f"{name}: cached"] = {"step_seconds_p50": 0.06, "startup_seconds": 1.0}
+    runs = [run("full", 0), run(name, 0, teacher_forwards=1600, teacher_forwards_saved=4800)]
+    cell = wallclock.summarize(runs, turns)["cells"][name]
+    assert cell["cost_ratio"]["mean"] == pytest.approx((25 * 0.12 + 75 * 0.06 + 1) / 11)
+    assert cell["later_cost_ratio"]["mean"] == pytest.approx((100 * 0.06 + 1) / 11)
+
+
+def test_costs_are_empty_until_steps_were_measured_in_turn(wallclock):
+    runs = [run("full", 0, total_seconds=10.0), run("random50", 0, total_seconds=5.0)]
+    cell = wallclock.summarize(runs, None)["cells"]["random50"]
+    assert cell["cost_ratio"] == {"mean": None, "sd": None, "n": 0}
+    assert cell["total_over_full"]["mean"] == 0.5
+    assert [known["cost_ratio"] for known in wallclock.with_costs(runs, None)] == [None, None]
+
+
+def test_seed_that_lacks_a_cell_of_the_study_is_not_counted(wallclock):
+    runs = [run("full", 0), run("random50", 0), run("full", 1), run("hard50-loss", 0)]
+    summary = wallclock.summarize(runs, None)
+    assert summary["seeds"] == [0]
+    assert {cell["top1_last"]["n"] for cell in summary["cells"].values()} == {1}
+    runs.append(run("random50", 1))
+    summary = wallclock.summarize(runs, None)
+    assert summary["seeds"] == [0, 1]
+    # A further cell may have fewer.
+    assert summary["cells"]["hard50-loss"]["top1_last"]["n"] == 1
 
 
 def test_every_contrast_is_of_cells_that_there_are(wallclock):
     assert {cell for pair in wallclock.CONTRASTS for cell in pair} <= set(wallclock.VARIANTS)
-    assert set(wallclock.CELLS) <= set(wallclock.VARIANTS)
-
-
-def test_distance_from_random_is_formed_seed_by_seed(wallclock):
-    runs = [
-        run("random50", 0, top1_last=0.50),
-        run("random50", 1, top1_last=0.60),
-        run("hard50-centroid", 0, top1_last=0.40),
-        run("hard50-centroid", 1, top1_last=0.48),
-    ]
-    distance = wallclock.summarize(runs)["hard50-centroid"]["top1_last_over_random50"]
-    assert distance["mean"] == pytest.approx(-0.11)
-    assert distance["sd"] == pytest.approx(0.01 * 2**0.5)
-
-
-def test_single_seed_has_no_spread_and_a_missing_reference_no_ratio(wallclock):
-    summary = wallclock.summarize([run("easy50-centroid", 0)])["easy50-centroid"]
-    assert summary["top1_last"] == {"mean": 0.5, "sd": None, "n": 1}
-    assert summary["train_over_full"] == {"mean": None, "sd": None, "n": 0}
+    assert {*wallclock.CELLS, *wallclock.FURTHER_CELLS} <= set(wallclock.VARIANTS)
+    assert set(wallclock.MARGINS) <= {f"{cell} - {other}" for cell, other in wallclock.CONTRASTS}
 
 
 def test_unknown_variant_is_refused_with_the_known_ones(wallclock):
@@ -87,7 +92,7 @@ def test_unknown_variant_is_refused_with_the_known_ones(wallclock):
 def test_only_variants_that_look_at_the_teacher_pay_for_scores(wallclock):
     paying = {name for name, variant in wallclock.VARIANTS.items() if variant.needs_scores}
     assert set(wallclock.VARIANTS) - paying == {
-        *("full", "full@E/2", "full@3E/10", "infobatch", "infobatch@2E/3"),
+        *("full", "full@E/2", "full@3E/10", "full+cache", "infobatch", "infobatch@2E/3"),
         *("random30", "random50", "random70"),
     }
 
@@ -122,7 +127,8 @@ def test_runs_of_other_settings_or_machines_do_not_stand_in_one_table(
     monkeypatch.setattr(sys, "argv", ["wallclock.py", "--images", str(tmp_path)])
     arguments = wallclock.parse()
     study = wallclock.Study(arguments, "wallclock-small", tmp_path / "work")
-    earlier = {"settings": study._settings(), "machine": describe_machine(), "runs": []}
+    earlier = {"settings": study._settings(), "machine": describe_machine()}
+    earlier |= {"runs": [], "in_turn": None}
     path = tmp_path / "wallclock-small.json"
     path.write_text(json.dumps(earlier))
     wallclock.Study(arguments, "wallclock-small", tmp_path / "work")
@@ -138,36 +144,37 @@ def test_study_runs_goes_on_and_refuses_other_settings(wallclock, monkeypatch, t
         write_image_folder(images / split, classes=2, per_class=140, same_size=True)
     words = ["wallclock.py", "--images", str(images), "--work", str(work), "--name", "small"]
     words += ["--per-class", "130", "--epochs", "2", "--seeds", "1", "--teacher-epochs", "1"]
-    words += ["--teacher", "resnet8"]
+    words += ["--teacher", "resnet8", "--steps-in-turn", "8"]
+    path = tmp_path / "wallclock-small.json"
 
     def study(*more):
         monkeypatch.setattr(sys, "argv", [*words, *more])
         wallclock.main()
-        return json.loads((tmp_path / "wallclock-small.json").read_text())
+        return json.loads(path.read_text())
 
-    result = study("--variants", "full,medium50-centroid+reshape")
-    assert {"chance", "machine", "commit", "cells", "contrasts", "teacher", "arithmetic"} <= set(
-        result
-    )
-    assert result["chance"] == 0.5
-    runs = {run["name"]: run for run in result["runs"]}  # their order is drawn
-    half = runs["medium50-centroid+reshape"]
-    assert half["rows"] == 130
-    assert (half["keep_ratio"], half["metric"], half["reshaping"]) == (0.5, "centroid", True)
-    assert half["total_seconds"] > half["train_seconds"] + half["score_seconds"]
+    begun = study("--variants", "full,medium50-loss+reshape+cache", "--only", "runs")
+    assert begun["chance"] == 0.5
+    assert begun["in_turn"] is None
+    runs = {run["name"]: run for run in begun["runs"]}  # their order is drawn
+    half = runs["medium50-loss+reshape+cache"]
+    assert (half["rows"], half["teacher_forwards"]) == (130, 2 * 128)
+    assert (half["keep_ratio"], half["metric"], half["reshaping"]) == (0.5, "loss", True)
     assert runs["full"]["score_seconds"] == 0
 
     shutil.rmtree(work / "runs" / "full-0")
-    again = study("--variants", "full,random50,infobatch")
-    assert again["runs"][:2] == result["runs"]
-    assert {run["name"] for run in again["runs"][2:]} == {"random50", "infobatch"}
-    assert {run.name for run in read_runs([work / "runs"])} == {
-        "medium50-centroid+reshape",
-        "random50",
-        "infobatch",
-    }
+    whole = ("--variants", "full,medium50-loss+reshape+cache,full+reshape,full@E/2")
+    result = study(*whole)
+    assert {"machine", "commit", "cells", "contrasts", "teacher", "arithmetic"} <= set(result)
+    assert {run["name"] for run in result["runs"]} == set(result["cells"])
+    assert all(cell["cost_ratio"]["mean"] > 0 for cell in result["cells"].values())
+    assert result["cells"]["full"]["cost_ratio"]["mean"] == 1
+    known = {run.name for run in read_runs([work / "runs"])}
+    assert known == {"medium50-loss+reshape+cache", "full+reshape", "full@E/2"}
+    before = path.read_bytes()
+    study(*whole)
+    assert path.read_bytes() == before
     monkeypatch.setitem(result["prepared"]["teacher"], "weights", "another")
-    (tmp_path / "wallclock-small.json").write_text(json.dumps(result))
+    path.write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="is of other weights of the teacher: another"):
         study()
     with pytest.raises(SystemExit, match="is of other settings"):

@@ -11,7 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("imagenet.md", "choosing.md", "log.md")),
+    *(ROOT / "docs" / name for name in ("imagenet.md", "choosing.md", "drop-in.md", "log.md")),
 ]
 
 
@@ -27,36 +27,41 @@ def tools(monkeypatch):
 def study(tools):
     """A study as wallclock.py writes it; accuracies of random and medium halves are given."""
 
-    def make(*, random, medium):
-        reached = {"full": (0.7, 0.72), "random50": random, "medium50-centroid": medium}
+    def make(*, random, medium, is_timed=True):
+        reached = {"full": (0.7, 0.72), "random50": random, "medium50-loss+reshape": medium}
         runs = [
             {
                 "name": name,
                 "seed": seed,
-                "keep_ratio": 1.0 if name == "full" else 0.5,
-                "epochs": 10,
-                "train_seconds": 100.0 if name == "full" else 50.0,
-                "score_seconds": 4.0 if name == "medium50-centroid" else 0.0,
+                "steps": 100 if name == "full" else 50,
+                "needs_scores": "medium" in name,
                 "total_seconds": 110.0,
-                "data_wait_share": 0.015,
+                "disturbed": seed == 1,
                 "top1_last": top1,
-                "top1_best": top1 + 0.01,
+                "teacher_forwards": 6400,
+                "teacher_forwards_saved": 0,
             }
             for name, values in reached.items()
             for seed, top1 in enumerate(values)
         ]
+        turns = {name: {"step_seconds_p50": 0.1, "startup_seconds": 1.0} for name in reached}
+        in_turn = {"runs": turns, "score_seconds": 0.5} if is_timed else None
+        wallclock = tools("wallclock")
+        settings = {"teacher": "t", "student": "s", "epochs": 10, "device": "cpu", "image_size": 16}
         return {
-            "settings": {"teacher": "t", "student": "s", "epochs": 10, "device": "cpu"},
+            "settings": settings,
+            "reduced": "fewer images, for want of time",
             "prepared": {
                 "convert": {"train_rows": 7000, "val_rows": 10000, "seconds": 1.0},
-                "teacher": {"network": "t", "seconds": 90.0, "top1_last": 0.8},
-                "score": {"pass_seconds": 4.0, "seconds": 7.0},
+                "teacher": {"network": "t", "seconds": 90.0},
+                "score": {"pass_seconds": 4.0},
             },
+            "teacher": {"train_top1": 0.9, "test_top1": 0.8},
             "machine": {"cpu": "CPU", "cores": 2, "gpus": []},
             "date": "2026-01-02",
             "commit": "abc",
-            "runs": runs,
-            "summary": tools("wallclock").summarize(runs),
+            **wallclock.summarize(runs, in_turn),
+            "runs": wallclock.with_costs(runs, in_turn),
         }
 
     return make
@@ -69,65 +74,56 @@ def test_numbers_in_the_pages_are_those_of_the_results(tools, page):
     assert tools("measured").updated(text) == text, "run python tools/measured.py"
 
 
-def test_table_has_a_line_per_variant_with_mean_and_spread(tools, study):
-    text = tools("_study_page").study_in_readme(study(random=(0.6, 0.62), medium=(0.5, 0.54)))
-    line = (
-        "| `medium50-centroid` | 52.0 ± 2.8 | -9.0 ± 1.4 | 50.0 ± 0.0 | 4.0 | 0.500 ± 0.000 | "
-        "0.540 ± 0.000 | 0.504 | 1.5 |"
-    )
+def test_chart_of_the_study_is_of_its_result(tools):
+    measured, page = tools("measured"), tools("_study_page")
+    with Image.open(ROOT / "docs" / "images" / page.PICTURE) as image:
+        assert image.info["Source"] == page.source_of(measured.load(measured.STUDY)), (
+            "run python tools/measured.py"
+        )
+
+
+def test_table_has_a_line_per_cell_with_mean_spread_and_cost(tools, study):
+    text = tools("_study_page").study_in_choosing(study(random=(0.6, 0.62), medium=(0.5, 0.54)))
+    line = "| `medium50-loss+reshape` | 2 | 52.0 ± 2.8 | 50 | 0.591 | – | 1.00 ± 0.00 | 1 |"
     assert line in text.splitlines()
-    assert "| `random50` | 61.0 ± 1.4 | – | 50.0 ± 0.0 | 0.0 |" in text
-    assert "t → s on 7,000 training images of CIFAR-10, 10 epochs each" in text
+    assert "| `random50` | 2 | 61.0 ± 1.4 | 50 | 0.545 | – |" in text
+    shown = " ".join(text.split())
+    assert "t → s on 7,000 training images of CIFAR-10 at 16 pixels, 10 epochs" in shown
+    assert "right on 90.0% of the training rows and 80.0% of the test rows" in shown
 
 
 @pytest.mark.parametrize(
-    ("random", "medium", "sentence"),
+    ("random", "medium", "words"),
     [
-        ((0.6, 0.62), (0.5, 0.54), "at 61.0 ± 1.4%, number 1 of 2; the best of the others"),
-        ((0.5, 0.54), (0.6, 0.62), "at 52.0 ± 2.8%, number 2 of 2; the best of the others"),
-        ((0.5, 0.54), (0.5, 0.54), "at 52.0 ± 2.8%, number 1 of 2; the best of the others"),
+        ((0.6, 0.62), (0.5001, 0.52), "worse, -10.0 points"),
+        ((0.5, 0.52), (0.6, 0.6201), "better, +10.0 points"),
+        ((0.5, 0.54), (0.54, 0.51), "no difference detected, +0.5 points"),
     ],
 )
-def test_sentences_follow_the_numbers_whoever_wins(tools, study, random, medium, sentence):
+def test_sentences_follow_the_numbers_whoever_wins(tools, study, random, medium, words):
     text = tools("_study_page").study_in_readme(study(random=random, medium=medium))
-    assert sentence in " ".join(text.split())
+    line = f"- `medium50-loss+reshape` against `random50`: {words} ["
+    assert line in " ".join(text.split())
 
 
-def test_ratio_at_a_long_schedule_is_shown_with_its_arithmetic(tools, study):
+def test_entry_of_the_log_says_what_was_left_out_and_how_much_was_disturbed(tools, study):
     text = tools("_study_page").study_in_log(study(random=(0.6, 0.6), medium=(0.5, 0.5)))
     shown = " ".join(text.split())
-    assert "(4.00 + 100 × 5.000) / (100 × 10.000) = 0.504" in shown
-    assert text.startswith("## 2026-01-02: students on some of the rows\n")
+    assert (
+        "Smaller than planned: fewer images, for want of time. 3 of 6 runs were disturbed" in shown
+    )
+    assert text.startswith("## 2026-01-02: ")
     assert not [line for line in text.splitlines() if line.count("`") % 2]
 
 
-def test_study_that_has_only_begun_is_shown_without_findings(tools, study):
-    begun = study(random=(0.6, 0.6), medium=(0.5, 0.5))
-    begun["runs"] = [run for run in begun["runs"] if run["name"] == "random50"]
-    begun["summary"] = tools("wallclock").summarize(begun["runs"])
+@pytest.mark.parametrize("is_timed", [True, False])
+def test_chart_is_drawn_and_costs_are_named_where_they_are_known(tools, study, tmp_path, is_timed):
+    drawn = study(random=(0.6, 0.61), medium=(0.5, 0.52), is_timed=is_timed)
     page = tools("_study_page")
-    assert "| `random50` | 60.0 ± 0.0 | – |" in page.study_in_choosing(begun)
-    assert page.findings(begun) == []
-
-
-def test_variant_that_lacks_a_seed_says_so_and_is_no_finding(tools, study):
-    begun = study(random=(0.5, 0.52), medium=(0.6, 0.62))
-    begun["runs"] = [
-        run for run in begun["runs"] if (run["name"], run["seed"]) != ("medium50-centroid", 1)
-    ]
-    begun["summary"] = tools("wallclock").summarize(begun["runs"])
-    page = tools("_study_page")
-    assert "| `medium50-centroid` (1 of 2 seeds so far) | 60.0 |" in page.study_in_choosing(begun)
-    assert page.findings(begun) == []
-
-
-@pytest.mark.parametrize("names", [("full", "random50", "medium50-centroid"), ("random50",)])
-def test_chart_is_drawn_of_what_is_there(tools, study, tmp_path, names):
-    drawn = study(random=(0.6, 0.61), medium=(0.5, 0.52))
-    drawn["summary"] = {name: drawn["summary"][name] for name in names}
-    tools("_study_page").draw_study(drawn, tmp_path / "chart.png")
+    page.draw_study(drawn, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as image:
-        assert np.asarray(image.convert("L")).std() > 10
+        assert image.info["Source"] == page.source_of(drawn)
+    assert ("over `full`" in " ".join(page.study_in_readme(drawn).split())) is is_timed
 
 
 def test_pages_name_no_study_that_was_not_measured(tools, monkeypatch, tmp_path):
@@ -136,7 +132,9 @@ def test_pages_name_no_study_that_was_not_measured(tools, monkeypatch, tmp_path)
     assert measured.block("study") == ""
     (tmp_path / "epoch-cpu.json").write_text(json.dumps({"half_over_full": {"median": 0.4951}}))
     lines = measured.block("measured").splitlines()
-    assert lines[2:] == ["| a distillation epoch on half of the rows, over one on all | 0.495 |"]
+    assert lines[2:] == [
+        "| a distillation epoch on half of the rows, over one on all | 0.495 | – |"
+    ]
 
 
 def test_conversion_is_told_with_its_images_and_what_it_means_for_imagenet(tools):
@@ -164,6 +162,15 @@ def test_conversion_is_told_with_its_images_and_what_it_means_for_imagenet(tools
     assert "that is 2.1 minutes, or 21.4 minutes in the fast layout *(extrapolated)*" in shown
 
 
+def test_ffcv_on_its_own_encoding_stands_beside_the_same_bytes(tools):
+    most = {
+        "ours original over stock ffcv": {"median": 3.4},
+        "ours original over stock ffcv q90-500": {"median": 2.5},
+    }
+    line = tools("measured")._over_ffcv({"ratios": {"full, 2 threads": most}})
+    assert line == "views per second, over stock FFCV on the same bytes | 3.40× | 2.50×"
+
+
 def test_loader_is_told_with_most_threads_and_by_layout(tools):
     ratios = {
         "full, 1 threads": {},
@@ -188,7 +195,7 @@ def test_decoding_is_told_with_most_threads_and_drawn_for_one_core(tools, tmp_pa
     threads = {"1": {"images_per_second": rates}, "2": {"ratios": ratios}}
     result = {"threads": threads, "machine": {"cpu": "a CPU"}}
     assert page.decode_line(result).endswith("| 3.00×, 4.50× with restart rows")
-    assert "docs/images/decode.png" in page.decode_in_readme(result)
+    assert "images/decode.png" in page.decode_in_docs(result)
     page.draw_decode(result, tmp_path / "decode.png")
     with Image.open(tmp_path / "decode.png") as image:
         assert np.asarray(image.convert("L")).std() > 10
