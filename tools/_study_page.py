@@ -121,6 +121,8 @@ def findings(study: Study) -> str:
     for contrast in study["contrasts"]:
         name, rest = contrast["sentence"].split(": ", 1)
         cell, other = name.split(" - ")
+        if contrast["n"] == len(study["seeds"]):  # the set-up says so
+            rest = rest.replace(f", {contrast['n']} seeds", "")
         words = textwrap.wrap(
             f"- `{cell}` against `{other}`: {rest}".replace("-0.0", "0.0"),
             _LINE,
