@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,7 @@ from fastprune.progress import track
 
 # A killed pass loses at most this much; a commit flushes the whole map, so not every step.
 _COMMIT_SECONDS = 10.0
+_SIGN_OF_LIFE_SECONDS = 5.0
 
 
 def score(
@@ -189,13 +191,8 @@ def score(
                     )
                     filler = stack.enter_context(CacheFiller(opened))
                 _run(reading, forward, journal, ranks, filler)
-                table = None
-                if journal is not None:
-                    table = (
-                        _make_table(journal, beton, made, view)
-                        if num_clusters is None
-                        else _make_clustered_table(journal, beton, made, view, num_clusters, seed)
-                    )
+                table = _tabulate(journal, beton, made, view, ranks, num_clusters, seed)
+                if journal is not None and table is not None:
                     table.save(out_path)
                     if keep_features:
                         journal.keep_features(out_path.with_suffix(".features.npy"))
@@ -295,6 +292,32 @@ def _append(journal: PassJournal, features: Tensor, columns: Tensor) -> None:
     journal.commit(older_than_seconds=_COMMIT_SECONDS)
 
 
+def _tabulate(
+    journal: PassJournal | None,
+    beton: Beton,
+    teacher: Teacher,
+    view: ViewSpec,
+    ranks: Ranks,
+    num_clusters: int | None,
+    seed: int,
+) -> ScoreTable | None:
+    """Make the table of the pass on the first rank, which has the journal."""
+    if num_clusters is None:
+        return None if journal is None else _make_table(journal, beton, teacher, view)
+    make = partial(_make_clustered_table, journal, beton, teacher, view, num_clusters, seed)
+    if ranks.world == 1:
+        return make()
+    # Clusters of millions of rows can take longer than a collective waits: there are several.
+    with ThreadPoolExecutor(1) as pool:
+        made = None if journal is None else pool.submit(make)
+        is_done = False
+        while not is_done:
+            if made is not None:
+                wait([made], timeout=_SIGN_OF_LIFE_SECONDS)
+            is_done = ranks.from_first(None if made is None else made.done())
+        return None if made is None else made.result()
+
+
 def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: ViewSpec) -> ScoreTable:
     labels, rows, classes = beton.labels, journal.rows, teacher.num_classes
     metrics = {
@@ -325,7 +348,7 @@ def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: View
 
 
 def _make_clustered_table(
-    journal: PassJournal,
+    journal: PassJournal | None,
     beton: Beton,
     teacher: Teacher,
     view: ViewSpec,
@@ -333,6 +356,7 @@ def _make_clustered_table(
     seed: int,
 ) -> ScoreTable:
     """Group the rows by their features; labels, where the beton has some, are not looked at."""
+    assert journal is not None, "the first rank has one"
     clusters = spherical_kmeans(journal.features, num_clusters, seed=seed)
     has_logits = teacher.num_classes > 0
     metrics = {name: np.array(journal.rows[name], np.float32) for name in LABEL_FREE_METRICS}

@@ -16,6 +16,7 @@ from fastprune.distillation.step import synchronize_batchnorm
 from fastprune.distillation.trainer import distill
 from fastprune.distributed import Ranks
 from fastprune.errors import RecipeError
+from fastprune.networks import build_network, save_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,3 +130,20 @@ def test_batchnorm_is_not_synchronised_away_from_cuda():
     with pytest.raises(RecipeError, match=r"sync_batchnorm = true works on CUDA alone, but the 2"):
         synchronize_batchnorm(learner, Ranks(0, 2), torch.device("cpu"))
     assert synchronize_batchnorm(learner, Ranks(), torch.device("cpu")) is learner
+
+
+def test_two_ranks_learn_features_without_labels(recipe, betons, tmp_path):
+    torch.manual_seed(3)
+    save_weights(build_network("resnet14", num_classes=0), tmp_path / "t.safetensors")
+    settings = recipe(
+        data={"val": None, "labels": False, "batch_size": 10, "num_workers": 1},
+        teacher={"network": "resnet14", "checkpoint": tmp_path / "t.safetensors"},
+        loss={"cross_entropy_weight": 0, "distillation_weight": 0, "feature_weight": 1},
+        schedule={"epochs": 4},
+    )
+    ran = torchrun(settings, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "no labels to validate by" in ran.stdout
+    seen = losses(tmp_path / "run")
+    assert seen[-1] < seen[0]
+    assert "fc.weight" not in load_file(tmp_path / "run" / "student.safetensors")
