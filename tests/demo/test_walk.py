@@ -68,6 +68,21 @@ def test_cost_ratio_counts_steps_at_their_median_scoring_and_start_up(demo):
         assert run["disturbed"] is False  # too few steps to tell
 
 
+def test_run_that_was_disturbed_from_end_to_end_costs_what_its_steps_cost_elsewhere(demo):
+    _, result = demo
+    slow = [
+        replace(run, result=replace(run.result, steady_train_seconds=1000.0))
+        if run.name == "random"
+        else run
+        for run in result.runs
+    ]
+    random, full = slow[KINDS.index("random")], result.runs[0]
+    busy = replace(result, runs=slow)
+    assert busy.steady_train_seconds(random) / busy.steady_train_seconds(full) == pytest.approx(
+        random.result.steps / full.result.steps
+    )
+
+
 def test_table_says_which_runs_were_disturbed(demo):
     _, result = demo
     busy = [replace(run, result=replace(run.result, disturbed=True)) for run in result.runs[1:2]]
