@@ -23,15 +23,13 @@ from fastprune.distillation.checkpoint import (
 from fastprune.distillation.compatibility import (
     classes_of_run,
     identity,
-    require_labels,
-    require_same_classes,
     require_same_run,
-    require_teacher_fits,
     student_metadata,
 )
 from fastprune.distillation.evaluation import Evaluation, evaluate
 from fastprune.distillation.failures import bad_loss_error, naming_memory
 from fastprune.distillation.infobatch import InfoBatch
+from fastprune.distillation.loaders import data_seed, open_loaders, open_train_loader
 from fastprune.distillation.meters import LossMeter, PhaseTimer, ProgressMeter, StepLosses
 from fastprune.distillation.preemption import CHECKPOINT, Requests, stopped
 from fastprune.distillation.progressive_resizing import GrowingLoader, training_sizes
@@ -43,7 +41,6 @@ from fastprune.distillation.teacher import make_teacher
 from fastprune.distributed import device_of_rank, join_ranks
 from fastprune.errors import TrainingError
 from fastprune.loading.batch import choose_device
-from fastprune.loading.crops import CropPolicy
 from fastprune.loading.loader import Loader
 from fastprune.networks import save_weights
 from fastprune.recipe import Recipe, load_recipe
@@ -87,62 +84,13 @@ def distill(recipe: Recipe | str | Path, *, resume: bool = False) -> Result:
     with current, join_ranks(device) as ranks, memory:
         context = Context(recipe, ranks, device, PhaseTimer(device, began=began))
         # Loaders before the folder: a run that cannot begin leaves no folder behind.
-        train_loader, val_loader = _open_loaders(context)
+        train_loader, val_loader = open_loaders(context)
         with hold_run_folder(recipe.run.out, resume=resume) if ranks.is_first else nullcontext():
             trainer = Trainer(context, train_loader, val_loader)
             if resume:
                 trainer.resume()
             trainer.train()
             return trainer.close()
-
-
-def _open_loaders(context: Context) -> tuple[Loader, Loader | None]:
-    """Loaders of both betons: (images, labels, rows) to train on, and (images, labels) of all.
-
-    Without labels there is nothing to validate by, and no second loader.
-    """
-    recipe = context.recipe
-    train = _open_train_loader(context, recipe.data.image_size)
-    if recipe.data.val is None:
-        require_teacher_fits(recipe, train)
-        return train, None
-    val_size = recipe.data.val_image_size or recipe.data.image_size
-    # No `layout`: validation needs images and labels, every row once, in any order.
-    val = Loader(recipe.data.val, train=False, image_size=val_size, **_loader_settings(context))
-    require_labels(recipe, train, val)
-    require_same_classes(train, val)
-    require_teacher_fits(recipe, train)
-    return train, val
-
-
-def _open_train_loader(context: Context, image_size: int) -> Loader:
-    """This process's share of the rows to train on."""
-    data = context.recipe.data
-    # With growing images, the kind of views is that of the last size.
-    views = CropPolicy.make(data.augment, image_size=data.image_size, train=True)
-    return Loader(
-        data.train,
-        data.subset,
-        train=True,
-        augment=views.kind,
-        image_size=image_size,
-        seed=_data_seed(context.recipe),
-        num_views=data.num_views,
-        layout="xyi",
-        **_loader_settings(context),
-    )
-
-
-def _data_seed(recipe: Recipe) -> int:
-    """Return the seed of the order, the views and what is skipped."""
-    return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
-
-
-def _loader_settings(context: Context) -> dict[str, Any]:
-    """What all loaders of a run have in common."""
-    names = ("batch_size", "backend", "mean", "std", "num_workers", "service")
-    data = context.recipe.data
-    return {"device": context.device} | {name: getattr(data, name) for name in names}
 
 
 class Trainer:
@@ -239,7 +187,7 @@ class Trainer:
         """A loader of training images of a size, warm."""
         if size == self._recipe.data.image_size:
             return self._train_loader
-        loader = _open_train_loader(self._context, size)
+        loader = open_train_loader(self._context, size)
         self._teacher.attach_to(loader)
         loader.warm_up()
         return loader
@@ -252,7 +200,7 @@ class Trainer:
             self._recipe.pruning,
             self._rows,
             epochs=self._epochs,
-            seed=_data_seed(self._recipe),
+            seed=data_seed(self._recipe),
             min_rows=stride,
             device=self._context.device,
             ranks=self._ranks,

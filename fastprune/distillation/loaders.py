@@ -1,0 +1,65 @@
+"""The loaders of a run, as its recipe names them."""
+
+from typing import Any
+
+from fastprune.distillation.compatibility import (
+    require_labels,
+    require_same_classes,
+    require_teacher_fits,
+)
+from fastprune.distillation.step import Context
+from fastprune.loading.crops import CropPolicy
+from fastprune.loading.loader import Loader
+from fastprune.recipe import Recipe
+
+
+def open_loaders(context: Context) -> tuple[Loader, Loader | None]:
+    """Open both betons: (images, labels, rows) to train on, and (images, labels) of all.
+
+    Without labels there is nothing to validate by, and no second loader.
+
+    Raises:
+        ArtifactMismatch: the betons, the subset and the teacher do not belong together.
+    """
+    recipe = context.recipe
+    train = open_train_loader(context, recipe.data.image_size)
+    if recipe.data.val is None:
+        require_teacher_fits(recipe, train)
+        return train, None
+    val_size = recipe.data.val_image_size or recipe.data.image_size
+    # No `layout`: validation needs images and labels, every row once, in any order.
+    val = Loader(recipe.data.val, train=False, image_size=val_size, **_loader_settings(context))
+    require_labels(recipe, train, val)
+    require_same_classes(train, val)
+    require_teacher_fits(recipe, train)
+    return train, val
+
+
+def open_train_loader(context: Context, image_size: int) -> Loader:
+    """Open this process's share of the rows to train on, at a size of (S, S) pixels."""
+    data = context.recipe.data
+    # With growing images, the kind of views is that of the last size.
+    views = CropPolicy.make(data.augment, image_size=data.image_size, train=True)
+    return Loader(
+        data.train,
+        data.subset,
+        train=True,
+        augment=views.kind,
+        image_size=image_size,
+        seed=data_seed(context.recipe),
+        num_views=data.num_views,
+        layout="xyi",
+        **_loader_settings(context),
+    )
+
+
+def data_seed(recipe: Recipe) -> int:
+    """Return the seed of the order, the views and what is skipped."""
+    return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
+
+
+def _loader_settings(context: Context) -> dict[str, Any]:
+    """What all loaders of a run have in common."""
+    names = ("batch_size", "backend", "mean", "std", "num_workers", "service")
+    data = context.recipe.data
+    return {"device": context.device} | {name: getattr(data, name) for name in names}
