@@ -465,7 +465,9 @@ class Loader:
         )
         batches = sampler.batches(0)[:1]
         collate = self._collate.beginning(batches, epoch=0, num_workers=1)
-        next(collate(self._decoded(batches, slot=0), slot=0))
+        # Nothing comes of a batch whose rows are all left out.
+        decoded = (part for part in self._decoded(batches, slot=0) if len(part[1]))
+        next(collate(decoded, slot=0), None)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""

@@ -290,7 +290,8 @@ def test_of_threads_that_make_a_cache_at_once_one_makes_it(tmp_path):
 
 def test_tuples_in_an_identity_are_the_lists_that_json_makes_of_them(tmp_path):
     make_cache(tmp_path / "cache", identity=replaced("view.mean", (0.1, 0.2, 0.3)))
-    TeacherCache.open(tmp_path / "cache", identity=replaced("view.mean", (0.1, 0.2, 0.3)))
+    opened = TeacherCache.open(tmp_path / "cache", identity=replaced("view.mean", (0.1, 0.2, 0.3)))
+    assert opened.identity["view"]["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_a_cache_is_made_once(cache):

@@ -63,6 +63,14 @@ def test_checksums_are_computed_once_unless_asked_for_always(beton, monkeypatch,
     assert len(computed) == times * 12
 
 
+def test_warming_up_on_rows_that_are_all_left_out_does_nothing(beton, damage_row):
+    for row in range(4):
+        damage_row(beton, row, b"\0\0\0\0")
+    loader = _loader(beton, on_error="skip", layout="xyi_contrast", num_negatives=5)
+    loader.warm_up()
+    assert [rows.tolist() for _, _, rows, _ in loader] == [[4, 5, 6, 7], [8, 9, 10, 11]]
+
+
 def test_whole_rows_pass_the_checksums(beton):
     assert sum(len(rows) for _, _, rows in _loader(beton, verify_crc=True)) == 12
 
