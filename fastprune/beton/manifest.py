@@ -131,7 +131,8 @@ def replace_pair(new_beton: Path, new_manifest: Path, path: Path) -> None:
     """Give a whole beton and its manifest their names; bring an older pair back if that fails.
 
     The older pair is set aside first, the new beton gets its name last: no beton ever stands beside
-    the manifest of another. A process that is killed here leaves the older pair as `<path>.old`.
+    the manifest of another. A process that is killed here leaves the older pair as
+    `<path>.replaced`, and the next one that comes to its end removes it.
 
     Args:
         new_beton: flushed to the disk, in the folder of `path`.
@@ -141,15 +142,20 @@ def replace_pair(new_beton: Path, new_manifest: Path, path: Path) -> None:
     Raises:
         OSError: a file cannot be renamed; all of them have the names that they had before.
     """
-    aside = path.with_name(f"{path.name}.old")
-    while aside.exists() or manifest_path(aside).exists():
-        aside = aside.with_name(f"{aside.name}.old")
+    aside = path.with_name(f"{path.name}.replaced")
+    if path.is_file():
+        # Left by a process that was killed after its new pair had both names.
+        _remove_pair(aside)
     moves = [
         (path, aside),
         (manifest_path(path), manifest_path(aside)),
         (new_manifest, manifest_path(path)),
         (new_beton, path),
     ]
+    if manifest_path(aside).is_file():
+        # A process was killed between its renames: aside is the older pair, and what has the
+        # manifest's name is of a beton that never got its own.
+        del moves[1]
     # A folder in the way is not set aside but makes the renames below fail.
     moves = [move for move in moves if move[0].is_file()]
     try:
@@ -162,8 +168,12 @@ def replace_pair(new_beton: Path, new_manifest: Path, path: Path) -> None:
                 target.replace(source)
         raise
     sync(path.parent)
-    aside.unlink(missing_ok=True)
-    manifest_path(aside).unlink(missing_ok=True)
+    _remove_pair(aside)
+
+
+def _remove_pair(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    manifest_path(path).unlink(missing_ok=True)
 
 
 def manifest_of(

@@ -177,7 +177,7 @@ def test_older_pair_comes_back_when_the_new_one_cannot_get_its_name(ours, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         compact(ours, path)
     assert (path.read_bytes(), manifest_path(path).read_bytes()) == before
-    assert not [*tmp_path.glob(".*"), *tmp_path.glob("*.old*")]
+    assert not [*tmp_path.glob(".*"), *tmp_path.glob("*.replaced*")]
 
 
 def test_socket_is_not_replaced_by_a_beton(ours, tmp_path):

@@ -1,6 +1,7 @@
 """The writer's promises: the same bytes however it was run, and never half a beton."""
 
 import errno
+import itertools
 import multiprocessing
 import os
 import resource
@@ -19,7 +20,7 @@ from PIL import Image
 from fastprune import check_beton, convert, open_beton
 from fastprune.beton import journal, layout
 from fastprune.beton.journal import Journal
-from fastprune.beton.manifest import manifest_path
+from fastprune.beton.manifest import manifest_path, replace_pair
 from fastprune.beton.output import PageCursor
 from fastprune.beton.sources.folder import FolderSource
 from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
@@ -538,13 +539,61 @@ def test_folder_under_the_manifests_name_loses_neither_beton(pair):
     assert path.with_name("a.beton.partial").exists()
 
 
-def test_pair_that_a_killed_process_left_aside_is_not_overwritten(pair):
+def write_pair(path, content):
+    path.write_bytes(content)
+    manifest_path(path).write_bytes(content)
+
+
+def replace_pair_and_be_killed(folder, content, at_step):
+    """Give a new pair its names in a process of its own, killed before a rename or removal."""
+    write_pair(folder / "new", content)
+
+    def run():
+        steps = itertools.count()
+
+        def mortal(real):
+            def step(*args, **kwargs):
+                if next(steps) == at_step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            return step
+
+        Path.replace, Path.unlink = mortal(Path.replace), mortal(Path.unlink)
+        replace_pair(folder / "new", manifest_path(folder / "new"), folder / "a.beton")
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("at_steps", list(itertools.product(range(9), repeat=2)))
+def test_killed_twice_between_renames_keeps_a_whole_pair_and_leaves_nothing_at_last(
+    tmp_path, at_steps
+):
+    path = tmp_path / "a.beton"
+    write_pair(path, b"first")
+    for content, at_step in zip((b"second", b"third"), at_steps, strict=True):
+        replace_pair_and_be_killed(tmp_path, content, at_step)
+        found = files_in(tmp_path)
+        named = [name for name in found if name.endswith("a.beton") or name.endswith(".replaced")]
+        assert any(found.get(f"{name}.manifest.parquet") == found[name] for name in named) or (
+            # The beton was set aside and its manifest not yet.
+            found["a.beton.manifest.parquet"] == found["a.beton.replaced"]
+        )
+        if path.exists():
+            assert found["a.beton.manifest.parquet"] == found["a.beton"]
+    write_pair(tmp_path / "new", b"fourth")
+    replace_pair(tmp_path / "new", manifest_path(tmp_path / "new"), path)
+    assert files_in(tmp_path) == {"a.beton": b"fourth", "a.beton.manifest.parquet": b"fourth"}
+
+
+def test_older_copies_of_a_betons_owner_stay(pair):
     path, images = pair
-    aside = path.with_name("a.beton.old")
-    aside.write_bytes(b"left by a process that was killed")
+    path.with_name("a.beton.old").write_bytes(b"kept by its owner")
     convert(images, path)
-    assert aside.read_bytes() == b"left by a process that was killed"
-    assert len(files_in(path.parent)) == 3
+    assert path.with_name("a.beton.old").read_bytes() == b"kept by its owner"
 
 
 def test_fifo_is_not_replaced_by_a_beton(images, tmp_path):
