@@ -36,10 +36,10 @@ demo: setup ## The whole way on small images (IMAGES=folder: on yours; ARGS='--e
 	$(BIN)/fastprune demo $(if $(IMAGES),--images '$(IMAGES)') $(ARGS)
 
 test: setup ## Run the tests
-	FASTPRUNE_REQUIRE=ffcv,dali,timm,accelerate,lightning,torchdistill $(BIN)/pytest $(ARGS)
+	FASTPRUNE_REQUIRE=ffcv,dali,timm,ray,accelerate,lightning,torchdistill $(BIN)/pytest $(ARGS)
 
 test-full: setup ## Run the tests with the long fault injection and fuzzing
-	FASTPRUNE_REQUIRE=ffcv,dali,timm,accelerate,lightning,torchdistill $(BIN)/pytest -m '' $(ARGS)
+	FASTPRUNE_REQUIRE=ffcv,dali,timm,ray,accelerate,lightning,torchdistill $(BIN)/pytest -m '' $(ARGS)
 
 check: setup ## Format, lint, types, import floors, docs, Dockerfile, known vulnerabilities
 	$(BIN)/ruff format --check .

@@ -27,6 +27,10 @@ class StorageError(ArtifactError):
     """Object storage does not give or take what it was asked for."""
 
 
+class ClusterError(FastpruneError):
+    """A Ray cluster cannot be reached, or a task died as often as it was repeated."""
+
+
 class ConversionError(FastpruneError):
     """An image or an image folder cannot be converted."""
 

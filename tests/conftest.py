@@ -14,6 +14,7 @@ _MODULES = {
     "dali": "nvidia.dali",
     "ffcv": "ffcv",
     "lightning": "lightning",
+    "ray": "ray",
     "timm": "timm",
     "torchdistill": "torchdistill",
 }

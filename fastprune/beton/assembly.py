@@ -1,7 +1,7 @@
 """A beton in the making: where every image goes, and the frame around the pages in the end."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,9 +37,9 @@ class Assembly:
     A position is an image's number in that order; skipped images have a position but no row.
 
     Attributes:
-        listing: the images of the source; of a shard, all that the shards share out.
+        listing: the images of the source, or of the shard.
         first_page: offset of the first page, in bytes.
-        order: (N,) the image of the source that comes at each position.
+        order: (N,) the image of the listing that comes at each position.
         cursor: where the next image goes.
         records: (N,) of dtype `RECORD`, by position.
         offsets: (N,) int64 file offsets, by position; -1 for a skipped image.
@@ -71,25 +71,23 @@ class Assembly:
         return len(names) if names else int(self.records["label"][self.kept].max()) + 1
 
 
-def start_assembly(
-    listing: Listing,
-    shuffle_seed: int | None,
-    page_bytes: int,
-    part: Callable[[NDArray[np.int64]], NDArray[np.int64]] = lambda order: order,
-) -> Assembly:
-    """Return an assembly without an image yet; its first page leaves room for the metadata.
-
-    Args:
-        listing: all images of the source.
-        shuffle_seed: of their order; None for the listing's.
-        page_bytes: the page size to begin with.
-        part: takes the images that come into this file out of the order of all.
-    """
-    order = np.arange(len(listing), dtype=np.int64)
+def row_order(count: int, shuffle_seed: int | None) -> NDArray[np.int64]:
+    """Return the images in the order of their rows; the listing's order without a seed."""
+    order = np.arange(count, dtype=np.int64)
     if shuffle_seed is not None:
         # The bit generator is named, because NumPy may change its default.
         order = np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(order)
-    order = part(order)
+    return order
+
+
+def start_assembly(listing: Listing, order: NDArray[np.int64], page_bytes: int) -> Assembly:
+    """Return an assembly without an image yet; its first page leaves room for the metadata.
+
+    Args:
+        listing: the images.
+        order: (N,) their order in the file.
+        page_bytes: the page size to begin with.
+    """
     count = len(order)
     # Room for every image: how many will be skipped is known only in the end.
     metadata_bytes = count * layout.metadata_dtype(FIELDS).itemsize
@@ -226,7 +224,8 @@ def _lines(
 ) -> pa.RecordBatch:
     """Make the lines of some positions; from `num_rows` on they are of skipped images."""
     records, listing = assembly.records[positions], assembly.listing
-    sources, names = assembly.order[positions], listing.class_names
+    indices, names = assembly.order[positions], listing.class_names
+    sources = indices if listing.source_indices is None else listing.source_indices[indices]
     labels = records["label"].tolist()
     rows = np.arange(first_row, first_row + len(positions))
     no_row = rows >= num_rows
@@ -238,7 +237,7 @@ def _lines(
     columns = {
         "row": known(rows),
         "source_index": sources,
-        "source": [_utf8(listing.names[index]) for index in sources],
+        "source": [_utf8(listing.names[index]) for index in indices],
         "label": labels,
         # A skipped image's label may be no class at all.
         "class_name": [

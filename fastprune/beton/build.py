@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-from numpy.typing import NDArray
 
 from fastprune import __version__
 from fastprune.artifacts.atomic import destination, sync
@@ -20,6 +19,7 @@ from fastprune.beton.assembly import (
     frame_pages,
     manifest_lines,
     place,
+    row_order,
     start_assembly,
 )
 from fastprune.beton.journal import Journal, intact_rows
@@ -78,7 +78,6 @@ def build_beton(
     path: Path,
     list_images: Callable[[], Listing],
     *,
-    part: Callable[[NDArray[np.int64]], NDArray[np.int64]] = lambda order: order,
     shard: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write one beton and its manifest.
@@ -86,8 +85,8 @@ def build_beton(
     Args:
         job: the settings.
         path: of the beton.
-        list_images: lists the images of the whole conversion, when the workers are started.
-        part: takes the beton's images, in order, out of the order of all of them.
+        list_images: lists the images, when the workers are started; those of a shard in the order
+            of their rows.
         shard: what the manifest's settings say of the shard; None for a beton that is the whole.
 
     Returns:
@@ -104,7 +103,8 @@ def build_beton(
         WorkerPool(job.num_workers, task) as pool,
     ):
         listing = list_images()
-        assembly = start_assembly(listing, job.shuffle_seed, layout.DEFAULT_PAGE_BYTES, part)
+        order = row_order(len(listing), job.shuffle_seed if shard is None else None)
+        assembly = start_assembly(listing, order, layout.DEFAULT_PAGE_BYTES)
         choices = {**job.choices, **(shard or {})}
         # What must be the same for a later run to resume the partial file of this one.
         identity = {
@@ -140,6 +140,13 @@ def _destinations(path: Path) -> tuple[Path, Path]:
     if path.is_dir():
         raise ConversionError(f"{path} is a folder. Name a file, such as {path / 'train.beton'}.")
     return path, partial
+
+
+def discard_partial(path: Path) -> None:
+    """Remove what a killed conversion left of a beton."""
+    partial = path.with_name(f"{path.name}.partial")
+    for leftover in (partial, _journal_path(partial), manifest_path(partial)):
+        leftover.unlink(missing_ok=True)
 
 
 def _journal_path(partial: Path) -> Path:

@@ -1,24 +1,22 @@
 """Images -> beton: JPEGs, copied or rewritten by supervised workers, in aligned places."""
 
-import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastprune.beton.build import Job, build_beton
-from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
+from fastprune.beton.cluster import RayAddress
+from fastprune.beton.manifest import Manifest, read_manifest
 from fastprune.beton.reader import open_beton
-from fastprune.beton.remote.store import Store, is_url
-from fastprune.beton.remote.upload import upload_shards
-from fastprune.beton.shards import MAX_SHARDS, SET_NAME, missing_shards, shard_name, write_set
+from fastprune.beton.remote.store import is_url
+from fastprune.beton.sharded import convert_shards
+from fastprune.beton.shards import MAX_SHARDS
 from fastprune.beton.sources import source_for
 from fastprune.beton.sources.listing import Listing, renumbered
 from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.beton.transcode import LAYOUTS, ImageSettings
 from fastprune.checks import require_at_least, require_one_of
 from fastprune.cpus import usable_cpus
-from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
+from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.jpeg.headers import MAX_SIDE
 
 # More processes than this only wait for the disk; --workers may still ask for more.
@@ -45,6 +43,7 @@ def convert(
     keep_partial: bool = False,
     shards: int | None = None,
     shard: int | None = None,
+    ray: RayAddress = None,
 ) -> Manifest:
     """Write a beton and its manifest; JPEGs keep their coefficients, copied or rewritten.
 
@@ -86,6 +85,9 @@ def convert(
             whole are kept.
         shard: make this one alone, in [0, shards); the run that finds all of them whole writes
             manifest.json.
+        ray: make the shards by tasks of a Ray cluster, each with `workers` CPUs, 1 by default:
+            True for the cluster that RAY_ADDRESS names, or one on this machine for the time being;
+            or an address. All nodes must see the images, and the folder unless it is a URL.
 
     Returns:
         The manifest; of a sharded beton that is not whole yet, the one of the last shard made. One
@@ -98,9 +100,11 @@ def convert(
             worker died. Nothing is left behind, unless a partial file was asked for.
         ArtifactError: `classes_from` cannot be read or has no class names of its own.
         StorageError: the URL cannot be written.
+        MissingDependencyError: Ray is not installed.
+        ClusterError: the cluster cannot be reached, or a task died too often.
     """
     settings = _checked_settings(jpeg, quality, max_side, exif, verify)
-    num_workers = _checked_workers(workers)
+    num_workers = _checked_workers(1 if workers is None and ray is not None else workers)
     require_one_of("on_error", on_error, ("stop", "skip"))
     if shuffle_seed is not None and shuffle_seed < 0:
         raise InvalidValueError(f"shuffle_seed must be >= 0, but is {shuffle_seed}.")
@@ -110,6 +114,11 @@ def convert(
             raise InvalidValueError(f"shards must be at most {MAX_SHARDS:,}, not {shards:,}.")
     if shard is not None and not 0 <= shard < (shards or 0):
         raise InvalidValueError(f"shard must lie in [0, {shards or 0:,}), not {shard:,}.")
+    if ray is not None:
+        if shards is None:
+            raise InvalidValueError("ray needs shards: a task makes a shard. Add --shards.")
+        images, beton_path = _absolute(images), _absolute(beton_path)
+        labels = None if labels is None else _absolute(labels)
     if unlabeled and classes_from is not None:
         raise InvalidValueError(
             f"classes_from ({classes_from}) numbers classes, but the images shall have none. Leave "
@@ -130,88 +139,14 @@ def convert(
     job = Job(
         source, settings, on_error, shuffle_seed, num_workers, resume, keep_partial, unlabeled
     )
-    if shards is None:
-        if is_url(beton_path):
-            raise InvalidValueError(
-                f"shards must be at least 1 where the beton goes to {beton_path}: each shard is "
-                "made on the local disk and uploaded."
-            )
-        return build_beton(job, Path(beton_path), list_images)
+    if shards is not None:
+        return convert_shards(job, beton_path, list_images, shards, shard=shard, ray=ray)
     if is_url(beton_path):
-        store = Store(str(beton_path))
-        listing = list_images()
-        identity = _shard_settings(job, listing, shards)
-        return upload_shards(
-            store,
-            partial(_make_shard, job, listing, identity),
-            num_shards=shards,
-            shard=shard,
-            settings=identity,
-            resume=resume,
-        )
-    return _convert_shards(job, Path(beton_path), list_images, shards, shard)
-
-
-def _convert_shards(
-    job: Job,
-    folder: Path,
-    list_images: Callable[[], Listing],
-    num_shards: int,
-    shard: int | None,
-) -> Manifest:
-    """Make the shards that are missing, or one of them; write the manifest when all are there."""
-    if folder.exists() and not folder.is_dir():
-        raise ConversionError(f"{folder} is a file. Name a folder for the shards.")
-    if (folder / SET_NAME).exists() and not job.resume:
-        raise ConversionError(
-            f"{folder} holds a sharded beton already. Add --resume to keep the shards that are "
-            "whole, remove the folder, or name another one."
-        )
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConversionError(
-            f"cannot make the folder {folder}: {os.strerror(error.errno or 0)}. Name one whose "
-            "parent exists and that you may write to."
-        ) from error
-    listing = list_images()
-    settings = _shard_settings(job, listing, num_shards)
-    # Without resume, what is there of this shard (or of all) is made anew.
-    todo = range(num_shards) if shard is None else [shard]
-    if job.resume:
-        missing = missing_shards(folder, num_shards, settings, refuse_others=True)
-        todo = [index for index in todo if index in missing]
-    manifest = None
-    for index in todo:
-        manifest = _make_shard(job, listing, settings, index, folder / shard_name(index))
-    if not missing_shards(folder, num_shards, settings, refuse_others=False):
-        return write_set(folder, num_shards, settings)
-    if manifest is None:
-        manifest = read_manifest(manifest_path(folder / shard_name(shard or 0)))
-    return manifest
-
-
-def _shard_settings(job: Job, listing: Listing, num_shards: int) -> dict[str, Any]:
-    """Return what all shards of a conversion have in their settings."""
-    if num_shards > len(listing):
         raise InvalidValueError(
-            f"shards must be at most the number of images, {len(listing):,}, but is {num_shards:,}."
+            f"shards must be at least 1 where the beton goes to {beton_path}: each shard is "
+            "made on the local disk and uploaded."
         )
-    return {**job.choices, "shards": num_shards, "images": listing.identity}
-
-
-def _make_shard(
-    job: Job, listing: Listing, settings: dict[str, Any], index: int, path: Path
-) -> Manifest:
-    # Ranges of positions that differ in size by one at most, in the order of the rows.
-    first, last = (at * len(listing) // settings["shards"] for at in (index, index + 1))
-    return build_beton(
-        job,
-        path,
-        lambda: listing,
-        part=lambda order: order[first:last],
-        shard={**settings, "shard": index},
-    )
+    return build_beton(job, Path(beton_path), list_images)
 
 
 def _checked_settings(
@@ -235,6 +170,12 @@ def _checked_workers(workers: int | None) -> int:
             "than CPUs only cost memory."
         )
     return workers
+
+
+def _absolute(location: Any) -> Any:
+    """Return a path as a task finds it, whose working folder is another; all else as it is."""
+    is_path = isinstance(location, str | Path) and not is_url(location)
+    return Path(location).absolute() if is_path else location
 
 
 def _class_names_of(path: Path) -> tuple[str, ...]:

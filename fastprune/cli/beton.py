@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, Location, json_option, show
+from fastprune.cli.options import COUNT, PATH, Location, json_option, ray_option, show
 
 
 @click.command()
@@ -52,6 +52,7 @@ from fastprune.cli.options import COUNT, PATH, Location, json_option, show
 @click.option("--keep-partial", is_flag=True, help="Leave a partial file when the run fails.")
 @click.option("--shards", type=COUNT, help="Write a folder of so many betons, used as one.")
 @click.option("--shard", type=click.IntRange(0), help="Make this shard alone, counted from 0.")
+@ray_option("Make the shards")
 @json_option
 def convert(
     images: Path,
@@ -71,6 +72,7 @@ def convert(
     keep_partial: bool,
     shards: int | None,
     shard: int | None,
+    ray: str | bool | None,
     as_json: bool,
 ) -> None:
     """Write images into a beton, without loss where they are JPEGs.
@@ -85,6 +87,8 @@ def convert(
 
     if shard is not None and shards is None:
         raise click.UsageError("--shard names one of several: add --shards.")
+    if ray is not None and shards is None:
+        raise click.UsageError("--ray makes a shard by each task: add --shards.")
     start = time.monotonic()
     manifest = convert_images(
         images,
@@ -104,6 +108,7 @@ def convert(
         keep_partial=keep_partial,
         shards=shards,
         shard=shard,
+        ray=ray,
     )
     seconds = time.monotonic() - start
     counts = ", ".join(f"{count:,} {action}" for action, count in manifest.counts.items())
@@ -207,9 +212,16 @@ def dali_index(beton: Path, out: Path, subset: Path | None, as_json: bool) -> No
     default=60.0,
     help="How long a request is repeated that fails or gives wrong bytes.",
 )
+@ray_option("Fetch the rows on every node")
 @json_option
 def stage(
-    url: str, subset: str, folder: Path, threads: int, retry_seconds: float, as_json: bool
+    url: str,
+    subset: str,
+    folder: Path,
+    threads: int,
+    retry_seconds: float,
+    ray: str | bool | None,
+    as_json: bool,
 ) -> None:
     """Fetch a subset's rows of a beton in object storage into a mirror on a local disk.
 
@@ -220,9 +232,11 @@ def stage(
     from fastprune.beton.remote.fetch import stage as stage_rows
 
     rows = None if subset == "all" else subset
-    staged = stage_rows(url, rows, folder, threads=threads, retry_seconds=retry_seconds)
+    staged = stage_rows(url, rows, folder, threads=threads, retry_seconds=retry_seconds, ray=ray)
+    nodes = "" if ray is None else f" of {staged.num_nodes:,} nodes"
     show(
-        f"{staged.num_rows:,} rows are in {folder}: {staged.num_fetched_rows:,} were missing; "
+        f"{staged.num_rows:,} rows are in {folder}{nodes}: {staged.num_fetched_rows:,} were "
+        "missing; "
         f"{staged.fetched_bytes:,} bytes in {staged.num_requests:,} requests took "
         f"{staged.seconds:.1f} s",
         {**asdict(staged), "out": folder},

@@ -24,6 +24,31 @@ class Location(click.ParamType[str | Path]):
 
 COUNT = click.IntRange(min=1)
 
+
+class RayCluster(click.ParamType[str | bool]):
+    """The address of a Ray cluster; the option without a value, given as "", means one at hand."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str | bool:
+        """Tell the two apart."""
+        del param, ctx
+        return value or True
+
+
+def ray_option(what: str) -> Any:
+    """Return the option --ray [ADDRESS] of a command that runs on a cluster."""
+    return click.option(
+        "--ray",
+        type=RayCluster(),
+        is_flag=False,
+        flag_value="",
+        metavar="[ADDRESS]",
+        help=f"{what} by tasks of the Ray cluster at ADDRESS; without one, of that in RAY_ADDRESS, "
+        "or of one on this machine. Write it behind the arguments.",
+    )
+
+
 # The values are repeated here, because `--help` and completion must not import what they are of
 # (a test holds them against the library's own).
 BACKENDS = ("auto", "cpu", "dali", "ffcv")

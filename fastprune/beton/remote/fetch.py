@@ -5,13 +5,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.artifacts.subset import Subset
+from fastprune.beton.cluster import (
+    ClusterTask,
+    RayAddress,
+    cluster,
+    nodes,
+    run_tasks,
+    shared,
+    taken,
+)
 from fastprune.beton.remote.mirror import NUM_THREADS, Mirror, open_mirror
 from fastprune.beton.remote.plan import SLACK, Request, in_windows, requests_for
 from fastprune.beton.remote.store import RETRY_SECONDS
@@ -37,6 +48,7 @@ class Staged:
         fetched_bytes: bytes of them, and between them, that this process asked for.
         num_requests: ranges that this process asked for.
         seconds: from the request for the first row to the last.
+        num_nodes: nodes of a cluster, whose rows, bytes and requests are added up.
     """
 
     num_rows: int
@@ -44,6 +56,7 @@ class Staged:
     fetched_bytes: int
     num_requests: int
     seconds: float
+    num_nodes: int = 1
 
 
 def stage(
@@ -53,6 +66,7 @@ def stage(
     *,
     threads: int = NUM_THREADS,
     retry_seconds: float = RETRY_SECONDS,
+    ray: RayAddress = None,
 ) -> Staged:
     """Fetch the rows of a subset into a mirror on a local disk.
 
@@ -67,6 +81,8 @@ def stage(
         folder: of the mirror; made where it is missing.
         threads: requests at a time.
         retry_seconds: how long a request is repeated that fails or gives wrong bytes.
+        ray: fetch them on each node of a Ray cluster, by a task a node: True for the cluster that
+            RAY_ADDRESS names, or one on this machine; or an address.
 
     Returns:
         What was done.
@@ -77,7 +93,11 @@ def stage(
         StorageError: something is missing at the URL, access is denied, an object changed, or the
             server fails for too long.
         ArtifactError: the disk has less room than the rows need, or cannot be written.
+        MissingDependencyError: Ray is not installed.
+        ClusterError: the cluster cannot be reached, or a node died; the other nodes have the rows.
     """
+    if ray is not None:
+        return _stage_on_nodes(url, subset, Path(folder).absolute(), threads, retry_seconds, ray)
     mirror = open_mirror(url, folder, retry_seconds=retry_seconds)
     rows = rows_of(mirror.beton, subset)
     absent = mirror.absent(rows)
@@ -93,6 +113,42 @@ def stage(
             fetch.num_requests,
             time.monotonic() - started,
         )
+
+
+def _stage_on_nodes(
+    url: str,
+    subset: RowsLike,
+    folder: Path,
+    threads: int,
+    retry_seconds: float,
+    ray: str | bool,
+) -> Staged:
+    """Fetch the rows on every node; one that fails does not stop the others."""
+    if isinstance(subset, str | Path):
+        # The file is here, and not on the nodes.
+        subset = Subset.load(subset)
+    with cluster(ray):
+        arguments = (url, shared(subset), folder, threads, retry_seconds)
+        tasks = [ClusterTask(f"node {name}", arguments, node) for node, name in nodes().items()]
+        # Without CPUs of the cluster's: a job that waits for its rows may hold all of them.
+        with closing(run_tasks(_stage_here, tasks, num_cpus=0, keep_going=True)) as outcomes:
+            tracked = track(outcomes, description="stage", total=len(tasks), unit="nodes")
+            staged = [outcome for _, outcome in tracked]
+    return Staged(
+        num_rows=staged[0].num_rows,
+        num_fetched_rows=sum(one.num_fetched_rows for one in staged),
+        fetched_bytes=sum(one.fetched_bytes for one in staged),
+        num_requests=sum(one.num_requests for one in staged),
+        seconds=max(one.seconds for one in staged),
+        num_nodes=len(staged),
+    )
+
+
+def _stage_here(
+    url: str, subset: list[Any], folder: Path, threads: int, retry_seconds: float
+) -> Staged:
+    """Fetch the rows on this node, in a task."""
+    return stage(url, taken(subset), folder, threads=threads, retry_seconds=retry_seconds)
 
 
 class Fetch:

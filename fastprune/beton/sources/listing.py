@@ -35,6 +35,8 @@ class Listing:
         locate: index -> what `Source.read` needs, small and picklable.
         class_names: name of every class in the order of the labels; None where there are none.
         identity: changes when an image is added, removed or replaced; for `--resume`.
+        source_indices: (N,) where the images are in the listing that they were taken from; None
+            for a listing of a whole source.
     """
 
     root: str
@@ -44,9 +46,27 @@ class Listing:
     locate: Callable[[int], Any]
     class_names: tuple[str, ...] | None
     identity: str
+    source_indices: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def take(self, indices: NDArray[np.int64]) -> "Listing":
+        """Return some of the images, in this order; it holds no more than theirs and is picklable.
+
+        Args:
+            indices: (n,) of images in the listing of a whole source.
+        """
+        assert self.source_indices is None, "taken from a part"
+        taken = indices.tolist()
+        return replace(
+            self,
+            names=[self.names[index] for index in taken],
+            labels=None if self.labels is None else self.labels[indices],
+            source_bytes=self.source_bytes[indices],
+            locate=[self.locate(index) for index in taken].__getitem__,
+            source_indices=indices,
+        )
 
     def where(self, index: int) -> str:
         """Return where an image is, fit for a line of text whatever its name holds."""
