@@ -108,7 +108,8 @@ class ScoreTable:
             metadata["clustering"] = self.clustering
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
         with atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+            # Without checksums most flipped bits would come back as other scores.
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -121,7 +122,8 @@ class ScoreTable:
         try:
             # The metadata first: a file that is no score table is not read whole.
             metadata = parquet_metadata(path, _METADATA_KEY)
-            return cls._from_file(pq.read_table(path), metadata, path)
+            table = pq.read_table(path, page_checksum_verification=True)
+            return cls._from_file(table, metadata, path)
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{path} does not exist. Make it with: fastprune score train.beton -o {path} ..."

@@ -80,3 +80,18 @@ def test_sorted_or_filtered_table_is_refused(tmp_path, table):
         pq.write_table(changed, tmp_path / "changed.parquet")
         with pytest.raises(ArtifactError, match=r"one line for each of the 3 rows .* Sort it by"):
             ScoreTable.load(tmp_path / "changed.parquet")
+
+
+def test_a_flipped_bit_in_any_column_is_noticed(tmp_path, table):
+    path = tmp_path / "scores.parquet"
+    table.save(path)
+    whole = path.read_bytes()
+    group = pq.read_metadata(path).row_group(0)
+    for number in range(group.num_columns):
+        column = group.column(number)
+        start = column.dictionary_page_offset or column.data_page_offset
+        damaged = bytearray(whole)
+        damaged[start + column.total_compressed_size - 1] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"(?s)scores\.parquet is no .*Make it with: fastp"):
+            ScoreTable.load(path)
