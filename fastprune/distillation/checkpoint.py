@@ -5,6 +5,7 @@ import io
 import logging
 import pickle
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprune.artifacts.atomic import atomic_path, exclusive
 from fastprune.errors import ArtifactError, RecipeError
+from fastprune.networks import save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +171,41 @@ def hold_run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
         yield
         # Behind the result nobody may write here anyway, so the lock guards nothing.
         (folder / ".lock").unlink()
+
+
+def save_student(
+    network: nn.Module, path: Path, *, metadata: dict[str, str], has_checkpoint: bool
+) -> None:
+    """Write the weights that a run was for; a full disk does not cost them.
+
+    Args:
+        network: the student.
+        path: in the run's folder.
+        metadata: texts for the file's header.
+        has_checkpoint: whether the newest checkpoint is of this student, so that a resumed run
+            writes it. Without one it is put into the system's temporary folder.
+
+    Raises:
+        ArtifactError: it could not be written there; the text says where the weights are.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            save_weights(network, temporary, metadata=metadata)
+    except ArtifactError as error:
+        if has_checkpoint:
+            raise ArtifactError(
+                f"{error} The training is done: with --resume the last checkpoint gives the "
+                "student, and no step is taken again."
+            ) from error
+        try:
+            kept = Path(tempfile.mkdtemp(prefix="fastprune-")) / path.name
+            save_weights(network, kept, metadata=metadata)
+        except OSError:
+            raise error from None
+        raise ArtifactError(
+            f"{error} No checkpoint could be written either, so the trained student was put into "
+            f"{kept}. Move it from there."
+        ) from error
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Self
@@ -42,9 +43,17 @@ class RunLog:
             # TensorBoard would draw the events of an earlier run into the same curves.
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()
-        # It leaves out what an interrupted run wrote at or behind this step.
-        self._events = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         self._is_full = False
+        self._earlier_hook = threading.excepthook
+        threading.excepthook = self._hear_of_thread
+        self._events: SummaryWriter | None = None
+        # It leaves out what an interrupted run wrote at or behind this step.
+        purge_step = step + 1 if step else None
+        try:
+            # Its first event goes to the disk at once.
+            self._events = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
+        except OSError as error:
+            self._tell(error)
 
     def __enter__(self) -> Self:
         return self
@@ -52,9 +61,11 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         try:
             self._lines.close()
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
         except OSError as full:
             self._tell(full)
+        threading.excepthook = self._earlier_hook
 
     def write(self, *, step: int, epoch: int, **metrics: float) -> None:
         """Write one line and one event per metric.
@@ -66,7 +77,7 @@ class RunLog:
         """
         seconds = round(time.perf_counter() - self._start, 4)
         line = json.dumps({"step": step, "epoch": epoch, "seconds": seconds, **metrics}) + "\n"
-        if self._is_full:
+        if self._is_full or self._events is None:
             return
         try:
             self._lines.write(line.encode())
@@ -77,6 +88,12 @@ class RunLog:
                 self._events.add_scalar(name, value, step)
         except OSError as error:
             self._tell(error)
+
+    def _hear_of_thread(self, fault: threading.ExceptHookArgs) -> None:
+        """Let no traceback be printed of TensorBoard's thread, whose fault comes up in `write`."""
+        is_writer = type(fault.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(fault.exc_value, OSError)):
+            self._earlier_hook(fault)
 
     def _tell(self, error: OSError) -> None:
         """Warn once that the log ends here."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.artifacts.atomic import atomic_path, write_text
+from fastprune.artifacts.atomic import write_text
 from fastprune.distillation.checkpoint import (
     Checkpoints,
     hold_run_folder,
     rng_state,
+    save_student,
     set_rng_state,
 )
 from fastprune.distillation.compatibility import (
@@ -42,7 +43,6 @@ from fastprune.distributed import device_of_rank, join_ranks
 from fastprune.errors import TrainingError
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.networks import save_weights
 from fastprune.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -383,14 +383,15 @@ class Trainer:
         student = self._folder / "student.safetensors"
         if self._ranks.is_first:
             # The result comes last: a folder with result.json has its student.
-            with atomic_path(student) as temporary:
-                metadata = student_metadata(
-                    self._recipe,
-                    self._train_loader,
-                    self._context.precision,
-                    num_classes=self._num_classes,
-                )
-                save_weights(self._stepper.student, temporary, metadata=metadata)
+            metadata = student_metadata(
+                self._recipe,
+                self._train_loader,
+                self._context.precision,
+                num_classes=self._num_classes,
+            )
+            save_student(
+                self._stepper.student, student, metadata=metadata, has_checkpoint=self._is_saved
+            )
         self._timer.switch("closing")
         counts = self._teacher.state_dict()
         result = make_result(

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastprune.distillation.checkpoint import save_student
 from fastprune.distillation.failures import bad_loss_error, naming_memory
 from fastprune.distillation.meters import LossMeter, PhaseTimer, StepLosses
 from fastprune.distillation.step import Batch, Context
 from fastprune.distillation.trainer import distill
 from fastprune.distributed import Ranks
-from fastprune.errors import InvalidValueError, TrainingError, TrainingStopped
+from fastprune.errors import ArtifactError, InvalidValueError, TrainingError, TrainingStopped
+from fastprune.networks import load_weights
 
 NETWORKS = "tests.distillation.networks"
 CPU = torch.device("cpu")
@@ -127,6 +129,37 @@ def test_full_disk_costs_the_checkpoint_and_not_the_run(recipe, monkeypatch, cap
     monkeypatch.delenv("SMALL_SIGNAL")
     assert distill(settings, resume=True).steps == 12
     assert json.loads((settings.run.out / "result.json").read_text())["steps"] == 12
+
+
+@pytest.fixture
+def small_files():
+    """Let no file grow beyond so many bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_without_room_for_the_student_leaves_it_to_the_last_checkpoint(
+    tmp_path, small_files
+):
+    network, path = torch.nn.Linear(100, 100), tmp_path / "student.safetensors"
+    small_files(1000)
+    with pytest.raises(ArtifactError, match=r"student\.safetensors: .*with --resume the last"):
+        save_student(network, path, metadata={}, has_checkpoint=True)
+    assert not path.exists()
+
+
+def test_a_student_without_checkpoint_or_room_is_put_where_there_is_some(tmp_path, monkeypatch):
+    network = torch.nn.Linear(10, 10)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gone = tmp_path / "gone" / "student.safetensors"
+    with pytest.raises(ArtifactError, match=r"No checkpoint .* put into (\S+)\. Move it") as caught:
+        save_student(network, gone, metadata={}, has_checkpoint=False)
+    (kept,) = tmp_path.glob("fastprune-*/student.safetensors")
+    assert str(kept) in str(caught.value)
+    copy = torch.nn.Linear(10, 10)
+    load_weights(copy, kept)
+    assert torch.equal(copy.weight, network.weight)
 
 
 def test_network_without_an_output_for_each_class_is_refused_before_the_first_step(recipe):

@@ -1,4 +1,6 @@
 import json
+import resource
+import threading
 
 from fastprune.distillation.runlog import RunLog
 
@@ -32,3 +34,16 @@ def test_log_that_lost_its_end_is_not_filled_up(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     write(tmp_path, [3], num_bytes=kept, step=2)
     assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 3')
+
+
+def test_disk_that_is_full_from_the_start_ends_the_log_and_not_the_run(tmp_path, caplog):
+    hook = threading.excepthook
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        assert write(tmp_path, [1, 2]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("the log of the run ends here")
+    assert threading.excepthook is hook
