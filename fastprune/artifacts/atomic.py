@@ -111,15 +111,34 @@ def locked(path: str | Path, *, shared: bool = False) -> Iterator[None]:
     held.
 
     Args:
-        path: the lock file, which must exist.
-        shared: True to hold it beside others who share it.
+        path: the lock file; made where it is missing, as in a copy of the other files.
+        shared: True to hold it beside others who share it. Where it is missing and cannot be made,
+            nobody can write either, and nothing is held.
+
+    Raises:
+        OSError: it is missing and cannot be made.
     """
-    file = os.open(path, os.O_RDONLY)
+    try:
+        file = _opened(path)
+    except OSError:
+        if not shared:
+            raise
+        yield
+        return
     try:
         _flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)
+
+
+def _opened(path: str | Path) -> int:
+    """Open a lock file, and make it where it is missing."""
+    try:
+        # First without O_CREAT, which is refused for other people's files in folders like /tmp.
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
 
 
 def try_lock(file: int | IO[bytes] | IO[str]) -> bool:

@@ -78,12 +78,20 @@ def read_header(path: Path) -> dict[str, Any]:
             require_at_least(name, header[name], 1)
         if not isinstance(header["identity"], dict):
             raise TypeError("identity is no object")
+        if "images" in header["identity"]:
+            Fingerprint.from_dict(header["identity"]["images"])
     except FileNotFoundError as error:
         raise ArtifactError(
             f"{path} holds no teacher cache (cache.json is missing). Make one with: "
             "fastprune cache fill, or by training with teacher.cache."
         ) from error
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        # Nothing to remove here: it may be somebody's file, or a folder that others may read.
+        raise ArtifactError(
+            f"{path / 'cache.json'} cannot be read: {error.strerror}. Name the folder of a teacher "
+            "cache that you may read."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{path / 'cache.json'} does not describe a teacher cache ({error!r}). Remove the "
             "folder: it will be filled again."

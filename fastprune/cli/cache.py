@@ -21,6 +21,9 @@ from fastprune.cli.options import (
     teacher_options,
 )
 
+# More is a slip of the keyboard.
+_MOST_SLOTS = 1_000_000
+
 
 @click.group()
 def cache() -> None:
@@ -63,6 +66,7 @@ def fill(
     A run that was killed is continued by the same command. For several devices or machines:
     torchrun ... -m fastprune cache fill ...
     """
+    slots = None if slots_text is None else _parse_slots(slots_text)
     network = checked_teacher(beton, teacher, teacher_factory)
     from fastprune.difficulty.cache import fill_cache
 
@@ -74,7 +78,7 @@ def fill(
         checkpoint=teacher_checkpoint,
         weights=teacher_weights,
         num_classes=teacher_classes,
-        slots=None if slots_text is None else _parse_slots(slots_text),
+        slots=slots,
         **options,
     )
     if os.environ.get("RANK", "0") == "0":
@@ -96,6 +100,8 @@ def _parse_slots(text: str) -> list[int]:
         first, _, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
             raise click.BadParameter(f"{text!r} is no list of slots, such as 0-3,8.")
+        if not int(first) <= int(last or first) < _MOST_SLOTS:
+            raise click.BadParameter(f"{part!r} is no range of slots, such as 0-3.")
         slots.extend(range(int(first), int(last or first) + 1))
     return slots
 
@@ -142,8 +148,11 @@ def info(folder: Path, as_json: bool) -> None:
     click.echo(f"{'stored as':22}{summary['num_classes']:,} x {summary['dtype']}")
     click.echo(f"{'on the disk':22}{summary['disk_bytes'] / 1e6:,.1f} MB")
     for section, entries in summary["identity"].items():
+        if not isinstance(entries, dict):
+            click.echo(f"{section:22}{entries}")
+            continue
         for name, value in entries.items():
-            click.echo(f"{f'{section} {name}'.replace('_', ' '):22}{value}")
+            click.echo(f"{f'{section} {name}'.replace('_', ' '):21} {value}")
 
 
 COMMANDS: tuple[click.Command, ...] = (cache,)

@@ -61,7 +61,8 @@ def fill_cache(
         dtype: of a new cache: "float16" (default), "float32" or "uint8".
         checkpoint: as for `score`.
         weights: as for `score`.
-        num_classes: as for `score`.
+        num_classes: C, logits of the teacher; by default the beton's number of classes, and the
+            teacher's own where the beton has no labels.
         image_size: of the training to come; by default as `score` finds it.
         augment: of the training to come, as for `Loader`.
         mean: as for `score`.
@@ -84,10 +85,24 @@ def fill_cache(
     """
     require_at_least("batch_size", batch_size, 1)
     num_views = recurring_views(cache_path, num_views)
+    slots = range(num_views) if slots is None else slots
+    for slot in slots:
+        if not 0 <= slot < num_views:
+            raise InvalidValueError(
+                f"slot ({slot}) must be in [0, {num_views}), the cache's number of views."
+            )
     beton = open_beton(beton_path)
     rows = rows_of(beton, subset)
-    classes = beton.num_classes if num_classes is None else num_classes
-    made = make_teacher(teacher, num_classes=classes, checkpoint=checkpoint, weights=weights)
+    # Images without labels say nothing of the teacher's classes, which are its own then.
+    known = beton.num_classes if beton.has_labels else None
+    made = make_teacher(
+        teacher, num_classes=num_classes or known, checkpoint=checkpoint, weights=weights
+    )
+    if made.num_classes == 0:
+        raise InvalidValueError(
+            "a teacher cache keeps logits, but the teacher has no classifier that makes some. Say "
+            "how many classes it has (--teacher-classes), or take another."
+        )
     view = choose_view(
         beton,
         made,
@@ -104,7 +119,7 @@ def fill_cache(
         loader = reading.open(rows, ranks)
         with ready_forward(
             made.network,
-            num_classes=classes,
+            num_classes=made.num_classes,
             feature_layer=None,
             image_size=view.image_size,
             device=rank_device,
@@ -116,13 +131,11 @@ def fill_cache(
                 loader,
                 weights_digest=made.identity["weights_digest"],
                 precision=forward.dtype,
-                num_classes=classes,
+                num_classes=made.num_classes,
                 num_views=num_views,
                 dtype=dtype,
             )
-            fill_missing(
-                cache, loader, forward, ranks, slots=range(num_views) if slots is None else slots
-            )
+            fill_missing(cache, loader, forward, ranks, slots=slots)
     return cache
 
 

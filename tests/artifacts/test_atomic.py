@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.artifacts.atomic import atomic_path, exclusive, write_text
+from fastprune.artifacts.atomic import atomic_path, exclusive, locked, write_text
 from fastprune.errors import ArtifactError
 
 
@@ -162,3 +162,12 @@ def test_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch
     with exclusive(tmp_path / ".lock"):
         write_text(tmp_path / "artifact", "text")
     assert (tmp_path / "artifact").read_text() == "text"
+
+
+def test_a_lock_that_is_missing_is_made_or_done_without(tmp_path):
+    with locked(tmp_path / "lock", shared=True):
+        assert (tmp_path / "lock").exists()
+    with locked(tmp_path / "gone" / "lock", shared=True):
+        pass  # where nobody can make it, nobody writes
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "gone" / "lock"):
+        pass

@@ -317,6 +317,22 @@ def test_a_damaged_header_is_refused(cache, text):
         TeacherCache.open(cache.path)
 
 
+def test_a_fingerprint_that_is_none_is_a_damaged_header(cache):
+    header = json.loads((cache.path / "cache.json").read_text())
+    header["identity"]["images"] = "these"
+    (cache.path / "cache.json").write_text(json.dumps(header))
+    with pytest.raises(ArtifactError, match=r"cache\.json does not describe"):
+        TeacherCache.open(cache.path)
+
+
+def test_a_file_is_no_cache_and_nobody_is_asked_to_remove_it(tmp_path):
+    (tmp_path / "scores.parquet").write_bytes(b"")
+    with pytest.raises(
+        ArtifactError, match=r"Not a directory\. Name the folder of a teacher cache"
+    ):
+        TeacherCache.open(tmp_path / "scores.parquet")
+
+
 def test_a_format_to_come_is_refused(cache):
     header = json.loads((cache.path / "cache.json").read_text())
     (cache.path / "cache.json").write_text(json.dumps(header | {"format": 2}))
@@ -486,6 +502,17 @@ def test_a_read_only_cache_is_read(cache):
         assert "Permission denied" in done.stdout
     finally:
         cache.path.chmod(0o755)
+
+
+def test_a_copy_without_the_lock_file_is_read_and_filled(cache):
+    fill(cache, rows=ROWS[:10])
+    (cache.path / "lock").unlink()
+    copy = TeacherCache.open(cache.path)
+    np.testing.assert_array_equal(copy.logits(ROWS[:10], 0), cache.logits(ROWS[:10], 0))
+    (cache.path / "lock").unlink(missing_ok=True)
+    fill(copy, rows=ROWS[10:20])
+    assert not list(copy.check())
+    assert (cache.path / "lock").exists()
 
 
 def test_a_full_disk_is_named_and_what_is_filled_stays(cache):

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 
 from fastprune import TeacherCache
@@ -54,3 +55,21 @@ def test_no_cache_is_one_message_and_exit_code_1(tmp_path):
         assert result.exit_code == 1
         assert result.stderr.startswith("ArtifactError: ")
         assert "holds no teacher cache" in result.stderr
+
+
+@pytest.mark.parametrize("slots", ["2-1", "0-99999999999", "1,x", "-3"])
+def test_slots_that_are_none_are_refused_before_anything_is_opened(tmp_path, slots):
+    result = fastprune(
+        "cache", "fill", "x.beton", tmp_path, "--teacher", "resnet8", "--slots", slots
+    )
+    assert result.exit_code == 2
+    assert "slots, such as 0-3" in result.stderr
+
+
+def test_info_shows_an_identity_of_any_form(tmp_path):
+    identity = {"teacher": "mine", "view": {"a name of more than twenty": 1}}
+    path = make_cache(tmp_path / "cache", identity=identity).path
+    result = fastprune("cache", "info", path)
+    assert result.exit_code == 0, result.output
+    assert "teacher               mine" in result.stdout
+    assert "view a name of more than twenty 1" in result.stdout

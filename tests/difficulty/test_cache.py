@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune import Loader, TeacherCache, open_beton, score
+from fastprune import Loader, TeacherCache, convert, open_beton, score
 from fastprune.artifacts.scores import ScoreTable
 from fastprune.difficulty.cache import fill_cache
 from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
@@ -80,7 +80,23 @@ def test_fill_takes_a_subset_and_slots(beton, tmp_path):
     with pytest.raises(InvalidValueError, match=r"no room for row 0: it was made for other rows"):
         fill_cache(beton, teacher, tmp_path / "cache", **SETTINGS)
     with pytest.raises(InvalidValueError, match=r"slot \(3\) must be in \[0, 3\)"):
-        fill_cache(beton, teacher, tmp_path / "cache", subset=rows, slots=[3], **SETTINGS)
+        fill_cache(beton, teacher, tmp_path / "cache", subset=rows, slots=[1, 3], **SETTINGS)
+    assert teacher.asked == 6  # nor was slot 1 filled before
+
+
+def test_fill_takes_the_teacher_s_own_classes_where_images_have_none(tmp_path):
+    small_beton(tmp_path)
+    beton = tmp_path / "unlabeled.beton"
+    convert(tmp_path / "images", beton, unlabeled=True)
+    teacher = {"network": "resnet8", "num_classes": "5"}
+    save_weights(small_teacher(num_classes=5), tmp_path / "teacher.safetensors", metadata=teacher)
+    checkpoint = tmp_path / "teacher.safetensors"
+    cache = fill_cache(
+        beton, None, tmp_path / "cache", checkpoint=checkpoint, num_views=1, **SETTINGS
+    )
+    assert cache.num_classes == 5
+    with pytest.raises(InvalidValueError, match=r"has no classifier .*--teacher-classes"):
+        fill_cache(beton, small_teacher(), tmp_path / "other", num_views=1, **SETTINGS)
 
 
 def test_fill_fills_the_holes_that_another_run_left(beton, tmp_path):
