@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fastprune.beton.reader import open_beton
 from fastprune.cpus import usable_cpus
 from fastprune.errors import FastpruneError
-from fastprune.service.server import ask_status
+from fastprune.service.status import ask_status
 
 #: Shares of the rows that consumers take at the same time; rows of a smaller one are in a larger.
 CASES: dict[str, tuple[float, ...]] = {

@@ -1,4 +1,4 @@
-"""`fastprune serve`: one process decodes for every trainer of the machine."""
+"""`fastprune serve`: one process decodes for every trainer of the machine, or of others."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,17 @@ import click
 
 from fastprune.cli.options import SIZE
 
+_FILE = click.Path(path_type=Path)
+
 
 @click.command()
 @click.argument("betons", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--listen", metavar="ADDRESS", help="Where trainers find it: unix:PATH.")
+@click.option(
+    "--listen",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Where trainers find it: unix:PATH or grpc+tls://HOST:PORT; several share one memory.",
+)
 @click.option("--memory", type=SIZE, default="1GiB", help="Most memory for decoded views.")
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads; one per CPU.")
 @click.option(
@@ -19,49 +26,63 @@ from fastprune.cli.options import SIZE
     default="auto",
     help="Who waits when trainers drift apart: leaders when decoders are busy, leaders, nobody.",
 )
+@click.option("--tls-cert", type=_FILE, help="The certificate of grpc+tls addresses, PEM.")
+@click.option("--tls-key", type=_FILE, help="Its key, PEM.")
+@click.option("--client-ca", type=_FILE, help="Ask for client certificates of this authority, PEM.")
+@click.option("--token-file", type=_FILE, help="Ask for one of the tokens in it, one in a line.")
+@click.option("--insecure", is_flag=True, help="Serve other machines though anybody may come in.")
 @click.option("--metrics", metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz.")
 @click.option("--status", metavar="ADDRESS", help="Print what a running service does, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def serve(
     betons: tuple[Path, ...],
-    listen: str | None,
+    listen: tuple[str, ...],
     memory: int,
     workers: int | None,
     pace: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    client_ca: Path | None,
+    token_file: Path | None,
+    insecure: bool,
     metrics: str | None,
     status: str | None,
     as_json: bool,
 ) -> None:
-    """Decode the views of BETONS once for every trainer on this machine.
+    """Decode the views of BETONS once for every trainer on this machine, or on others.
 
     Trainers name the address: Loader(service="unix:PATH"), data.service in a recipe, or the
     environment variable FASTPRUNE_SERVICE. SIGTERM ends it; trainers then decode by themselves.
     """
     if status is not None:
-        from fastprune.service.server import ask_status
+        from fastprune.loading.service_address import read_token
+        from fastprune.service.status import ask_status
 
-        found = ask_status(status)
+        found = ask_status(status, token=None if token_file is None else read_token(token_file))
         if as_json:
             click.echo(json.dumps(found, indent=2))
         else:
             _print_status(found)
         return
-    if not betons or listen is None:
+    if not betons or not listen:
         raise click.UsageError("name the betons and where to --listen, or ask for a --status")
 
     import asyncio
 
     from fastprune.beton.reader import open_beton
     from fastprune.cpus import usable_cpus
+    from fastprune.service.locks import Locks
     from fastprune.service.server import Server
 
+    locks = Locks.read(tls_cert, tls_key, client_ca, token_file, insecure=insecure)
     server = Server(
         [open_beton(path.absolute()) for path in betons],
-        listen,
+        *listen,
         memory_bytes=memory,
         num_workers=workers or usable_cpus(),
         pace=pace,
         metrics=metrics,
+        locks=locks,
     )
     asyncio.run(server.run())
     found = server.status()

@@ -24,7 +24,15 @@ from fastprune.recipe import Recipe
 
 # What may change between two parts of a run. Files may lie elsewhere: what they hold is compared.
 _FREE = {
-    "data": {"train", "val", "subset", "num_workers", "backend", "service"},
+    "data": {
+        "train",
+        "val",
+        "subset",
+        "num_workers",
+        "backend",
+        "service",
+        "service_token_file",
+    },
     "teacher": {"checkpoint", "cache", "cache_dtype"},
     "student": {"checkpoint"},
     "run": {

@@ -10,6 +10,7 @@ from fastprune.distillation.compatibility import (
 from fastprune.distillation.step import Context
 from fastprune.loading.crops import CropPolicy
 from fastprune.loading.loader import Loader
+from fastprune.loading.service_address import read_token
 from fastprune.recipe import Recipe
 
 
@@ -62,4 +63,6 @@ def _loader_settings(context: Context) -> dict[str, Any]:
     """What all loaders of a run have in common."""
     names = ("batch_size", "backend", "mean", "std", "num_workers", "service")
     data = context.recipe.data
-    return {"device": context.device} | {name: getattr(data, name) for name in names}
+    token = None if data.service_token_file is None else read_token(data.service_token_file)
+    settings = {"device": context.device, "service_token": token}
+    return settings | {name: getattr(data, name) for name in names}

@@ -62,6 +62,7 @@ def make_engine(
     device: torch.device,
     faults: RowFaults,
     service: str | None = None,
+    service_token: str | None = None,
     mirror: Mirror | None = None,
 ) -> Engine:
     """Start the engine of that name, as a client of a loading service where one is named.
@@ -117,10 +118,18 @@ def make_engine(
     engine = start(chosen, faults)
     if service:
         from fastprune.loading.cpu import CpuEngine
+        from fastprune.loading.service_address import find_credentials, parse_addresses
         from fastprune.loading.service_client import ServiceEngine
 
         assert isinstance(engine, CpuEngine), "choose_service refuses the others"
-        engine = ServiceEngine(service, beton, image_size=image_size, local=engine, faults=faults)
+        engine = ServiceEngine(
+            parse_addresses(service),
+            beton,
+            credentials=find_credentials(service_token),
+            image_size=image_size,
+            local=engine,
+            faults=faults,
+        )
     return engine if mirror is None else FetchingEngine(engine, mirror)
 
 

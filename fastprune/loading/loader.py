@@ -89,6 +89,7 @@ class Loader:
         num_workers: int | None = None,
         distributed: str | tuple[int, int] | None = "auto",
         service: str | None = None,
+        service_token: str | None = None,
         cache: str | Path | None = None,
     ):
         """Open the beton, check the subset against it, and start the engine.
@@ -143,9 +144,12 @@ class Loader:
                 to this rank.
             distributed: "auto" shares the epoch among torch.distributed's ranks when the process
                 group is there; (rank, world) names them; None gives this process all rows.
-            service: address of a loading service (`fastprune serve`, "unix:PATH") to take views
-                from; what it does not give is decoded here, equal to the bit. None for that of the
-                environment variable FASTPRUNE_SERVICE; "" for none.
+            service: address of a loading service (`fastprune serve`, "unix:PATH" or
+                "grpc+tls://HOST:PORT") to take views from, or several with commas between them,
+                which share the rows; what they do not give is decoded here, equal to the bit. None
+                for that of the environment variable FASTPRUNE_SERVICE; "" for none.
+            service_token: what a service on another machine asks for; None for that of
+                FASTPRUNE_SERVICE_TOKEN (docs/service.md).
             cache: for a URL: the folder on a local disk that gets the rows, ahead of the order;
                 processes share it, and later epochs and runs fetch nothing (docs/remote.md).
 
@@ -207,6 +211,7 @@ class Loader:
             device=self.device,
             faults=self._faults,
             service=service,
+            service_token=service_token,
             mirror=mirror,
         )
         if teacher_cache is not None or layout == "xyit":

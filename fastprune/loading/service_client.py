@@ -4,18 +4,19 @@ Order, labels, normalization and faults stay with the loader; a service decodes,
 So whatever becomes of it, no bit of a batch changes: what it cannot give is decoded here.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import sys
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,8 +27,13 @@ from fastprune.errors import InvalidValueError
 from fastprune.loading import service_wire as wire
 from fastprune.loading.cpu import CpuEngine
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
+from fastprune.loading.service_address import Address, Credentials
 from fastprune.loading.service_session import Session
 from fastprune.loading.service_wire import ServiceError
+from fastprune.splitmix import row_keys
+
+if TYPE_CHECKING:
+    from fastprune.loading.service_flight import FlightSession
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +41,35 @@ _BATCHES_AHEAD = 3  # as the CPU engine
 _SECONDS_BETWEEN_TRIES = 5.0
 _MOST_SECONDS_BETWEEN_TRIES = 60.0
 _PROBED_ROWS = 16
+# Rows that lie side by side in the file are one service's; few enough that shares come out even.
+_ROWS_IN_BLOCK = 16
+
+_Session: TypeAlias = "Session | FlightSession"
+
+
+@dataclass(eq=False)
+class _Link:
+    """One of the services, and how things stand with it.
+
+    Attributes:
+        address: where it is.
+        idle: connections between two epochs.
+        is_missed: whether it could not be used when it was tried last.
+        next_try: when it is tried again, in seconds of a steady clock.
+        pause: from that try to the next, in seconds.
+    """
+
+    address: Address
+    idle: list[_Session] = field(default_factory=list)
+    is_missed: bool = False
+    next_try: float = 0.0
+    pause: float = _SECONDS_BETWEEN_TRIES
+
+    @cached_property
+    def seed(self) -> int:
+        """What makes its share of the rows its own."""
+        digest = hashlib.blake2b(str(self.address).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
 
 
 @dataclass
@@ -43,59 +78,73 @@ class _Batch:
 
     rows: NDArray[np.int64]
     pixels: torch.Tensor
-    num_pending: int = 0
+    pending: Counter[_Link] = field(default_factory=Counter)
     reasons: dict[int, str] = field(default_factory=dict)  # by position
 
 
+@dataclass
+class _Asked:
+    """Views of a batch that were asked for together: their positions, and where they arrive."""
+
+    batch: _Batch
+    positions: NDArray[np.int64]
+    images: NDArray[np.uint8]
+
+
 class ServiceEngine:
-    """Takes views from a loading service, or decodes them here; see `engine.Engine`."""
+    """Takes views from loading services, or decodes them here; see `engine.Engine`."""
 
     # A service decodes with the same code, to the same bits: a run may change between the two.
     name = "cpu"
 
     def __init__(
-        self, address: str, beton: Beton, *, image_size: int, local: CpuEngine, faults: RowFaults
+        self,
+        addresses: Sequence[Address],
+        beton: Beton,
+        *,
+        credentials: Credentials,
+        image_size: int,
+        local: CpuEngine,
+        faults: RowFaults,
     ):
-        """Prepare; the service is looked for when the first epoch begins.
+        """Prepare; services are looked for when the first epoch begins.
 
         Args:
-            address: unix:PATH.
+            addresses: of the services, which share the rows.
             beton: the open beton.
+            credentials: what services are shown.
             image_size: S, in pixels.
-            local: decodes what the service does not.
+            local: decodes what no service does.
             faults: what becomes of rows that cannot be decoded.
 
         Raises:
-            InvalidValueError: it is no address.
+            InvalidValueError: a token would be sent in plain text.
         """
-        wire.socket_path(address)
-        self._address = address
+        for address in addresses:
+            credentials.require_safe(address)
+        self._links = [_Link(address) for address in addresses]
         self._beton = beton
+        self._credentials = credentials
         self._image_size = image_size
         self._local = local
         self._faults = faults
         self._file = FileWatch(beton)
-        # Connected, and between two epochs.
-        self._idle: list[Session] = []
         self._num_lost = 0
-        self._is_missed = False
-        self._next_try = 0.0
-        self._seconds_between_tries = _SECONDS_BETWEEN_TRIES
-        weakref.finalize(self, _close_all, self._idle)
+        weakref.finalize(self, _close_all, self._links)
 
     def decode(
         self,
         batches: Sequence[NDArray[np.int64]],
         draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
     ) -> Generator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """See `engine.Engine.decode`; batches that the service does not give are decoded here."""
+        """See `engine.Engine.decode`; batches that no service gives are decoded here."""
         num_done = 0
         while num_done < len(batches):
-            rest, session = batches[num_done:], self._session()
+            rest, sessions = batches[num_done:], self._sessions()
             source = (
-                self._local.decode(rest, draw_views)
-                if session is None
-                else self._remote(session, rest, draw_views)
+                self._remote(sessions, rest, draw_views)
+                if sessions
+                else self._local.decode(rest, draw_views)
             )
             try:
                 for decoded in source:
@@ -104,58 +153,64 @@ class ServiceEngine:
                     parcel = [decoded]
                     del decoded
                     yield parcel.pop()
-                    if session is None and self._is_back():
+                    if not sessions and self._is_back():
                         break
-            except ServiceError as error:
-                self._miss(error)
+            except ServiceError:
+                pass  # said by `_blaming`; the others go on, or we do
             finally:
                 source.close()  # now, not when the garbage collector comes by
 
     def _remote(
         self,
-        session: Session,
+        sessions: dict[_Link, _Session],
         batches: Sequence[NDArray[np.int64]],
         draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
     ) -> Generator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """Take batches from a service, a few ahead of the caller.
+        """Take batches from services, a few ahead of the caller.
 
         Raises:
-            ServiceError: the service was lost.
+            ServiceError: a service was lost.
         """
         waiting: deque[_Batch] = deque()
-        asks: dict[int, tuple[_Batch, int]] = {}  # by number: the batch, the first row's position
+        asks: dict[tuple[_Link, int], _Asked] = {}
         is_finished = False
         try:
             # Whoever draws the same views of a few rows draws the same of all.
             probed = draw_views(np.arange(_PROBED_ROWS) % self._beton.num_rows)
             stream = hashlib.blake2b(probed.tobytes(), digest_size=16).digest()
             times = np.bincount(np.concatenate(batches))
-            session.announce(stream, np.flatnonzero(times), int(times[times > 0].min()))
+            wanted = np.flatnonzero(times)
+            for link, part in _shares(wanted, list(sessions)).items():
+                with self._blaming(link):
+                    sessions[link].announce(stream, wanted[part], int(times[times > 0].min()))
             for rows in batches:
                 finished = []
                 if len(waiting) > _BATCHES_AHEAD:
-                    finished.append(self._finished(session, asks, waiting.popleft()))
+                    finished.append(self._finished(sessions, asks, waiting.popleft()))
                 # Asked for before the caller goes to work on the batch that is there.
                 self._file.check()
-                waiting.append(self._start(session, asks, rows, draw_views(rows)))
+                waiting.append(self._start(sessions, asks, rows, draw_views(rows)))
                 if finished:
                     yield finished.pop()
             while waiting:
-                finished = [self._finished(session, asks, waiting.popleft())]
-                session.flush()
+                finished = [self._finished(sessions, asks, waiting.popleft())]
+                for link, session in sessions.items():
+                    with self._blaming(link):
+                        session.flush()
                 yield finished.pop()
             is_finished = True
         finally:
-            # Left in the middle, the service is to forget what is on its way.
-            if is_finished:
-                self._idle.append(session)
-            else:
-                session.close()
+            for link, session in sessions.items():
+                # Left in the middle, a service is to forget what is on its way.
+                if is_finished:
+                    link.idle.append(session)
+                else:
+                    session.close()
 
     def _start(
         self,
-        session: Session,
-        asks: dict[int, tuple[_Batch, int]],
+        sessions: dict[_Link, _Session],
+        asks: dict[tuple[_Link, int], _Asked],
         rows: NDArray[np.int64],
         views: NDArray[np.int32],
     ) -> _Batch:
@@ -163,74 +218,106 @@ class ServiceEngine:
         wanted = np.empty(len(rows), wire.WANTED)
         wanted["row"], wanted["view"] = rows, views
         batch = _Batch(rows, self._local.new_pixels(len(rows)))
-        for start in range(0, len(rows), wire.MOST_WANTED):
-            part = slice(start, start + wire.MOST_WANTED)
-            asks[session.ask(wanted[part], batch.pixels.numpy()[part])] = batch, start
-            batch.num_pending += 1
+        pixels = batch.pixels.numpy()
+        for link, share in _shares(rows, list(sessions)).items():
+            session = sessions[link]
+            for start in range(0, len(share), session.most_wanted):
+                at = share[start : start + session.most_wanted]
+                if at[-1] - at[0] == len(at) - 1:
+                    images = pixels[at[0] : at[-1] + 1]
+                else:
+                    images = np.empty((len(at), *pixels.shape[1:]), np.uint8)
+                with self._blaming(link):
+                    asks[link, session.ask(wanted[at], images)] = _Asked(batch, at, images)
+                batch.pending[link] += 1
         return batch
 
     def _finished(
-        self, session: Session, asks: dict[int, tuple[_Batch, int]], batch: _Batch
+        self,
+        sessions: dict[_Link, _Session],
+        asks: dict[tuple[_Link, int], _Asked],
+        batch: _Batch,
     ) -> tuple[torch.Tensor, NDArray[np.int64]]:
         """Wait for a batch, and leave out the rows that cannot be used."""
-        while batch.num_pending:
-            number, reasons = session.wait()
-            other, start = asks.pop(number)
-            other.num_pending -= 1
-            other.reasons.update({start + i: reason for i, reason in reasons.items()})
+        while +batch.pending:
+            link = next(iter(+batch.pending))
+            with self._blaming(link):
+                number, reasons = sessions[link].wait()
+            asked = asks.pop((link, number))
+            asked.batch.pending[link] -= 1
+            if asked.images.base is None:  # gathered from several places of the batch
+                asked.batch.pixels.numpy()[asked.positions] = asked.images
+            asked.batch.reasons.update({int(asked.positions[i]): r for i, r in reasons.items()})
         for i in np.flatnonzero(self._faults.altered(batch.rows)).tolist():
             batch.reasons.setdefault(i, ALTERED)
         return self._faults.without_failed(batch.pixels, batch.rows, batch.reasons)
 
-    def _session(self) -> Session | None:
+    def _sessions(self) -> dict[_Link, _Session]:
+        """A session of each service that can be used, for one epoch."""
+        found = {link: self._session(link) for link in self._links}
+        return {link: session for link, session in found.items() if session is not None}
+
+    def _session(self, link: _Link) -> "_Session | None":
         """A session for one epoch; None while the service cannot be used."""
-        while self._idle:
-            session = self._idle.pop()
+        while link.idle:
+            session = link.idle.pop()
             # A forked process must not speak on its parent's connection.
             if session.pid == os.getpid() and session.is_alive():
                 return session
             session.close()
-        if time.monotonic() < self._next_try:
+        if time.monotonic() < link.next_try:
             return None
         try:
-            session = Session(
-                self._address,
-                self._hello,
-                image_size=self._image_size,
-                num_rows=self._beton.num_rows,
-            )
+            session = self._connected(link.address)
         except (ServiceError, InvalidValueError) as error:
-            self._next_try = time.monotonic() + self._seconds_between_tries
-            self._seconds_between_tries = min(
-                2 * self._seconds_between_tries, _MOST_SECONDS_BETWEEN_TRIES
-            )
-            self._miss(error)
+            link.next_try = time.monotonic() + link.pause
+            link.pause = min(2 * link.pause, _MOST_SECONDS_BETWEEN_TRIES)
+            self._miss(link, error)
             return None
-        self._next_try, self._seconds_between_tries = 0.0, _SECONDS_BETWEEN_TRIES
-        word = "is back" if self._is_missed else "decodes"
-        _LOG.info("%s: the loading service at %s %s", self._beton.path, self._address, word)
-        self._is_missed = False
+        link.next_try, link.pause = 0.0, _SECONDS_BETWEEN_TRIES
+        word = "is back" if link.is_missed else "decodes"
+        _LOG.info("%s: the loading service at %s %s", self._beton.path, link.address, word)
+        link.is_missed = False
         return session
 
-    def _is_back(self) -> bool:
-        """Whether the service can be used again; looked at now and then."""
-        session = self._session()
-        if session is not None:
-            self._idle.append(session)
-        return session is not None
+    def _connected(self, address: Address) -> _Session:
+        sizes = {"image_size": self._image_size, "num_rows": self._beton.num_rows}
+        if address.scheme == "unix":
+            return Session(str(address), self._hello, **sizes)
+        from fastprune.loading.service_flight import FlightSession  # gRPC takes time to load
 
-    def _miss(self, error: Exception) -> None:
-        """Say once that the service cannot be used."""
-        if not self._is_missed:
+        return FlightSession(address, self._hello, credentials=self._credentials, **sizes)
+
+    def _is_back(self) -> bool:
+        """Whether a service can be used again; looked at now and then."""
+        sessions = self._sessions()
+        for link, session in sessions.items():
+            link.idle.append(session)
+        return bool(sessions)
+
+    @contextlib.contextmanager
+    def _blaming(self, link: _Link) -> Iterator[None]:
+        """Say which service was lost."""
+        try:
+            yield
+        except ServiceError as error:
+            self._miss(link, error)
+            raise
+
+    def _miss(self, link: _Link, error: Exception) -> None:
+        """Say once that a service cannot be used."""
+        if not link.is_missed:
             self._num_lost += 1
             _LOG.warning(
-                "%s: the loading service at %s cannot be used: %s. Batches are decoded here, equal "
-                "to the bit, until it can.",
+                "%s: the loading service at %s cannot be used: %s. %s, until it can.",
                 self._beton.path,
-                self._address,
+                link.address,
                 str(error).rstrip("."),
+                "Batches are decoded here, equal to the bit"
+                if len(self._links) == 1
+                else "The others decode its share, or we do, equal to the bit",
             )
-        self._is_missed = True
+        link.is_missed = True
 
     @property
     def _hello(self) -> dict[str, Any]:
@@ -253,6 +340,22 @@ class ServiceEngine:
         return wire.images_digest(self._beton)
 
 
-def _close_all(sessions: list[Session]) -> None:
-    for session in sessions:
-        session.close()
+def _shares(rows: NDArray[np.int64], links: Sequence[_Link]) -> dict[_Link, NDArray[np.int64]]:
+    """Positions of rows (n,), by the service that decodes them.
+
+    Rendezvous hashing: a block of rows is the service's whose hash with it is the largest. All
+    trainers choose alike, whatever the order of their addresses, and when a service is lost, its
+    blocks alone move.
+    """
+    if len(links) == 1:
+        return {links[0]: np.arange(len(rows))}
+    hashes = np.stack([row_keys(link.seed, rows // _ROWS_IN_BLOCK) for link in links])
+    owners = hashes.argmax(axis=0)
+    shares = {link: np.flatnonzero(owners == i) for i, link in enumerate(links)}
+    return {link: share for link, share in shares.items() if len(share)}
+
+
+def _close_all(links: list[_Link]) -> None:
+    for link in links:
+        for session in link.idle:
+            session.close()

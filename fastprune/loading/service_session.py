@@ -29,6 +29,7 @@ class Session:
             ServiceRefusedError: the service does not serve these images.
         """
         self.pid = os.getpid()
+        self.most_wanted = wire.MOST_WANTED
         self._shape = (image_size, image_size, 3)
         self._num_rows = num_rows
         self._numbers = count()
@@ -52,10 +53,7 @@ class Session:
             rows: that will be asked for.
             views_per_row: how often.
         """
-        is_wanted = np.zeros(self._num_rows, np.bool_)
-        is_wanted[rows] = True
-        head = wire.EPOCH_HEAD.pack(stream, views_per_row)
-        self._send(wire.frame(Kind.EPOCH, head, np.packbits(is_wanted).tobytes()))
+        self._send(wire.epoch_frame(stream, rows, views_per_row, self._num_rows))
 
     def ask(self, wanted: NDArray[np.void], images: NDArray[np.uint8]) -> int:
         """Ask for views.
@@ -144,11 +142,7 @@ class Session:
         """Copy views out of the slab; whether they are what was announced, and the reasons."""
         end = len(images) * wire.PLACE.itemsize
         places = np.frombuffer(places_and_reasons[:end].ljust(end, b"\xff"), wire.PLACE)
-        text = places_and_reasons[end:]
-        found = {
-            str(i): str(reason) for i, reason in (wire.read_json(text) if text else {}).items()
-        }
-        reasons = {i: found[str(i)] for i in range(len(images)) if str(i) in found}
+        reasons = wire.read_reasons(places_and_reasons[end:], len(images))
         is_there = places["offset"] != wire.NOWHERE
         there, num_bytes = np.flatnonzero(is_there), images[0].size
         last_place = len(self._slab) - wire.GUARD_BYTES - num_bytes

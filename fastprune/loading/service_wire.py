@@ -20,6 +20,10 @@ Views lie in the slab, a file in memory that the server alone can write. The eig
 start of a place are its generation. A client copies a view and then compares the generation with
 the one in VIEWS: if the server gave the place to another view meanwhile, because the client had
 been silent for too long, the copy is thrown away and the view asked for again.
+
+Between machines the same frames travel as the metadata of messages of Arrow Flight (DoExchange),
+HELLO as its descriptor. VIEWS has no places there: the message's one column holds the pixels of all
+views asked for. Nothing is taken from a slab, so there is no TAKEN; STATUS is an action.
 """
 
 import hashlib
@@ -32,6 +36,8 @@ from typing import Any
 
 import numpy as np
 import PIL
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from fastprune import __version__
 from fastprune.beton.reader import Beton
@@ -56,6 +62,7 @@ GUARD_BYTES = 64
 #: Views in one ASK at most: enough to occupy all threads, few enough for views to flow.
 MOST_WANTED = 64
 MOST_REASON_CHARACTERS = 200
+_MOST_MESSAGE_BYTES = 16 << 20
 _MOST_JSON_BYTES = 64 << 10
 
 
@@ -113,6 +120,20 @@ def json_frame(kind: Kind, fields: dict[str, Any]) -> bytes:
     return frame(kind, json.dumps(fields).encode())
 
 
+def split(data: bytes, kinds: tuple[Kind, ...], num_rows: int = 0) -> tuple[Kind, bytes]:
+    """Kind and payload of a whole frame, if it is of these kinds.
+
+    Raises:
+        ServiceError: it is not, or its length is wrong.
+    """
+    if len(data) < HEADER.size:
+        raise ServiceError(f"a frame of {len(data)} bytes is not understood")
+    kind, length = HEADER.unpack_from(data)
+    if kind not in kinds or not length == len(data) - HEADER.size <= most_bytes(kind, num_rows):
+        raise ServiceError(f"a frame of kind {kind} and {length:,} bytes is not understood")
+    return Kind(kind), data[HEADER.size :]
+
+
 def read_json(payload: bytes) -> dict[str, Any]:
     """The fields of a JSON payload.
 
@@ -129,6 +150,34 @@ def read_json(payload: bytes) -> dict[str, Any]:
     return fields
 
 
+def epoch_frame(stream: bytes, rows: NDArray[np.int64], views_per_row: int, num_rows: int) -> bytes:
+    """The frame that begins an epoch; see `service_session.Session.announce`."""
+    is_wanted = np.zeros(num_rows, np.bool_)
+    is_wanted[rows] = True
+    head = EPOCH_HEAD.pack(stream, views_per_row)
+    return frame(Kind.EPOCH, head, np.packbits(is_wanted).tobytes())
+
+
+def read_reasons(text: bytes, num_views: int) -> dict[int, str]:
+    """Why views cannot be decoded, by position in [0, num_views), of a JSON object.
+
+    Raises:
+        ServiceError: it is none.
+    """
+    found = {str(i): str(reason) for i, reason in (read_json(text) if text else {}).items()}
+    return {i: found[str(i)] for i in range(num_views) if str(i) in found}
+
+
+def most_in_message(image_size: int) -> int:
+    """Views in one message of Flight at most; large ones come in smaller numbers."""
+    return max(1, min(MOST_WANTED, _MOST_MESSAGE_BYTES // (3 * image_size**2)))
+
+
+def views_schema(view_bytes: int) -> Any:
+    """The Arrow schema of a message with views."""
+    return pa.schema([pa.field("view", pa.binary(view_bytes), nullable=False)])
+
+
 def socket_path(address: str) -> str:
     """The path in an address of the form unix:PATH.
 
@@ -138,8 +187,8 @@ def socket_path(address: str) -> str:
     scheme, separator, path = address.partition(":")
     if scheme != "unix" or not separator or not path:
         raise InvalidValueError(
-            f"{address!r} is no address of a loading service. Write unix:PATH, such as "
-            "unix:/run/fastprune.sock."
+            f"{address!r} is no address of a loading service on this machine. Write unix:PATH, "
+            "such as unix:/run/fastprune.sock."
         )
     if len(path.encode()) > 107:  # sun_path holds 108 bytes with the final zero
         raise InvalidValueError(

@@ -76,8 +76,10 @@ class DataSettings(_Section):
         mean: per channel, of pixel values in [0, 1]; for normalization.
         std: as mean.
         num_workers: decoding threads; None for as many as the process may use.
-        service: address of a loading service to take views from; None for that of the environment
-            variable FASTPRUNE_SERVICE, if there is one.
+        service: address of a loading service to take views from, or several with commas between
+            them; None for that of the environment variable FASTPRUNE_SERVICE, if there is one.
+        service_token_file: a file with the token that the service asks for; None for that of
+            FASTPRUNE_SERVICE_TOKEN. The token itself is nowhere in a recipe, nor in a run's folder.
         seed: of the order, the views and what is skipped; None for `run.seed`. Runs that share it
             share every view, and vary less among each other than runs do.
     """
@@ -98,6 +100,7 @@ class DataSettings(_Section):
     std: Deviations = (0.229, 0.224, 0.225)
     num_workers: Count | None = None
     service: str | None = None
+    service_token_file: _File | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fastprune.beton.reader import Beton
 from fastprune.loading.cpu import stored_images
 from fastprune.loading.decoding import RowDecoder
+from fastprune.loading.faults import ALTERED, RowFaults
 from fastprune.loading.service_wire import GUARD_BYTES, MOST_REASON_CHARACTERS, WANTED
 from fastprune.service.window import Task
 
@@ -23,6 +24,7 @@ class Decoders:
         slab: NDArray[np.uint8],
         *,
         num_threads: int,
+        verifies: bool,
         done: Callable[[Task, dict[int, str]], None],
     ):
         """Start the threads.
@@ -31,11 +33,15 @@ class Decoders:
             betons: `Images.index` is a position in it.
             slab: (num_bytes,) uint8, writable.
             num_threads: how many decode.
+            verifies: compare each row with its checksum the first time.
             done: called in one of the threads, with a task and its faults by position.
         """
         self._betons = betons
         self._slab = slab
         self._done = done
+        self._faults = [
+            RowFaults(beton, skip=True, verify_crc=None if verifies else False) for beton in betons
+        ]
         self._decoders: dict[int, RowDecoder] = {}
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads = [
@@ -71,9 +77,13 @@ class Decoders:
         decoder = self._decoders.setdefault(size, RowDecoder(size))
         wanted = np.frombuffer(b"".join(entry.key for entry in task.entries), WANTED)
         starts = np.array([entry.offset for entry in task.entries]) + GUARD_BYTES
-        return decoder.decode_into(
-            stored_images(self._betons[task.images.index], wanted["row"]),
+        index = task.images.index
+        reasons = decoder.decode_into(
+            stored_images(self._betons[index], wanted["row"]),
             np.ascontiguousarray(wanted["view"]),
             self._slab,
             starts,
         ).faults
+        for i in np.flatnonzero(self._faults[index].altered(wanted["row"])).tolist():
+            reasons.setdefault(i, ALTERED)
+        return reasons

@@ -1,20 +1,158 @@
-"""The Unix socket of a service: for its owner alone, and with a descriptor in its first frame."""
+"""The Unix socket of a service: for its owner alone, and with a descriptor in its first frame.
+
+Every conversation is one coroutine: it reads a frame and hands it to the desk.
+"""
 
 import asyncio
 import contextlib
+import json
+import logging
 import os
 import socket
 import stat
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from fastprune.errors import InvalidValueError
 from fastprune.loading import service_wire as wire
 from fastprune.loading.service_wire import Kind, ServiceError, ServiceRefusedError
+from fastprune.service.demand import Ask
+from fastprune.service.desk import Desk
 from fastprune.service.slab import Slab
 
+_LOG = logging.getLogger(__name__)
+
 _PEER = struct.Struct("3i")  # pid, uid, gid; see unix(7)
+_HELLO_SECONDS = 10.0
+_MOST_CONNECTIONS = 1024
+# A client that asks and never reads: its answers are small, but not for nothing.
+_MOST_UNREAD_BYTES = 4 << 20
+
+
+class UnixDoor:
+    """Lets clients of this machine in; see `server.Door`."""
+
+    def __init__(self, path: Path, desk: Desk):
+        """Prepare to listen at a path."""
+        self.address = f"unix:{path}"
+        self._path = path
+        self._desk = desk
+        self._talks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Listen.
+
+        Raises:
+            InvalidValueError: another service listens there.
+        """
+        listening = listening_socket(self._path)
+        self._server = await asyncio.start_unix_server(self._accept, sock=listening)
+
+    def stop_listening(self) -> None:
+        """Let nobody in any more, so that whoever comes finds the next server."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._path.unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        """End all conversations."""
+        self.stop_listening()
+        talks = list(self._talks)
+        for task in talks:
+            task.cancel()
+        await asyncio.gather(*talks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Talk with whoever connected, until one of both ends it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._talks.add(task)
+        try:
+            await self._talk(reader, writer)
+        except ServiceError as error:
+            _LOG.info("a client was refused: %s", error)
+            writer.write(wire.json_frame(Kind.REFUSED, {"reason": str(error)}))
+        except (OSError, EOFError, TimeoutError, asyncio.CancelledError):
+            pass  # it left, or the server ends
+        finally:
+            self._talks.discard(task)
+            writer.close()
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await writer.wait_closed()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Greet a client, then have done what it says.
+
+        Raises:
+            ServiceError: it says what cannot be done; it alone is to end.
+        """
+        connection, desk = writer.get_extra_info("socket"), self._desk
+        require_own_user(connection)
+        if len(self._talks) > _MOST_CONNECTIONS:
+            raise ServiceRefusedError(f"{_MOST_CONNECTIONS} clients are connected already")
+        async with asyncio.timeout(_HELLO_SECONDS):
+            kind, payload = await read_frame(reader, (Kind.HELLO, Kind.STATUS))
+        if kind == Kind.STATUS:
+            writer.write(wire.json_frame(Kind.STATUS, desk.status()))
+            await writer.drain()
+            return
+        pid, uid, _ = peer(connection)
+        whence = f"pid {pid}, uid {uid}"
+        client = desk.admit(wire.read_json(payload), whence, UnixPeer(writer))
+        try:
+            send_welcome(writer, desk.slab)
+            while True:
+                kinds = (Kind.EPOCH, Kind.ASK, Kind.TAKEN)
+                kind, payload = await read_frame(reader, kinds, client.images.num_rows)
+                desk.obey(client, kind, payload)
+        finally:
+            desk.leave(client)
+
+
+class UnixPeer:
+    """The other end of a conversation; see `desk.Peer`."""
+
+    def __init__(self, writer: asyncio.StreamWriter):
+        self._writer = writer
+        self._transport = cast("asyncio.Transport", writer.transport)
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether the kernel has everything."""
+        return self._transport.get_write_buffer_size() == 0
+
+    def send_views(self, ask: Ask) -> None:
+        """Send where the views lie."""
+        self._writer.write(_views(ask))
+        if self._transport.get_write_buffer_size() > _MOST_UNREAD_BYTES:
+            self._transport.abort()  # its conversation ends, and frees what it held
+
+    def send_alive(self) -> None:
+        """Send a frame that says nothing else."""
+        self._writer.write(wire.frame(Kind.ALIVE))
+
+    def refuse(self, reason: str) -> None:
+        """Send why, and close."""
+        self._writer.write(wire.json_frame(Kind.REFUSED, {"reason": reason}))
+        self._writer.close()
+
+    def pause(self) -> None:
+        """Read no more."""
+        self._transport.pause_reading()
+
+
+def _views(ask: Ask) -> bytes:
+    """The frame that answers an ask."""
+    places = np.full(ask.num_views, 0, wire.PLACE)
+    places["offset"] = [wire.NOWHERE if e is None else e.offset for e in ask.entries]
+    places["generation"] = [0 if e is None else e.generation for e in ask.entries]
+    reasons = json.dumps(ask.reasons).encode() if ask.reasons else b""
+    return wire.frame(Kind.VIEWS, wire.NUMBER.pack(ask.number), places.tobytes(), reasons)
 
 
 def listening_socket(path: Path) -> socket.socket:

@@ -1,6 +1,7 @@
 """A beton with a manifest, and services of it: in a thread, and in a process to kill."""
 
 import asyncio
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,17 +29,25 @@ def beton(tmp_path_factory) -> Path:
 
 
 class ServiceThread:
-    """A server in a thread, whose window a test may look into."""
+    """A server in a thread, whose window a test may look into.
 
-    def __init__(self, betons, path, **settings):
+    `address` is the one on this machine, `remote` the first beside it.
+    """
+
+    def __init__(self, betons, path, *, beside=(), **settings):
         self.address = f"unix:{path}"
         defaults = {"memory_bytes": 64 << 20, "num_workers": 2}
         self.server = Server(
-            [open_beton(beton) for beton in betons], self.address, **{**defaults, **settings}
+            [open_beton(beton) for beton in betons],
+            self.address,
+            *beside,
+            **{**defaults, **settings},
         )
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
         self._thread.start()
-        wait_for(path.exists)
+        doors = self.server.doors
+        wait_for(lambda: path.exists() and not any(d.address.endswith(":0") for d in doors))
+        self.remote = doors[-1].address
 
     async def _serve(self):
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -71,13 +80,15 @@ def serve_process(tmp_path):
     """A function that starts `fastprune serve`."""
     started = []
 
-    def start(*betons, name="service.sock", options=()):
+    def start(*betons, name="service.sock", port=None, options=()):
         path = tmp_path / name
+        if port is not None:
+            options = ["--listen", f"grpc://127.0.0.1:{port}", *options]
         command = [sys.executable, "-m", "fastprune", "serve", *map(str, betons), "--listen"]
         command += [f"unix:{path}", "--memory", "64MiB", "--workers", "2", *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started.append(process)
-        wait_for(lambda: listens(path) or process.poll() is not None)
+        wait_for(lambda: listens(path, port) or process.poll() is not None)
         assert process.poll() is None, process.stderr.read()
         return process
 
@@ -87,10 +98,41 @@ def serve_process(tmp_path):
         process.communicate()
 
 
-def listens(path):
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory) -> Path:
+    """A folder with authorities ca.pem and other-ca.pem, and with server.pem and client.pem."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command to make certificates")
+    folder = tmp_path_factory.mktemp("certificates")
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    make += ["-nodes", "-days", "2"]
+    for name, authority in {
+        "ca": None,
+        "other-ca": None,
+        "server": "ca",
+        "client": "ca",
+        "stranger": "other-ca",
+    }.items():
+        command = [*make, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}"]
+        if authority is not None:
+            command += ["-CA", f"{authority}.pem", "-CAkey", f"{authority}.key"]
+            command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def listens(path, port=None):
     """Whether a server accepts connections, rather than left its socket behind."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+    with socket.socket(socket.AF_UNIX) as probe, socket.socket() as remote:
+        return probe.connect_ex(str(path)) == 0 and (
+            port is None or remote.connect_ex(("127.0.0.1", port)) == 0
+        )
+
+
+def free_port():
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def wait_for(condition, seconds=60.0):

@@ -39,7 +39,7 @@ def assert_equal(batches, others):
 def no_fallback(monkeypatch):
     """Decoding in the client fails the test."""
 
-    def refuse(engine, error):
+    def refuse(engine, link, error):
         raise AssertionError(f"the service was not used: {error}")
 
     monkeypatch.setattr(service_client.ServiceEngine, "_miss", refuse)
@@ -146,7 +146,7 @@ def test_an_iterator_that_is_left_frees_what_it_held(beton, serve, no_fallback):
     for _ in range(5):
         next(iter(loader))
     wait_for(lambda: not service.server.status()["clients"])
-    entries = service.server._window._places.entries.values()
+    entries = service.server.desk.window._places.entries.values()
     assert not any(entry.num_lent for entry in entries)
 
 

@@ -204,11 +204,11 @@ def test_a_client_that_is_killed_frees_what_it_held(beton, serve):
     service = serve(beton, pace="together")
     trainer = start_trainer(beton, service.address, seconds=60)
     trainer.stdout.readline()
-    assert any(client.num_lent for client in service.server._window.clients)
+    assert any(client.num_lent for client in service.server.desk.window.clients)
     trainer.kill()
     trainer.communicate()
     wait_for(lambda: not status(service.address)["clients"])
-    assert not any(entry.num_lent for entry in service.server._window._places.entries.values())
+    assert not any(entry.num_lent for entry in service.server.desk.window._places.entries.values())
     assert_serves(beton, service.address)
 
 
@@ -222,7 +222,7 @@ def test_a_client_that_stood_still_gets_the_right_bits_though_its_views_were_dis
     trainer = start_trainer(beton, service.address, seconds=0.01)
     trainer.stdout.readline()
     os.kill(trainer.pid, signal.SIGSTOP)
-    entries = service.server._window._places.entries.values()
+    entries = service.server.desk.window._places.entries.values()
     lent = {entry.offset: entry.generation for entry in entries if entry.num_lent}
     assert lent
     wait_for(lambda: status(service.address)["detached"] == 1)
@@ -232,7 +232,7 @@ def test_a_client_that_stood_still_gets_the_right_bits_though_its_views_were_dis
         assert_equal(
             make_loader(beton, service.address, **settings), make_loader(beton, "", **settings)
         )
-    slab = service.server._slab
+    slab = service.server.desk.slab
     assert any(slab.generation(offset) != generation for offset, generation in lent.items())
     os.kill(trainer.pid, signal.SIGCONT)
     assert trainer.communicate()[0].split("\n")[-2] == expected

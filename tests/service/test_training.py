@@ -8,16 +8,17 @@ from safetensors.numpy import load_file
 
 from fastprune.distillation.trainer import distill
 from fastprune.recipe import make_recipe
+from fastprune.service.locks import Locks
 
 
-def train(beton, out, *, service=None, seed=0, data_seed=None, epochs=2, pruning=None):
+def train(beton, out, *, service=None, seed=0, data_seed=None, epochs=2, pruning=None, **more):
     """Weights of a small student after a few epochs."""
     data = {"train": beton, "val": beton, "image_size": 32, "batch_size": 40, "num_workers": 1}
     return load_file(
         distill(
             make_recipe(
                 {
-                    "data": data | {"service": service, "seed": data_seed},
+                    "data": data | {"service": service, "seed": data_seed} | more,
                     "student": {"network": "resnet8"},
                     "schedule": {"epochs": epochs, "learning_rate": 0.05},
                     **({"pruning": pruning} if pruning else {}),
@@ -74,3 +75,23 @@ def test_a_server_killed_at_any_moment_changes_no_weight(beton, serve_process, t
         remote = train(beton, tmp_path / str(number), service=f"unix:{tmp_path}/service.sock")
         killer.join()
         assert are_equal(local, remote)
+
+
+def test_a_student_that_a_service_elsewhere_feeds_is_the_same_and_its_token_is_nowhere(
+    beton, serve, certificates, tmp_path, monkeypatch
+):
+    token = "0123456789abcdef" * 2
+    (tmp_path / "token").write_text(f"{token}\n")
+    monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "ca.pem"))
+    locks = Locks.read(
+        certificates / "server.pem", certificates / "server.key", None, tmp_path / "token"
+    )
+    service = serve(beton, beside=["grpc+tls://127.0.0.1:0"], locks=locks)
+    settings = {"epochs": 6, "pruning": {"rule": "infobatch", "skip_probability": 0.7}}
+    local = train(beton, tmp_path / "local", service="", **settings)
+    settings |= {"service_token_file": tmp_path / "token"}
+    remote = train(beton, tmp_path / "remote", service=service.remote, **settings)
+    assert are_equal(local, remote)
+    assert 6 * 120 < service.server.status()["views_served"] < 12 * 120
+    for path in (tmp_path / "remote").rglob("*"):
+        assert path.is_dir() or token.encode() not in path.read_bytes()

@@ -1,0 +1,279 @@
+"""The service over Arrow Flight: the same bits, and only for those who may have them."""
+
+import asyncio
+import logging
+import time
+
+import pytest
+
+from fastprune.beton.reader import open_beton
+from fastprune.errors import InvalidValueError
+from fastprune.loading.service_address import Address, Credentials, parse_address, parse_addresses
+from fastprune.service.flight import FlightPeer
+from fastprune.service.locks import Locks
+from fastprune.service.server import Server
+from fastprune.service.status import ask_status
+from tests.service.conftest import NUM_ROWS
+from tests.service.test_bits import SUBSET, assert_equal, make_loader, no_fallback  # noqa: F401
+
+TOKEN = "0123456789abcdef" * 2
+LOOPBACK = ("grpc://127.0.0.1:0",)
+TLS = ("grpc+tls://127.0.0.1:0",)
+
+
+@pytest.fixture
+def locks(certificates):
+    """A function that makes the locks of a server with a certificate."""
+
+    def make(**settings):
+        files = [certificates / "server.pem", certificates / "server.key"]
+        return Locks(*[path.read_bytes() for path in files], **settings)
+
+    return make
+
+
+@pytest.fixture
+def trusting(certificates, monkeypatch):
+    """Clients believe the servers' authority."""
+    monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "ca.pem"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"order": "pages", "open_pages": 2},
+        {"tail": "exact", "batch_size": 7},
+        {"tail": "pad", "batch_size": 70},
+        {"layout": "two_view"},
+        {"distributed": (0, 2), "tail": "pad"},
+        {"distributed": (1, 2), "tail": "pad"},
+        {"train": False, "augment": None, "image_size": 96},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("no_fallback")
+def test_batches_equal_a_local_loaders(beton, serve, settings):
+    service = serve(beton, beside=LOOPBACK)
+    local = make_loader(beton, "", SUBSET, **settings)
+    remote = make_loader(beton, service.remote, SUBSET, **settings)
+    for _ in range(2):
+        assert_equal(remote, local)
+    assert service.server.status()["views_decoded"] > 0
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_views_that_are_large_come_in_smaller_messages(beton, serve):
+    service = serve(beton, beside=LOOPBACK, memory_bytes=128 << 20)
+    settings = {"image_size": 600, "batch_size": 20}
+    assert_equal(
+        make_loader(beton, service.remote, SUBSET[:20], **settings),
+        make_loader(beton, "", SUBSET[:20], **settings),
+    )
+
+
+@pytest.mark.usefixtures("no_fallback", "trusting")
+def test_an_epoch_is_resumed_with_another_transport(beton, serve, locks):
+    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+    whole, state, given = list(make_loader(beton, "")), None, []
+    for where in ("", service.address, service.remote, ""):
+        loader = make_loader(beton, where, service_token=TOKEN)
+        if state is not None:
+            loader.load_state_dict(state)
+        batches = iter(loader)
+        given += [next(batches)]
+        state = loader.state_dict()
+        batches.close()
+    assert_equal(given, whole[:4])
+    assert TOKEN not in str(state)
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_trainers_of_both_transports_share_every_view(beton, serve):
+    service = serve(beton, beside=LOOPBACK, pace="together")
+    loaders = [make_loader(beton, a, tail="exact") for a in (service.address, service.remote)]
+    for one, other in zip(*loaders, strict=True):
+        assert_equal([one], [other])
+    status = service.server.status()
+    assert status["views_decoded"] == NUM_ROWS
+    assert status["views_served"] == 2 * NUM_ROWS
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_a_small_memory_changes_no_bit(beton, serve):
+    service = serve(beton, beside=LOOPBACK, memory_bytes=16 << 20)
+    loaders = [make_loader(beton, where, image_size=160) for where in ("", service.remote)]
+    assert_equal(*loaders)
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_views_that_were_displaced_before_they_were_sent_are_decoded_again(
+    beton, serve, monkeypatch
+):
+    service = serve(beton, beside=LOOPBACK, memory_bytes=16 << 20)
+    gathered, displaced = FlightPeer._gathered, []
+
+    def displace(peer, ask, size):
+        if len(displaced) < 3:
+            displaced.append(ask.number)
+            service.server.desk.slab.content[ask.entries[0].offset] ^= 1  # its generation
+        return gathered(peer, ask, size)
+
+    monkeypatch.setattr(FlightPeer, "_gathered", displace)
+    # An entry whose generation is changed by force stays so: the slab's own number comes back.
+    restored = FlightPeer._took
+
+    def restore(peer, ask, is_whole):
+        if not is_whole:
+            service.server.desk.slab.content[ask.entries[0].offset] ^= 1
+        restored(peer, ask, is_whole)
+
+    monkeypatch.setattr(FlightPeer, "_took", restore)
+    assert_equal(make_loader(beton, service.remote), make_loader(beton, ""))
+    assert len(displaced) == 3
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize("token", ["", "f" * 32])
+def test_a_wrong_token_is_refused_and_batches_are_decoded_here(beton, serve, locks, caplog, token):
+    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+    with caplog.at_level(logging.DEBUG, "fastprune"):
+        assert_equal(
+            make_loader(beton, service.remote, service_token=token), make_loader(beton, "")
+        )
+    assert "it refuses the token. Give its token as service_token" in caplog.text
+    assert "f" * 32 not in caplog.text
+    assert service.server.status()["views_served"] == 0
+
+
+@pytest.mark.usefixtures("trusting", "no_fallback")
+def test_the_environment_names_address_and_token(beton, serve, locks, monkeypatch):
+    service = serve(beton, beside=TLS, locks=locks(tokens=("e" * 16, TOKEN)))
+    monkeypatch.setenv("FASTPRUNE_SERVICE", service.remote)
+    monkeypatch.setenv("FASTPRUNE_SERVICE_TOKEN", TOKEN)
+    assert_equal(make_loader(beton, None), make_loader(beton, ""))
+
+
+@pytest.mark.usefixtures("trusting")
+def test_client_certificates_are_asked_for(beton, serve, locks, certificates, monkeypatch, caplog):
+    authorities = (certificates / "ca.pem").read_bytes()
+    service = serve(beton, beside=TLS, locks=locks(authorities=authorities))
+    for name, served in {None: 0, "stranger": 0, "client": 112}.items():
+        if name is not None:
+            monkeypatch.setenv("FASTPRUNE_SERVICE_CERT", str(certificates / f"{name}.pem"))
+            monkeypatch.setenv("FASTPRUNE_SERVICE_KEY", str(certificates / f"{name}.key"))
+        assert_equal(make_loader(beton, service.remote), make_loader(beton, ""))
+        assert service.server.status()["views_served"] == served
+    assert "the loading service at grpc+tls://127.0.0.1" in caplog.text
+
+
+def test_a_server_of_another_authority_is_not_believed(
+    beton, serve, locks, certificates, monkeypatch, caplog
+):
+    monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "other-ca.pem"))
+    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+    assert_equal(make_loader(beton, service.remote, service_token=TOKEN), make_loader(beton, ""))
+    assert "does not believe the other's certificate" in caplog.text
+    assert service.server.status()["views_served"] == 0
+
+
+def test_the_systems_authorities_are_believed_without_others(
+    beton, serve, locks, certificates, monkeypatch
+):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
+    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+    assert ask_status(service.remote, token=TOKEN)["views_served"] == 0
+
+
+@pytest.mark.usefixtures("trusting")
+def test_plain_text_and_tls_do_not_mix(beton, serve, locks, caplog):
+    closed = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+    plain = serve(beton, name="plain.sock", beside=LOOPBACK)
+    for address in (
+        closed.remote.replace("grpc+tls", "grpc"),
+        plain.remote.replace("grpc", "grpc+tls"),
+    ):
+        caplog.clear()
+        assert_equal(make_loader(beton, address), make_loader(beton, ""))
+        assert f"the loading service at {address} cannot be used" in caplog.text
+
+
+def test_a_token_never_crosses_the_network_in_plain_text(beton, monkeypatch):
+    with pytest.raises(
+        InvalidValueError, match=r"would cross the network to grpc://192\.0\.2\.1:8815"
+    ):
+        make_loader(beton, "grpc://192.0.2.1:8815", service_token=TOKEN)
+    monkeypatch.setenv("FASTPRUNE_SERVICE_TOKEN", TOKEN)
+    with pytest.raises(InvalidValueError, match=r"Use grpc\+tls://host:8815"):
+        make_loader(beton, "unix:/x.sock,grpc://host:8815")
+    assert TOKEN not in repr(Credentials(TOKEN))
+
+
+@pytest.mark.parametrize("token", ["short", "with a space in it!!", "ümlaut" * 4, "a\nb" * 10])
+def test_what_cannot_be_a_token_is_refused_without_being_shown(beton, token):
+    with pytest.raises(InvalidValueError, match="the service token must be 16 to") as refused:
+        make_loader(beton, "grpc+tls://host:8815", service_token=token)
+    assert token not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "cure"),
+    [
+        ("grpc://0.0.0.0:8815", {}, "is plain text that others can read"),
+        ("grpc://0.0.0.0:8815", {"tokens": (TOKEN,)}, "is plain text that others can read"),
+        ("grpc+tls://0.0.0.0:8815", {}, "needs a certificate. Name --tls-cert"),
+        ("grpc+tls://0.0.0.0:8815", {"certificate": b"x"}, "would serve whoever reaches it"),
+        ("grpc+tls://host:8815/train.beton", {}, "clients name the beton"),
+        ("grpc://127.0.0.1:99999", {}, "is no address of a loading service"),
+        ("tcp://127.0.0.1:8815", {}, "is no address of a loading service"),
+    ],
+)
+def test_an_address_that_is_open_to_anybody_is_refused(beton, serve, address, settings, cure):
+    with pytest.raises(InvalidValueError, match=cure):
+        serve(beton, beside=[address], locks=Locks(**settings))
+
+
+def test_insecure_addresses_can_be_asked_for():
+    Locks(insecure=True).require_closed(parse_address("grpc://0.0.0.0:8815"))
+    Locks().require_closed(parse_address("grpc://127.0.0.1:8815"))
+    Locks().require_closed(parse_address("grpc://[::1]:8815"))
+
+
+def test_addresses_are_read():
+    assert parse_addresses("unix:/a,b.sock, grpc+tls://h:1,grpc://[::1]:2/train.beton") == (
+        Address("unix", path="/a,b.sock"),
+        Address("grpc+tls", host="h", port=1),
+        Address("grpc", host="[::1]", port=2, beton="train.beton"),
+    )
+
+
+def test_a_port_in_use_is_refused(beton, serve):
+    service = serve(beton, beside=LOOPBACK)
+    second = Server([open_beton(beton)], service.remote, memory_bytes=16 << 20, num_workers=1)
+    with pytest.raises(InvalidValueError, match=r"cannot be used: .*Address already in use"):
+        asyncio.run(second.serve(asyncio.Event()))
+
+
+def test_a_server_that_ends_answers_first_and_waits_for_no_idle_client(beton, serve, caplog):
+    service = serve(beton, beside=LOOPBACK)
+    loader = make_loader(beton, service.remote)
+    list(loader)  # its session waits for the next epoch
+    batches = iter(make_loader(beton, service.remote))
+    got = [next(batches)]
+    started = time.monotonic()
+    service.stop()
+    assert time.monotonic() - started < 10
+    assert_equal(got + list(batches), make_loader(beton, ""))
+    epochs = make_loader(beton, "")
+    epochs.set_epoch(1)
+    assert_equal(loader, epochs)
+
+
+def test_status_over_the_network(beton, serve):
+    service = serve(beton, beside=LOOPBACK)
+    loader = make_loader(beton, service.remote)
+    list(loader)
+    found = ask_status(service.remote)
+    assert found["views_served"] == 112
+    (client,) = found["clients"]
+    assert "ipv4:127.0.0.1:" in client["name"]
