@@ -56,7 +56,7 @@ class TeacherCache:
 
     def __init__(self, path: Path, rows: NDArray[np.int64], header: dict[str, Any]):
         """For `create` and `open`."""
-        self.path = path
+        self.path = path.absolute()  # slots are opened later, from another working folder perhaps
         self.rows = rows
         self.num_classes: int = header["num_classes"]
         self.num_views: int = header["num_views"]

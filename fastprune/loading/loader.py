@@ -298,6 +298,11 @@ class Loader:
         rows = None if len(self.rows) == self.beton.num_rows else self.rows
         path = self.beton.path if self._given["cache"] is None else self._given["beton"]
         given = self._given | {"beton": path, "subset": rows}
+        if given["teacher_cache"] is not None:
+            # By its place, like the beton: an open cache has maps and locks of this process.
+            opened = self._collate.cached
+            assert opened is not None
+            given["teacher_cache"] = opened.cache.path
         return given, self._next, self._rows_changed
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

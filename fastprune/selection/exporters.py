@@ -105,7 +105,12 @@ def _export_mdslr(subset: Subset, folder: Path) -> list[Path]:
             "format 'mdslr' needs the keep ratio and the class std, which stand in the .json "
             "beside the subset. Make the subset with fastprune select."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot make the folder {folder}: {error.strerror}. Name one that may be made."
+        ) from error
     # round() first: 100 * 0.29 is 28.999999999999996.
     files = {
         folder / f"ratio_{round(100 * subset.keep_ratio, 6):g}.npy": subset.rows,

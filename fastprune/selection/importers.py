@@ -57,17 +57,25 @@ def import_scores(path: str | Path, beton: Beton) -> ScoreTable:
             cure=f"Score this beton: fastprune score {beton.path} -o {path} ...",
         )
         return table
-    columns = {name: np.asarray(values, np.float32) for name, values in _read_columns(path).items()}
+    columns = _read_columns(path)
     for name, values in columns.items():
+        # Dates and records would be cast without a word.
+        if values.dtype.kind not in "biuf":
+            raise InvalidValueError(
+                f"{path} holds {values.dtype} for {name!r}, but scores are numbers. Give one real "
+                "number per row."
+            )
         if values.shape != (beton.num_rows,):
             raise InvalidValueError(
                 f"{path} holds scores of shape {values.shape} for {name!r}, but {beton.path} has "
                 f"{beton.num_rows:,} rows. Give one score per row."
             )
     counts = np.bincount(beton.labels, minlength=beton.num_classes)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused by its row
+        metrics = {name: values.astype(np.float32) for name, values in columns.items()}
     return ScoreTable(
         labels=np.array(beton.labels, np.int64),
-        metrics=columns,
+        metrics=metrics,
         predictions=np.full(beton.num_rows, _UNKNOWN_CLASS),
         class_std=np.full(len(counts), np.nan),
         class_counts=counts,
@@ -167,7 +175,7 @@ def read_excluded(path: str | Path, num_rows: int, *, beton: Beton | None = None
                 )
             listed = _rows_of_names(path, listed, beton)
         listed = np.asarray(listed)
-        if listed.dtype == bool:
+        if listed.dtype == bool and listed.ndim == 1:
             _require_lines(path, len(listed), num_rows)
             listed = np.flatnonzero(listed)
     if listed.ndim != 1 or (listed.dtype.kind not in "iu" and len(listed)):
@@ -227,9 +235,15 @@ def _read_table(path: Path) -> pa.Table:
     """Read a .csv or .parquet file."""
     try:
         open_regular(path).close()
-        return _TABLE_READERS[path.suffix](path)
+        table = _TABLE_READERS[path.suffix](path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ArtifactError(f"{path} cannot be read as {path.suffix[1:]} ({error}).") from error
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise ArtifactError(
+            f"{path} has several columns called {twice[0]!r}. Rename or remove some."
+        )
+    return table
 
 
 def _read_columns(path: Path) -> dict[str, NDArray[Any]]:

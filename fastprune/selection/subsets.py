@@ -79,6 +79,10 @@ def make_subset(
             "out, or score them with clusters in place of classes (fastprune score --unsupervised)."
         )
     candidates, excluded = _candidates(table, exclude)
+    if len(candidates) == 0:
+        raise InvalidValueError(
+            f"all {table.num_rows:,} rows are excluded. Exclude fewer (--exclude)."
+        )
     scores = difficulty(table, metric)[candidates]
     require_finite(scores, candidates)
     chosen = select_rows(

@@ -1,5 +1,7 @@
 """Batches with the teacher's logits beside them, for loops without a teacher."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +145,17 @@ def test_a_loop_of_another_codebase_learns_without_a_teacher(beton, cache):
             optimizer.step()
             distances.append(float(distance.detach()))
     assert np.mean(distances[-3:]) < np.mean(distances[:3])
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_pickled_loader_finds_its_cache_from_any_folder(
+    beton, cache, tmp_path, monkeypatch, is_open
+):
+    monkeypatch.chdir(cache.path.parent)
+    given = TeacherCache.open(cache.path.name) if is_open else cache.path.name
+    loader = Loader(beton, seed=3, layout="xyit", teacher_cache=given, **SETTINGS)
+    pickled = pickle.dumps(loader)
+    monkeypatch.chdir("/")
+    copy = pickle.loads(pickled)
+    for one, two in zip(loader, copy, strict=True):
+        assert all(map(torch.equal, one, two))

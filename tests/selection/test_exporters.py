@@ -6,7 +6,7 @@ import pytest
 
 from fastprune import convert, open_beton
 from fastprune.artifacts.subset import Subset
-from fastprune.errors import ArtifactMismatch, InvalidValueError
+from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from fastprune.selection.exporters import export_subset
 from fastprune.selection.importers import import_subset
 from fastprune.selection.subsets import make_subset
@@ -23,6 +23,13 @@ def test_mdslr_folder_loads_as_the_reference_loads_it(tmp_path):
     assert (index.dtype, std.dtype, std.shape) == (np.int64, np.float64, (4,))
     assert np.array_equal(index, subset.rows)
     assert np.array_equal(std, table.class_std)
+
+
+def test_mdslr_folder_that_is_a_file_is_refused(tmp_path):
+    subset = make_subset(score_table(), keep_ratio=0.5, compat="mdslr")
+    (tmp_path / "mdslr").write_text("")
+    with pytest.raises(ArtifactError, match=r"mdslr: File exists\. Name one that may be made"):
+        export_subset(subset, tmp_path / "mdslr", "mdslr")
 
 
 def test_deepcore_lists_rows_with_the_scores_they_were_chosen_by(tmp_path):

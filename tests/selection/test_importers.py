@@ -210,3 +210,25 @@ def test_row_without_a_score_may_be_excluded_and_is_named_by_its_own_number(beto
     with pytest.raises(InvalidValueError, match=r"score of row 5 is nan.*--exclude"):
         make_subset(table, keep_ratio=0.5, exclude=[2])
     assert len(make_subset(table, keep_ratio=0.5, exclude=[2, 5]).rows) == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array(list("abcdefgh")),
+        np.zeros(8, "datetime64[s]"),
+        np.zeros(8, complex),
+        np.zeros(8, [("loss", "f4")]),
+    ],
+)
+def test_scores_that_are_no_numbers_are_refused(beton, tmp_path, values):
+    np.save(tmp_path / "aum.npy", values)
+    with pytest.raises(InvalidValueError, match=r"aum\.npy holds .* for 'aum', but scores are"):
+        import_scores(tmp_path / "aum.npy", beton)
+
+
+def test_columns_of_one_name_are_refused(beton, tmp_path):
+    lines = ["loss,loss", *(f"{i},{i}" for i in range(8))]
+    (tmp_path / "scores.csv").write_text("\n".join(lines))
+    with pytest.raises(ArtifactError, match=r"several columns called 'loss'\. Rename"):
+        import_scores(tmp_path / "scores.csv", beton)

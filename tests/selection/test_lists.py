@@ -94,6 +94,13 @@ def test_a_mask_of_other_images_is_refused(tmp_path):
         read_excluded(tmp_path / "a.npy", 12)
 
 
+@pytest.mark.parametrize("mask", [np.array(True), np.ones((10, 2), bool)])
+def test_a_mask_of_another_shape_is_refused(mask, tmp_path):
+    np.save(tmp_path / "mask.npy", mask)
+    with pytest.raises(InvalidValueError, match="must list rows or mark them, but it holds bool"):
+        read_excluded(tmp_path / "mask.npy", 10)
+
+
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(ArtifactError, match=r"cannot be read as parquet"):

@@ -84,6 +84,11 @@ def test_subset_without_rows_is_refused_even_if_classes_may_be_empty():
         make_subset(score_table(), keep_ratio=0.001, allow_empty_classes=True)
 
 
+def test_excluding_every_row_is_said_so():
+    with pytest.raises(InvalidValueError, match=r"all 200 rows are excluded\."):
+        make_subset(score_table(), keep_ratio=0.5, exclude=np.arange(200))
+
+
 def test_excluded_row_beyond_the_table_is_refused():
     with pytest.raises(InvalidValueError, match="exclude holds row 200"):
         make_subset(score_table(), keep_ratio=0.5, exclude=[200])
