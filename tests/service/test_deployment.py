@@ -90,7 +90,9 @@ def test_a_daemonset_serves_the_jobs_of_its_node():
 def test_the_slurm_script_serves_trains_and_ends_the_server(tmp_path):
     # In the place of Slurm and of fastprune: they note what they were started with.
     tools = {
-        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "srun": 'while [[ $1 == --* ]]; do shift; done\n'
+        f'[ $2 = serve ] && echo $$ > {tmp_path}/42.0\nexec "$@"',
+        "scancel": f'[ $1 = --signal=TERM ] && kill "$(cat {tmp_path}/$2)"',
         "fastprune": f'echo "$FASTPRUNE_SERVICE $*" >> {tmp_path}/log\n'
         'if [ "$1" = serve ]; then trap "exit 0" TERM\n'
         'python3 -c "import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])" '
@@ -101,8 +103,8 @@ def test_the_slurm_script_serves_trains_and_ends_the_server(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "TMPDIR": str(tmp_path)}
-    script = ["bash", str(ROOT / "deploy" / "service.sbatch"), "train.beton"]
+    environment = {**os.environ, "PATH": path, "TMPDIR": str(tmp_path), "SLURM_JOB_ID": "42"}
+    script = ["bash", str(ROOT / "deploy" / "service.sbatch"), "train.beton", "val.beton"]
     for recipes, status in ((["a.toml", "b.toml"], 0), (["a.toml", "bad.toml"], 1)):
         (tmp_path / "log").unlink(missing_ok=True)
         done = subprocess.run(
@@ -113,5 +115,6 @@ def test_the_slurm_script_serves_trains_and_ends_the_server(tmp_path):
         (address,) = {address for address, _ in lines}
         serving, *training = sorted(words for _, words in lines)
         assert parse(shlex.split(serving))["listen"] == address
+        assert parse(shlex.split(serving))["betons"] == (Path("train.beton"), Path("val.beton"))
         assert [parse(shlex.split(words))["resume"] for words in training] == [True, True]
         assert not Path(socket_path(address)).parent.exists()
