@@ -33,7 +33,7 @@ def parse(words):
 
 def listens_at(words):
     """The folder in which a server makes its socket, and its address."""
-    address = parse(words)["listen"]
+    (address,) = parse(words)["listen"]
     return str(Path(socket_path(address)).parent), address
 
 
@@ -114,7 +114,7 @@ def test_the_slurm_script_serves_trains_and_ends_the_server(tmp_path):
         lines = [line.split(" ", 1) for line in (tmp_path / "log").read_text().splitlines()]
         (address,) = {address for address, _ in lines}
         serving, *training = sorted(words for _, words in lines)
-        assert parse(shlex.split(serving))["listen"] == address
+        assert parse(shlex.split(serving))["listen"] == (address,)
         assert parse(shlex.split(serving))["betons"] == (Path("train.beton"), Path("val.beton"))
         assert [parse(shlex.split(words))["resume"] for words in training] == [True, True]
         assert not Path(socket_path(address)).parent.exists()
