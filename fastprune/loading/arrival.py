@@ -13,23 +13,30 @@ from fastprune.beton.remote.fetch import Fetch
 from fastprune.beton.remote.mirror import Mirror, open_mirror
 from fastprune.beton.remote.store import RETRY_SECONDS, is_url
 from fastprune.errors import InvalidValueError
+from fastprune.loading.service_address import names_remote_beton
+from fastprune.loading.service_beton import open_remote_beton
 
 if TYPE_CHECKING:
     from fastprune.loading.engine import Engine
 
 
-def open_source(beton: str | Path, cache: str | Path | None) -> tuple[Beton, Mirror | None]:
-    """Open a loader's beton; one at a URL by its mirror in `cache`.
+def open_source(
+    beton: str | Path, cache: str | Path | None, service_token: str | None = None
+) -> tuple[Beton, Mirror | None]:
+    """Open a loader's beton: a local one, one at a URL by its mirror in `cache`, or a service's.
 
     Raises:
-        InvalidValueError: a URL without a cache, or a cache without a URL.
+        InvalidValueError: a URL of object storage without a cache, or a cache without one.
         BetonError: the beton is missing or damaged.
         StorageError: the beton cannot be fetched.
+        LoadingError: no service gives it.
     """
-    if not is_url(beton):
+    if names_remote_beton(beton) and cache is None:
+        return open_remote_beton(str(beton), service_token), None
+    if names_remote_beton(beton) or not is_url(beton):
         if cache is not None:
             raise InvalidValueError(
-                f"cache is for betons in object storage, but {beton} is a local path. Leave it out."
+                f"cache is for betons in object storage, but {beton} is none. Leave it out."
             )
         # Its file is looked at again later, when the working folder may be another one.
         return open_beton(Path(beton).absolute()), None

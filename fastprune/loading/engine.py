@@ -15,6 +15,7 @@ from fastprune.beton.remote.mirror import Mirror
 from fastprune.errors import InvalidValueError
 from fastprune.loading.arrival import FetchingEngine
 from fastprune.loading.faults import RowFaults
+from fastprune.loading.service_beton import RemoteBeton
 
 BACKENDS = ("auto", "cpu", "dali", "ffcv")
 
@@ -76,7 +77,7 @@ def make_engine(
     """
     if backend not in BACKENDS:
         raise InvalidValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
-    service = choose_service(service, backend)
+    service = choose_service(service, backend, beton)
 
     def start(name: str, faults: RowFaults) -> Engine:
         # Imported only here: DALI and ffcv need not be installed, and take seconds to import.
@@ -133,16 +134,25 @@ def make_engine(
     return engine if mirror is None else FetchingEngine(engine, mirror)
 
 
-def choose_service(service: str | None, backend: str) -> str | None:
-    """Choose the service that was named, or else that of FASTPRUNE_SERVICE.
+def choose_service(service: str | None, backend: str, beton: Beton) -> str | None:
+    """Choose the service that alone has the beton, that was named, or that of FASTPRUNE_SERVICE.
 
     Args:
-        service: an address; an empty one for none whatever the environment says.
+        service: addresses; an empty one for none whatever the environment says.
         backend: as the loader was given it.
+        beton: the open beton.
 
     Raises:
-        InvalidValueError: a service was named for an engine other than ours.
+        InvalidValueError: a service was named for an engine other than ours, or for a beton that
+            another one has.
     """
+    if isinstance(beton, RemoteBeton):
+        if service:
+            raise InvalidValueError(
+                f"service={service!r} does not have {beton.url}, which names its own. Leave out "
+                "`service`."
+            )
+        service = ",".join(map(str, beton.addresses))
     if service and backend not in ("auto", "cpu"):
         raise InvalidValueError(
             f"service={service!r} gives what backend='cpu' gives, not {backend!r}. Leave out one "

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.beton.remote.store import is_url
 from fastprune.beton.rows import RowsLike, kept_rows, rows_of
 from fastprune.checks import require_at_least, require_channels
 from fastprune.cpus import cpus_per_rank
@@ -95,7 +96,8 @@ class Loader:
         """Open the beton, check the subset against it, and start the engine.
 
         Args:
-            beton: the file, the folder of a sharded beton, or the URL of either in object storage.
+            beton: the file, the folder of a sharded beton, or the URL of either in object storage
+                or at a loading service ("grpc+tls://HOST:PORT/NAME", docs/service.md).
             subset: the kept rows: a file, a `Subset`, an array of rows, or None for all rows.
             batch_size: rows per batch and rank.
             train: chooses the defaults of `augment`, `order` and `tail`.
@@ -156,6 +158,7 @@ class Loader:
         Raises:
             BetonError: the beton is missing or damaged.
             StorageError: the beton cannot be fetched.
+            LoadingError: no loading service gives the beton.
             ArtifactMismatch: subset or teacher cache are of other images, or the cache of other
                 views.
             InvalidValueError: an argument is outside its domain, or there is no full batch.
@@ -165,7 +168,7 @@ class Loader:
         require_arguments(given)
         self._given = given
         self.batch_size = batch_size
-        self.beton, mirror = open_source(beton, cache)
+        self.beton, mirror = open_source(beton, cache, service_token)
         self.device = choose_device(device)
         self.num_workers = num_workers or cpus_per_rank(
             world=this_rank(distributed)[1], gpus=torch.cuda.device_count()
@@ -296,7 +299,7 @@ class Loader:
         # As it was made: maps, threads and engines are no use to another process. The rows and not
         # their file, which would be read and warned of again.
         rows = None if len(self.rows) == self.beton.num_rows else self.rows
-        path = self.beton.path if self._given["cache"] is None else self._given["beton"]
+        path = self._given["beton"] if is_url(self._given["beton"]) else self.beton.path
         given = self._given | {"beton": path, "subset": rows}
         if given["teacher_cache"] is not None:
             # By its place, like the beton: an open cache has maps and locks of this process.

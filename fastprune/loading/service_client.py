@@ -28,8 +28,9 @@ from fastprune.loading import service_wire as wire
 from fastprune.loading.cpu import CpuEngine
 from fastprune.loading.faults import ALTERED, FileWatch, RowFaults
 from fastprune.loading.service_address import Address, Credentials
+from fastprune.loading.service_beton import Patience, RemoteBeton, unavailable
 from fastprune.loading.service_session import Session
-from fastprune.loading.service_wire import ServiceError
+from fastprune.loading.service_wire import ServiceError, ServiceRefusedError
 from fastprune.splitmix import row_keys
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class _Link:
         is_missed: whether it could not be used when it was tried last.
         next_try: when it is tried again, in seconds of a steady clock.
         pause: from that try to the next, in seconds.
+        error: why it could not be used last.
     """
 
     address: Address
@@ -64,6 +66,7 @@ class _Link:
     is_missed: bool = False
     next_try: float = 0.0
     pause: float = _SECONDS_BETWEEN_TRIES
+    error: ServiceError | None = None
 
     @cached_property
     def seed(self) -> int:
@@ -138,9 +141,12 @@ class ServiceEngine:
         draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
     ) -> Generator[tuple[torch.Tensor, NDArray[np.int64]]]:
         """See `engine.Engine.decode`; batches that no service gives are decoded here."""
-        num_done = 0
+        num_done, patience = 0, Patience()
         while num_done < len(batches):
             rest, sessions = batches[num_done:], self._sessions()
+            if not sessions and isinstance(self._beton, RemoteBeton):
+                self._wait(patience)
+                continue
             source = (
                 self._remote(sessions, rest, draw_views)
                 if sessions
@@ -149,6 +155,7 @@ class ServiceEngine:
             try:
                 for decoded in source:
                     num_done += 1
+                    patience = Patience()
                     # The suspended generator keeps no batch that its caller has let go of.
                     parcel = [decoded]
                     del decoded
@@ -159,6 +166,19 @@ class ServiceEngine:
                 pass  # said by `_blaming`; the others go on, or we do
             finally:
                 source.close()  # now, not when the garbage collector comes by
+
+    def _wait(self, patience: Patience) -> None:
+        """Wait before services are tried again that alone have the images.
+
+        Raises:
+            LoadingError: that helps no more.
+        """
+        errors = {link.address: link.error for link in self._links if link.error is not None}
+        are_final = all(isinstance(error, ServiceRefusedError) for error in errors.values())
+        if are_final or not patience.wait():
+            raise unavailable(self._beton.path, errors)
+        for link in self._links:
+            link.next_try = 0.0
 
     def _remote(
         self,
@@ -269,7 +289,7 @@ class ServiceEngine:
             return None
         try:
             session = self._connected(link.address)
-        except (ServiceError, InvalidValueError) as error:
+        except ServiceError as error:
             link.next_try = time.monotonic() + link.pause
             link.pause = min(2 * link.pause, _MOST_SECONDS_BETWEEN_TRIES)
             self._miss(link, error)
@@ -304,18 +324,24 @@ class ServiceEngine:
             self._miss(link, error)
             raise
 
-    def _miss(self, link: _Link, error: Exception) -> None:
+    def _miss(self, link: _Link, error: ServiceError) -> None:
         """Say once that a service cannot be used."""
+        link.error = error
         if not link.is_missed:
             self._num_lost += 1
+            others = "the others decode its share, equal to the bit"
+            if isinstance(self._beton, RemoteBeton):
+                remedy = f"It is looked for again{f'; {others}' if len(self._links) > 1 else ''}"
+            elif len(self._links) > 1:
+                remedy = f"Until it can, {others}, or they are decoded here"
+            else:
+                remedy = "Batches are decoded here, equal to the bit, until it can"
             _LOG.warning(
-                "%s: the loading service at %s cannot be used: %s. %s, until it can.",
+                "%s: the loading service at %s cannot be used: %s. %s.",
                 self._beton.path,
                 link.address,
                 str(error).rstrip("."),
-                "Batches are decoded here, equal to the bit"
-                if len(self._links) == 1
-                else "The others decode its share, or we do, equal to the bit",
+                remedy,
             )
         link.is_missed = True
 
@@ -324,7 +350,7 @@ class ServiceEngine:
         """Who we are, and what we want.
 
         Raises:
-            InvalidValueError: the beton has no manifest to know its images by.
+            ServiceError: the beton has no manifest to know its images by.
         """
         return {
             "protocol": wire.PROTOCOL,
@@ -337,7 +363,17 @@ class ServiceEngine:
 
     @cached_property
     def _images(self) -> str:
-        return wire.images_digest(self._beton)
+        """What services know the images by.
+
+        Raises:
+            ServiceError: there is nothing.
+        """
+        if isinstance(self._beton, RemoteBeton):
+            return self._beton.digest
+        try:
+            return wire.images_digest(self._beton)
+        except InvalidValueError as error:
+            raise ServiceError(str(error)) from error
 
 
 def _shares(rows: NDArray[np.int64], links: Sequence[_Link]) -> dict[_Link, NDArray[np.int64]]:

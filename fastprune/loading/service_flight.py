@@ -263,6 +263,8 @@ def lost(error: Exception) -> ServiceError:
         return ServiceRefusedError(
             "it refuses the token. Give its token as service_token or in FASTPRUNE_SERVICE_TOKEN"
         )
+    if isinstance(error, flight.FlightUnauthorizedError):
+        return ServiceRefusedError(_said(text))
     if isinstance(error, flight.FlightTimedOutError):
         return ServiceError("nothing was heard (timed out)")
     if "Connection refused" in text:
@@ -273,5 +275,10 @@ def lost(error: Exception) -> ServiceError:
             "not believe the other's certificate (FASTPRUNE_SERVICE_CA, FASTPRUNE_SERVICE_CERT and "
             "_KEY)"
         )
-    shown = text.partition(" gRPC client debug context")[0].partition("with message: ")
-    return ServiceError(f"the connection was lost ({(shown[2] or shown[0])[:300]})")
+    return ServiceError(f"the connection was lost ({_said(text)})")
+
+
+def _said(text: str) -> str:
+    """The part of gRPC's text that a server wrote."""
+    before, _, after = text.partition(" gRPC client debug context")[0].partition("with message: ")
+    return (after or before).rstrip(". ")[:300]

@@ -32,6 +32,7 @@ from fastprune.errors import InvalidValueError
 from fastprune.loading import service_wire as wire
 from fastprune.loading.service_address import Address
 from fastprune.loading.service_wire import GUARD_BYTES, Kind, ServiceError
+from fastprune.service.catalog import beton_table, find_served
 from fastprune.service.demand import Ask, Client
 from fastprune.service.desk import Desk
 from fastprune.service.locks import Locks
@@ -41,7 +42,8 @@ _Result = TypeVar("_Result")
 
 _MOST_CALLS = 256  # a call has two threads, and up to two messages
 _STUCK_SECONDS = 60.0  # of a message that is not read
-_FAREWELL_SECONDS = 2.0  # from REFUSED until a client that does not leave is cut off
+_FAREWELL_SECONDS = 1.0  # from REFUSED until a client that does not leave is cut off
+_TABLE_ROWS = 1 << 16  # in a message, 1 MB
 _LOST = (flight.FlightError, pa.ArrowException, OSError)
 
 
@@ -302,6 +304,27 @@ class _Service(flight.FlightServerBase):
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         """Talk with a client."""
         self._door.converse(context.peer(), descriptor.command or b"", reader, writer)
+
+    def get_flight_info(self, context: Any, descriptor: Any) -> Any:  # noqa: ARG002
+        """Describe the table of a beton."""
+        name = b"/".join(descriptor.path or []).decode(errors="replace")
+        table = self._table(name)
+        endpoints = [flight.FlightEndpoint(name.encode(), [])]
+        return flight.FlightInfo(
+            table.schema, descriptor, endpoints, table.num_rows, table.get_total_buffer_size()
+        )
+
+    def do_get(self, context: Any, ticket: Any) -> Any:  # noqa: ARG002
+        """Give the table of a beton."""
+        table = self._table(ticket.ticket.decode(errors="replace"))
+        batches = table.to_batches(max_chunksize=_TABLE_ROWS)
+        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(table.schema, batches))
+
+    def _table(self, name: str) -> pa.Table:
+        try:
+            return beton_table(find_served(self._door.desk.betons, name))
+        except ServiceError as error:
+            raise flight.FlightUnauthorizedError(str(error)) from error
 
     def do_action(self, context: Any, action: Any) -> Iterator[bytes]:  # noqa: ARG002
         """Answer "status", and "knock" with nothing: whoever asks only tries the door."""
