@@ -11,6 +11,7 @@ import math
 import os
 import stat
 import sys
+import tokenize
 import tomllib
 import zipfile
 import zlib
@@ -24,6 +25,9 @@ from numpy.typing import NDArray
 MAX_BYTES = 128 << 20
 # Our own files nest four deep. Deep structures end in RecursionError when printed or compared.
 MAX_DEPTH = 32
+
+# What NumPy lets through, beside ValueError, of the parsers of a damaged .npy header.
+BAD_HEADER = (SyntaxError, tokenize.TokenError)
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -220,7 +224,7 @@ def _parse_npy(file: BinaryIO, num_bytes: int) -> NDArray[Any]:
     )
     try:
         shape, _, dtype = read_header(file)
-    except (RecursionError, MemoryError, TypeError, SyntaxError, OverflowError) as error:
+    except (*BAD_HEADER, RecursionError, MemoryError, TypeError, OverflowError) as error:
         raise ValueError(f"its header cannot be read ({error!r})") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never read")

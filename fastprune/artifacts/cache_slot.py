@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastprune.artifacts.atomic import atomic_path
 from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.untrusted import BAD_HEADER
 
 DTYPES = ("float16", "float32", "uint8")
 BLOCK_ROWS = 4096
@@ -303,7 +304,7 @@ def _open_map(
         mapped = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing. {cure}") from error
-    except (OSError, ValueError) as error:  # truncated, pickled, or no .npy file
+    except (OSError, ValueError, *BAD_HEADER) as error:  # truncated, pickled, or no .npy file
         raise ArtifactError(
             f"{path} is no whole .npy file of plain numbers: {error}. {cure}"
         ) from error

@@ -1,6 +1,7 @@
 """Fingerprints: they tie scores and subsets to the images that they were made from."""
 
 import hashlib
+import json
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -93,6 +94,29 @@ def content_digest(source_crc32c: NDArray[np.uint32]) -> str:
     """
     data = source_crc32c.astype("<u4").tobytes()
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def with_digest(record: dict[str, Any]) -> dict[str, Any]:
+    """Add the digest of a record of JSON values to it, by which `require_unchanged` knows it."""
+    return record | {"digest": _record_digest(record)}
+
+
+def require_unchanged(record: dict[str, Any]) -> None:
+    """Refuse a record whose values are not those that `with_digest` saw; one without is taken.
+
+    Raises:
+        ValueError: a value was changed, by damage or by hand.
+    """
+    if "digest" in record and record["digest"] != _record_digest(record):
+        raise ValueError(
+            "it was changed since it was written; without its 'digest' it is taken as it is"
+        )
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    """BLAKE2b-128 over the JSON of all entries but the digest, in their order."""
+    entries = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def require_same_images(

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fastprune.artifacts.atomic import atomic_path
-from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.artifacts.fingerprint import Fingerprint, require_unchanged, with_digest
 from fastprune.checks import MAX_CLASSES
 from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.untrusted import member, numbers, parquet_metadata
@@ -106,7 +106,8 @@ class ScoreTable:
         }
         if self.clusters is not None:
             metadata["clustering"] = self.clustering
-        table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
+        text = json.dumps(with_digest(metadata))
+        table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: text})
         with atomic_path(path) as temporary:
             # Without checksums most flipped bits would come back as other scores.
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
@@ -170,6 +171,7 @@ class ScoreTable:
             # Counts are made for each: a number from a file must not choose how many.
             if not 0 <= clusters.min() <= clusters.max() < num_clusters <= MAX_CLASSES:
                 raise ValueError(f"its 'cluster' numbers are not in [0, {num_clusters:,})")
+        require_unchanged(metadata)
         return cls(
             labels=labels,
             metrics={n: c for n, c in columns.items() if n not in _FIXED_COLUMNS},

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastprune.artifacts.atomic import atomic_path, write_text
-from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.artifacts.fingerprint import Fingerprint, require_unchanged, with_digest
 from fastprune.checks import MAX_CLASSES
 from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.untrusted import member, numbers, read_json, read_npy
@@ -63,7 +63,10 @@ class Subset:
             with temporary.open("wb") as file:
                 np.save(file, self.rows, allow_pickle=False)
             # Rows that do not fit on the disk leave no sidecar either.
-            write_text(final.with_suffix(".json"), json.dumps(self._sidecar(), indent=2) + "\n")
+            write_text(
+                final.with_suffix(".json"),
+                json.dumps(with_digest(self._sidecar()), indent=2) + "\n",
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -142,6 +145,7 @@ class Subset:
                     f"its 'class_std' has {len(class_std):,} numbers, but {len(counts):,} classes "
                     "have counts"
                 )
+        require_unchanged(sidecar)
         return cls(
             rows=rows,
             fingerprint=None if fingerprint is None else Fingerprint.from_dict(fingerprint),

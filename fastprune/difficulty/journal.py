@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastprune.artifacts.atomic import try_lock, write_text
 from fastprune.difficulty.metrics import LOGIT_METRICS
 from fastprune.errors import ArtifactError
+from fastprune.untrusted import BAD_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -164,14 +165,22 @@ class PassJournal:
             if state["identity"] != self._identity:
                 logger.info("%s is of another pass and is started anew", self.folder)
                 return False
-            self._rows = np.load(self.folder / "rows.npy", mmap_mode="r+")
+            rows, features = _open_map(self.folder / "rows.npy"), None
             if state["features"] is not None:
                 self._features_path = self.folder / state["features"]
-                self._features = np.load(self._features_path, mmap_mode="r+")
-            self._earlier_seconds = state.get("seconds", 0.0)
-            self.rows_done = state["rows_done"]
-        except (OSError, ValueError, KeyError, TypeError):
+                features = _open_map(self._features_path)
+            rows_done, seconds = int(state["rows_done"]), float(state.get("seconds", 0.0))
+            sizes = {len(rows), self._num_rows if features is None else len(features)}
+            # Another version of fastprune may keep other metrics.
+            if rows.dtype != ROW_DTYPE or sizes != {self._num_rows}:
+                raise ValueError("its files are of other rows or of another version")
+        except FileNotFoundError:
             return False
+        except (OSError, ValueError, KeyError, TypeError, *BAD_HEADER) as error:
+            logger.warning("%s is damaged (%s) and is started anew", self.folder, error)
+            return False
+        self._rows, self._features = rows, features
+        self.rows_done, self._earlier_seconds = rows_done, seconds
         logger.info("resuming after %s of %s rows", f"{self.rows_done:,}", f"{self._num_rows:,}")
         return True
 
@@ -196,6 +205,18 @@ class PassJournal:
             self.features[start:stop] = narrow[start:stop]
         self.commit()
         narrow_path.unlink()
+
+
+def _open_map(path: Path) -> np.memmap[Any, Any]:
+    """Map a .npy file to go on with it.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is shorter than its header says, or no .npy file of numbers.
+    """
+    # For writing, NumPy would fill up a file that was cut, and zeros would count as rows.
+    np.load(path, mmap_mode="r")
+    return np.lib.format.open_memmap(path, mode="r+")
 
 
 def _make_map(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:

@@ -83,6 +83,27 @@ def test_damaged_journal_is_started_anew(tmp_path):
         assert journal.rows_done == 0
 
 
+@pytest.mark.parametrize("name", ["rows.npy", "features-float16.npy"])
+def test_a_file_that_was_cut_is_not_filled_up_with_zeros(tmp_path, name, caplog):
+    with open_journal(tmp_path) as journal:
+        append(journal, 1.5)
+    path = tmp_path / "s.parquet.partial" / name
+    os.truncate(path, path.stat().st_size - 1)
+    with open_journal(tmp_path) as journal:
+        assert journal.rows_done == 0
+        append(journal, 7)
+    assert "is damaged (mmap length is greater than file size) and is started anew" in caplog.text
+
+
+def test_a_journal_of_other_metrics_is_started_anew(tmp_path):
+    with open_journal(tmp_path) as journal:
+        append(journal, 1.5)
+    np.save(tmp_path / "s.parquet.partial/rows.npy", np.zeros(6, [("loss", "<f8")]))
+    with open_journal(tmp_path) as journal:
+        assert journal.rows_done == 0
+        append(journal, 7)
+
+
 def test_rows_after_the_last_commit_are_done_again(tmp_path):
     journal = open_journal(tmp_path)
     append(journal, 1.5)
