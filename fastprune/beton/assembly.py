@@ -1,9 +1,10 @@
 """A beton in the making: where every image goes, and the frame around the pages in the end."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -140,16 +141,27 @@ def place(assembly: Assembly, records: NDArray[np.void], reasons: dict[int, str]
     return offsets
 
 
-def fill(assembly: Assembly, pool: WorkerPool, journal: Journal) -> Iterator[int]:
+def fill(
+    assembly: Assembly,
+    pool: WorkerPool,
+    journal: Journal,
+    fetched: Generator[list[bytes | None]] | None = None,
+) -> Iterator[int]:
     """Have the workers prepare and write all images that have no offset yet.
 
     An image's offset depends on the sizes before it, so a worker reports sizes, keeps the data, and
     writes when its turn has come; meanwhile it prepares the next chunk.
 
+    Args:
+        assembly: says which.
+        pool: of the workers.
+        journal: takes a line for each chunk in the file.
+        fetched: the images of each chunk of `chunks`; None where workers read them.
+
     Yields:
         The number of further images that are in the file, as it grows without gaps.
     """
-    chunks = enumerate(_chunks(assembly))
+    to_send = enumerate(chunks(assembly))
     sent: dict[int, range] = {}
     prepared: dict[int, Prepared] = {}
     written: set[int] = set()
@@ -158,11 +170,15 @@ def fill(assembly: Assembly, pool: WorkerPool, journal: Journal) -> Iterator[int
     reasons: dict[int, dict[int, str]] = {}
     while True:
         # The least loaded worker gets the next chunk, so that a slow one does not hold the rest up.
-        while min(load) < CHUNKS_PER_WORKER and (chunk := next(chunks, None)):
+        while min(load) < CHUNKS_PER_WORKER and (chunk := next(to_send, None)):
             number, positions = chunk
             sent[number] = positions
             worker = load.index(min(load))
-            pool.prepare(worker, number, [_item(assembly, position) for position in positions])
+            items = [_item(assembly, position) for position in positions]
+            if fetched is None:
+                pool.prepare(worker, number, items)
+            else:
+                pool.prepare_fetched(worker, number, items, next(fetched))
             load[worker] += 1
         if not any(load):
             return
@@ -265,7 +281,7 @@ def _utf8(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _chunks(assembly: Assembly) -> Iterator[range]:
+def chunks(assembly: Assembly) -> Iterator[range]:
     """Cut the positions without an offset so that a chunk has not too many images nor bytes."""
     start, total = assembly.num_placed, 0
     sizes = assembly.listing.source_bytes
@@ -276,6 +292,12 @@ def _chunks(assembly: Assembly) -> Iterator[range]:
             start, total = position + 1, 0
     if start < len(assembly.order):
         yield range(start, len(assembly.order))
+
+
+def locations(assembly: Assembly) -> Iterator[list[Any]]:
+    """Yield where the images of each chunk are in the source."""
+    for positions in chunks(assembly):
+        yield [assembly.listing.locate(index) for index in assembly.order[positions].tolist()]
 
 
 def _item(assembly: Assembly, position: int) -> tuple[int, object, int]:

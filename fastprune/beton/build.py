@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fastprune.beton.assembly import (
     Assembly,
     fill,
     frame_pages,
+    locations,
     manifest_lines,
     place,
     row_order,
@@ -24,7 +25,8 @@ from fastprune.beton.assembly import (
 )
 from fastprune.beton.journal import Journal, intact_rows
 from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, write_parquet
-from fastprune.beton.sources.listing import Listing, Source
+from fastprune.beton.sources.bucket import fetched_ahead
+from fastprune.beton.sources.listing import FetchedSource, Listing, Source
 from fastprune.beton.transcode import (
     ACTIONS,
     COPIED,
@@ -115,7 +117,7 @@ def build_beton(
         }
         try:
             _start_partial(assembly, partial, journal, identity, resume=job.resume)
-            _fill(assembly, pool, journal, partial)
+            _fill(assembly, job.source, pool, journal, partial)
             manifest = _finish(assembly, partial, path, choices)
         except BaseException:
             manifest_path(partial).unlink(missing_ok=True)
@@ -143,10 +145,13 @@ def _destinations(path: Path) -> tuple[Path, Path]:
 
 
 def discard_partial(path: Path) -> None:
-    """Remove what a killed conversion left of a beton."""
+    """Remove what a killed conversion left of a beton; wait for its workers to see its end."""
     partial = path.with_name(f"{path.name}.partial")
-    for leftover in (partial, _journal_path(partial), manifest_path(partial)):
-        leftover.unlink(missing_ok=True)
+    leftovers = (partial, manifest_path(partial), _journal_path(partial))
+    if any(leftover.exists() for leftover in leftovers):
+        with suppress(ConversionError), Journal(_journal_path(partial)):
+            for leftover in leftovers:
+                leftover.unlink(missing_ok=True)
 
 
 def _journal_path(partial: Path) -> Path:
@@ -190,13 +195,19 @@ def _start_partial(
             file.write(bytes(assembly.first_page))
 
 
-def _fill(assembly: Assembly, pool: WorkerPool, journal: Journal, partial: Path) -> None:
+def _fill(
+    assembly: Assembly, source: Source, pool: WorkerPool, journal: Journal, partial: Path
+) -> None:
     """Run the workers; name the image at which one failed."""
     total = len(assembly.order)
     done = assembly.num_placed
     try:
-        with _named_write_errors(partial):
-            rows = (row for count in fill(assembly, pool, journal) for row in range(count))
+        with _named_write_errors(partial), ExitStack() as stack:
+            fetched = None
+            if isinstance(source, FetchedSource):
+                fetched = stack.enter_context(closing(fetched_ahead(source, locations(assembly))))
+            counts = fill(assembly, pool, journal, fetched)
+            rows = (row for count in counts for row in range(count))
             for _ in track(rows, description="convert", total=total - done, unit="images"):
                 pass
     except WorkerError as error:

@@ -27,8 +27,6 @@ RayAddress = str | bool | None
 _MOST_RETRIES = 10
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_CONNECT = 10.0
-# For tasks to remove their unfinished files.
-_SECONDS_TO_STOP = 10.0
 _QUIET = {
     # Read by Ray when it starts: nothing is sent anywhere, and no warning of GPUs that no task asks
     # for.
@@ -53,8 +51,11 @@ class ClusterTask:
 
 
 @contextmanager
-def cluster(address: str | bool) -> Iterator[None]:
+def cluster(address: str | bool) -> Iterator[bool]:
     """Connect to a cluster, or start one on this machine; a connection of the caller's is used.
+
+    Yields:
+        Whether the connection ends with the context, and its tasks with it.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -70,7 +71,7 @@ def cluster(address: str | bool) -> Iterator[None]:
             "install 'fastprune[ray]'"
         ) from error
     if ray.is_initialized():
-        yield
+        yield False
         return
     named = address if isinstance(address, str) else os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": named}
@@ -91,7 +92,7 @@ def cluster(address: str | bool) -> Iterator[None]:
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, at_sigterm)
-        yield
+        yield True
     finally:
         ray.shutdown()
 
@@ -137,7 +138,8 @@ def run_tasks(
 ) -> Generator[tuple[ClusterTask, Any]]:
     """Yield tasks and what their calls return, as they finish; repeat those whose worker died.
 
-    When one fails, or the caller stops, no further one begins, and those that run are interrupted.
+    When one fails, or the caller stops, the others end with the connection. None is canceled: Ray
+    2.60 ends the whole process if a task is done at the moment in which it is.
 
     Args:
         function: what each of them calls; importable.
@@ -160,26 +162,19 @@ def run_tasks(
     remote = ray.remote(num_cpus=num_cpus, max_retries=_MOST_RETRIES)(function)
     failed: FastpruneError | None = None
     running = {_placed(remote, task).remote(*task.arguments): task for task in tasks}
-    try:
-        while running:
-            finished, _ = ray.wait(list(running), timeout=_SECONDS_BETWEEN_LOOKS)
-            interrupts.check()
-            for reference in finished:
-                task = running.pop(reference)
-                try:
-                    yield task, ray.get(reference)
-                except ray.exceptions.RayError as error:
-                    failed = failed or _ours(ray, error, task)
-                    if not keep_going:
-                        raise failed from None
-        if failed is not None:
-            raise failed
-    finally:
-        # Waiting ones are dropped; in running ones KeyboardInterrupt is raised, and they clean up.
-        for reference in running:
-            ray.cancel(reference)
-        if running:
-            ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_STOP)
+    while running:
+        finished, _ = ray.wait(list(running), timeout=_SECONDS_BETWEEN_LOOKS)
+        interrupts.check()
+        for reference in finished:
+            task = running.pop(reference)
+            try:
+                yield task, ray.get(reference)
+            except ray.exceptions.RayError as error:
+                failed = failed or _ours(ray, error, task)
+                if not keep_going:
+                    raise failed from None
+    if failed is not None:
+        raise failed
 
 
 def _placed(remote: Any, task: ClusterTask) -> Any:

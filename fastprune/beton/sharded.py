@@ -145,9 +145,9 @@ def _make_on_cluster(
     ray: str | bool,
 ) -> None:
     """Make shards by tasks; each gets the part of the listing that it needs."""
-    tasks = []
+    tasks, is_ours = [], False
     try:
-        with cluster(ray):
+        with cluster(ray) as is_ours:
             tasks = [
                 ClusterTask(shard_name(index), (job, where, settings, index, shared(list_part())))
                 for index, list_part in parts.items()
@@ -157,8 +157,8 @@ def _make_on_cluster(
                 for _ in track(rows, description="convert", total=num_rows, unit="images"):
                     pass
     except BaseException:
-        # A task that was interrupted removes its own, one that was killed does not.
-        if not (is_url(where) or job.resume or job.keep_partial):
+        # Tasks end with the connection, wherever they are; with the caller's they may go on.
+        if is_ours and not (is_url(where) or job.resume or job.keep_partial):
             for task in tasks:
                 discard_partial(Path(where) / task.name)
         raise

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.beton.output import write_images
-from fastprune.beton.sources.listing import Source
+from fastprune.beton.sources.listing import FetchedSource, Listing, Source
+from fastprune.beton.sources.parquet import without_bytes
 from fastprune.beton.transcode import (
     SKIPPED,
     CompilationError,
@@ -105,6 +107,21 @@ class _Failed:
     message: str
 
 
+class HandedSource:
+    """The source of workers whose images are fetched by their parent."""
+
+    def list_images(self) -> Listing:
+        """The parent has listed them."""
+        raise AssertionError("a worker lists nothing")
+
+    def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
+        """Read one image out of a file in memory, by its descriptor, offset and size."""
+        descriptor, offset, size = location
+        if size < 0:
+            raise without_bytes()
+        return os.pread(descriptor, size, offset), None
+
+
 class WorkerPool:
     """Worker processes for the time of one conversion.
 
@@ -113,6 +130,15 @@ class WorkerPool:
     """
 
     def __init__(self, num_workers: int, task: Task) -> None:
+        # For images that this process fetches: a file in memory for each chunk that a worker holds.
+        self._handed: list[list[int]] = []
+        self._num_handed = [0] * num_workers
+        if isinstance(task.source, FetchedSource):
+            task = replace(task, source=HandedSource())
+            self._handed = [
+                [os.memfd_create("fastprune-images") for _ in range(CHUNKS_PER_WORKER)]
+                for _ in range(num_workers)
+            ]
         # Shared memory, because a worker that is killed can report nothing any more.
         self._at_work_on = mmap.mmap(-1, 8 * num_workers)
         self._connections: list[Connection] = []
@@ -166,10 +192,38 @@ class WorkerPool:
                 process.kill()
                 process.join()
         self._at_work_on.close()
+        for descriptor in itertools.chain.from_iterable(self._handed):
+            os.close(descriptor)
+        self._handed = []
 
     def prepare(self, worker: int, chunk: int, items: list[tuple[int, Any, int]]) -> None:
         """Have a worker read and prepare images: (item, location, label) each."""
         self._send(worker, (chunk, items, None))
+
+    def prepare_fetched(
+        self,
+        worker: int,
+        chunk: int,
+        items: list[tuple[int, Any, int]],
+        images: list[bytes | None],
+    ) -> None:
+        """Have a worker prepare images that this process has; locations are not looked at.
+
+        The worker must hold less than `CHUNKS_PER_WORKER` chunks.
+        """
+        # A worker's chunks are written in their order, so the oldest one's file is free.
+        descriptor = self._handed[worker][self._num_handed[worker] % CHUNKS_PER_WORKER]
+        self._num_handed[worker] += 1
+        os.ftruncate(descriptor, 0)
+        handed, offset = [], 0
+        for (item, _, label), image in zip(items, images, strict=True):
+            size = -1 if image is None else len(image)
+            handed.append((item, (descriptor, offset, size), label))
+            offset += max(size, 0)
+        write_images(
+            descriptor, [image or b"" for image in images], [at for _, (_, at, _), _ in handed]
+        )
+        self.prepare(worker, chunk, handed)
 
     def write(self, worker: int, chunk: int, offsets: list[int]) -> None:
         """Have a worker write a chunk that it holds, image by image, to these file offsets."""

@@ -54,9 +54,10 @@ def convert(
     Args:
         images: the root of an ImageFolder tree; a folder of WebDataset tars (jpg and cls) or of
             Hugging Face style Parquet files, a single such file or a pattern of them; with
-            `labels`, a flat folder of images; or an indexable dataset whose samples are
-            (image, label) or {"image": ..., "label": ...}, an image being a PIL image, uint8
-            pixels (height, width, 3) or (height, width), or the bytes of an image file.
+            `labels`, a flat folder of images; a URL of any of them; or an indexable dataset
+            whose samples are (image, label) or {"image": ..., "label": ...}, an image being a PIL
+            image, uint8 pixels (height, width, 3) or (height, width), or the bytes of an image
+            file.
         beton_path: the file to write; an older one is replaced at the very end, with its manifest.
             With `shards` also a URL, such as s3://bucket/train/.
         labels: for a flat folder, a text file with a line "name class" per image.

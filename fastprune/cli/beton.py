@@ -12,7 +12,7 @@ from fastprune.cli.options import COUNT, PATH, Location, json_option, ray_option
 
 
 @click.command()
-@click.argument("images", type=PATH)
+@click.argument("images", type=Location())
 @click.argument("beton", type=Location())
 @click.option("--labels", type=PATH, help='A file of "name class" lines for a flat folder.')
 @click.option(
@@ -55,7 +55,7 @@ from fastprune.cli.options import COUNT, PATH, Location, json_option, ray_option
 @ray_option("Make the shards")
 @json_option
 def convert(
-    images: Path,
+    images: str | Path,
     beton: str | Path,
     labels: Path | None,
     unlabeled: bool,
@@ -78,7 +78,8 @@ def convert(
     """Write images into a beton, without loss where they are JPEGs.
 
     IMAGES is a folder with one subfolder per class; a folder of WebDataset tars or of Parquet
-    files, or a pattern of them; or, with --labels or --no-labels, a folder of images.
+    files, or a pattern of them; or, with --labels or --no-labels, a folder of images; or a URL of
+    any of them, such as s3://bucket/tars/.
     BETON is a file; with --shards a folder, or a URL such as s3://bucket/train/.
     """
     from fastprune.beton.shards import SET_NAME

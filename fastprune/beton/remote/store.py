@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,21 @@ class ObjectStatus:
     version: str
 
 
+@dataclass(frozen=True)
+class ListedObject:
+    """One object in a listing; size and time are named as in an `os.stat_result`.
+
+    Attributes:
+        name: below the URL.
+        st_size: in bytes.
+        st_mtime_ns: time of its last change.
+    """
+
+    name: str
+    st_size: int
+    st_mtime_ns: int
+
+
 def is_url(location: Any) -> bool:
     """Return whether a location names a store and not a local path."""
     return isinstance(location, str) and _URL.match(location) is not None
@@ -80,6 +95,10 @@ class Store:
         self._retry_seconds = retry_seconds
         self._opened: dict[str, tuple[pyarrow.NativeFile, ObjectStatus]] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process connects anew, with its own credentials."""
+        return partial(Store, retry_seconds=self._retry_seconds), (self.url,)
 
     def status(self, name: str) -> ObjectStatus:
         """Ask for an object's size and version, once; later calls and `read` use this answer.
@@ -124,6 +143,50 @@ class Store:
     def read_whole(self, name: str, *, require: Callable[[bytes], Any] | None = None) -> bytes:
         """Read all of an object; see `read`."""
         return self.read(name, 0, self.status(name).size, require=require)
+
+    def read_once(self, name: str, size: int, *, stop: threading.Event | None = None) -> bytes:
+        """Read all of an object of which nothing is kept.
+
+        Args:
+            name: of the object, below the URL.
+            size: in bytes, by a listing.
+            stop: see `read`.
+
+        Raises:
+            StorageError: as `status`, or it has another size.
+        """
+        system, path = self._system(), self._path(name)
+
+        def attempt() -> bytes:
+            with system.open_input_file(path) as file:
+                if file.size() != size:
+                    raise StorageError(
+                        f"{self.url}/{name} changed since it was listed: it had {size:,} bytes, "
+                        f"and has {file.size():,}. Repeat the command."
+                    )
+                content: bytes = file.read()
+            if len(content) != size:
+                raise BadBodyError(f"{len(content):,} bytes came instead of {size:,}")
+            return content
+
+        return self._repeated(name, attempt, stop)
+
+    def listed(self, *, recursive: bool) -> list[ListedObject]:
+        """List the objects directly below the URL, or all, in the order of their names.
+
+        Raises:
+            StorageError: there are none, access is denied, or the server does not answer.
+        """
+        system = self._system()
+        selector = pyarrow.fs.FileSelector(self._root, recursive=recursive)
+        found = self._repeated("", lambda: system.get_file_info(selector))
+        start = len(self._root) + 1
+        listed = [
+            ListedObject(entry.path[start:], entry.size, entry.mtime_ns)
+            for entry in found
+            if entry.type == pyarrow.fs.FileType.File
+        ]
+        return sorted(listed, key=lambda entry: entry.name)
 
     def exists(self, name: str) -> bool:
         """Ask whether there is an object.

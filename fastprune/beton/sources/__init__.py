@@ -1,18 +1,16 @@
 """Where images come from: folders, tars, Parquet files, datasets."""
 
-import re
 from pathlib import Path
 from typing import Any
 
+from fastprune.beton.remote.store import is_url
+from fastprune.beton.sources.bucket import bucket_source
 from fastprune.beton.sources.dataset import DatasetSource, without_decoding
 from fastprune.beton.sources.folder import FlatSource, FolderSource, TreeSource
-from fastprune.beton.sources.listing import Source
+from fastprune.beton.sources.listing import Source, require_one_set
 from fastprune.beton.sources.parquet import ParquetSource
 from fastprune.beton.sources.tars import TarSource
-from fastprune.errors import ConversionError, InvalidValueError
-
-# train-00003-of-00014.parquet, imagenet-train-000012.tar: what stands before is the split's name.
-_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")
+from fastprune.errors import InvalidValueError
 
 
 def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = False) -> Source:
@@ -20,7 +18,7 @@ def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = Fals
 
     Args:
         images: a folder with class folders, with tar or Parquet shards, or, given `labels`, with
-            images; a shard; a pattern of shards; or an indexable dataset.
+            images; a shard; a pattern of shards; a URL of any of them; or an indexable dataset.
         labels: the file with the classes of a flat folder.
         unlabeled: whether classes are left out: a folder is any tree of images then, and shards
             and datasets need no labels.
@@ -29,6 +27,11 @@ def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = Fals
         InvalidValueError: it is neither a path nor a dataset, or there are labels to be left out.
         ConversionError: a folder holds shards of several splits.
     """
+    if labels is not None and unlabeled:
+        raise InvalidValueError(
+            f"labels ({labels}) were given for images that shall have none. Leave one of them "
+            "out (--labels, --no-labels)."
+        )
     if not isinstance(images, str | Path):
         if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
             raise InvalidValueError(
@@ -36,13 +39,10 @@ def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = Fals
                 "__len__ and __getitem__ that gives (image, label)."
             )
         return DatasetSource(without_decoding(images), unlabeled)
+    if isinstance(images, str) and is_url(images):
+        return bucket_source(images, labels, unlabeled=unlabeled)
     path = Path(images)
     if labels is not None:
-        if unlabeled:
-            raise InvalidValueError(
-                f"labels ({labels}) were given for images that shall have none. Leave one of them "
-                "out (--labels, --no-labels)."
-            )
         return FlatSource(path, Path(labels))
     if shards := shard_files(path, ".parquet"):
         return ParquetSource(shards, unlabeled)
@@ -71,22 +71,10 @@ def shard_files(path: Path, suffix: str) -> list[Path]:
         return sorted(file for file in path.parent.glob(path.name) if file.suffix == suffix)
     for folder in (path, path / "data"):
         files = sorted(folder.glob(f"*{suffix}"))
-        splits = sorted({_NUMBER.sub("", file.stem) for file in files})
-        if len(splits) > 1:
-            raise ConversionError(
-                f"{folder} holds the shards of several splits ({', '.join(splits)}). Name one "
-                f"split's: '{folder / splits[-1]}-*{suffix}'"
-            )
-        # Either reading would leave images out without a word.
-        if (
-            files
-            and folder == path
-            and any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir())
-        ):
-            raise ConversionError(
-                f"{path} holds both folders and {suffix} files. Name the files by a pattern, "
-                f"'{path}/*{suffix}', or move them away to convert the folders."
-            )
         if files:
+            has_folders = folder == path and any(
+                entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir()
+            )
+            require_one_set(str(folder), [file.name for file in files], suffix, has_folders)
             return files
     return []

@@ -3,13 +3,13 @@
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fastprune.beton.sources.listing import FilesIdentity, Listing
+from fastprune.beton.sources.listing import FilesIdentity, FileStatus, Listing
 from fastprune.errors import ConversionError
 from fastprune.untrusted import read_text
 
@@ -23,7 +23,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 class FolderSource:
     """The images below `root`, whose folders are the classes."""
 
-    root: Path
+    root: Path | str
 
     def list_images(self) -> Listing:
         """List the images in the order of torchvision's `ImageFolder(root).samples`.
@@ -32,14 +32,14 @@ class FolderSource:
             ConversionError: no class folders, a class without images, or a symbolic link that
                 leads back to a folder above it.
         """
-        class_names = _class_folders(self.root)
+        class_names = self._class_folders()
         names: list[str] = []
         labels: list[int] = []
         sizes: list[int] = []
         identity = FilesIdentity()
         for label, class_name in enumerate(class_names):
             before = len(names)
-            for name, status in _images_below(self.root, class_name):
+            for name, status in self._images_below(class_name):
                 names.append(name)
                 labels.append(label)
                 sizes.append(status.st_size)
@@ -47,7 +47,7 @@ class FolderSource:
             # ImageFolder refuses such a tree too: leaving the class out would renumber the others.
             if len(names) == before:
                 raise ConversionError(
-                    f"the class folder {self.root / class_name} holds no images "
+                    f"the class folder {self.root}/{class_name} holds no images "
                     f"({', '.join(EXTENSIONS)}). Remove the folder, or put the images there."
                 )
         return Listing(
@@ -64,12 +64,18 @@ class FolderSource:
         """Read one file."""
         return read_file(f"{self.root}/{location}"), None
 
+    def _class_folders(self) -> list[str]:
+        return _class_folders(Path(self.root))
+
+    def _images_below(self, class_name: str) -> Iterator[tuple[str, FileStatus]]:
+        return _images_below(Path(self.root), class_name)
+
 
 @dataclass(frozen=True)
 class TreeSource:
     """All images below `root`, in folders of any depth or in none; they have no classes."""
 
-    root: Path
+    root: Path | str
 
     def list_images(self) -> Listing:
         """List the images, folder by folder in sorted order.
@@ -81,7 +87,7 @@ class TreeSource:
         names: list[str] = []
         sizes: list[int] = []
         identity = FilesIdentity()
-        for path, status in _images_below(self.root, ""):
+        for path, status in self._images_below():
             names.append(path)
             sizes.append(status.st_size)
             identity.add(path, status)
@@ -104,6 +110,9 @@ class TreeSource:
         """Read one file."""
         return read_file(f"{self.root}/{location}"), None
 
+    def _images_below(self) -> Iterator[tuple[str, FileStatus]]:
+        return _images_below(Path(self.root), "")
+
 
 @dataclass(frozen=True)
 class FlatSource:
@@ -115,7 +124,7 @@ class FlatSource:
     Lines with a number alone are the classes of the images in sorted order.
     """
 
-    root: Path
+    root: Path | str
     labels: Path
 
     def list_images(self) -> Listing:
@@ -158,7 +167,7 @@ class FlatSource:
         """Read one file."""
         return read_file(f"{self.root}/{location}"), None
 
-    def _files(self) -> list[tuple[str, os.stat_result]]:
+    def _files(self) -> Sequence[tuple[str, FileStatus]]:
         try:
             with os.scandir(self.root) as entries:
                 files = [
@@ -245,7 +254,7 @@ def _class_folders(root: Path) -> list[str]:
     return class_names
 
 
-def _images_below(root: Path, inner: str) -> Iterator[tuple[str, os.stat_result]]:
+def _images_below(root: Path, inner: str) -> Iterator[tuple[str, FileStatus]]:
     """Yield names relative to the root and their status, in torchvision's `make_dataset` order.
 
     Args:

@@ -2,16 +2,28 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.beton.remote.file import RemoteFile
+from fastprune.beton.remote.store import ListedObject
 from fastprune.beton.transcode import Content
 from fastprune.errors import ConversionError, InvalidValueError
+
+# train-00003-of-00014.parquet, imagenet-train-000012.tar: what stands before is the split's name.
+_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")
+
+
+# A file of a source, and what is compared of its status.
+SourceFile = Path | RemoteFile
+FileStatus = os.stat_result | ListedObject
 
 
 class Names(Protocol):
@@ -86,6 +98,22 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class FetchedSource(Source, Protocol):
+    """A source that is read by the process that converts, on threads.
+
+    Its workers get bytes: the client of a store must not be used behind a fork.
+    """
+
+    def pieces(self, locations: list[Any]) -> list[list[Any]]:
+        """Divide locations, in their order, into what one request brings."""
+        ...
+
+    def fetch(self, piece: list[Any], stop: threading.Event) -> list[bytes | None]:
+        """Fetch the images of a piece, None for one without bytes; `stop` is set to give up."""
+        ...
+
+
 class FilesIdentity:
     """A digest that changes when a file is added, removed, renamed or replaced.
 
@@ -95,7 +123,7 @@ class FilesIdentity:
     def __init__(self, start: bytes = b"") -> None:
         self._digest = hashlib.blake2b(start, digest_size=16)
 
-    def add(self, name: str, status: os.stat_result) -> None:
+    def add(self, name: str, status: FileStatus) -> None:
         """Take in the next file."""
         # Size and time of change stand for the content, which would take a read of everything.
         text = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"
@@ -106,12 +134,37 @@ class FilesIdentity:
         return self._digest.hexdigest()
 
 
-def shards_identity(files: list[Path]) -> str:
+def shards_identity(files: Sequence[SourceFile]) -> str:
     """Return the identity of a few files, such as a source's shards."""
     identity = FilesIdentity()
     for file in files:
         identity.add(file.name, file.stat())
     return identity.hexdigest()
+
+
+def require_one_set(folder: str, names: list[str], suffix: str, has_folders: bool) -> None:
+    """Refuse a folder that can be read in two ways: either would leave images out without a word.
+
+    Args:
+        folder: with shards.
+        names: of the shards.
+        suffix: of the shards.
+        has_folders: whether there are folders too.
+
+    Raises:
+        ConversionError: the shards are of more than one split, or there are class folders too.
+    """
+    splits = sorted({_NUMBER.sub("", name.removesuffix(suffix)) for name in names})
+    if len(splits) > 1:
+        raise ConversionError(
+            f"{folder} holds the shards of several splits ({', '.join(splits)}). Name one "
+            f"split's: '{folder}/{splits[-1]}-*{suffix}'"
+        )
+    if has_folders:
+        raise ConversionError(
+            f"{folder} holds both folders and {suffix} files. Name the files by a pattern, "
+            f"'{folder}/*{suffix}', or move them away to convert the folders."
+        )
 
 
 def renumbered(listing: Listing, names: tuple[str, ...]) -> Listing:

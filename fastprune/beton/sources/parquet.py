@@ -1,5 +1,6 @@
 """Parquet files as Hugging Face writes image sets: a struct with the bytes, and a label."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fastprune.beton.sources.listing import Listing, shards_identity
+from fastprune.beton.sources.listing import Listing, SourceFile, shards_identity
 from fastprune.errors import ConversionError
 from fastprune.untrusted import open_regular, parse_json
 
@@ -19,11 +20,24 @@ _IMAGE_NAMES = ("image", "img", "jpg", "png")
 _LABEL_NAMES = ("label", "fine_label", "labels", "cls")
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What is known of a file's rows.
+
+    Attributes:
+        labels: (n,) int64.
+        groups: of each row group its rows and their mean size in bytes.
+    """
+
+    labels: NDArray[np.int64]
+    groups: list[tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class ParquetSource:
     """The rows of Parquet files, in file order."""
 
-    files: list[Path]
+    files: Sequence[SourceFile]
     unlabeled: bool = False
 
     def list_images(self) -> Listing:
@@ -38,23 +52,14 @@ class ParquetSource:
         labels: list[Any] = []
         places: list[NDArray[np.int32]] = []
         sizes: list[NDArray[np.int64]] = []
-        for number, path in enumerate(self.files):
-            file = _opened(path)
-            _image_column(file.schema_arrow, path)
-            if column is None:
-                labels.append(np.zeros(file.metadata.num_rows, np.int64))
-            else:
-                _label_column(file.schema_arrow, path)
-                labels.append(_labels(file, column, path))
-            for group in range(file.num_row_groups):
-                # A row group is not read for its rows' sizes: their mean cuts the work well enough.
-                facts = file.metadata.row_group(group)
-                place = np.full((facts.num_rows, 3), (number, group, 0), np.int32)
-                place[:, 2] = np.arange(facts.num_rows)
+        for number, (path, rows) in enumerate(zip(self.files, self._rows(column), strict=True)):
+            labels.append(rows.labels)
+            for group, (num_rows, mean_bytes) in enumerate(rows.groups):
+                place = np.full((num_rows, 3), (number, group, 0), np.int32)
+                place[:, 2] = np.arange(num_rows)
                 places.append(place)
-                mean_bytes = facts.total_byte_size // max(1, facts.num_rows)
-                sizes.append(np.full(facts.num_rows, mean_bytes, np.int64))
-            names += [f"{path.name}#{row}" for row in range(file.metadata.num_rows)]
+                sizes.append(np.full(num_rows, mean_bytes, np.int64))
+            names += [f"{path.name}#{row}" for row in range(len(rows.labels))]
         if not names:
             raise ConversionError(f"{self.files[0]} and its like hold no rows.")
         table = np.concatenate(places)
@@ -71,19 +76,54 @@ class ParquetSource:
     def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
         """Take one image out of its row group, which stays in memory for the next ones."""
         number, group, row = location
-        value = _images(self.files[number], group)[row].as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
+        content = bytes_in(_images(self.files[number], group), row)
         if content is None:
-            raise ConversionError(
-                "it has no bytes in the Parquet file. If the images stand beside it as files, "
-                "convert their folder"
-            )
+            raise without_bytes()
         return content, None
+
+    def _rows(self, column: str | None) -> Iterator[Rows]:
+        """Yield what is known of each file's rows."""
+        for path in self.files:
+            yield rows_of_file(path, column)
+
+
+def rows_of_file(path: SourceFile, column: str | None) -> Rows:
+    """Read what is known of a file's rows without reading images; no column means no labels."""
+    file = _opened(path)
+    _image_column(file.schema_arrow, path)
+    if column is None:
+        labels = np.zeros(file.metadata.num_rows, np.int64)
+    else:
+        _label_column(file.schema_arrow, path)
+        labels = _labels(file, column, path)
+    facts = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    # A row group is not read for its rows' sizes: their mean cuts the work well enough.
+    groups = [(one.num_rows, one.total_byte_size // max(1, one.num_rows)) for one in facts]
+    return Rows(labels, groups)
+
+
+def without_bytes() -> ConversionError:
+    """Return the error of a row that has no image in it."""
+    return ConversionError(
+        "it has no bytes in the Parquet file. If the images stand beside it as files, convert "
+        "their folder"
+    )
+
+
+def bytes_in(images: pa.Array, row: int) -> bytes | None:
+    """Take an image out of its column; None where it has no bytes."""
+    value = images[row].as_py()
+    content: bytes | None = value.get("bytes") if isinstance(value, dict) else value
+    return content
 
 
 # Neighboring rows go to one worker, so one row group is enough; more would cost its memory again.
 @lru_cache(maxsize=1)
-def _images(path: Path, group: int) -> pa.Array:
+def _images(path: SourceFile, group: int) -> pa.Array:
+    return images_of_group(path, group)
+
+
+def images_of_group(path: SourceFile, group: int) -> pa.Array:
     """Read the image column of one row group."""
     file = _opened(path)
     column = _image_column(file.schema_arrow, path)
@@ -91,9 +131,11 @@ def _images(path: Path, group: int) -> pa.Array:
     return table[column].combine_chunks()
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: SourceFile) -> pq.ParquetFile:
     """Open a Parquet file and read its metadata."""
     try:
+        if not isinstance(path, Path):
+            return pq.ParquetFile(path.open("rb"))
         open_regular(path).close()
         return pq.ParquetFile(path, memory_map=True)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -102,7 +144,7 @@ def _opened(path: Path) -> pq.ParquetFile:
         ) from error
 
 
-def _labels(file: pq.ParquetFile, column: str, path: Path) -> Any:
+def _labels(file: pq.ParquetFile, column: str, path: SourceFile) -> Any:
     """Read one file's labels, (n,) int64."""
     values = file.read(columns=[column], use_threads=False)[column]
     if values.null_count:
@@ -110,7 +152,7 @@ def _labels(file: pq.ParquetFile, column: str, path: Path) -> Any:
     return values.to_numpy().astype(np.int64)
 
 
-def _image_column(schema: pa.Schema, path: Path) -> str:
+def _image_column(schema: pa.Schema, path: SourceFile) -> str:
     """Name the column with the images: a struct with bytes, or the bytes themselves."""
 
     def fits(kind: pa.DataType) -> bool:
@@ -126,7 +168,7 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _label_column(schema: pa.Schema, path: Path) -> str:
+def _label_column(schema: pa.Schema, path: SourceFile) -> str:
     """Name the column with the class numbers."""
     return _pick(
         schema, _LABEL_NAMES, pa.types.is_integer, f"{path} has no label column (integers)"

@@ -2,14 +2,13 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from fastprune.beton.sources.listing import Listing, shards_identity
+from fastprune.beton.sources.listing import Listing, SourceFile, shards_identity
 from fastprune.errors import ConversionError
 
 # In the order in which one is chosen where a sample has several.
@@ -29,11 +28,14 @@ class _Member:
     size: int
 
 
+Sample = tuple[str, _Member, int]
+
+
 @dataclass(frozen=True)
 class TarSource:
     """The samples of tar shards, in file order. Names inside are data and never become paths."""
 
-    shards: list[Path]
+    shards: Sequence[SourceFile]
     unlabeled: bool = False
 
     def list_images(self) -> Listing:
@@ -46,8 +48,8 @@ class TarSource:
         names: list[str] = []
         places: list[tuple[int, int, int]] = []
         labels: list[int] = []
-        for number, shard in enumerate(self.shards):
-            for key, image, label in _samples(shard, self.unlabeled):
+        for number, (shard, samples) in enumerate(zip(self.shards, self._samples(), strict=True)):
+            for key, image, label in samples:
                 names.append(f"{shard.name}/{key}.{image.extension}")
                 places.append((number, image.offset, image.size))
                 labels.append(label)
@@ -67,14 +69,19 @@ class TarSource:
     def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
         """Read one image out of its shard."""
         shard, offset, size = location
-        with self.shards[shard].open("rb", buffering=0) as file:
+        with self.shards[shard].open("rb") as file:
             content = os.pread(file.fileno(), size, offset)
         if len(content) < size:
             raise ConversionError(f"{self.shards[shard]} was cut while it was being read")
         return content, None
 
+    def _samples(self) -> Iterator[Iterable[Sample]]:
+        """Yield the samples of each shard."""
+        for shard in self.shards:
+            yield samples_of(shard, self.unlabeled)
 
-def _samples(shard: Path, unlabeled: bool) -> Iterator[tuple[str, _Member, int]]:
+
+def samples_of(shard: SourceFile, unlabeled: bool) -> Iterator[Sample]:
     """Yield key, image and label of every sample of a shard."""
     with shard.open("rb") as file:
         sample: dict[str, _Member] = {}
@@ -96,8 +103,8 @@ def _samples(shard: Path, unlabeled: bool) -> Iterator[tuple[str, _Member, int]]
 
 
 def _sample(
-    shard: Path, file: BinaryIO, sample: dict[str, _Member], unlabeled: bool
-) -> tuple[str, _Member, int]:
+    shard: SourceFile, file: BinaryIO, sample: dict[str, _Member], unlabeled: bool
+) -> Sample:
     """Find the image and the label among the files of one key; 0 where labels are left out."""
     key = next(iter(sample.values())).key
     where = f"sample {key!r} of {shard}"
@@ -111,7 +118,8 @@ def _sample(
             f"(.jpg) and its class number (.{_LABEL})."
         )
     label = sample[_LABEL]
-    text = os.pread(file.fileno(), min(label.size, _MOST_LABEL_BYTES), label.offset)
+    file.seek(label.offset)
+    text = file.read(min(label.size, _MOST_LABEL_BYTES))
     # int() would also take b"1_0" and b"+1", which no other reader takes for 10 and 1.
     if not text.strip().isdigit():
         raise ConversionError(
@@ -120,9 +128,9 @@ def _sample(
     return key, image, int(text)
 
 
-def _members(shard: Path, file: BinaryIO) -> Iterator[_Member]:
+def _members(shard: SourceFile, file: BinaryIO) -> Iterator[_Member]:
     """Yield the regular files in a tar, each wholly inside it."""
-    shard_bytes = os.fstat(file.fileno()).st_size
+    shard_bytes = shard.stat().st_size
     try:
         # "r:" takes no compressed tar: there is no random access into one.
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -142,7 +150,8 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[_Member]:
                 yield _Member(key, extension.lower(), info.offset_data, info.size)
                 archive.members = []  # type: ignore[attr-defined] # else it keeps every header
             # tarfile takes damage for the end; a whole tar ends with a block of zeros.
-            if os.pread(file.fileno(), _BLOCK_BYTES, archive.offset) != bytes(_BLOCK_BYTES):
+            file.seek(archive.offset)
+            if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
                 raise ConversionError(
                     f"{shard} is cut or damaged: byte {archive.offset:,} starts neither a file nor "
                     "the end mark of a tar. Get it again."

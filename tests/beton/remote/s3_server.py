@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
 
 # Faults that `S3Server.fault` may return for a request.
 FAULTS = ("503", "cut", "wrong range", "slow", "stalled")
@@ -144,14 +145,27 @@ class _Handler(BaseHTTPRequestHandler):
     def list_objects(self):
         bucket = self.server_state.root / self.key.strip("/")
         prefix = self.query.get("prefix", [""])[0]
+        delimiter = self.query.get("delimiter", [""])[0]
         names = sorted(str(p.relative_to(bucket)) for p in bucket.rglob("*") if p.is_file())
-        found = "".join(
-            f"<Contents><Key>{n}</Key><Size>{(bucket / n).stat().st_size}</Size>"
-            "<LastModified>2025-11-01T00:00:00.000Z</LastModified></Contents>"
-            for n in names
-            if n.startswith(prefix)
+        found, folders = "", {}
+        for name in names:
+            rest = name[len(prefix) :]
+            if not name.startswith(prefix):
+                continue
+            if delimiter and delimiter in rest:
+                folders[f"{prefix}{rest.split(delimiter)[0]}{delimiter}"] = None
+                continue
+            size = (bucket / name).stat().st_size
+            found += (
+                f"<Contents><Key>{escape(name)}</Key><Size>{size}</Size>"
+                "<LastModified>2025-11-01T00:00:00.000Z</LastModified></Contents>"
+            )
+        found += "".join(
+            f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
+            for folder in folders
         )
-        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{found}</ListBucketResult>"
+        count = f"<KeyCount>{len(names)}</KeyCount><IsTruncated>false</IsTruncated>"
+        body = f"<ListBucketResult>{count}{found}</ListBucketResult>"
         self.answer(200, body.encode(), {"Content-Type": "application/xml"})
 
     def body(self):

@@ -17,6 +17,7 @@ import pytest
 
 from fastprune import Loader, check_beton, convert, open_beton
 from fastprune.beton.remote.fetch import stage
+from fastprune.beton.remote.store import Store
 from fastprune.errors import StorageError
 from tests.images import write_image_folder
 
@@ -75,6 +76,16 @@ def test_beton_goes_there_and_its_rows_come_back(bucket, tmp_path):
         return [(images.tolist(), labels.tolist()) for images, labels in loader]
 
     assert batches(bucket, cache=tmp_path / "mirror") == batches(tmp_path / "train")
+
+
+def test_images_are_converted_from_there(bucket, tmp_path):
+    images = write_image_folder(tmp_path / "images", classes=2)
+    store = Store(f"{bucket}images")
+    for path in images.rglob("*.jpg"):
+        store.write(str(path.relative_to(images)), path)
+    convert(images, tmp_path / "here.beton")
+    convert(f"{bucket}images", tmp_path / "there.beton")
+    assert (tmp_path / "there.beton").read_bytes() == (tmp_path / "here.beton").read_bytes()
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/nothing/", "s3://nobody/train/"])
