@@ -7,7 +7,7 @@ data is on the disk, so a writer that is killed at any moment leaves holes and n
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,17 @@ class Slot:
         """What is stored at filled positions.
 
         Raises:
-            ArtifactError: the file shrank.
+            ArtifactError: the file shrank, or is gone.
         """
         # Beyond the end of a file, a map raises SIGBUS and not an exception.
-        if self._data_path.stat().st_size < self._data_bytes:
+        try:
+            num_bytes = self._data_path.stat().st_size
+        except OSError as error:
+            raise ArtifactError(
+                f"{self._data_path} is gone while it was open ({error.strerror}). Put it back, or "
+                f"leave the cache alone while it is used. {self._cure}"
+            ) from error
+        if num_bytes < self._data_bytes:
             raise ArtifactError(f"{self._data_path} shrank while it was open. {self._cure}")
         return np.asarray(self._data[positions])
 
@@ -280,6 +287,17 @@ class PendingEntries:
 def slot_names(slot: int) -> tuple[str, str, str]:
     """The files of a slot: logits, bitmap, checksums."""
     return f"slot-{slot:03d}.npy", f"filled-{slot:03d}.npy", f"crc32c-{slot:03d}.npy"
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk; 0 where it is gone."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            # Another writer's temporary file may be gone already.
+            with suppress(FileNotFoundError):
+                total += file.stat().st_blocks * 512
+    return total
 
 
 def _num_blocks(num_rows: int) -> int:

@@ -23,6 +23,7 @@ from fastprune.artifacts.cache_slot import (
     PendingEntries,
     Slot,
     decode,
+    disk_bytes,
     encode,
     stored_dtype,
 )
@@ -35,8 +36,7 @@ _LOCK = "lock"
 # What a killed process loses at most, and what a put may take of memory.
 _COMMIT_SECONDS = 10.0
 _COMMIT_BYTES = 32 * 2**20
-# Open slots hold three maps each.
-_MOST_OPEN_SLOTS = 8
+_MOST_OPEN_SLOTS = 8  # of three maps each
 
 
 class TeacherCache:
@@ -385,7 +385,7 @@ class TeacherCache:
     @property
     def disk_bytes(self) -> int:
         """Bytes that the folder takes on the disk; holes take none."""
-        return sum(file.stat().st_blocks * 512 for file in self.path.iterdir())
+        return disk_bytes(self.path)
 
     def close(self) -> None:
         """Write what was put, and let go of the files; raises as `commit`."""

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -411,6 +412,26 @@ def test_a_slot_that_shrinks_while_it_is_open_is_an_error_and_no_crash(cache):
     damage_by_truncation(cache.path / "slot-000.npy")
     with pytest.raises(ArtifactError, match=r"slot-000\.npy shrank while it was open"):
         cache.logits(ROWS[-1:], 0)
+
+
+def test_a_cache_that_is_removed_while_it_is_open_is_an_error_that_names_it(cache):
+    fill(cache)
+    cache.logits(ROWS[:3], 0)
+    shutil.rmtree(cache.path)
+    with pytest.raises(ArtifactError, match=r"slot-000\.npy is gone .* Put it back"):
+        cache.logits(ROWS[:3], 0)
+    assert cache.disk_bytes == 0
+    cache.put(ROWS[:3], 1, logits_of(ROWS[:3], 1))
+    with pytest.raises(ArtifactError, match="cannot write the teacher cache"):
+        cache.commit()
+
+
+def test_files_that_come_and_go_do_not_disturb_the_count_of_bytes(cache, monkeypatch):
+    fill(cache)
+    expected = cache.disk_bytes
+    files = [*cache.path.iterdir(), cache.path / ".slot-001.npy.0a1b.tmp"]
+    monkeypatch.setattr("pathlib.Path.iterdir", lambda _: iter(files))
+    assert cache.disk_bytes == expected
 
 
 @pytest.mark.parametrize("filled", [ROWS, ROWS[::3]])
