@@ -11,7 +11,7 @@ from typing import Any
 from fastprune.artifacts.subset import Subset
 from fastprune.costs import Cost
 from fastprune.errors import ArtifactError, InvalidValueError
-from fastprune.untrusted import parse_json, read_json, read_text
+from fastprune.untrusted import member, parse_json, read_json, read_text
 
 _RECIPE, _RESULT, _METRICS = "recipe.json", "result.json", "metrics.jsonl"
 # runs/, runs/medium-0/ and study/cell/seed/ are the depths people use; a deeper search would walk
@@ -147,7 +147,8 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
     recipe = _read_json(folder / _RECIPE)
     result = _read_json(folder / _RESULT) if (folder / _RESULT).exists() else None
     try:
-        seed = recipe["run"]["seed"]
+        _require_sections(recipe)
+        seed = member(recipe["run"], "seed", int)
         subset = _subset(recipe, folder)
         teacher = recipe.get("teacher") or {}
         teacher_result = _find(teacher.get("checkpoint"), recipe, folder).parent / _RESULT
@@ -157,8 +158,8 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
             curve = tuple(_unfinished_curve(folder))
         else:
             curve = tuple(
-                Point(point["epoch"], point["train_seconds"], point["top1"])
-                for point in result["curve"]
+                Point(*(member(point, name, float) for name in ("epoch", "train_seconds", "top1")))
+                for point in member(result, "curve", list)
             )
         return Run(
             folder=folder,
@@ -166,7 +167,7 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
             seed=seed,
             selection=_selection(recipe, result, subset),
             keeps_all=recipe["data"]["subset"] is None and recipe.get("pruning") is None,
-            epochs=(result or recipe["schedule"])["epochs"],
+            epochs=member(result or recipe["schedule"], "epochs", int),
             curve=curve,
             score_seconds=_score_seconds(recipe, result, subset, score_seconds),
             recipe=recipe,
@@ -178,11 +179,24 @@ def _read_run(folder: Path, score_seconds: float | None) -> Run:
             if result is None
             else datetime.fromtimestamp((folder / _RESULT).stat().st_mtime).astimezone(),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder} was not written by this version of `fastprune train` ({error!r} in its "
             f"{_RECIPE} or {_RESULT}). Leave it out, or train again."
         ) from error
+
+
+def _require_sections(recipe: Any) -> None:
+    """Refuse what is no recipe as it was resolved.
+
+    Raises:
+        ValueError: a section is missing or none.
+    """
+    for section in ("data", "student", "schedule", "run"):
+        member(recipe, section, dict)
+    member(recipe, "teacher", dict, None)
+    member(recipe["student"], "network", str)
+    member(recipe["run"], "name", str, None)
 
 
 def _read_json(path: Path) -> Any:

@@ -171,6 +171,23 @@ def test_recipe_of_another_program_is_named(tmp_path, content):
         read_runs([folder])
 
 
+@pytest.mark.parametrize(
+    ("name", "section", "key", "value"),
+    [
+        ("recipe.json", "student", "network", {"a": 1}),
+        ("recipe.json", "run", "name", 7),
+        ("result.json", "curve", 0, {"epoch": 1, "top1": 0.5, "train_seconds": {}}),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path, name, section, key, value):
+    folder = write_run(tmp_path / "run")
+    content = json.loads((folder / name).read_text())
+    content[section][key] = value
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"run was not written by this version.*but must be"):
+        read_runs([folder])
+
+
 def test_negative_seconds_are_refused(tmp_path):
     with pytest.raises(InvalidValueError, match=r"score_seconds \(-1\) must be >= 0"):
         read_runs([tmp_path], score_seconds=-1)
