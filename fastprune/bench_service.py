@@ -70,8 +70,23 @@ class Process:
 class ServiceProcess:
     """A running `fastprune serve`, with a socket in a folder of its own."""
 
-    def __init__(self, beton_path: str | Path, *, memory_bytes: int, num_workers: int, pace: str):
+    def __init__(
+        self,
+        beton_path: str | Path,
+        *,
+        memory_bytes: int,
+        num_workers: int,
+        pace: str,
+        options: Sequence[str] = (),
+    ):
         """Start it, and wait until it listens.
+
+        Args:
+            beton_path: what it serves.
+            memory_bytes: of its slab.
+            num_workers: its decoding threads.
+            pace: of the service.
+            options: further ones of `fastprune serve`, such as addresses beside the socket.
 
         Raises:
             FastpruneError: it does not start.
@@ -79,7 +94,8 @@ class ServiceProcess:
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "service.sock"
         self.address = f"unix:{path}"
-        command = [sys.executable, "-m", "fastprune", "serve", str(beton_path)]
+        # The socket comes last: once it is there, every other address can be reached.
+        command = [sys.executable, "-m", "fastprune", "serve", str(beton_path), *options]
         command += ["--listen", self.address, "--memory", str(memory_bytes), "--pace", pace]
         command += ["--workers", str(num_workers)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -99,6 +115,10 @@ class ServiceProcess:
         """CPU time that it has used."""
         stat = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+    def kill(self) -> None:
+        """End it as nobody should."""
+        self._process.kill()
 
     def close(self) -> None:
         """End it."""
@@ -122,11 +142,12 @@ def consume() -> None:
         loader.warm_up()
         _say({})
         sys.stdin.readline()
-        began, num_views = time.monotonic(), 0
+        began, cpu, num_views = time.monotonic(), time.process_time(), 0
         for _ in range(work["epochs"]):
             for images, _ in loader:
                 num_views += len(images)
-        _say({"began": began, "ended": time.monotonic(), "views": num_views})
+        answer = {"began": began, "ended": time.monotonic(), "views": num_views}
+        _say(answer | {"cpu_seconds": time.process_time() - cpu})
 
 
 def _say(answer: Mapping[str, Any]) -> None:
@@ -140,10 +161,15 @@ def share_of_rows(num_rows: int, share: float) -> NDArray[np.int64]:
 
 
 class Consumers:
-    """Several consumers, of which as many take part as there are shares of the rows."""
+    """Several consumers, of which as many take part as there are shares of the rows.
+
+    Attributes:
+        cpu_seconds: CPU time that all together used in the last run.
+    """
 
     def __init__(self, number: int):
         """Start them."""
+        self.cpu_seconds = 0.0
         self._all = [Process("-c", _CONSUMER) for _ in range(number)]
         self._together: list[Process] = []
 
@@ -175,6 +201,7 @@ class Consumers:
         for consumer in self._together:
             consumer.tell({})
         found = [consumer.answer() for consumer in self._together]
+        self.cpu_seconds = sum(f["cpu_seconds"] for f in found)
         seconds = max(f["ended"] for f in found) - min(f["began"] for f in found)
         return float(sum(f["views"] for f in found) / seconds)
 

@@ -90,7 +90,7 @@ def test_a_daemonset_serves_the_jobs_of_its_node():
 def test_the_slurm_script_serves_trains_and_ends_the_server(tmp_path):
     # In the place of Slurm and of fastprune: they note what they were started with.
     tools = {
-        "srun": 'while [[ $1 == --* ]]; do shift; done\n'
+        "srun": "while [[ $1 == --* ]]; do shift; done\n"
         f'[ $2 = serve ] && echo $$ > {tmp_path}/42.0\nexec "$@"',
         "scancel": f'[ $1 = --signal=TERM ] && kill "$(cat {tmp_path}/$2)"',
         "fastprune": f'echo "$FASTPRUNE_SERVICE $*" >> {tmp_path}/log\n'
