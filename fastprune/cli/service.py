@@ -29,7 +29,11 @@ _FILE = click.Path(path_type=Path)
 @click.option("--tls-cert", type=_FILE, help="The certificate of grpc+tls addresses, PEM.")
 @click.option("--tls-key", type=_FILE, help="Its key, PEM.")
 @click.option("--client-ca", type=_FILE, help="Ask for client certificates of this authority, PEM.")
-@click.option("--token-file", type=_FILE, help="Ask for one of the tokens in it, one in a line.")
+@click.option(
+    "--token-file",
+    type=_FILE,
+    help="Ask for one of the tokens in it, one in a line; with --status, show the first.",
+)
 @click.option("--insecure", is_flag=True, help="Serve other machines though anybody may come in.")
 @click.option("--metrics", metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz.")
 @click.option("--status", metavar="ADDRESS", help="Print what a running service does, and exit.")

@@ -141,7 +141,7 @@ def find_credentials(token: str | None) -> Credentials:
 
 
 def read_token(path: str | Path) -> str:
-    """Read a token from a file of one line.
+    """Read a token, the first line of a file.
 
     Raises:
         InvalidValueError: it cannot be read, or holds no token.
@@ -150,7 +150,7 @@ def read_token(path: str | Path) -> str:
         text = read_text(path, max_bytes=_MOST_FILE_BYTES)
     except (OSError, ValueError) as error:
         raise InvalidValueError(f"the token file {path} cannot be read: {error}.") from error
-    return checked_token(text.strip(), name=f"the token in {path}")
+    return checked_token(text.strip().partition("\n")[0].strip(), name=f"the token in {path}")
 
 
 def checked_token(token: str, *, name: str = "the service token") -> str:

@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+# gRPC's log has a line for each stranger who knocks; read when its library is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 import pyarrow as pa
 from pyarrow import flight
 

@@ -1,6 +1,7 @@
 """Who may come in at an address that other machines reach."""
 
 import hmac
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +45,26 @@ class Locks:
         """Read the files that hold them.
 
         Raises:
-            InvalidValueError: a file cannot be read, or one is missing that another one needs.
+            InvalidValueError: a file cannot be read or is no certificate, or one is missing that
+                another one needs.
         """
         if (certificate is None) != (key is None):
             raise InvalidValueError(
                 "a certificate needs its key. Name both --tls-cert and --tls-key, or neither."
             )
         read = [None if p is None else _read(p) for p in (certificate, key, authorities)]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # gRPC would start no server, and not say why.
+            if certificate is not None:
+                context.load_cert_chain(certificate, key)
+            if authorities is not None:
+                context.load_verify_locations(authorities)
+        except ssl.SSLError as error:
+            raise InvalidValueError(
+                f"{certificate}, {key} or {authorities} is not PEM, or they do not belong together "
+                f"({error}). Name a certificate, its key and an authority."
+            ) from error
         return cls(read[0], read[1], read[2], _read_tokens(tokens), insecure)
 
     def require_closed(self, address: Address) -> None:

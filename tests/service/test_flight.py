@@ -1,19 +1,26 @@
 """The service over Arrow Flight: the same bits, and only for those who may have them."""
 
 import asyncio
+import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 
 from fastprune.beton.reader import open_beton
+from fastprune.cli.service import serve as serve_command
 from fastprune.errors import InvalidValueError
 from fastprune.loading.service_address import Address, Credentials, parse_address, parse_addresses
 from fastprune.service.flight import FlightPeer
 from fastprune.service.locks import Locks
 from fastprune.service.server import Server
 from fastprune.service.status import ask_status
-from tests.service.conftest import NUM_ROWS
+from tests.service.conftest import NUM_ROWS, free_port, listens, wait_for
 from tests.service.test_bits import SUBSET, assert_equal, make_loader, no_fallback  # noqa: F401
 
 TOKEN = "0123456789abcdef" * 2
@@ -233,6 +240,18 @@ def test_an_address_that_is_open_to_anybody_is_refused(beton, serve, address, se
         serve(beton, beside=[address], locks=Locks(**settings))
 
 
+def test_certificates_that_are_none_are_refused(certificates, tmp_path):
+    (tmp_path / "none.pem").write_text("none")
+    pair = [certificates / "server.pem", certificates / "server.key"]
+    for files in (
+        [pair[0], certificates / "client.key", None],
+        [tmp_path / "none.pem", pair[1], None],
+        [*pair, tmp_path / "none.pem"],
+    ):
+        with pytest.raises(InvalidValueError, match="is not PEM, or they do not belong together"):
+            Locks.read(*files, None)
+
+
 def test_insecure_addresses_can_be_asked_for():
     Locks(insecure=True).require_closed(parse_address("grpc://0.0.0.0:8815"))
     Locks().require_closed(parse_address("grpc://127.0.0.1:8815"))
@@ -277,3 +296,50 @@ def test_status_over_the_network(beton, serve):
     assert found["views_served"] == 112
     (client,) = found["clients"]
     assert "ipv4:127.0.0.1:" in client["name"]
+
+
+def test_the_command_serves_and_asks_over_tls(beton, serve_process, certificates, tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\nanother-token-of-some-length\n")
+    port = free_port()
+    files = {"--tls-cert": "server.pem", "--tls-key": "server.key", "--client-ca": "ca.pem"}
+    options = ["--listen", f"grpc+tls://127.0.0.1:{port}", "--token-file", tmp_path / "token"]
+    options += [part for name, file in files.items() for part in (name, certificates / file)]
+    process = serve_process(beton, options=options)
+    wait_for(lambda: listens(tmp_path / "service.sock", port))
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert stranger.recv(100) == b""
+    command = [sys.executable, "-m", "fastprune", "serve", "--json", "--status", options[1]]
+    environment = {
+        "FASTPRUNE_SERVICE_CA": certificates / "ca.pem",
+        "FASTPRUNE_SERVICE_CERT": certificates / "client.pem",
+        "FASTPRUNE_SERVICE_KEY": certificates / "client.key",
+    }
+    environment = os.environ | {name: str(path) for name, path in environment.items()}
+    command += ["--token-file", tmp_path / "token"]
+    assert json.loads(subprocess.check_output(command, env=environment))["clients"] == []
+    refused = subprocess.run(command[:-2], env=environment, capture_output=True, check=False)
+    assert refused.returncode == 1
+    assert b"it refuses the token" in refused.stderr
+    process.terminate()
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, b"decoded 0 views, served 0\n")
+    assert b"ssl" not in errors
+    assert TOKEN.encode() not in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        (["grpc://0.0.0.0:0"], "is plain text that others can read"),
+        (["grpc+tls://127.0.0.1:0"], "needs a certificate. Name --tls-cert and --tls-key"),
+        (["grpc+tls://127.0.0.1:0", "--tls-cert", "x"], "a certificate needs its key"),
+        (["grpc+tls://h:0", "--tls-cert", "x", "--tls-key", "x"], "x cannot be read"),
+        (["grpc://127.0.0.1:0", "--token-file", os.devnull], "cannot be read"),
+    ],
+    ids=range(5),
+)
+def test_the_command_says_what_is_missing(beton, options, cure):
+    found = CliRunner().invoke(serve_command, [str(beton), "--listen", *options])
+    assert cure in str(found.exception)
+    assert isinstance(found.exception, InvalidValueError)
