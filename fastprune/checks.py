@@ -47,7 +47,10 @@ def require_channels(
         InvalidValueError: there are not three finite numbers, or one is not positive where all
             must be.
     """
-    numbers = tuple(float(value) for value in values)
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
     # NaN passes every comparison's negation, so finiteness is asked for by itself.
     is_fit = len(numbers) == 3 and all(map(math.isfinite, numbers))
     if not is_fit or (positive and min(numbers) <= 0):

@@ -22,7 +22,9 @@ def test_integers_of_numpy_are_integers():
     require_at_least("batch_size", np.int64(1), 1)
 
 
-@pytest.mark.parametrize("values", [(0.1, 0.2), (0.1, 0.2, math.nan), (math.inf, 0.1, 0.2)])
+@pytest.mark.parametrize(
+    "values", [(0.1, 0.2), (0.1, 0.2, math.nan), (math.inf, 0.1, 0.2), ("a", "b", "c"), None, 0.5]
+)
 def test_channels_that_are_not_three_finite_numbers_are_refused(values):
     with pytest.raises(InvalidValueError, match="mean must be three finite numbers, for red"):
         require_channels("mean", values)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastprune.beton.reader import Beton
 from fastprune.errors import InvalidValueError
+from fastprune.loading.arguments import MOST_PIXELS
 from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastprune.networks import (
     PublishedView,
@@ -206,7 +207,7 @@ def choose_view(
         augment: how augmented views are taken, or None.
 
     Raises:
-        InvalidValueError: fewer than one pixel, or fewer than one view.
+        InvalidValueError: fewer than one pixel or too many, or fewer than one view.
     """
     count = (
         {"center": 0, "train": 1}.get(views or "center") if not isinstance(views, int) else views
@@ -218,6 +219,8 @@ def choose_view(
         )
     if image_size is not None and image_size < 1:
         raise InvalidValueError(f"image_size ({image_size}) must be at least 1 pixel.")
+    if image_size is not None and image_size > MOST_PIXELS:
+        raise InvalidValueError(f"image_size must be at most {MOST_PIXELS:,}, not {image_size:,}.")
     published = teacher.published
     size = image_size or (published.image_size if published else teacher.image_size)
     if not size:

@@ -29,7 +29,8 @@ _LEAST = {
     "num_workers": 1,
 }
 # More is a slip of the keyboard, and would end in a MemoryError or a system without threads.
-_MOST = {"image_size": 8192, "num_workers": 1024}
+MOST_PIXELS = 8192
+_MOST = {"image_size": MOST_PIXELS, "num_workers": 1024}
 _OPTIONAL = ("num_views", "num_workers")
 
 

@@ -60,8 +60,13 @@ def read_state(
                 "state_dict() returned."
             )
     rows = state["rows"]
-    # A checkpoint that was read with map_location="cuda" has its tensors there.
-    kept = None if rows is None else np.asarray(torch.as_tensor(rows).cpu().numpy(), np.int64)
+    try:
+        # A checkpoint that was read with map_location="cuda" has its tensors there.
+        kept = None if rows is None else np.asarray(torch.as_tensor(rows).cpu().numpy(), np.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidValueError(
+            f"the state's rows must be integers, not {rows!r:.80}. Pass what state_dict() returned."
+        ) from error
     return (state["epoch"], state["batches"]), kept
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fastprune.checks import MAX_CLASSES, require_channels
 from fastprune.errors import ArtifactError
+from fastprune.untrusted import parse_json
 
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
 _WRAPPERS = ("module.", "_orig_mod.")
 _COUNTER = ".num_batches_tracked"
 _NAMES_SHOWN = 3
+_LARGEST = {"image_size": 8192, "num_classes": MAX_CLASSES}
+
+logger = logging.getLogger(__name__)
 
 
 def save_weights(
@@ -87,6 +93,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 def weights_metadata(path: str | Path) -> dict[str, str]:
     """The texts in the header of a safetensors file; none for other files.
 
+    What fastprune reads (image_size, num_classes, mean, std, class_names) and cannot understand is
+    warned of and left out: other tools may write other texts under these names.
+
     Raises:
         ArtifactError: the file is missing or unreadable.
     """
@@ -94,11 +103,30 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            metadata = file.metadata() or {}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error
+    unknown = {name: text for name, text in metadata.items() if not _is_understood(name, text)}
+    for name, text in unknown.items():
+        logger.warning("%s: %r in its header is %.80r, which is not looked at", path, name, text)
+    return {name: text for name, text in metadata.items() if name not in unknown}
+
+
+def _is_understood(name: str, text: str) -> bool:
+    """Whether an entry is as `distill` writes it; any other entry is."""
+    try:
+        if name in ("image_size", "num_classes"):
+            return (name == "image_size") <= int(text) <= _LARGEST[name]
+        if name in ("mean", "std"):
+            require_channels(name, parse_json(text), positive=name == "std")
+        if name == "class_names":
+            names = parse_json(text)
+            return isinstance(names, list) and all(isinstance(entry, str) for entry in names)
+    except ValueError:
+        return False
+    return True
 
 
 def network_in_metadata(metadata: dict[str, str], path: str | Path) -> str | None:

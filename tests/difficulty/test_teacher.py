@@ -361,6 +361,7 @@ def test_row_with_features_that_are_not_finite_is_named(beton, tmp_path):
         ("network", {"checkpoint": "a.pth"}, "the teacher is a network.*leave the checkpoint"),
         ("network", {"views": 0}, r"views \(0\) must be .center., .train. .* at least 1"),
         ("network", {"image_size": 0}, r"image_size \(0\) must be at least 1 pixel"),
+        ("network", {"image_size": 99999}, "image_size must be at most 8,192, not 99,999"),
         (
             "network",
             {"precision": "half"},

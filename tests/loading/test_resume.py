@@ -145,6 +145,12 @@ def test_a_position_that_is_none_is_refused(bare_beton, name, value):
         loader.load_state_dict(loader.state_dict() | {name: value})
 
 
+def test_rows_of_a_state_that_are_none_are_refused(bare_beton):
+    loader = _loader(bare_beton)
+    with pytest.raises(InvalidValueError, match="state's rows must be integers, not 'some'"):
+        loader.load_state_dict(loader.state_dict() | {"rows": "some"})
+
+
 def test_a_position_behind_the_epoch_is_refused(bare_beton):
     loader = _loader(bare_beton)
     with pytest.raises(InvalidValueError, match="of batch 16, but an epoch has 15 batches"):

@@ -130,6 +130,30 @@ def test_metadata_is_what_was_saved_with_the_weights(tmp_path):
     assert weights_metadata(tmp_path / "net.pth") == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("image_size", "224x224"),
+        ("image_size", "0"),
+        ("image_size", "99999"),
+        ("num_classes", "ten"),
+        ("num_classes", "-1"),
+        ("mean", "0.5, 0.5, 0.5"),
+        ("mean", '["a", "b", "c"]'),
+        ("std", "[0, 0, 0]"),
+        ("class_names", "cat, dog"),
+        ("class_names", "[1, 2]"),
+    ],
+)
+def test_texts_of_other_tools_under_our_names_are_warned_of_and_left_out(
+    tmp_path, caplog, name, text
+):
+    path = tmp_path / "net.safetensors"
+    save_weights(network(), path, metadata={"network": "resnet8", name: text})
+    assert weights_metadata(path) == {"format": "pt", "network": "resnet8"}
+    assert f"{path}: {name!r} in its header is {text!r}, which is not looked at" in caplog.text
+
+
 def test_metadata_of_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"none\.safetensors does not exist"):
         weights_metadata(tmp_path / "none.safetensors")
