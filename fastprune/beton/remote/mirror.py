@@ -216,7 +216,9 @@ def _write(descriptor: int, content: bytes, start: int) -> None:
 
 def _require_ours(folder: Path) -> None:
     """Refuse a folder with something else in it: its files could have the names of ours."""
-    if not (folder / _LOCK_NAME).exists() and any(folder.iterdir()):
+    # In one look: another process may begin the mirror at this moment, by its lock.
+    names = [path.name for path in folder.iterdir()]
+    if names and _LOCK_NAME not in names:
         raise ArtifactError(
             f"{folder} holds files, but no mirror. Name an empty folder, or a new one, as the "
             "mirror."

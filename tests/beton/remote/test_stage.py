@@ -31,6 +31,7 @@ from tests.images import jpeg_bytes, write_image_folder
 ROWS = np.array([0, 3, 6, 7, 8, 19])
 URL = "s3://bucket/train/"
 SECRET = "do-not-show-this-key"
+ALWAYS = (1, 3, 8, 11, 13)
 
 
 @pytest.fixture(scope="module")
@@ -303,9 +304,18 @@ def many(server):
     return folder
 
 
-@pytest.mark.parametrize("num_requests", [1, 3, 8, 11, 13])
+# When so many requests have come, and a little later: 25 moments, of which 5 are always tried.
+MOMENTS = [
+    pytest.param(number, delay, marks=() if delay == 0 and number in ALWAYS else pytest.mark.full)
+    for number in range(1, 14)
+    for delay in (0, 0.1)
+    if (number, delay) != (13, 0.1)
+]
+
+
+@pytest.mark.parametrize(("num_requests", "delay"), MOMENTS)
 def test_killed_while_staging_fetches_only_what_was_under_way_again(
-    server, many, tmp_path, num_requests
+    server, many, tmp_path, num_requests, delay
 ):
     server.fault = lambda method, key, number: "slow" if method == "GET" else None
     process = start_staging(tmp_path / "mirror")
@@ -314,6 +324,7 @@ def test_killed_while_staging_fetches_only_what_was_under_way_again(
     while len(server.requests) < num_requests and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    time.sleep(delay)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     server.fault = lambda *_: None
@@ -333,9 +344,10 @@ def row_ranges_of_any_page(server):
     ]
 
 
-def test_processes_that_share_a_mirror_fetch_each_byte_once(server, many, tmp_path):
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.full)])
+def test_processes_that_share_a_mirror_fetch_each_byte_once(server, many, tmp_path, count):
     server.fault = lambda method, key, number: "slow" if method == "GET" else None
-    processes = [start_staging(tmp_path / "mirror") for _ in range(3)]
+    processes = [start_staging(tmp_path / "mirror") for _ in range(count)]
     for process in processes:
         go(process)
     for process in processes:
