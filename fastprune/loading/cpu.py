@@ -103,13 +103,19 @@ class CpuEngine:
 
     def _decode_part(self, batch: _Batch, part: slice) -> None:
         """Decode one chunk, in a decoding thread."""
-        rows, images = batch.rows[part], batch.pixels.numpy()[part]
-        outcome = self._decoder.decode(stored_images(self._beton, rows), batch.views[part], images)
-        for i in np.flatnonzero(self._faults.altered(rows)).tolist():
-            outcome.faults.setdefault(i, ALTERED)
+        outcome = self.decode_rows(batch.rows[part], batch.views[part], batch.pixels.numpy()[part])
         # Both are safe from several threads at once: a single call each, under the GIL.
         batch.outcome.faults.update({part.start + i: text for i, text in outcome.faults.items()})
         batch.outcome.whole_kinds.extend(outcome.whole_kinds)
+
+    def decode_rows(
+        self, rows: NDArray[np.int64], views: NDArray[np.int32], images: NDArray[np.uint8]
+    ) -> Outcome:
+        """Decode rows (n,) by views (n, 7) into images (n, S, S, 3), in the calling thread."""
+        outcome = self._decoder.decode(stored_images(self._beton, rows), views, images)
+        for i in np.flatnonzero(self._faults.altered(rows)).tolist():
+            outcome.faults.setdefault(i, ALTERED)
+        return outcome
 
     def _finished(
         self, batch: _Batch, threads: WorkerThreads

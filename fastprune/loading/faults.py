@@ -79,6 +79,7 @@ class RowFaults:
     Attributes:
         num_skipped: rows left out so far.
         num_decoded_whole: views so far of JPEGs that the view decoder does not know.
+        verifies_always: whether checksums are compared whenever a row is read.
     """
 
     def __init__(self, beton: Beton, *, skip: bool, verify_crc: bool | None):
@@ -106,14 +107,14 @@ class RowFaults:
         self._to_verify = np.full(beton.num_rows, has_checksums)
         # What was found stays: a row must not be left out of one epoch and be there in the next.
         self._altered = np.zeros(beton.num_rows, np.bool_)
-        self._verifies_again = verify_crc is True
+        self.verifies_always = verify_crc is True
 
     def altered(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the rows (n,) hold other bytes than were written, as far as that is verified."""
         for row in rows[self._to_verify[rows]].tolist():
             found = google_crc32c.value(self._beton.image_bytes(row).tobytes())
             self._altered[row] |= found != self._stored_crcs[row]
-            self._to_verify[row] = self._verifies_again
+            self._to_verify[row] = self.verifies_always
         return self._altered[rows]
 
     def without_failed(

@@ -45,7 +45,7 @@ from fastprune.errors import InvalidValueError, LoadingError
 from fastprune.jpeg import native
 from fastprune.loading import decoding
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 HEADER = struct.Struct("<II")
 NUMBER = struct.Struct("<I")

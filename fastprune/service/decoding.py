@@ -24,7 +24,6 @@ class Decoders:
         slab: NDArray[np.uint8],
         *,
         num_threads: int,
-        verifies: bool,
         done: Callable[[Task, dict[int, str]], None],
     ):
         """Start the threads.
@@ -33,15 +32,13 @@ class Decoders:
             betons: `Images.index` is a position in it.
             slab: (num_bytes,) uint8, writable.
             num_threads: how many decode.
-            verifies: compare each row with its checksum the first time.
             done: called in one of the threads, with a task and its faults by position.
         """
         self._betons = betons
         self._slab = slab
         self._done = done
-        self._faults = [
-            RowFaults(beton, skip=True, verify_crc=None if verifies else False) for beton in betons
-        ]
+        # Once for all clients, who compare nothing the first time.
+        self._faults = [RowFaults(beton, skip=True, verify_crc=None) for beton in betons]
         self._decoders: dict[int, RowDecoder] = {}
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads = [

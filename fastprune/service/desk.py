@@ -101,18 +101,13 @@ class Desk:
         self._num_fallbacks = 0
         self._started = time.monotonic()
 
-    def open(self, *, verifies: bool) -> None:
-        """Start the decoding threads, in the event loop that owns the desk.
-
-        Args:
-            verifies: compare rows with the manifest's checksums: clients without the file cannot.
-        """
+    def open(self) -> None:
+        """Start the decoding threads, in the event loop that owns the desk."""
         self._loop = asyncio.get_running_loop()
         self._decoders = Decoders(
             [served.beton for served in self.betons],
             self.slab.content,
             num_threads=self._num_workers,
-            verifies=verifies,
             done=self._hand_over,
         )
 

@@ -95,7 +95,6 @@ class Server:
                     f"listen at {address}, without {address.beton!r}: clients name the beton."
                 )
             locks.require_closed(address)
-        self._listens_to_others = any(address.scheme != "unix" for address in parsed)
         self.desk = Desk(betons, memory_bytes=memory_bytes, num_workers=num_workers, pace=pace)
         self.doors = [self._door(address, locks) for address in parsed]
         self._metrics = metrics
@@ -121,7 +120,7 @@ class Server:
         Raises:
             InvalidValueError: another service listens at an address.
         """
-        self.desk.open(verifies=self._listens_to_others)
+        self.desk.open()
         ticking = asyncio.create_task(self._tick())
         try:
             for door in self.doors:

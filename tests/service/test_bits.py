@@ -248,6 +248,29 @@ def test_a_restarted_server_is_used_again(beton, serve, monkeypatch):
     assert second.server.status()["views_served"] > 0
 
 
+@pytest.mark.parametrize("verify_crc", [None, True, False])
+def test_an_altered_row_is_judged_as_a_local_loader_would(beton, serve, tmp_path, verify_crc):
+    from fastprune.beton.reader import open_beton
+
+    for name in ("train.beton", "train.beton.manifest.parquet"):
+        shutil.copy(beton.with_name(name), tmp_path / name)
+    path = tmp_path / "train.beton"
+    opened = open_beton(path)
+    with path.open("r+b") as file:
+        # Behind the pixels: it can be decoded, and is not what was written.
+        file.seek(int(opened.offsets[6]) + int(opened.sizes[6]) - 1)
+        file.write(b"\0")
+    service = serve(path)
+    settings = {"tail": "exact", "on_error": "skip", "verify_crc": verify_crc}
+    through, local = (
+        make_loader(path, service.address, **settings),
+        make_loader(path, "", **settings),
+    )
+    for _ in range(2):
+        assert_equal(through, local)
+    assert through.num_skipped == local.num_skipped == (0 if verify_crc is False else 2)
+
+
 def test_a_damaged_row_reaches_those_alone_who_ask_for_it(beton, serve, tmp_path):
     from fastprune.beton.reader import open_beton
 
