@@ -283,7 +283,8 @@ class ServiceEngine:
                 batch.rows[one], batch.views[one], batch.pixels.numpy()[one]
             )
             del batch.reasons[i]
-            batch.reasons.update({i: reason for reason in decoded.faults.values()})
+            if decoded.faults:
+                batch.reasons[i] = decoded.faults[0]
         # The first time that a row is read is the service's.
         if self._faults.verifies_always:
             for i in np.flatnonzero(self._faults.altered(batch.rows)).tolist():

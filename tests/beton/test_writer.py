@@ -577,7 +577,7 @@ def test_killed_twice_between_renames_keeps_a_whole_pair_and_leaves_nothing_at_l
     for content, at_step in zip((b"second", b"third"), at_steps, strict=True):
         replace_pair_and_be_killed(tmp_path, content, at_step)
         found = files_in(tmp_path)
-        named = [name for name in found if name.endswith("a.beton") or name.endswith(".replaced")]
+        named = [name for name in found if name.endswith(("a.beton", ".replaced"))]
         assert any(found.get(f"{name}.manifest.parquet") == found[name] for name in named) or (
             # The beton was set aside and its manifest not yet.
             found["a.beton.manifest.parquet"] == found["a.beton.replaced"]
