@@ -150,14 +150,17 @@ def costs(study: Study) -> list[str]:
         for name, cell in cells.items()
         if cell["later_cost_ratio"]["mean"] is not None
     ]
-    told = ", ".join(
-        f"`{name}` {cells[name]['cost_ratio']['mean']:.2f}" for name in known if name != FULL
+    known.sort(key=lambda name: cells[name]["cost_ratio"]["mean"])
+    reached = ", ".join(
+        f"`{name}` {100 * cells[name]['top1_last']['mean']:.1f}% at "
+        f"{cells[name]['cost_ratio']['mean']:.2f}"
+        for name in known
     )
     text = (
         f"Points are percentage points of top-1 after the last epoch, in pairs by seed, with the "
         f"95% interval of each contrast by itself; Holm's procedure at 5% over all of them decides "
         f"what is a difference. Cost is steps times their median seconds measured in turn, scoring "
-        f"and start-up, over `{FULL}`: {told}."
+        f"and start-up, over `{FULL}`. Top-1 and cost: {reached}."
     )
     if later:
         text += f" A later student, which finds scores and a whole cache, costs {', '.join(later)}."
