@@ -129,8 +129,9 @@ class Desk:
         """
         if hello.get("protocol") != wire.PROTOCOL or hello.get("decoder") != wire.decoder_name():
             raise ServiceRefusedError(
-                f"the service is {wire.decoder_name()}, the client {hello.get('decoder')!s:.200}; "
-                "they must be the same for pixels to be equal"
+                f"the service is {wire.decoder_name()} with protocol {wire.PROTOCOL}, the client "
+                f"{hello.get('decoder')!s:.200} with {hello.get('protocol')!s:.20}; they must be "
+                "the same for pixels to be equal"
             )
         image_size = hello.get("image_size")
         indices = [

@@ -15,6 +15,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 # Faults that `S3Server.fault` may return for a request.
+# A key that must turn up in no message and in no request.
+SECRET = "do-not-show-this-key"
 FAULTS = ("503", "cut", "wrong range", "slow", "stalled")
 
 

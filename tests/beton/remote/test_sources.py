@@ -14,10 +14,9 @@ from fastprune.beton.manifest import manifest_path
 from fastprune.beton.remote.store import Store
 from fastprune.beton.sources import source_for
 from fastprune.errors import ConversionError, InvalidValueError, StorageError
-from tests.beton.remote.s3_server import serving
+from tests.beton.remote.s3_server import SECRET
 from tests.images import jpeg_bytes, write_image_folder
 
-SECRET = "do-not-show-this-key"
 SETS = ["folder", "tree", "flat", "tars", "pattern", "one tar", "parquet", "data"]
 
 
@@ -57,15 +56,6 @@ def bucket(tmp_path_factory):
         name = f"train-{number:05d}-of-00003.parquet"
         write_parquet(bucket / "parquet" / "data" / name, 100 * number, 20)
     return bucket
-
-
-@pytest.fixture
-def server(bucket, monkeypatch):
-    with serving(bucket.parent) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        yield server
 
 
 @pytest.fixture

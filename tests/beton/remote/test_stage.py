@@ -25,12 +25,11 @@ from fastprune.errors import (
     InvalidValueError,
     StorageError,
 )
-from tests.beton.remote.s3_server import serving
+from tests.beton.remote.s3_server import SECRET
 from tests.images import jpeg_bytes, write_image_folder
 
 ROWS = np.array([0, 3, 6, 7, 8, 19])
 URL = "s3://bucket/train/"
-SECRET = "do-not-show-this-key"
 ALWAYS = (1, 3, 8, 11, 13)
 
 
@@ -43,15 +42,6 @@ def bucket(tmp_path_factory):
     convert(images, root / "bucket" / "train", shards=3)
     convert(images, root / "bucket" / "train.beton")
     return root / "bucket"
-
-
-@pytest.fixture
-def server(bucket, monkeypatch):
-    with serving(bucket.parent) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        yield server
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import pytest
 from fastprune import Loader, convert
 from fastprune.beton.shards import SET_NAME, shard_name
 from fastprune.errors import ConversionError, InvalidValueError, StorageError
-from tests.beton.remote.s3_server import serving
 from tests.images import write_image_folder
 
 
@@ -22,13 +21,11 @@ def made(images, tmp_path_factory):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    (tmp_path / "store" / "bucket").mkdir(parents=True)
-    with serving(tmp_path / "store") as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        yield server
+def bucket(tmp_path):
+    """An empty one."""
+    folder = tmp_path / "store" / "bucket"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def files_in(folder):
