@@ -24,15 +24,15 @@ import torch
 from _harness import ROOT, ratios, spread, take_turns
 from torch import Tensor, nn
 
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.base.cpus import usable_cpus
+from fastprune.base.environment import describe_machine, describe_versions
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
-from fastprune.cpus import usable_cpus
 from fastprune.distillation.losses import distillation_loss
-from fastprune.environment import describe_machine, describe_versions
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.teacher_cache import TeacherCache
 from fastprune.selection.subsets import make_subset
 
 _CLASSES = 1000

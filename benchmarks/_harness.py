@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastprune.artifacts.atomic import write_text
-from fastprune.environment import describe_machine, describe_versions
+from fastprune.base.environment import describe_machine, describe_versions
+from fastprune.base.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent

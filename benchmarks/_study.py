@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from fastprune.artifacts.atomic import write_text
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.beton.writer import convert
+from fastprune.base.files import write_text
+from fastprune.beton.convert.writer import convert
+from fastprune.rows.score_table import ScoreTable
 from fastprune.selection.subsets import make_subset
 
 RECIPE = Path(__file__).parent / "wallclock.toml"

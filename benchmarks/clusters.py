@@ -19,7 +19,7 @@ import numpy as np
 from _harness import ratios, spread, take_turns, write_result
 from threadpoolctl import threadpool_limits
 
-from fastprune.cpus import cpus_per_rank
+from fastprune.base.cpus import cpus_per_rank
 from fastprune.difficulty.clusters import _inverse_lengths, _Lloyd, spherical_kmeans
 
 

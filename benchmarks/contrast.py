@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from _harness import ratios, spread, take_turns, write_result
 
-from fastprune.beton.writer import convert
+from fastprune.beton.convert.writer import convert
 from fastprune.loading.loader import Loader
 
 BATCH_SIZE = 64

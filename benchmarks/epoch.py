@@ -19,15 +19,15 @@ from _harness import ratios, spread, take_turns, write_result
 from torch import Tensor
 from torch.optim import SGD
 
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.learner import Learner
 from fastprune.distillation.objective import Objective
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import FeatureNetwork, build_network
-from fastprune.recipe import LossSettings
+from fastprune.settings import LossSettings
 
 DRAWN_PER_CLASS = 200
 CLASSES_OF_A_FLAT_FOLDER = 10

@@ -91,7 +91,7 @@ def pack(arguments: argparse.Namespace) -> None:
 
 def write_compressed(images: list[tuple[bytes, int]], path: Path) -> None:
     """Write a beton and compress it: small JPEGs share their tables, and its pages have room."""
-    from fastprune.beton.writer import convert
+    from fastprune.beton.convert.writer import convert
 
     convert(images, path, jpeg="original", workers=1)
     path.with_suffix(".beton.xz").write_bytes(lzma.compress(path.read_bytes(), preset=3))

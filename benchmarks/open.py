@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from _harness import ratios, spread, write_result
 
-from fastprune.artifacts.fingerprint import Fingerprint, content_digest
+from fastprune.base.provenance import Fingerprint, content_digest
 from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines
-from fastprune.beton.assembly import FIELDS
+from fastprune.beton.convert.assembly import FIELDS
 from fastprune.beton.manifest import Manifest, manifest_path, write_manifest
 from fastprune.beton.output import PageCursor, write_frame
 from fastprune.beton.reader import open_beton

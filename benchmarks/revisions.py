@@ -17,8 +17,8 @@ from pathlib import Path
 
 from _harness import ROOT, ratios, spread, take_turns, write_result
 
-from fastprune.beton.writer import convert
-from fastprune.cpus import usable_cpus
+from fastprune.base.cpus import usable_cpus
+from fastprune.beton.convert.writer import convert
 
 # Runs an epoch for each line on its standard input, and answers with a line.
 EPOCHS = """

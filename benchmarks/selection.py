@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from _harness import spread, take_turns, write_result
 
-from fastprune.artifacts.fingerprint import Fingerprint
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.cpus import usable_cpus
+from fastprune.base.cpus import usable_cpus
+from fastprune.base.provenance import Fingerprint
+from fastprune.rows.score_table import ScoreTable
 from fastprune.selection.strategies import STRATEGIES
 from fastprune.selection.subsets import make_subset
 

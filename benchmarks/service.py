@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from _harness import ratios, spread, write_result
 
-from fastprune.bench_service import CASES, Consumers, Process, ServiceProcess, share_of_rows
+from fastprune.base.cpus import usable_cpus
+from fastprune.bench.peers import torchvision_loader
+from fastprune.bench.service import CASES, Consumers, Process, ServiceProcess, share_of_rows
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
 from fastprune.beton.rows import rows_of
-from fastprune.beton.writer import convert
-from fastprune.cpus import usable_cpus
 from fastprune.distillation.losses import distillation_loss
 from fastprune.loading.loader import Loader
 from fastprune.networks.catalog import build_network
-from fastprune.peers import torchvision_loader
 
 SIZE, BATCH_SIZE = 224, 64
 PACES = ("auto", "together")

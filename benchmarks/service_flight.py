@@ -27,9 +27,9 @@ import torch
 from _harness import ratios, spread, write_result
 from service import BATCH_SIZE, SIZE, converted
 
-from fastprune.bench_service import Consumers, ServiceProcess
+from fastprune.base.cpus import usable_cpus
+from fastprune.bench.service import Consumers, ServiceProcess
 from fastprune.beton.reader import open_beton
-from fastprune.cpus import usable_cpus
 from fastprune.loading.loader import Loader
 
 VIEW_BYTES = 3 * SIZE**2

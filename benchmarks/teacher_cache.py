@@ -30,18 +30,18 @@ import torch
 from _harness import ratios, spread, take_turns, write_result
 from epoch import make_beton
 
-from fastprune.artifacts.cache_filler import CacheFiller
-from fastprune.artifacts.cache_slot import DTYPES, decode, encode
-from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.base.ranks import Ranks
 from fastprune.distillation.losses import decoupled_distillation_loss, distillation_loss
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair
 from fastprune.distillation.teacher import Teacher, make_teacher
-from fastprune.distributed import Ranks
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network, load_weights, save_weights
-from fastprune.recipe import make_recipe
+from fastprune.rows.cache_filler import CacheFiller
+from fastprune.rows.cache_slot import DTYPES, decode, encode
+from fastprune.rows.teacher_cache import TeacherCache
+from fastprune.settings import make_recipe
 
 KINDS = ("plain", "filling", "cached", "student")
 PAIRS = ("resnet32x4:resnet8x4:32", "resnet34:resnet18:96")

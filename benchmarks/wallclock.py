@@ -30,7 +30,7 @@ from _harness import RESULTS, ROOT, commit, write_result
 from _study import Command, Preparation, read_result, refuse_other, start_training, train_process
 from _turns import cost_seconds, steps_in_turn
 
-from fastprune.environment import describe_machine
+from fastprune.base.environment import describe_machine
 
 KEPT_OF_RESULT = (
     "rows",

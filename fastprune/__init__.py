@@ -7,21 +7,18 @@ neither torch nor ffcv nor DALI.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastprune.compile_cache import ensure_compile_cache
+from fastprune.base.compiled import ensure_compile_cache
 
 __version__ = "0.1.0"
 
 ensure_compile_cache()
 
 if TYPE_CHECKING:
-    from fastprune.artifacts.scores import ScoreTable
-    from fastprune.artifacts.subset import Subset
-    from fastprune.artifacts.teacher_cache import TeacherCache
     from fastprune.beton.check import check_beton
     from fastprune.beton.compact import compact
+    from fastprune.beton.convert.writer import convert
     from fastprune.beton.reader import open_beton
     from fastprune.beton.remote.fetch import stage
-    from fastprune.beton.writer import convert
     from fastprune.difficulty.kernels import centroid_distances
     from fastprune.difficulty.teacher import score
     from fastprune.distillation.learner import ProjectorEnsemble
@@ -35,6 +32,9 @@ if TYPE_CHECKING:
     from fastprune.distillation.trainer import distill
     from fastprune.jpeg.decode import decode_view
     from fastprune.loading.loader import Loader
+    from fastprune.rows.score_table import ScoreTable
+    from fastprune.rows.subset import Subset
+    from fastprune.rows.teacher_cache import TeacherCache
     from fastprune.selection.strategies import select_rows
 
 __all__ = [
@@ -65,13 +65,13 @@ _HOMES = {
     "LogitReshaper": "fastprune.distillation.losses",
     "Loader": "fastprune.loading.loader",
     "ProjectorEnsemble": "fastprune.distillation.learner",
-    "ScoreTable": "fastprune.artifacts.scores",
-    "Subset": "fastprune.artifacts.subset",
-    "TeacherCache": "fastprune.artifacts.teacher_cache",
+    "ScoreTable": "fastprune.rows.score_table",
+    "Subset": "fastprune.rows.subset",
+    "TeacherCache": "fastprune.rows.teacher_cache",
     "centroid_distances": "fastprune.difficulty.kernels",
     "check_beton": "fastprune.beton.check",
     "compact": "fastprune.beton.compact",
-    "convert": "fastprune.beton.writer",
+    "convert": "fastprune.beton.convert.writer",
     "decode_view": "fastprune.jpeg.decode",
     "decoupled_distillation_loss": "fastprune.distillation.losses",
     "distill": "fastprune.distillation.trainer",

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastprune import interrupts
+from fastprune.base import interrupts
 
 
 def run() -> None:

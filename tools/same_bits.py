@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from fastprune import Loader, Subset, convert, distill, open_beton, score, select_rows
 from fastprune.networks import build_network, save_weights
-from fastprune.recipe import make_recipe
+from fastprune.settings import make_recipe
 
 CLASSES = 10
 KILLED_AT = "SAME_BITS_KILLED_AT"  # number of the forward pass in which the student's process dies

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastprune.artifacts.fingerprint import Fingerprint, content_digest
+from fastprune.base.errors import ArtifactError
+from fastprune.base.progress import track
+from fastprune.base.provenance import Fingerprint, content_digest
+from fastprune.beton.convert.transcode import ACTIONS, FOUND
 from fastprune.beton.manifest import SCHEMA, Manifest, manifest_path, write_manifest
 from fastprune.beton.reader import Beton, ForeignManifestWarning, open_beton
-from fastprune.beton.transcode import ACTIONS, FOUND
-from fastprune.errors import ArtifactError
-from fastprune.progress import track
 
 _MANIFEST_LINES = 1 << 16
 

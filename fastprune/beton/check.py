@@ -9,19 +9,19 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
-from fastprune.artifacts.subset import Subset, checked_rows
+from fastprune.base.cpus import usable_cpus
+from fastprune.base.errors import ArtifactError, BetonError, FastpruneError, JpegError
+from fastprune.base.progress import track
+from fastprune.base.provenance import Fingerprint, structure_digest
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
-from fastprune.beton.presence import rows_present
 from fastprune.beton.reader import image_and_label, open_beton
+from fastprune.beton.remote.presence import rows_present
 from fastprune.beton.row_check import Placement, check_rows, label_faults
 from fastprune.beton.shards import read_set
 from fastprune.beton.structure import Fault, Tables, UnreadableBetonError, read_tables
-from fastprune.cpus import usable_cpus
-from fastprune.errors import ArtifactError, BetonError, FastpruneError, JpegError
 from fastprune.jpeg.headers import read_header
-from fastprune.progress import track
+from fastprune.rows.subset import Subset, checked_rows
 
 # A task's start costs a few microseconds, an image's check a millisecond.
 _ROWS_PER_TASK = 64

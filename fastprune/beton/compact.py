@@ -9,8 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import destination, named_os_errors, sync, temporary_path
-from fastprune.artifacts.fingerprint import (
+from fastprune.base.checks import MAX_CLASSES
+from fastprune.base.errors import BetonError, InvalidValueError
+from fastprune.base.files import destination, named_os_errors, sync, temporary_path
+from fastprune.base.progress import track
+from fastprune.base.provenance import (
     Fingerprint,
     content_digest,
     structure_digest,
@@ -21,9 +24,6 @@ from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, writ
 from fastprune.beton.output import PageCursor, write_frame, write_images
 from fastprune.beton.reader import Beton, image_and_label, open_beton, read_records
 from fastprune.beton.rows import RowsLike, rows_of
-from fastprune.checks import MAX_CLASSES
-from fastprune.errors import BetonError, InvalidValueError
-from fastprune.progress import track
 
 _ROW_FIELD = layout.Field("row", "int")
 # Bounds the memory, while one call writes many images.

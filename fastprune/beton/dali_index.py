@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import write_text
+from fastprune.base.errors import BetonError
+from fastprune.base.files import write_text
 from fastprune.beton import layout
 from fastprune.beton.output import label_blocks_offset
 from fastprune.beton.reader import Beton, BetonFile, open_beton
 from fastprune.beton.rows import RowsLike, rows_of
 from fastprune.beton.structure import read_tables
-from fastprune.errors import BetonError
 
 # DALI's index version; its lines name every component's file, which we use for the row.
 _VERSION = "v1.2"

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fastprune import __version__
-from fastprune.artifacts.atomic import atomic_path, sync
-from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.base.errors import ArtifactError
+from fastprune.base.files import atomic_path, sync
+from fastprune.base.provenance import Fingerprint
+from fastprune.base.untrusted import member, parquet_metadata
 from fastprune.beton.row_check import per_row
 from fastprune.beton.structure import Fault
-from fastprune.errors import ArtifactError
-from fastprune.untrusted import member, parquet_metadata
 
 _METADATA_KEY = b"fastprune"
 

@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.base.errors import BetonError
 from fastprune.beton import layout
-from fastprune.errors import BetonError
 
 # Linux's, which the mmap module does not name: map at this very address, over what is there.
 _MAP_FIXED = 0x10

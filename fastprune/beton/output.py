@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.base.errors import ConversionError
 from fastprune.beton import layout
-from fastprune.errors import ConversionError
 
 # pwritev takes at most 1,024 buffers (IOV_MAX), and a gap takes one beside its image.
 _MOST_BUFFERS = 512

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.fingerprint import Fingerprint, structure_digest
+from fastprune.base.errors import BetonError, InvalidValueError, warn_user
+from fastprune.base.provenance import Fingerprint, structure_digest
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
 from fastprune.beton.mapping import map_side_by_side
-from fastprune.beton.presence import rows_present
+from fastprune.beton.remote.presence import rows_present
 from fastprune.beton.row_check import Placement, check_rows, label_faults
 from fastprune.beton.shards import SET_NAME, Shard, read_set
 from fastprune.beton.structure import Fault, Tables, read_tables
-from fastprune.errors import BetonError, InvalidValueError, warn_user
 
 
 class ForeignManifestWarning(UserWarning):

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.base.checks import MAX_CLASSES
 from fastprune.beton import layout
 from fastprune.beton.structure import Fault, Tables
-from fastprune.checks import MAX_CLASSES
 
 # A file that is cut has a fault in every row.
 _MOST_ROWS_NAMED = 1000

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprune.artifacts.fingerprint import ContentNotComparedWarning, require_same_images
-from fastprune.artifacts.subset import Subset, checked_rows
-from fastprune.beton.presence import require_present
+from fastprune.base.errors import warn_user
+from fastprune.base.provenance import ContentNotComparedWarning, require_same_images
 from fastprune.beton.reader import Beton
-from fastprune.errors import warn_user
+from fastprune.beton.remote.presence import require_present
+from fastprune.rows.subset import Subset, checked_rows
 
 RowsLike = str | Path | Subset | ArrayLike | None
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastprune.artifacts.atomic import write_text
-from fastprune.artifacts.fingerprint import Fingerprint, content_digest, structure_digest
+from fastprune.base.errors import ArtifactError, BetonError
+from fastprune.base.files import write_text
+from fastprune.base.provenance import Fingerprint, content_digest, structure_digest
+from fastprune.base.untrusted import member, read_json
 from fastprune.beton.manifest import Manifest, Part, manifest_path, read_manifest
-from fastprune.errors import ArtifactError, BetonError
-from fastprune.untrusted import member, read_json
 
 SET_NAME = "manifest.json"
 MAX_SHARDS = 100_000

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.base.errors import BetonError
 from fastprune.beton import layout
 from fastprune.beton.mapping import map_file
-from fastprune.errors import BetonError
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
 from fastprune.beton import layout
+from fastprune.beton.convert.transcode import ACTIONS, COPIED, FEWEST_BYTES_TO_REWRITE, REWRITTEN
 from fastprune.beton.manifest import Manifest
 from fastprune.beton.reader import open_beton
-from fastprune.beton.transcode import ACTIONS, COPIED, FEWEST_BYTES_TO_REWRITE, REWRITTEN
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
 
 
 def summarize(path: str | Path) -> dict[str, Any]:

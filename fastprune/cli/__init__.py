@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from fastprune import __version__
+from fastprune.base.errors import FastpruneError, InvalidValueError
 from fastprune.cli import (
     bench,
     beton,
@@ -28,7 +29,6 @@ from fastprune.cli import (
     training,
 )
 from fastprune.cli.options import flags_of, named_by_flag
-from fastprune.errors import FastpruneError, InvalidValueError
 
 _COMMAND = "fastprune.command"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}

@@ -40,8 +40,8 @@ def loader(
     from rich.console import Console
     from rich.table import Table
 
-    from fastprune.bench import bench_loader
-    from fastprune.cpus import usable_cpus
+    from fastprune.base.cpus import usable_cpus
+    from fastprune.bench.loader import bench_loader
 
     measured = bench_loader(
         beton,
@@ -102,7 +102,7 @@ def service(
     from rich.console import Console
     from rich.table import Table
 
-    from fastprune.bench_service import bench_service
+    from fastprune.bench.service import bench_service
 
     measured = bench_service(
         beton,

@@ -82,9 +82,9 @@ def convert(
     any of them, such as s3://bucket/tars/.
     BETON is a file; with --shards a folder, or a URL such as s3://bucket/train/.
     """
+    from fastprune.beton.convert.writer import convert as convert_images
     from fastprune.beton.shards import SET_NAME
     from fastprune.beton.summary import jpeg_layouts
-    from fastprune.beton.writer import convert as convert_images
 
     if shard is not None and shards is None:
         raise click.UsageError("--shard names one of several: add --shards.")
@@ -138,7 +138,7 @@ def check(
     """Check a beton: is every byte where it should be."""
     from fastprune.beton.adopt import adopt
     from fastprune.beton.check import check_beton
-    from fastprune.beton.presence import rows_present
+    from fastprune.beton.remote.presence import rows_present
 
     if write_manifest and not deep:
         raise click.UsageError("--write-manifest vouches for every image: add --deep.")

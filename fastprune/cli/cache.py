@@ -111,7 +111,7 @@ def _parse_slots(text: str) -> list[int]:
 @json_option
 def check(folder: Path, as_json: bool) -> None:
     """Compare the logits in FOLDER with their checksums."""
-    from fastprune.artifacts.teacher_cache import TeacherCache
+    from fastprune.rows.teacher_cache import TeacherCache
 
     start = time.monotonic()
     opened = TeacherCache.open(folder)
@@ -134,7 +134,7 @@ def check(folder: Path, as_json: bool) -> None:
 @json_option
 def info(folder: Path, as_json: bool) -> None:
     """Show what the logits in FOLDER are of, and how many are there."""
-    from fastprune.artifacts.teacher_cache import TeacherCache
+    from fastprune.rows.teacher_cache import TeacherCache
 
     summary = TeacherCache.open(folder).summary()
     if as_json:

@@ -30,8 +30,8 @@ def doctor(betons: tuple[Path, ...], required: tuple[str, ...], as_json: bool) -
     """
     import logging
 
+    from fastprune.base.environment import describe_versions
     from fastprune.doctor import diagnose
-    from fastprune.environment import describe_versions
 
     # Which engine a loader chose is no news here.
     log = logging.getLogger("fastprune.loading")

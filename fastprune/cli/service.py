@@ -59,7 +59,7 @@ def serve(
     environment variable FASTPRUNE_SERVICE. SIGTERM ends it; trainers then decode by themselves.
     """
     if status is not None:
-        from fastprune.loading.service_address import read_token
+        from fastprune.service.address import read_token
         from fastprune.service.status import ask_status
 
         found = ask_status(status, token=None if token_file is None else read_token(token_file))
@@ -73,8 +73,8 @@ def serve(
 
     import asyncio
 
+    from fastprune.base.cpus import usable_cpus
     from fastprune.beton.reader import open_beton
-    from fastprune.cpus import usable_cpus
     from fastprune.service.locks import Locks
     from fastprune.service.server import Server
 

@@ -22,9 +22,9 @@ from fastprune.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from fastprune.artifacts.scores import ScoreTable
-    from fastprune.artifacts.subset import Subset
     from fastprune.beton.reader import Beton
+    from fastprune.rows.score_table import ScoreTable
+    from fastprune.rows.subset import Subset
 
 
 @click.command()
@@ -194,9 +194,9 @@ def export(
     as_json: bool,
 ) -> None:
     """Write SUBSET for another tool."""
-    from fastprune.artifacts.scores import ScoreTable
-    from fastprune.artifacts.subset import Subset
     from fastprune.beton.reader import open_beton
+    from fastprune.rows.score_table import ScoreTable
+    from fastprune.rows.subset import Subset
     from fastprune.selection.exporters import export_subset
 
     loaded = Subset.load(subset)
@@ -223,7 +223,7 @@ def _opened(path: Path) -> "Beton":
 
 def _load_scores(path: Path, beton: "Beton | None") -> "ScoreTable":
     """Load a score table, or another tool's scores of a beton."""
-    from fastprune.artifacts.scores import ScoreTable
+    from fastprune.rows.score_table import ScoreTable
 
     if beton is None:
         return ScoreTable.load(path)

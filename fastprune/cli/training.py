@@ -17,7 +17,7 @@ def _complete_recipe(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[str]:
     del context, parameter
-    from fastprune.recipe import packaged_recipes
+    from fastprune.settings import packaged_recipes
 
     return [name for name in packaged_recipes() if name.startswith(incomplete)]
 
@@ -48,9 +48,9 @@ def train(
 
     Several GPUs: torchrun --nproc-per-node 8 -m fastprune train RECIPE
     """
-    from fastprune.errors import PeerError, TrainingStopped
+    from fastprune.base.errors import PeerError, TrainingStopped
     from fastprune.networks.names import require_known_network
-    from fastprune.recipe import load_recipe
+    from fastprune.settings import load_recipe
 
     if fixed_iterations:
         overrides = (*overrides, "schedule.fixed_iterations=true")
@@ -156,7 +156,7 @@ def recipes(context: click.Context, as_json: bool) -> None:
     """List the recipes that come with fastprune: train takes their names."""
     if context.invoked_subcommand is not None:
         return
-    from fastprune.recipe import packaged_recipes
+    from fastprune.settings import packaged_recipes
 
     titles = {name: _title(path) for name, path in packaged_recipes().items()}
     lines = "\n".join(f"{name:40}  {title}" for name, title in titles.items())
@@ -167,7 +167,7 @@ def recipes(context: click.Context, as_json: bool) -> None:
 @click.argument("name", shell_complete=_complete_recipe)
 def show_recipe(name: str) -> None:
     """Print a recipe, to be saved and changed: recipes show NAME > recipe.toml."""
-    from fastprune.recipe import find_recipe
+    from fastprune.settings import find_recipe
 
     click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastprune.beton.sources.folder import EXTENSIONS
+from fastprune.base.errors import ConversionError
+from fastprune.beton.convert.sources.folder import EXTENSIONS
 from fastprune.demo.pictures import write_demo_images
-from fastprune.errors import ConversionError
 
 # CIFAR's folders have `test`, ImageNet's `val`.
 _VAL_NAMES = ("val", "validation", "test")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from fastprune.progress import track
+from fastprune.base.progress import track
 
 CLASS_NAMES = (
     "circle",

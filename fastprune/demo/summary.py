@@ -14,12 +14,12 @@ from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from rich.table import Table
 
-from fastprune.artifacts.atomic import atomic_path, write_text
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
-from fastprune.costs import Cost, cost_ratio
+from fastprune.base.environment import describe_machine, describe_versions
+from fastprune.base.files import atomic_path, write_text
+from fastprune.distillation.costs import Cost, cost_ratio
 from fastprune.distillation.result import Result
-from fastprune.environment import describe_machine, describe_versions
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
 
 _SAMPLES_PER_LINE = 10
 _COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")

@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import exclusive
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.files import exclusive
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
 from fastprune.demo.images import prepare_images
 from fastprune.demo.pictures import WRONG_LABEL_SHARE
 from fastprune.demo.summary import DemoResult, Sample, StudentRun, sample_rows
 from fastprune.difficulty.teacher import score
 from fastprune.distillation.trainer import distill
-from fastprune.errors import InvalidValueError
 from fastprune.networks import build_network
-from fastprune.recipe import Recipe, make_recipe
 from fastprune.report.score_pictures import read_image
 from fastprune.selection.subsets import make_subset
+from fastprune.settings import Recipe, make_recipe
 
 logger = logging.getLogger(__name__)
 

@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.base.checks import require_at_least
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.progress import track
+from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
 from fastprune.beton.reader import open_beton
 from fastprune.beton.rows import RowsLike, rows_of
-from fastprune.checks import require_at_least
 from fastprune.difficulty.forward import Forward, ready_forward, run_network
 from fastprune.difficulty.network import Channels, choose_view, make_teacher
 from fastprune.difficulty.reading import Reading
-from fastprune.distributed import Ranks, device_of_rank, join_ranks
-from fastprune.errors import InvalidValueError
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.progress import track
+from fastprune.rows.teacher_cache import TeacherCache
 
 
 def fill_cache(

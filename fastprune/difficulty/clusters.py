@@ -17,16 +17,16 @@ from numba import prange
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
-from fastprune.compile_cache import cached
-from fastprune.cpus import cpus_per_rank
+from fastprune.base.compiled import cached
+from fastprune.base.cpus import cpus_per_rank
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.random_streams import row_keys
 from fastprune.difficulty import kernels
 from fastprune.difficulty.kernels import (
     as_float64,
     refuse_first_bad_row,
     stored_rows,
 )
-from fastprune.errors import InvalidValueError
-from fastprune.splitmix import row_keys
 
 # `as_float64` is compiled in, so its file is a source too.
 _compiled = functools.partial(cached, Path(__file__), Path(kernels.__file__))

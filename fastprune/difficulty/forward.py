@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.difficulty.metrics import LOGIT_METRICS, logit_metrics
-from fastprune.errors import InvalidValueError
 from fastprune.networks import FeatureNetwork
 
 PRECISIONS = ("auto", "fp32", "bf16")

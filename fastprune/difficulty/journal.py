@@ -11,10 +11,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import try_lock, write_text
+from fastprune.base.errors import ArtifactError
+from fastprune.base.files import try_lock, write_text
+from fastprune.base.untrusted import BAD_HEADER
 from fastprune.difficulty.metrics import LOGIT_METRICS
-from fastprune.errors import ArtifactError
-from fastprune.untrusted import BAD_HEADER
 
 logger = logging.getLogger(__name__)
 

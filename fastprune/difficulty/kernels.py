@@ -18,8 +18,8 @@ from numba import prange
 from numba.extending import intrinsic
 from numpy.typing import ArrayLike, NDArray
 
-from fastprune.compile_cache import cached
-from fastprune.errors import InvalidValueError
+from fastprune.base.compiled import cached
+from fastprune.base.errors import InvalidValueError
 
 _FLOAT_TYPES = (np.float16, np.float32, np.float64)
 _LARGEST = float(np.finfo(np.float32).max)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 
 # What a pass without labels measures: the distance to the own cluster's center, and metrics of
 # logits alone.

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastprune.base.ranks import Ranks
 from fastprune.beton.reader import Beton
 from fastprune.difficulty.network import ViewSpec
-from fastprune.distributed import Ranks
 from fastprune.loading.loader import Loader
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastprune.artifacts.cache_filler import CacheFiller
-from fastprune.artifacts.scores import ScoreTable, require_parquet_name
+from fastprune.base.checks import require_at_least
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.progress import track
+from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
 from fastprune.beton.reader import Beton, open_beton
-from fastprune.checks import require_at_least
 from fastprune.difficulty.cache import fill_missing, open_cache, recurring_views
 from fastprune.difficulty.clusters import spherical_kmeans
 from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward
@@ -25,11 +26,10 @@ from fastprune.difficulty.kernels import centroid_distances, centroid_median_dis
 from fastprune.difficulty.metrics import CLUSTER_METRIC, LABEL_FREE_METRICS, LOGIT_METRICS
 from fastprune.difficulty.network import Channels, Teacher, ViewSpec, choose_view, make_teacher
 from fastprune.difficulty.reading import Reading
-from fastprune.distributed import Ranks, device_of_rank, join_ranks
-from fastprune.errors import InvalidValueError
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.progress import track
+from fastprune.rows.cache_filler import CacheFiller
+from fastprune.rows.score_table import ScoreTable, require_parquet_name
 
 # A killed pass loses at most this much; a commit flushes the whole map, so not every step.
 _COMMIT_SECONDS = 10.0

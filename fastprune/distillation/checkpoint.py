@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune.artifacts.atomic import atomic_path, exclusive
-from fastprune.errors import ArtifactError, RecipeError
+from fastprune.base.errors import ArtifactError, RecipeError
+from fastprune.base.files import atomic_path, exclusive
 from fastprune.networks import save_weights
 
 logger = logging.getLogger(__name__)

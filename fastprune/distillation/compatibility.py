@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.distillation.objective import Objective
-from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.loading.loader import Loader
 from fastprune.networks import (
     own_classes,
@@ -20,7 +19,8 @@ from fastprune.networks import (
     weights_digest,
     weights_metadata,
 )
-from fastprune.recipe import Recipe
+from fastprune.rows.subset import Subset
+from fastprune.settings import Recipe
 
 # What may change between two parts of a run. Files may lie elsewhere: what they hold is compared.
 _FREE = {

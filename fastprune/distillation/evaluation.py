@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.checks import require_one_of
-from fastprune.distributed import Ranks
-from fastprune.errors import ArtifactMismatch, InvalidValueError
+from fastprune.base.checks import require_one_of
+from fastprune.base.errors import ArtifactMismatch, InvalidValueError
+from fastprune.base.ranks import Ranks
 from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD, choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network, load_weights, network_in_metadata, weights_metadata

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from fastprune.base.errors import TrainingError
 from fastprune.distillation.meters import StepLosses
 from fastprune.distillation.step import Batch, Context
-from fastprune.errors import TrainingError
 
 # As many as fit a terminal; the saved batch has all of them.
 _ROWS_NAMED = 8

@@ -5,9 +5,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastprune.distributed import Ranks
-from fastprune.recipe import PruningSettings
-from fastprune.splitmix import row_keys
+from fastprune.base.random_streams import row_keys
+from fastprune.base.ranks import Ranks
+from fastprune.settings import PruningSettings
 
 
 def infobatch_weights(

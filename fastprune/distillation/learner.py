@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.networks import FeatureNetwork
 
 

@@ -10,8 +10,8 @@ from fastprune.distillation.compatibility import (
 from fastprune.distillation.step import Context
 from fastprune.loading.crops import CropPolicy
 from fastprune.loading.loader import Loader
-from fastprune.loading.service_address import read_token
-from fastprune.recipe import Recipe
+from fastprune.service.address import read_token
+from fastprune.settings import Recipe
 
 
 def open_loaders(context: Context) -> tuple[Loader, Loader | None]:

@@ -5,7 +5,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 
 
 def distillation_loss(

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprune.costs import StepSeconds, summarize_steps
+from fastprune.base.progress import track
+from fastprune.base.ranks import Ranks
+from fastprune.distillation.costs import StepSeconds, summarize_steps
 from fastprune.distillation.progressive_resizing import GrowingLoader
-from fastprune.distributed import Ranks
 from fastprune.loading.loader import Loader
-from fastprune.progress import track
 
 PHASES = ("startup", "train", "validation", "checkpoint", "closing")
 PARTS = ("wait", "teacher", "student", "optimizer")

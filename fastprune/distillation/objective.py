@@ -15,7 +15,7 @@ from fastprune.distillation.losses import (
     standardize_logits,
 )
 from fastprune.networks import FeatureNetwork
-from fastprune.recipe import LossSettings
+from fastprune.settings import LossSettings
 
 
 class Objective(nn.Module):

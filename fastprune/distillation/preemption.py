@@ -6,10 +6,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from fastprune import interrupts
-from fastprune.distributed import Agreement, Ranks
-from fastprune.errors import TrainingStopped
-from fastprune.recipe import RunSettings
+from fastprune.base import interrupts
+from fastprune.base.errors import TrainingStopped
+from fastprune.base.ranks import Agreement, Ranks
+from fastprune.settings import RunSettings
 
 # What a process asks of all of them at a step: nothing (0), this, or a signal's number, which is
 # larger; the largest request is heard.

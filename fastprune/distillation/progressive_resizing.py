@@ -8,7 +8,7 @@ import numpy as np
 
 from fastprune.beton.rows import RowsLike
 from fastprune.loading.loader import Loader
-from fastprune.recipe import DataSettings
+from fastprune.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from fastprune.artifacts.atomic import write_text
-from fastprune.artifacts.subset import Subset
-from fastprune.costs import StepSeconds
+from fastprune.base.environment import describe_machine, describe_versions
+from fastprune.base.files import write_text
+from fastprune.distillation.costs import StepSeconds
 from fastprune.distillation.evaluation import Evaluation
-from fastprune.environment import describe_machine, describe_versions
 from fastprune.loading.loader import Loader
-from fastprune.recipe import Recipe
+from fastprune.rows.subset import Subset
+from fastprune.settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

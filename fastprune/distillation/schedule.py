@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastprune.recipe import ScheduleSettings
+from fastprune.settings import ScheduleSettings
 
 # One cycle's first rate over its highest: torch's OneCycleLR begins at 1/25.
 _FIRST_SHARE = 0.04

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastprune.base.errors import RecipeError
+from fastprune.base.ranks import Ranks
 from fastprune.distillation.compatibility import (
     explain_missing_features,
     read_class_std,
@@ -23,11 +25,9 @@ from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.schedule import WeightAverage, make_optimizer
 from fastprune.distillation.teacher import Teacher
-from fastprune.distributed import Ranks
-from fastprune.errors import RecipeError
 from fastprune.loading.cached_logits import Holes
 from fastprune.networks import FeatureNetwork, build_network, load_weights
-from fastprune.recipe import NetworkSettings, Recipe
+from fastprune.settings import NetworkSettings, Recipe
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastprune.artifacts.cache_filler import CacheFiller
-from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.base.errors import ArtifactError, RecipeError
 from fastprune.difficulty.cache import open_cache
 from fastprune.distillation.compatibility import require_logits
 from fastprune.distillation.learner import Outputs
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.progressive_resizing import size_at
-from fastprune.errors import ArtifactError, RecipeError
 from fastprune.loading.loader import Loader
 from fastprune.networks import weights_digest
+from fastprune.rows.cache_filler import CacheFiller
+from fastprune.rows.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     from fastprune.distillation.step import Batch, Context

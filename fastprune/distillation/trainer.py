@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.artifacts.atomic import write_text
+from fastprune.base.errors import TrainingError
+from fastprune.base.files import write_text
+from fastprune.base.ranks import device_of_rank, join_ranks
 from fastprune.distillation.checkpoint import (
     Checkpoints,
     hold_run_folder,
@@ -39,11 +41,9 @@ from fastprune.distillation.runlog import RunLog
 from fastprune.distillation.schedule import learning_rate, num_passes
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair, share_buffers
 from fastprune.distillation.teacher import make_teacher
-from fastprune.distributed import device_of_rank, join_ranks
-from fastprune.errors import TrainingError
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
-from fastprune.recipe import Recipe, load_recipe
+from fastprune.settings import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastprune.compile_cache import scratch_folders
+from fastprune.base.compiled import scratch_folders
+from fastprune.base.errors import FastpruneError
 from fastprune.doctor.machine import Finding
-from fastprune.errors import FastpruneError
 
 _SIDE = 64
 # Between decoders and filters; a wrong image is tens of levels off.
@@ -69,7 +69,7 @@ _ROOM = "Let TMPDIR name a folder that can be written and has room."
 @contextlib.contextmanager
 def _beton() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     """Convert one image, and yield the beton with the pixels that PIL decodes."""
-    from fastprune.beton.writer import convert
+    from fastprune.beton.convert.writer import convert
 
     across = np.linspace(0, 255, _SIDE).astype(np.uint8)
     channels = np.broadcast_arrays(across[:, None], across[None, :], np.uint8(128))
@@ -89,7 +89,7 @@ def _check_gpu(beton: Path, expected: NDArray[np.uint8]) -> Finding:
     if _is_installed("nvidia.dali"):
         import torch
 
-        from fastprune.loading.gpu_probe import probe_gpu_decoding
+        from fastprune.decoding.gpu_probe import probe_gpu_decoding
 
         trial = probe_gpu_decoding(torch.cuda.current_device(), again=True)
         if trial.verdict != "good":

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastprune.compile_cache import writable_folder
-from fastprune.cpus import cgroup_folders, cpu_quota, cpus_per_rank, usable_cpus
-from fastprune.environment import describe_versions
+from fastprune.base.compiled import writable_folder
+from fastprune.base.cpus import cgroup_folders, cpu_quota, cpus_per_rank, usable_cpus
+from fastprune.base.environment import describe_versions
 
 _GB = 1e9
 # The usual soft limit of Linux; some clusters set 256.

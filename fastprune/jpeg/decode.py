@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.errors import InvalidValueError, JpegError
+from fastprune.base.errors import InvalidValueError, JpegError
 from fastprune.jpeg.fallback import BoxOutsideImageError, decode_whole, require_decodable
 from fastprune.jpeg.frame import HEIGHT, WIDTH, read_frame
 from fastprune.jpeg.headers import MAX_SIDE, is_jpeg

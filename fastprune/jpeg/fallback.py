@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from fastprune.errors import JpegError
+from fastprune.base.errors import JpegError
 from fastprune.jpeg.headers import require_few_scans
 from fastprune.jpeg.native import BAD_BOX, MEANINGS
 

@@ -4,7 +4,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from fastprune.errors import JpegError
+from fastprune.base.errors import JpegError
 
 # libjpeg refuses sides above this (JPEG_MAX_DIMENSION).
 MAX_SIDE = 65_500

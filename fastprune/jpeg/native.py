@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import config as numba_settings
 
-from fastprune.compile_cache import cached
+from fastprune.base.compiled import cached
 
 BOUNDS_CHECKED = bool(getattr(numba_settings, "BOUNDSCHECK", False))
 VECTORS: bool = not BOUNDS_CHECKED and bool(

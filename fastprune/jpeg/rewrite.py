@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.errors import JpegError
+from fastprune.base.errors import JpegError
 from fastprune.jpeg.best_table import best_table
 from fastprune.jpeg.blocks import NUM_CATEGORIES, find_blocks, has_same_blocks, write_rows
 from fastprune.jpeg.frame import (

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from fastprune.checks import require_at_least, require_one_of
-from fastprune.errors import InvalidValueError
+from fastprune.base.checks import require_at_least, require_one_of
+from fastprune.base.errors import InvalidValueError
 from fastprune.loading.batch import LAYOUTS
 from fastprune.loading.crops import AUGMENTS
 from fastprune.loading.sampler import ORDERS, TAILS

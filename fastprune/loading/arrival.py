@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.beton.reader import Beton, open_beton
 from fastprune.beton.remote.fetch import Fetch
 from fastprune.beton.remote.mirror import Mirror, open_mirror
 from fastprune.beton.remote.store import RETRY_SECONDS, is_url
-from fastprune.errors import InvalidValueError
-from fastprune.loading.service_address import names_remote_beton
-from fastprune.loading.service_beton import open_remote_beton
+from fastprune.service.address import names_remote_beton
+from fastprune.service.served_beton import open_remote_beton
 
 if TYPE_CHECKING:
-    from fastprune.loading.engine import Engine
+    from fastprune.decoding.engine import Engine
 
 
 def open_source(

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastprune.compile_cache import cached
-from fastprune.errors import InvalidValueError
+from fastprune.base.compiled import cached
+from fastprune.base.errors import InvalidValueError
+from fastprune.decoding.memory import BatchMemory
 from fastprune.loading.cached_logits import CachedLogits
 from fastprune.loading.contrast import ContrastRows, DrawnAhead
-from fastprune.loading.memory import BatchMemory
 from fastprune.loading.sending import Sent, one_ahead, send
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastprune.artifacts.teacher_cache import TeacherCache
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
+from fastprune.rows.teacher_cache import TeacherCache
 
 
 class Holes(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from fastprune import splitmix
-from fastprune.compile_cache import cached
-from fastprune.errors import InvalidValueError
-from fastprune.loading.memory import BatchMemory
+from fastprune.base import random_streams as splitmix
+from fastprune.base.compiled import cached
+from fastprune.base.errors import InvalidValueError
+from fastprune.decoding.memory import BatchMemory
 
 _mix = njit(nogil=True)(splitmix.mix64)
 _GOLDEN = splitmix.GOLDEN

@@ -14,10 +14,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from fastprune import splitmix
+from fastprune.base import random_streams as splitmix
+from fastprune.base.compiled import cached
+from fastprune.base.random_streams import GOLDEN, mix64
 from fastprune.beton.reader import Beton
-from fastprune.compile_cache import cached
-from fastprune.splitmix import GOLDEN, mix64
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastprune.artifacts.teacher_cache import TeacherCache
+from fastprune.base.checks import require_at_least, require_channels
+from fastprune.base.cpus import cpus_per_rank
+from fastprune.base.errors import InvalidValueError
 from fastprune.beton.remote.store import is_url
 from fastprune.beton.rows import RowsLike, kept_rows, rows_of
-from fastprune.checks import require_at_least, require_channels
-from fastprune.cpus import cpus_per_rank
-from fastprune.errors import InvalidValueError
+from fastprune.decoding.engine import decoder_identity, make_engine
+from fastprune.decoding.faults import RowFaults
 from fastprune.loading.arguments import require_arguments
 from fastprune.loading.arrival import open_source
 from fastprune.loading.batch import (
@@ -31,10 +32,9 @@ from fastprune.loading.batch import (
 )
 from fastprune.loading.cached_logits import CachedLogits, open_for_loader
 from fastprune.loading.crops import CropPolicy, warn_of_enlarging
-from fastprune.loading.engine import decoder_identity, make_engine
-from fastprune.loading.faults import RowFaults
 from fastprune.loading.sampler import EpochSampler, KeptImages, NextEpoch, this_rank
 from fastprune.loading.state import make_state, read_state, require_same_batches
+from fastprune.rows.teacher_cache import TeacherCache
 
 _LOG = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.beton.reader import Beton
-from fastprune.errors import InvalidValueError
 
 ORDERS = ("random", "sequential", "pages")
 TAILS = ("drop", "pad", "exact")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 
 # 2: a subset's order is that of the whole beton, with the other rows left out.
 VERSION = 2

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from fastprune.checks import did_you_mean
-from fastprune.errors import ArtifactError, InvalidValueError, MissingDependencyError
+from fastprune.base.checks import did_you_mean
+from fastprune.base.errors import ArtifactError, InvalidValueError, MissingDependencyError
 from fastprune.networks import resnet_large, resnet_small, vgg_small
 from fastprune.networks.features import without_classifier
 from fastprune.networks.mobilenet import MobileNetV1, SmallMobileNetV2

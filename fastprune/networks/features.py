@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 
 
 def classifier_name(network: nn.Module, *, num_classes: int) -> str:

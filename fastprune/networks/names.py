@@ -5,8 +5,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastprune.checks import did_you_mean
-from fastprune.errors import InvalidValueError
+from fastprune.base.checks import did_you_mean
+from fastprune.base.errors import InvalidValueError
 
 SMALL_NAMES = (
     *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),

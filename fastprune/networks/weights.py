@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fastprune.checks import MAX_CLASSES, require_channels
-from fastprune.errors import ArtifactError
-from fastprune.untrusted import parse_json
+from fastprune.base.checks import MAX_CLASSES, require_channels
+from fastprune.base.errors import ArtifactError
+from fastprune.base.untrusted import parse_json
 
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
 _WRAPPERS = ("module.", "_orig_mod.")

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastprune.artifacts.subset import Subset
-from fastprune.costs import Cost
-from fastprune.errors import ArtifactError, InvalidValueError
-from fastprune.untrusted import member, parse_json, read_json, read_text
+from fastprune.base.errors import ArtifactError, InvalidValueError
+from fastprune.base.untrusted import member, parse_json, read_json, read_text
+from fastprune.distillation.costs import Cost
+from fastprune.rows.subset import Subset
 
 _RECIPE, _RESULT, _METRICS = "recipe.json", "result.json", "metrics.jsonl"
 # runs/, runs/medium-0/ and study/cell/seed/ are the depths people use; a deeper search would walk

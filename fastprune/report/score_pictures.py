@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.base.errors import BetonError
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
-from fastprune.errors import BetonError
+from fastprune.rows.score_table import ScoreTable
 from fastprune.selection.subsets import ranks
 
 _ALL, _KEPT = "#c8c8c8", "#4c72b0"

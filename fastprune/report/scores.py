@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import write_text
-from fastprune.artifacts.fingerprint import require_same_images
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset, checked_rows
+from fastprune.base.checks import did_you_mean
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.files import write_text
+from fastprune.base.provenance import require_same_images
 from fastprune.beton.reader import Beton, open_beton
-from fastprune.checks import did_you_mean
-from fastprune.errors import InvalidValueError
 from fastprune.report.page import Thumbnail, facts, heading, link, note, page, picture, strip
 from fastprune.report.score_pictures import (
     class_counts_png,
@@ -25,6 +23,8 @@ from fastprune.report.score_pictures import (
     histogram_png,
     thumbnail_png,
 )
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset, checked_rows
 from fastprune.selection.subsets import NO_DIFFICULTIES
 
 Rows = NDArray[np.int64]

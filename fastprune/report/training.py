@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastprune.artifacts.atomic import atomic_path, write_text
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.files import atomic_path, write_text
 from fastprune.report.page import (
     facts,
     heading,

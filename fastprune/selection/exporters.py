@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import atomic_path, write_text
-from fastprune.artifacts.fingerprint import Fingerprint, require_same_images
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset, checked_rows
+from fastprune.base.checks import did_you_mean
+from fastprune.base.errors import ArtifactError, InvalidValueError
+from fastprune.base.files import atomic_path, write_text
+from fastprune.base.provenance import Fingerprint, require_same_images
 from fastprune.beton.reader import Beton
-from fastprune.checks import did_you_mean
-from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset, checked_rows
 from fastprune.selection.huggingface import write_parquet_shards
 
 FORMATS = (

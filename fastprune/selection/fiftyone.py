@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastprune.artifacts.atomic import write_text
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import ArtifactError, InvalidValueError
+from fastprune.base.files import write_text
+from fastprune.base.untrusted import read_json
 from fastprune.beton.reader import Beton
-from fastprune.errors import ArtifactError, InvalidValueError
-from fastprune.untrusted import read_json
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
 
 
 class Samples(Protocol):

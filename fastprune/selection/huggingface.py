@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.beton import layout
 from fastprune.beton.reader import Beton
-from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.rows.score_table import ScoreTable
 
 # As `datasets` writes images: files that a hub takes, and row groups that its viewer reads quickly.
 _SHARD_BYTES = 500 * 10**6

@@ -13,12 +13,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fastprune.artifacts.fingerprint import require_same_images
-from fastprune.artifacts.scores import ScoreTable, is_score_table
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import ArtifactError, InvalidValueError
+from fastprune.base.provenance import require_same_images
+from fastprune.base.untrusted import open_regular, read_json, read_npy, read_npz_member, read_text
 from fastprune.beton.reader import Beton
-from fastprune.errors import ArtifactError, InvalidValueError
-from fastprune.untrusted import open_regular, read_json, read_npy, read_npz_member, read_text
+from fastprune.rows.score_table import ScoreTable, is_score_table
+from fastprune.rows.subset import Subset
 
 Rows = NDArray[np.int64]
 

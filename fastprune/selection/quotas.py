@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.checks import did_you_mean
-from fastprune.errors import InvalidValueError
+from fastprune.base.checks import did_you_mean
+from fastprune.base.errors import InvalidValueError
 
 QUOTAS = ("proportional", "equal")
 

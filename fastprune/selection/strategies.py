@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprune.checks import did_you_mean
-from fastprune.errors import InvalidValueError
+from fastprune.base.checks import did_you_mean
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.random_streams import row_keys
 from fastprune.selection.quotas import class_quotas, kept_total
-from fastprune.splitmix import row_keys
 
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float32] | NDArray[np.float64]

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset, checked_rows
-from fastprune.checks import did_you_mean
-from fastprune.errors import InvalidValueError
+from fastprune.base.checks import did_you_mean
+from fastprune.base.errors import InvalidValueError
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset, checked_rows
 from fastprune.selection.strategies import require_finite, select_rows
 
 DEFAULT_METRIC = "centroid"

@@ -6,9 +6,9 @@ from pathlib import PurePath
 
 import pyarrow as pa
 
-from fastprune.loading.service_beton import METADATA_KEY, SCHEMA
-from fastprune.loading.service_wire import ServiceRefusedError
 from fastprune.service.desk import Served
+from fastprune.service.served_beton import METADATA_KEY, SCHEMA
+from fastprune.service.wire import ServiceRefusedError
 
 
 def find_served(betons: Sequence[Served], name: str) -> Served:

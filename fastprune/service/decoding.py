@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.beton.reader import Beton
-from fastprune.loading.cpu import stored_images
-from fastprune.loading.decoding import RowDecoder
-from fastprune.loading.faults import ALTERED, RowFaults
-from fastprune.loading.service_wire import GUARD_BYTES, MOST_REASON_CHARACTERS, WANTED
+from fastprune.decoding.cpu import stored_images
+from fastprune.decoding.faults import ALTERED, RowFaults
+from fastprune.decoding.rows_to_pixels import RowDecoder
 from fastprune.service.window import Task
+from fastprune.service.wire import GUARD_BYTES, MOST_REASON_CHARACTERS, WANTED
 
 
 class Decoders:

@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.loading.service_wire import WANTED
 from fastprune.service.slab import place_bytes
+from fastprune.service.wire import WANTED
 
 
 @dataclass(eq=False, repr=False)

@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastprune import __version__
+from fastprune.base.errors import LoadingError
 from fastprune.beton.reader import Beton
-from fastprune.errors import LoadingError
-from fastprune.loading import service_wire as wire
-from fastprune.loading.faults import FileWatch
-from fastprune.loading.service_wire import Kind, ServiceError, ServiceRefusedError
+from fastprune.decoding.faults import FileWatch
+from fastprune.service import wire
 from fastprune.service.decoding import Decoders
 from fastprune.service.demand import Ask, Client, Images
 from fastprune.service.slab import Slab
 from fastprune.service.window import Task, Window
+from fastprune.service.wire import Kind, ServiceError, ServiceRefusedError
 
 _LOG = logging.getLogger(__name__)
 

@@ -32,14 +32,14 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import pyarrow as pa
 from pyarrow import flight
 
-from fastprune.errors import InvalidValueError
-from fastprune.loading import service_wire as wire
-from fastprune.loading.service_address import Address
-from fastprune.loading.service_wire import GUARD_BYTES, Kind, ServiceError
+from fastprune.base.errors import InvalidValueError
+from fastprune.service import wire
+from fastprune.service.address import Address
 from fastprune.service.catalog import beton_table, find_served
 from fastprune.service.demand import Ask, Client
 from fastprune.service.desk import Desk
 from fastprune.service.locks import Locks
+from fastprune.service.wire import GUARD_BYTES, Kind, ServiceError
 
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from fastprune.errors import InvalidValueError
-from fastprune.loading.service_address import Address, checked_token
-from fastprune.untrusted import read_bytes, read_text
+from fastprune.base.errors import InvalidValueError
+from fastprune.base.untrusted import read_bytes, read_text
+from fastprune.service.address import Address, checked_token
 
 _MOST_FILE_BYTES = 1 << 20
 

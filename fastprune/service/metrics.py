@@ -7,7 +7,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from fastprune.errors import InvalidValueError, MissingDependencyError
+from fastprune.base.errors import InvalidValueError, MissingDependencyError
 
 _ANSWER_SECONDS = 5.0
 

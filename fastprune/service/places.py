@@ -2,9 +2,9 @@
 
 from collections import Counter, defaultdict
 
-from fastprune.loading.service_wire import MOST_WANTED
 from fastprune.service.demand import Client, Entry, Images, Stream
 from fastprune.service.slab import EXTENT_BYTES, Slab
+from fastprune.service.wire import MOST_WANTED
 
 
 class Places:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastprune.base.checks import require_at_least, require_one_of
+from fastprune.base.errors import InvalidValueError
 from fastprune.beton.reader import Beton
-from fastprune.checks import require_at_least, require_one_of
-from fastprune.errors import InvalidValueError
-from fastprune.loading.service_address import Address, parse_address
+from fastprune.service.address import Address, parse_address
 from fastprune.service.desk import Desk
 from fastprune.service.locks import Locks
 from fastprune.service.metrics import Monitor

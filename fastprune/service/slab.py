@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastprune.errors import InvalidValueError
-from fastprune.loading.service_wire import GUARD_BYTES
+from fastprune.base.errors import InvalidValueError
+from fastprune.service.wire import GUARD_BYTES
 
 EXTENT_BYTES = 4 << 20
 # Missing in the module `fcntl` of Python 3.11; the number is of linux/fcntl.h.

@@ -3,9 +3,9 @@
 import socket
 from typing import Any
 
-from fastprune.loading import service_wire as wire
-from fastprune.loading.service_address import Address, Credentials, find_credentials, parse_address
-from fastprune.loading.service_wire import Kind, ServiceError
+from fastprune.service import wire
+from fastprune.service.address import Address, Credentials, find_credentials, parse_address
+from fastprune.service.wire import Kind, ServiceError
 
 _SECONDS = 10.0
 
@@ -45,7 +45,7 @@ def _ask_unix(address: Address) -> dict[str, Any]:
 
 
 def _ask_flight(address: Address, credentials: Credentials) -> dict[str, Any]:
-    from fastprune.loading.service_flight import call_options, connect, lost
+    from fastprune.service.flight_session import call_options, connect, lost
 
     with connect(address, credentials, most_bytes=wire.most_bytes(Kind.STATUS)) as client:
         try:

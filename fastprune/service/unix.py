@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from fastprune.errors import InvalidValueError
-from fastprune.loading import service_wire as wire
-from fastprune.loading.service_wire import Kind, ServiceError, ServiceRefusedError
+from fastprune.base.errors import InvalidValueError
+from fastprune.service import wire
 from fastprune.service.demand import Ask
 from fastprune.service.desk import Desk
 from fastprune.service.slab import Slab
+from fastprune.service.wire import Kind, ServiceError, ServiceRefusedError
 
 _LOG = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.loading.service_wire import MOST_WANTED, WANTED, ServiceError, ServiceRefusedError
 from fastprune.service.demand import Ask, Client, Cohort, Entry, Images, Stream
 from fastprune.service.places import Places
 from fastprune.service.slab import EXTENT_BYTES, Slab
+from fastprune.service.wire import MOST_WANTED, WANTED, ServiceError, ServiceRefusedError
 
 PACES = ("auto", "together", "free")
 

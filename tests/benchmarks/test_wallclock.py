@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.environment import describe_machine
+from fastprune.base.environment import describe_machine
 from fastprune.report.runs import read_runs
 from tests.images import write_image_folder
 

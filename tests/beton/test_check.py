@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from fastprune import Subset, check_beton, convert, open_beton
-from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.base.errors import ArtifactError, BetonError, InvalidValueError
+from fastprune.base.provenance import Fingerprint
 from fastprune.beton import layout
 from fastprune.beton.adopt import adopt
 from fastprune.beton.compact import compact
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.manifest import manifest_path
 from fastprune.beton.reader import ForeignManifestWarning
-from fastprune.errors import ArtifactError, BetonError, InvalidValueError
 from tests.beton.damage import (
     array_arguments,
     column_offset,

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from fastprune import Subset, check_beton, convert, open_beton
-from fastprune.beton.remote.fetch import stage
-from fastprune.beton.shards import SET_NAME
-from fastprune.errors import (
+from fastprune.base.errors import (
     ArtifactError,
     ClusterError,
     ConversionError,
     InvalidValueError,
     MissingDependencyError,
 )
+from fastprune.beton.remote.fetch import stage
+from fastprune.beton.shards import SET_NAME
 from tests.conftest import require_library
 from tests.images import jpeg_bytes, write_image_folder
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from fastprune import Subset, check_beton, compact, convert, open_beton
-from fastprune.artifacts.fingerprint import content_digest
+from fastprune.base.errors import ArtifactError, ArtifactMismatch, BetonError, InvalidValueError
+from fastprune.base.provenance import content_digest
 from fastprune.beton import compact as module
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.manifest import manifest_path
 from fastprune.beton.structure import read_tables
-from fastprune.errors import ArtifactError, ArtifactMismatch, BetonError, InvalidValueError
 from tests.beton.damage import patch, write_plain_beton
 from tests.images import write_image_folder
 

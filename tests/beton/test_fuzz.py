@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fastprune import check_beton, open_beton
+from fastprune.base.errors import BetonError
 from fastprune.beton import layout
-from fastprune.errors import BetonError
 from tests.beton.damage import write_plain_beton
 
 _STRIKING = np.array([0, 1, 2, 0x7F, 0x80, 0xFF], np.uint8)

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastprune import check_beton, convert, open_beton
-from fastprune.beton import transcode
+from fastprune.base.errors import ConversionError
 from fastprune.beton.compact import compact
+from fastprune.beton.convert import transcode
 from fastprune.cli import main
-from fastprune.errors import ConversionError
 from tests.images import jpeg_bytes, picture
 from tests.jpeg.samples import with_hidden_frame
 

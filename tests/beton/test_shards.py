@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from fastprune import Loader, Subset, check_beton, compact, convert, open_beton
+from fastprune.base.errors import BetonError, ConversionError, InvalidValueError, LoadingError
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.manifest import manifest_path
 from fastprune.beton.shards import SET_NAME, shard_name
 from fastprune.beton.summary import summarize
-from fastprune.errors import BetonError, ConversionError, InvalidValueError, LoadingError
 from tests.beton.damage import column_offset, patch
 from tests.conftest import require_library
 from tests.images import write_image_folder

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from fastprune import convert, open_beton
-from fastprune.beton.sources.parquet import ParquetSource
-from fastprune.errors import ConversionError, InvalidValueError
+from fastprune.base.errors import ConversionError, InvalidValueError
+from fastprune.beton.convert.sources.parquet import ParquetSource
 from tests.images import jpeg_bytes, picture, write_image_folder
 
 

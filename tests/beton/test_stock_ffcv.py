@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from fastprune import compact, convert, open_beton
+from fastprune.base.errors import BetonError
 from fastprune.beton.dali_index import write_dali_index
-from fastprune.errors import BetonError
 from tests.conftest import require_library
 from tests.images import write_image_folder
 

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from fastprune import check_beton, convert, open_beton
+from fastprune.base.errors import ConversionError, InvalidValueError
 from fastprune.beton.compact import compact
 from fastprune.cli import main
-from fastprune.errors import ConversionError, InvalidValueError
 from tests.images import jpeg_bytes, picture, write_image_folder
 
 

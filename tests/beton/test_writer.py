@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastprune import check_beton, convert, open_beton
-from fastprune.beton import journal, layout
-from fastprune.beton.journal import Journal
+from fastprune.base.errors import ArtifactError, ConversionError, InvalidValueError
+from fastprune.beton import layout
+from fastprune.beton.convert import journal
+from fastprune.beton.convert.journal import Journal
+from fastprune.beton.convert.sources.folder import FolderSource
 from fastprune.beton.manifest import manifest_path, replace_pair
 from fastprune.beton.output import PageCursor
-from fastprune.beton.sources.folder import FolderSource
-from fastprune.errors import ArtifactError, ConversionError, InvalidValueError
 from fastprune.jpeg.rewrite import to_restart_rows
 from tests.images import jpeg_bytes, picture, write_image_folder
 
@@ -459,7 +460,7 @@ def test_workers_that_cannot_all_be_started_leave_none_behind(images, tmp_path):
     script = (
         "import multiprocessing, resource, sys\n"
         "from fastprune import convert\n"
-        "from fastprune.errors import ConversionError\n"
+        "from fastprune.base.errors import ConversionError\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
         "try:\n"
         "    convert(sys.argv[1], sys.argv[2], workers=200)\n"

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from fastprune import check_beton, convert, open_beton
-from fastprune.beton.transcode import ImageSettings, prepare_image
-from fastprune.errors import ConversionError
+from fastprune.base.errors import ConversionError
+from fastprune.beton.convert.transcode import ImageSettings, prepare_image
 from tests.images import jpeg_bytes, picture
 
 

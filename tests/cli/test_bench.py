@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from fastprune.beton.writer import convert
+from fastprune.beton.convert.writer import convert
 from tests.conftest import require_library
 from tests.images import write_image_folder
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastprune import ScoreTable, Subset, open_beton
-from fastprune.artifacts.fingerprint import Fingerprint
+from fastprune.base.provenance import Fingerprint
 from fastprune.beton.manifest import manifest_path
 from fastprune.cli import main
 from tests.beton.damage import patch, write_plain_beton

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from fastprune import TeacherCache
 from fastprune.cli import main
-from tests.artifacts.cache_writer import ROWS, logits_of, make_cache
+from tests.rows.cache_writer import ROWS, logits_of, make_cache
 
 
 def fastprune(*arguments):

@@ -8,8 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from fastprune.base.errors import FastpruneError
 from fastprune.cli import main
-from fastprune.errors import FastpruneError
 
 HEAVY = ("torch", "torchvision", "ffcv", "nvidia.dali", "numba", "matplotlib", "pyarrow")
 

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from fastprune import recipe
+from fastprune import settings as recipe
 from fastprune.cli import main, options
 from fastprune.difficulty.forward import PRECISIONS
 from fastprune.difficulty.metrics import CLUSTER_METRIC, FEATURE_METRICS, LOGIT_METRICS
@@ -81,7 +81,7 @@ def test_long_names_of_precisions_are_still_understood():
 
 
 def test_error_about_an_argument_names_its_flag(monkeypatch):
-    from fastprune.errors import InvalidValueError
+    from fastprune.base.errors import InvalidValueError
 
     @click.command()
     @click.option("--workers", "num_workers")

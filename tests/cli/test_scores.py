@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
 from fastprune.cli import main
 from fastprune.networks import save_weights
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
 from tests.difficulty.betons import small_beton, small_teacher
 from tests.selection.tables import score_table
 

@@ -1,7 +1,7 @@
 import pytest
 
+from fastprune.base.errors import ConversionError
 from fastprune.demo.images import prepare_images
-from fastprune.errors import ConversionError
 from tests.images import write_image_folder
 
 

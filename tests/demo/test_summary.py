@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastprune.base.errors import ArtifactError
 from fastprune.demo.summary import KeptPicture, RunPicture, Sample, draw_comparison
-from fastprune.errors import ArtifactError
 
 
 @pytest.fixture

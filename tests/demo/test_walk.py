@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import ConversionError, InvalidValueError
 from fastprune.demo.summary import result_table
 from fastprune.demo.walk import DemoSettings, run_demo
-from fastprune.errors import ConversionError, InvalidValueError
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
 from tests.conftest import require_library
 from tests.images import write_image_folder
 

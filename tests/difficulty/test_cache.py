@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fastprune import Loader, TeacherCache, convert, open_beton, score
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from fastprune.difficulty.cache import fill_cache
-from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from fastprune.networks import save_weights
+from fastprune.rows.score_table import ScoreTable
 from tests.difficulty.betons import small_beton, small_teacher
 
 SIDE = 32

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.difficulty.clusters import spherical_kmeans
-from fastprune.errors import InvalidValueError
 
 
 def blobs(num_rows=600, num_blobs=6, width=16, spread=0.1, seed=0):

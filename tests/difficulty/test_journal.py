@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastprune.base.errors import ArtifactError
 from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
-from fastprune.errors import ArtifactError
 
 
 def open_journal(folder, *, num_rows=6, identity=None, resume=True):

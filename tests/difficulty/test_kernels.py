@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
-from fastprune.errors import InvalidValueError
 
 
 def plain_distances(features, labels, center=np.mean):

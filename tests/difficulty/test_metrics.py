@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.difficulty import metrics
-from fastprune.errors import InvalidValueError
 
 
 @pytest.fixture

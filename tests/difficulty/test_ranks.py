@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.rows.score_table import ScoreTable
 from tests.difficulty.betons import small_beton, small_teacher
 from tests.difficulty.test_teacher import run
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from fastprune import Loader, convert, open_beton, score
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
-from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.networks import build_network, save_weights
+from fastprune.rows.score_table import ScoreTable
 from tests.difficulty.betons import small_beton, small_teacher
 
 SIDE = 32

@@ -6,9 +6,9 @@ import torch
 from click.testing import CliRunner
 
 from fastprune import ScoreTable, Subset, convert, open_beton, score
+from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.cli import main
 from fastprune.difficulty.clusters import spherical_kmeans
-from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.networks import build_network, save_weights
 from fastprune.report.scores import report_scores
 from fastprune.selection.subsets import make_subset

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune.artifacts.subset import Subset
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.networks import build_network, save_weights
-from fastprune.recipe import Recipe, make_recipe
+from fastprune.rows.subset import Subset
+from fastprune.settings import Recipe, make_recipe
 
 IMAGE_SIZE = 32
 

@@ -6,7 +6,7 @@ import signal
 import torch
 from torch import Tensor, nn
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 
 
 class Small(nn.Module):

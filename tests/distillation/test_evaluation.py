@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.distillation.evaluation import evaluate, evaluate_checkpoint
-from fastprune.errors import ArtifactError, InvalidValueError
 
 
 class Shift(nn.Module):

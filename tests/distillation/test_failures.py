@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastprune.base.errors import ArtifactError, InvalidValueError, TrainingError, TrainingStopped
+from fastprune.base.ranks import Ranks
 from fastprune.distillation.checkpoint import save_student
 from fastprune.distillation.failures import bad_loss_error, naming_memory
 from fastprune.distillation.meters import LossMeter, PhaseTimer, StepLosses
 from fastprune.distillation.step import Batch, Context
 from fastprune.distillation.trainer import distill
-from fastprune.distributed import Ranks
-from fastprune.errors import ArtifactError, InvalidValueError, TrainingError, TrainingStopped
 from fastprune.networks import load_weights
 
 NETWORKS = "tests.distillation.networks"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastprune.distillation.infobatch import InfoBatch, infobatch_weights, is_pruned_epoch
-from fastprune.recipe import PruningSettings
+from fastprune.settings import PruningSettings
 
 CPU = torch.device("cpu")
 ROWS = np.arange(5, 2005, 2)
@@ -137,7 +137,7 @@ def _one_of_two(rank: int, folder: str) -> None:
     """Note half of the losses, in one of two processes; write what this one then knows."""
     import torch.distributed as dist
 
-    from fastprune.distributed import Ranks
+    from fastprune.base.ranks import Ranks
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     pruning = make(ranks=Ranks(rank, 2, dist.group.WORLD))

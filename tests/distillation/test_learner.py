@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.distillation.learner import Learner, ProjectorEnsemble
-from fastprune.errors import InvalidValueError
 from fastprune.networks import FeatureNetwork, build_network
 
 CLASSES = 10

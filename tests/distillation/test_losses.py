@@ -4,13 +4,13 @@ import torch
 from torch.nn import functional
 
 from fastprune import LogitReshaper
+from fastprune.base.errors import InvalidValueError
 from fastprune.distillation.losses import (
     decoupled_distillation_loss,
     distillation_loss,
     feature_loss,
     standardize_logits,
 )
-from fastprune.errors import InvalidValueError
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

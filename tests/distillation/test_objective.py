@@ -6,7 +6,7 @@ from fastprune.distillation.learner import Learner, Outputs
 from fastprune.distillation.losses import LogitReshaper, distillation_loss, standardize_logits
 from fastprune.distillation.objective import Objective
 from fastprune.networks import FeatureNetwork, build_network
-from fastprune.recipe import LossSettings
+from fastprune.settings import LossSettings
 
 CLASSES = 10
 

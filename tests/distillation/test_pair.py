@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from fastprune.base.errors import ArtifactMismatch, InvalidValueError, RecipeError
+from fastprune.base.ranks import Ranks
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.step import Context, make_pair
 from fastprune.distillation.trainer import distill
-from fastprune.distributed import Ranks
-from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.networks import build_network, load_weights
 
 CPU = torch.device("cpu")

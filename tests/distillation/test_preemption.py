@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from fastprune.base.errors import TrainingStopped
 from fastprune.distillation.preemption import Signals
 from fastprune.distillation.trainer import distill
-from fastprune.errors import TrainingStopped
 
 NETWORKS = "tests.distillation.networks"
 

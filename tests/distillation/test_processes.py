@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fastprune.base.errors import RecipeError
+from fastprune.base.ranks import Ranks
 from fastprune.distillation.step import synchronize_batchnorm
 from fastprune.distillation.trainer import distill
-from fastprune.distributed import Ranks
-from fastprune.errors import RecipeError
 from fastprune.networks import build_network, save_weights
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from torchvision import models
 
 from fastprune.distillation.trainer import distill
 from fastprune.networks import build_network, save_weights
-from fastprune.recipe import load_recipe
+from fastprune.settings import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 SMALL = [path for path in RECIPES if not path.name.startswith("imagenet_")]

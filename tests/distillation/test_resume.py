@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastprune.artifacts.atomic import exclusive
+from fastprune.base.errors import ArtifactError, RecipeError, TrainingStopped
+from fastprune.base.files import exclusive
 from fastprune.distillation.checkpoint import Checkpoints, DamagedCheckpointWarning
 from fastprune.distillation.trainer import distill
-from fastprune.errors import ArtifactError, RecipeError, TrainingStopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_run_that_is_killed_at_several_moments_ends_as_the_uninterrupted_one(lon
     path = tmp_path / "recipe.json"
     path.write_text(settings.model_dump_json())
     code = (
-        "import sys; from fastprune import distill; from fastprune.recipe import Recipe;"
+        "import sys; from fastprune import distill; from fastprune.settings import Recipe;"
         f"distill(Recipe.model_validate_json(open({str(path)!r}).read()), resume=True)"
     )
     for pass_number in (3, 6, 8):  # before a checkpoint; in the midst of an epoch; behind its end

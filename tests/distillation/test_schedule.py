@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from fastprune.distillation.schedule import learning_rate, make_optimizer, num_passes
-from fastprune.recipe import ScheduleSettings
+from fastprune.settings import ScheduleSettings
 
 
 def rates(steps: int, **settings) -> list[float]:

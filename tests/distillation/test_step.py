@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from fastprune.base.ranks import Ranks
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair
 from fastprune.distillation.teacher import Teacher
-from fastprune.distributed import Ranks
 
 CPU = torch.device("cpu")
 

@@ -14,12 +14,12 @@ import torch
 from safetensors.numpy import load_file
 
 from fastprune import TeacherCache, score
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.beton.reader import open_beton
 from fastprune.difficulty.cache import fill_cache
 from fastprune.distillation.trainer import distill
-from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.networks import save_weights
+from fastprune.rows.subset import Subset
 from tests.distillation import networks
 from tests.distillation.test_processes import losses, torchrun
 
@@ -328,7 +328,7 @@ def run_and_kill(settings, tmp_path, **environment):
     path = tmp_path / "recipe.json"
     path.write_text(settings.model_dump_json())
     code = (
-        "import sys; from fastprune import distill; from fastprune.recipe import Recipe;"
+        "import sys; from fastprune import distill; from fastprune.settings import Recipe;"
         f"distill(Recipe.model_validate_json(open({str(path)!r}).read()), resume=True)"
     )
     environment = {
@@ -371,7 +371,7 @@ def test_filling_runs_that_are_killed_at_random_moments_end_as_the_uninterrupted
     path = tmp_path / "recipe.json"
     path.write_text(settings.model_dump_json())
     code = (
-        "import sys; from fastprune import distill; from fastprune.recipe import Recipe;"
+        "import sys; from fastprune import distill; from fastprune.settings import Recipe;"
         f"distill(Recipe.model_validate_json(open({str(path)!r}).read()), resume=True)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -453,7 +453,7 @@ def test_the_uint8_loss_is_near_that_of_float32(betons):
     logits = rng.normal(0, 1.7, (256, 1000)).astype(np.float32)
     logits[np.arange(256), rng.integers(0, 1000, 256)] += rng.gamma(9, 1.4, 256)
     student = torch.from_numpy(logits + rng.normal(0, 1, logits.shape).astype(np.float32))
-    from fastprune.artifacts.cache_slot import decode, encode
+    from fastprune.rows.cache_slot import decode, encode
 
     rounded = decode(encode(logits, np.arange(256), "uint8"))
     losses = [

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastprune.artifacts.fingerprint import ContentNotComparedWarning
-from fastprune.artifacts.subset import Subset
-from fastprune.beton.writer import convert
+from fastprune.base.errors import ArtifactMismatch, InvalidValueError, RecipeError
+from fastprune.base.provenance import ContentNotComparedWarning
+from fastprune.beton.convert.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.evaluation import evaluate_checkpoint
 from fastprune.distillation.trainer import distill
-from fastprune.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.networks import build_network, save_weights
+from fastprune.rows.subset import Subset
 from tests.conftest import require_library
 from tests.images import write_image_folder
 

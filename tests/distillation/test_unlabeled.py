@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastprune.beton.writer import convert
+from fastprune.base.errors import ArtifactMismatch, RecipeError
+from fastprune.beton.convert.writer import convert
 from fastprune.distillation.evaluation import evaluate_checkpoint
 from fastprune.distillation.trainer import distill
-from fastprune.errors import ArtifactMismatch, RecipeError
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network, load_weights, save_weights
 

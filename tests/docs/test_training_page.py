@@ -3,7 +3,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from fastprune.recipe import Recipe
+from fastprune.settings import Recipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 

@@ -2,7 +2,7 @@ import ast
 import re
 from pathlib import Path
 
-from fastprune import errors
+from fastprune.base import errors
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"

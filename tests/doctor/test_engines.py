@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from fastprune.base.errors import ConversionError, MissingDependencyError
 from fastprune.doctor import engines
 from fastprune.doctor.engines import check_engines
-from fastprune.errors import ConversionError, MissingDependencyError
 from tests.conftest import require_library
 
 
@@ -52,7 +52,7 @@ def test_a_machine_that_cannot_convert_is_told_where_to_look(monkeypatch):
     def fail(*arguments, **options):
         raise ConversionError("no space")
 
-    monkeypatch.setattr("fastprune.beton.writer.convert", fail)
+    monkeypatch.setattr("fastprune.beton.convert.writer.convert", fail)
     (finding,) = check_engines()
     assert finding.verdict == "bad"
     assert "TMPDIR" in finding.advice
@@ -62,7 +62,7 @@ def test_a_machine_that_cannot_convert_is_told_where_to_look(monkeypatch):
 def test_a_gpu_on_which_dali_must_not_decode_is_not_tried_in_this_process(
     monkeypatch, trial, verdict
 ):
-    from fastprune.loading import gpu_probe
+    from fastprune.decoding import gpu_probe
 
     def probe(index, *, again):
         assert again

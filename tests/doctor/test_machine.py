@@ -3,7 +3,7 @@ import resource
 
 import pytest
 
-from fastprune.beton.writer import convert
+from fastprune.beton.convert.writer import convert
 from fastprune.doctor import machine
 from fastprune.doctor.machine import (
     check_caches,

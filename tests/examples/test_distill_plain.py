@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.rows.score_table import ScoreTable
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distill_plain.py"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune.beton.writer import convert
+from fastprune.beton.convert.writer import convert
 from fastprune.loading.loader import Loader
 from tests.images import write_image_folder
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import TrainingStopped
+from fastprune.base.ranks import Ranks
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.losses import LogitReshaper
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.step import Batch, Context, Stepper, make_pair
 from fastprune.distillation.trainer import distill
-from fastprune.distributed import Ranks
-from fastprune.errors import TrainingStopped
 from fastprune.networks import build_network, save_weights
-from fastprune.recipe import make_recipe
+from fastprune.rows.subset import Subset
+from fastprune.settings import make_recipe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from fastprune.errors import JpegError
+from fastprune.base.errors import JpegError
 from fastprune.jpeg.decode import read_box
 from fastprune.jpeg.native import OK, kernel
 from fastprune.jpeg.rewrite import to_restart_rows

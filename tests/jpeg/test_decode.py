@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastprune.errors import InvalidValueError, JpegError
+from fastprune.base.errors import InvalidValueError, JpegError
 from fastprune.jpeg import decode
 from fastprune.jpeg.decode import decode_view, require_whole
 from fastprune.jpeg.native import MEANINGS

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastprune.errors import JpegError
+from fastprune.base.errors import JpegError
 from fastprune.jpeg.decode import decode_view, require_whole
 from fastprune.jpeg.headers import TooManyScansError, is_jpeg, read_header, require_few_scans
 from tests.images import jpeg_bytes, picture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastprune.errors import JpegError
+from fastprune.base.errors import JpegError
 from fastprune.jpeg import rewrite
 from fastprune.jpeg.best_table import best_table
 from fastprune.jpeg.decode import decode_view

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.manifest import manifest_path
-from fastprune.beton.writer import convert
 from tests.conftest import require_library
 from tests.images import picture
 

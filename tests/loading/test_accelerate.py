@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -15,7 +15,7 @@ require_library("accelerate")
 
 from accelerate import Accelerator  # noqa: E402
 
-from fastprune.accelerate import AccelerateLoader  # noqa: E402
+from fastprune.adapters.accelerate import AccelerateLoader  # noqa: E402
 
 # What other packages warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")

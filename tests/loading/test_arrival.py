@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fastprune import Loader, convert, open_beton
+from fastprune.base.errors import InvalidValueError, LoadingError, StorageError
 from fastprune.beton.remote.fetch import stage
 from fastprune.beton.shards import shard_name
-from fastprune.errors import InvalidValueError, LoadingError, StorageError
 from tests.beton.remote.s3_server import serving
 from tests.images import write_image_folder
 

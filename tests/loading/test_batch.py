@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastprune.errors import InvalidValueError, LoadingError
+from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.loading.contrast import ContrastRows, DrawnAhead
 from fastprune.loading.loader import Loader
 from fastprune.loading.sending import one_ahead

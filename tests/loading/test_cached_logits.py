@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastprune import Loader, TeacherCache
-from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
+from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from tests.difficulty.betons import small_beton
 
 CLASSES = 5

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
-from fastprune.loading import choice
-from fastprune.loading.choice import choose_backend, faster, images_per_second
-from fastprune.loading.engine import make_engine
-from fastprune.loading.faults import RowFaults
-from fastprune.loading.gpu_probe import GpuDecoding
+from fastprune.decoding import choice
+from fastprune.decoding.choice import choose_backend, faster, images_per_second
+from fastprune.decoding.engine import make_engine
+from fastprune.decoding.faults import RowFaults
+from fastprune.decoding.gpu_probe import GpuDecoding
 from tests.conftest import require_library
 from tests.images import write_image_folder
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.artifacts.teacher_cache import TeacherCache
 from fastprune.loading.loader import Loader
+from fastprune.rows.teacher_cache import TeacherCache
 from tests.conftest import require_library
 
 # What other packages warn of is theirs.

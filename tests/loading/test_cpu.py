@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastprune.base.errors import LoadingError
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
-from fastprune.errors import LoadingError
+from fastprune.decoding.cpu import CpuEngine
+from fastprune.decoding.faults import RowFaults
 from fastprune.jpeg.decode import decode_view
-from fastprune.loading.cpu import CpuEngine
 from fastprune.loading.crops import (
     FLIP,
     HEIGHT,
@@ -26,7 +27,6 @@ from fastprune.loading.crops import (
     WIDTH,
     CropPolicy,
 )
-from fastprune.loading.faults import RowFaults
 from tests.conftest import require_library
 from tests.images import picture, write_image_folder
 
@@ -162,7 +162,7 @@ def test_pictures_that_take_much_memory_are_decoded_one_by_one(tmp_path, monkeyp
     sides = [(3000, 40), (40, 3000), (48, 64), (1, 1)]
     shapes = [picture(seed, width=w, height=h) for seed, (w, h) in enumerate(sides)]
     path = _beton_of(tmp_path, *map(_encoded, shapes))
-    monkeypatch.setattr("fastprune.loading.decoding._MOST_KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr("fastprune.decoding.rows_to_pixels._MOST_KEPT_BYTES", 1 << 20)
     beton = open_beton(path)
     draw = _views(beton, "none")
     ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)

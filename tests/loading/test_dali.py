@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fastprune.base.errors import BetonError, LoadingError, MissingDependencyError
 from fastprune.beton.reader import open_beton
-from fastprune.errors import BetonError, LoadingError, MissingDependencyError
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -130,7 +130,7 @@ def test_a_broken_header_never_reaches_dali(
     beton_copy, damage_row, monkeypatch, data, start, reason
 ):
     """DALI may crash the process on it, when the images are large."""
-    from fastprune.loading.dali import DaliEngine
+    from fastprune.decoding.dali import DaliEngine
 
     damage_row(beton_copy, 13, data, start)
     monkeypatch.setattr(DaliEngine, "_examine", None)
@@ -249,7 +249,7 @@ def test_undecodable_rows_are_left_out_and_counted_where_asked(beton_copy, damag
 
 
 def test_a_changed_row_is_left_out_and_counted_once(tmp_path, damage_row):
-    from fastprune.beton.writer import convert
+    from fastprune.beton.convert.writer import convert
     from tests.images import write_image_folder
 
     path = tmp_path / "a.beton"
@@ -311,8 +311,8 @@ def test_a_forked_child_may_collect_what_its_parent_left(bare_beton):
 
 
 def test_buffers_are_made_for_an_image_and_not_for_two_outliers(tmp_path):
-    from fastprune.beton.writer import convert
-    from fastprune.loading.dali import _large_size
+    from fastprune.beton.convert.writer import convert
+    from fastprune.decoding.dali import _large_size
     from tests.images import jpeg_bytes
 
     sizes = [(20, 20)] * 118 + [(400, 10), (10, 400), (30, 28)]
@@ -330,9 +330,9 @@ def test_buffers_are_made_for_an_image_and_not_for_two_outliers(tmp_path):
 )
 def test_a_gpu_on_which_the_trial_failed_is_refused(stock_beton, monkeypatch, verdict, reason):
     from fastprune.beton.reader import open_beton
-    from fastprune.loading import dali
-    from fastprune.loading.faults import RowFaults
-    from fastprune.loading.gpu_probe import GpuDecoding
+    from fastprune.decoding import dali
+    from fastprune.decoding.faults import RowFaults
+    from fastprune.decoding.gpu_probe import GpuDecoding
 
     monkeypatch.setattr(dali, "probe_gpu_decoding", lambda index: GpuDecoding(verdict, reason))
     beton = open_beton(stock_beton)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.loading.batch import Copies, choose_device, cuda_index
 
 

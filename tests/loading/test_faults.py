@@ -6,9 +6,9 @@ import google_crc32c
 import numpy as np
 import pytest
 
+from fastprune.base.errors import InvalidValueError, LoadingError
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
-from fastprune.errors import InvalidValueError, LoadingError
 from fastprune.loading.loader import Loader
 from tests.images import picture, write_image_folder
 from tests.jpeg.samples import with_hidden_frame

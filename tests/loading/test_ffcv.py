@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune.errors import InvalidValueError, LoadingError
+from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -14,7 +14,7 @@ import ffcv  # noqa: E402
 from ffcv.loader import OrderOption  # noqa: E402
 from ffcv.transforms import ToTensor, ToTorchImage  # noqa: E402
 
-from fastprune.ffcv import ViewDecoder, ViewOrder  # noqa: E402
+from fastprune.adapters.ffcv import ViewDecoder, ViewOrder  # noqa: E402
 
 
 def _stock_loader(path, decoder, field="photo", **settings):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fastprune.loading.gpu_probe import GpuDecoding, remembered, run_probe
+from fastprune.decoding.gpu_probe import GpuDecoding, remembered, run_probe
 
 _GOOD = {"whole_on_gpu": True, "regions_on_gpu": True, "levels": 0.3, "nvjpeg": "13.3.2"}
 
@@ -96,6 +96,6 @@ def test_a_damaged_memory_is_made_anew(private_folder):
 
 def test_the_trial_itself_runs_and_sees_that_a_cpu_has_no_nvjpeg_decoder():
     pytest.importorskip("nvidia.dali")
-    command = [sys.executable, "-m", "fastprune.loading.gpu_probe", "cpu"]
+    command = [sys.executable, "-m", "fastprune.decoding.gpu_probe", "cpu"]
     found = run_probe(command)
     assert found == GpuDecoding("fails", "nvJPEG is missing, or it decodes no JPEG")

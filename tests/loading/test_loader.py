@@ -13,16 +13,16 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastprune.artifacts.fingerprint import ContentNotComparedWarning, Fingerprint
-from fastprune.artifacts.subset import Subset
-from fastprune.beton.reader import open_beton
-from fastprune.errors import (
+from fastprune.base.errors import (
     ArtifactMismatch,
     InvalidValueError,
     LoadingError,
     MissingDependencyError,
 )
+from fastprune.base.provenance import ContentNotComparedWarning, Fingerprint
+from fastprune.beton.reader import open_beton
 from fastprune.loading.loader import Loader
+from fastprune.rows.subset import Subset
 from tests.conftest import require_library
 
 

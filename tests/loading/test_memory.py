@@ -1,6 +1,6 @@
 import torch
 
-from fastprune.loading.memory import BatchMemory
+from fastprune.decoding.memory import BatchMemory
 
 
 def test_memory_is_used_again_only_when_no_view_of_it_is_left():

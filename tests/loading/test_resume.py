@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from fastprune.errors import ArtifactError, InvalidValueError, MissingDependencyError
+from fastprune.base.errors import ArtifactError, InvalidValueError, MissingDependencyError
 from fastprune.networks import build_network, published_view, published_weights
 
 # Millions of parameters with 100 classes, as the distillation literature prints them.

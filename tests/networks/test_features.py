@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.networks import FeatureNetwork, build_network, classifier_name
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.errors import ArtifactError
+from fastprune.base.errors import ArtifactError
 from fastprune.networks import (
     build_network,
     load_weights,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastprune.distillation.result import Result
 from fastprune.distillation.runlog import RunLog
-from fastprune.recipe import make_recipe
+from fastprune.settings import make_recipe
 
 RESULT = Result(
     name="full",

@@ -1,6 +1,6 @@
 import pytest
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.report.runs import choose_reference, cost_ratios, group_runs, mean_and_sd, read_runs
 from tests.report.run_folders import write_run
 

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from fastprune.artifacts.fingerprint import Fingerprint
-from fastprune.artifacts.subset import Subset
-from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.base.errors import ArtifactError, InvalidValueError
+from fastprune.base.provenance import Fingerprint
 from fastprune.report.runs import Point, read_runs
+from fastprune.rows.subset import Subset
 from tests.report.run_folders import change_result, write_run
 
 

@@ -12,11 +12,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastprune import convert, open_beton
-from fastprune.artifacts.fingerprint import Fingerprint
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import ArtifactMismatch, BetonError, InvalidValueError
+from fastprune.base.provenance import Fingerprint
 from fastprune.cli import main
-from fastprune.errors import ArtifactMismatch, BetonError, InvalidValueError
 from fastprune.report.score_pictures import (
     THUMBNAIL_SIDE,
     rank_correlations,
@@ -24,6 +22,8 @@ from fastprune.report.score_pictures import (
     thumbnail_png,
 )
 from fastprune.report.scores import Subject, class_strips, report_scores
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
 from fastprune.selection.subsets import make_subset
 from tests.images import write_image_folder
 from tests.selection.tables import score_table

@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.cli import main
-from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.report.run_charts import (
     PARTS,
     _draw_group,

@@ -121,8 +121,8 @@ def test_page_begins_with_the_verdict_and_names_data_teacher_and_date(tmp_path):
 
 
 def test_subset_is_found_from_any_working_folder(tmp_path, monkeypatch):
-    from fastprune.artifacts.fingerprint import Fingerprint
-    from fastprune.artifacts.subset import Subset
+    from fastprune.base.provenance import Fingerprint
+    from fastprune.rows.subset import Subset
 
     folder = write_run(tmp_path / "work" / "run", subset="half.npy")
     recipe = json.loads((folder / "recipe.json").read_text())

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fastprune.artifacts.fingerprint import Fingerprint
-from fastprune.artifacts.scores import ScoreTable
+from fastprune.base.provenance import Fingerprint
+from fastprune.rows.score_table import ScoreTable
 
 METRICS = ("centroid", "loss", "el2n", "logit_std")
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from fastprune import convert, open_beton
-from fastprune.artifacts.subset import Subset
-from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
+from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
+from fastprune.rows.subset import Subset
 from fastprune.selection.exporters import export_subset
 from fastprune.selection.importers import import_subset
 from fastprune.selection.subsets import make_subset

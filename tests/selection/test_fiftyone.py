@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastprune import ScoreTable, Subset, convert, open_beton
-from fastprune.errors import ArtifactError, InvalidValueError
+from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.selection.fiftyone import ExportedSamples, add_scores, subset_of_view
 from tests.images import write_image_folder
 

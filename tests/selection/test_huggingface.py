@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from fastprune import ScoreTable, Subset, convert, open_beton
+from fastprune.base.errors import ArtifactError
 from fastprune.cli import main
-from fastprune.errors import ArtifactError
 from fastprune.selection.exporters import export_subset
 from fastprune.selection.huggingface import write_parquet_shards
 from tests.conftest import require_library

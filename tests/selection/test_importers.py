@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastprune import convert, open_beton
-from fastprune.artifacts.scores import ScoreTable
-from fastprune.artifacts.subset import Subset
+from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from fastprune.beton.adopt import adopt
-from fastprune.errors import ArtifactError, ArtifactMismatch, InvalidValueError
+from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
 from fastprune.selection.exporters import export_subset
 from fastprune.selection.importers import import_scores, import_subset
 from fastprune.selection.subsets import make_subset

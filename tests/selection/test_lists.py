@@ -14,8 +14,8 @@ from torch.utils.data import Subset as TorchSubset
 from torchvision.datasets import ImageFolder
 
 from fastprune import Subset, convert, open_beton
+from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.cli import main
-from fastprune.errors import ArtifactError, InvalidValueError
 from fastprune.selection.exporters import export_subset
 from fastprune.selection.importers import read_excluded
 from tests.images import jpeg_bytes, write_image_folder

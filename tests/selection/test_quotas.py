@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.selection.quotas import QUOTAS, class_quotas
 
 class_counts = st.lists(st.integers(0, 3000), min_size=0, max_size=60).map(np.array)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from fastprune.selection.strategies import STRATEGIES, select_rows
 
 ROUND_AS_THEIR_SOURCE = ("moderate",)

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fastprune.artifacts.subset import Subset
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
+from fastprune.rows.subset import Subset
 from fastprune.selection.strategies import select_rows
 from fastprune.selection.subsets import difficulty, make_subset, ranks
 from tests.selection.tables import score_table

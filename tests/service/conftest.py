@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
-from fastprune.beton.writer import convert
 from fastprune.service.server import Server
 from tests.images import write_image_folder
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from fastprune.bench_service import bench_service, share_of_rows
-from fastprune.errors import FastpruneError
+from fastprune.base.errors import FastpruneError
+from fastprune.bench.service import bench_service, share_of_rows
 
 
 def test_bench_service_prints_a_rate_for_every_case(beton):

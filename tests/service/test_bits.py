@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune.errors import InvalidValueError, LoadingError
-from fastprune.loading import service_client, service_session
+from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.loading.loader import Loader
+from fastprune.service import client as service_client
+from fastprune.service import unix_session as service_session
 from tests.service.conftest import NUM_ROWS, wait_for
 
 SUBSET = np.arange(0, NUM_ROWS, 2)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastprune.loading import service_wire as wire
-from fastprune.loading.service_session import Session
-from fastprune.loading.service_wire import Kind, ServiceError
+from fastprune.service import wire
 from fastprune.service.slab import EXTENT_BYTES, Slab
+from fastprune.service.unix_session import Session
+from fastprune.service.wire import Kind, ServiceError
 from tests.service.test_bits import assert_equal, make_loader
 from tests.service.test_peers import mutated
 

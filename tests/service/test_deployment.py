@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.cli import main
-from fastprune.loading.service_wire import socket_path
+from fastprune.service.wire import socket_path
 
 yaml = pytest.importorskip("yaml")
 

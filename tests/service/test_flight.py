@@ -12,10 +12,10 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from fastprune.base.errors import InvalidValueError
 from fastprune.beton.reader import open_beton
 from fastprune.cli.service import serve as serve_command
-from fastprune.errors import InvalidValueError
-from fastprune.loading.service_address import Address, Credentials, parse_address, parse_addresses
+from fastprune.service.address import Address, Credentials, parse_address, parse_addresses
 from fastprune.service.flight import FlightPeer
 from fastprune.service.locks import Locks
 from fastprune.service.server import Server

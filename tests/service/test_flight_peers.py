@@ -17,13 +17,13 @@ import pytest
 from pyarrow import flight
 
 from fastprune.beton.reader import open_beton
-from fastprune.loading import service_flight
-from fastprune.loading import service_wire as wire
-from fastprune.loading.service_address import Credentials, parse_address
-from fastprune.loading.service_flight import FlightSession
-from fastprune.loading.service_wire import Kind, ServiceError
 from fastprune.service import flight as service_side
+from fastprune.service import flight_session as service_flight
+from fastprune.service import wire
+from fastprune.service.address import Credentials, parse_address
+from fastprune.service.flight_session import FlightSession
 from fastprune.service.status import ask_status
+from fastprune.service.wire import Kind, ServiceError
 from tests.service.conftest import NUM_ROWS, free_port, wait_for
 from tests.service.test_bits import assert_equal, make_loader
 from tests.service.test_peers import EPOCH, HELLO, ask, mutated, start_trainer

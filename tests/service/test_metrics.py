@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 
-from fastprune.errors import InvalidValueError
+from fastprune.base.errors import InvalidValueError
 from tests.service.conftest import wait_for
 from tests.service.test_bits import make_loader
 

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from fastprune.beton.reader import open_beton
-from fastprune.loading import service_wire as wire
-from fastprune.loading.service_wire import Kind
-from fastprune.service import window
+from fastprune.service import window, wire
+from fastprune.service.wire import Kind
 from tests.service.conftest import NUM_ROWS, wait_for
 from tests.service.test_bits import assert_equal, make_loader
 

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.beton.reader import open_beton
-from fastprune.errors import InvalidValueError, LoadingError
-from fastprune.loading import service_beton, service_client
 from fastprune.loading.loader import Loader
-from fastprune.loading.service_beton import METADATA_KEY, SCHEMA, open_remote_beton
+from fastprune.service import client as service_client
+from fastprune.service import served_beton as service_beton
 from fastprune.service.locks import Locks
+from fastprune.service.served_beton import METADATA_KEY, SCHEMA, open_remote_beton
 from tests.service.conftest import NUM_ROWS, free_port
 from tests.service.test_bits import SUBSET, assert_equal, make_loader, no_fallback  # noqa: F401
 
@@ -261,8 +262,8 @@ def test_the_others_decode_the_share_of_one_that_is_killed(beton, serve, serve_p
 
 @pytest.mark.usefixtures("small_blocks")
 def test_the_share_of_a_lost_service_alone_moves():
-    from fastprune.loading.service_address import parse_address
-    from fastprune.loading.service_client import _Link, _shares
+    from fastprune.service.address import parse_address
+    from fastprune.service.client import _Link, _shares
 
     links = [_Link(parse_address(f"grpc://host{i}:1")) for i in range(4)]
     rows = np.arange(40_000)

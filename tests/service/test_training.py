@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastprune.distillation.trainer import distill
-from fastprune.recipe import make_recipe
 from fastprune.service.locks import Locks
+from fastprune.settings import make_recipe
 
 
 def train(beton, out, *, service=None, seed=0, data_seed=None, epochs=2, pruning=None, **more):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from fastprune.errors import InvalidValueError
-from fastprune.loading.service_wire import WANTED, ServiceError, ServiceRefusedError
+from fastprune.base.errors import InvalidValueError
 from fastprune.service.demand import Images
 from fastprune.service.slab import EXTENT_BYTES, Slab
 from fastprune.service.window import MOST_TOGETHER, SILENT_SECONDS, Window
+from fastprune.service.wire import WANTED, ServiceError, ServiceRefusedError
 
 NUM_ROWS = 2000
 STREAM = b"0" * 16

@@ -13,8 +13,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.subset import Subset
-from fastprune.beton.cluster import (
+from fastprune.base.errors import ArtifactError
+from fastprune.base.progress import track
+from fastprune.beton.convert.cluster import (
     ClusterTask,
     RayAddress,
     cluster,
@@ -27,8 +28,7 @@ from fastprune.beton.remote.mirror import NUM_THREADS, Mirror, open_mirror
 from fastprune.beton.remote.plan import SLACK, Request, in_windows, requests_for
 from fastprune.beton.remote.store import RETRY_SECONDS
 from fastprune.beton.rows import RowsLike, rows_of
-from fastprune.errors import ArtifactError
-from fastprune.progress import track
+from fastprune.rows.subset import Subset
 
 # Rows that a loader needs at about the same time are asked for together.
 WINDOW_BYTES = 32 << 20

@@ -17,22 +17,22 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.artifacts.atomic import atomic_path, locked, named_os_errors, write_text
-from fastprune.artifacts.fingerprint import structure_digest
+from fastprune.base.errors import ArtifactError, BetonError, StorageError
+from fastprune.base.files import atomic_path, locked, named_os_errors, write_text
+from fastprune.base.provenance import structure_digest
 from fastprune.beton import layout
 from fastprune.beton.manifest import manifest_path, read_manifest
-from fastprune.beton.presence import (
+from fastprune.beton.reader import Beton, image_and_label, open_beton, read_records
+from fastprune.beton.remote.plan import Places, Request
+from fastprune.beton.remote.presence import (
     MARKS_NAME,
     MIRROR_NAME,
     MirroredFile,
     MirrorRecord,
     open_marks,
 )
-from fastprune.beton.reader import Beton, image_and_label, open_beton, read_records
-from fastprune.beton.remote.plan import Places, Request
 from fastprune.beton.remote.store import BadBodyError, Store
 from fastprune.beton.shards import SET_NAME, read_listing
-from fastprune.errors import ArtifactError, BetonError, StorageError
 
 NUM_THREADS = 16
 

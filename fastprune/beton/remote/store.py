@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import pyarrow.fs
 
-from fastprune.errors import InvalidValueError, StorageError
+from fastprune.base.errors import InvalidValueError, StorageError
 
 Result = TypeVar("Result")
 

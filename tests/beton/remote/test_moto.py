@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from fastprune import Loader, check_beton, convert, open_beton
+from fastprune.base.errors import StorageError
 from fastprune.beton.remote.fetch import stage
 from fastprune.beton.remote.store import Store
-from fastprune.errors import StorageError
 from tests.images import write_image_folder
 
 PROGRAM = os.environ.get("FASTPRUNE_MOTO_SERVER")

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastprune import check_beton, convert, open_beton
+from fastprune.base.errors import ConversionError, InvalidValueError, StorageError
+from fastprune.beton.convert.sources import source_for
 from fastprune.beton.manifest import manifest_path
 from fastprune.beton.remote.store import Store
-from fastprune.beton.sources import source_for
-from fastprune.errors import ConversionError, InvalidValueError, StorageError
 from tests.beton.remote.s3_server import SECRET
 from tests.images import jpeg_bytes, write_image_folder
 

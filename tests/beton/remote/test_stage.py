@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from fastprune import Subset, check_beton, compact, convert, open_beton
-from fastprune.beton.presence import MARKS_NAME, MIRROR_NAME
-from fastprune.beton.remote.fetch import Fetch, stage
-from fastprune.beton.remote.mirror import open_mirror
-from fastprune.beton.remote.plan import MOST_BYTES
-from fastprune.beton.shards import SET_NAME, shard_name
-from fastprune.errors import (
+from fastprune.base.errors import (
     ArtifactError,
     ArtifactMismatch,
     BetonError,
     InvalidValueError,
     StorageError,
 )
+from fastprune.beton.remote.fetch import Fetch, stage
+from fastprune.beton.remote.mirror import open_mirror
+from fastprune.beton.remote.plan import MOST_BYTES
+from fastprune.beton.remote.presence import MARKS_NAME, MIRROR_NAME
+from fastprune.beton.shards import SET_NAME, shard_name
 from tests.beton.remote.s3_server import SECRET
 from tests.images import jpeg_bytes, write_image_folder
 

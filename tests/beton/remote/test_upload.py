@@ -3,8 +3,8 @@
 import pytest
 
 from fastprune import Loader, convert
+from fastprune.base.errors import ConversionError, InvalidValueError, StorageError
 from fastprune.beton.shards import SET_NAME, shard_name
-from fastprune.errors import ConversionError, InvalidValueError, StorageError
 from tests.images import write_image_folder
 
 

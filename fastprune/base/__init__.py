@@ -1,0 +1,1 @@
+"""What every station stands on: errors, files, checksums, random streams, ranks, progress."""

@@ -1,0 +1,266 @@
+"""Compiled code, kept on disk for the next process.
+
+Numba's own cache notices edits of a function's file but not of what the function calls, has an
+index that processes write without a lock, and runs whatever lies in its folder. Here each compiled
+function is one file. Its name holds a digest of all that the code was made from, so that processes,
+versions and CPUs can share a folder and none finds another's code. Its content begins with a digest
+of the rest, so that damage is found before the code runs. And only folders are used into which
+nobody else can write.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_LOG = logging.getLogger(__name__)
+
+_SUFFIX = ".compiled"
+_DIGEST_BYTES = 16
+_UNUSED_SECONDS = 30 * 24 * 3600.0
+
+
+def cached(*sources: Path, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function at its first call, unless an earlier process has kept the compiled code.
+
+    Args:
+        sources: every file of which functions or constants are compiled in, the function's own too.
+        options: of `numba.njit`.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        from numba import njit
+
+        dispatcher = njit(**options)(function)
+        # What `cache=True` sets, with an object of the same methods.
+        dispatcher._cache = CompiledFiles(function, sources)
+        return dispatcher
+
+    return decorate
+
+
+class CompiledFiles:
+    """The compiled code of one function, a file for each signature; see `numba.core.caching`."""
+
+    def __init__(self, function: Callable[..., Any], sources: tuple[Path, ...]):
+        self._name = f"{function.__module__}.{function.__qualname__}"
+        self._sources = sources
+
+    @property
+    def cache_path(self) -> str:
+        """Where new code is written."""
+        return str(writable_folder())
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """Load the code for a signature; None where there is none, or none that is whole."""
+        from numba.core.compiler import CompileResult
+
+        target_context.refresh()
+        name = self._file_name(signature, target_context.codegen())
+        for folder in _readable_folders():
+            payload = _read(folder / name)
+            if payload is not None:
+                return CompileResult._rebuild(target_context, *payload)
+        return None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Write the code for a signature, if there is a folder for it."""
+        from numba.core.serialize import dumps
+
+        assert not result.library.has_dynamic_globals, "addresses would be kept"
+        folder = writable_folder()
+        if folder is None:
+            _note_no_folder()
+            return
+        content = dumps(result._reduce())
+        try:
+            _write(folder / self._file_name(signature, result.codegen), content)
+            _remove_unused(folder, self._name)
+        except OSError as error:
+            _LOG.warning("compiled code cannot be kept in %s (%s)", folder, error)
+
+    def enable(self) -> None:
+        """Nothing: it is never off."""
+
+    def disable(self) -> None:
+        """Nothing: it is never off."""
+
+    def flush(self) -> None:
+        """Nothing: `recompile()` writes its files anew."""
+
+    def _file_name(self, signature: Any, codegen: Any) -> str:
+        import llvmlite
+        import numba
+        from numba.core import config
+        from numba.core.sigutils import normalize_signature
+
+        key = (
+            [str(argument) for argument in normalize_signature(signature)[0]],
+            codegen.magic_tuple(),  # the CPU's name and its features
+            bool(getattr(config, "BOUNDSCHECK", False)),
+            (sys.version, numba.__version__, llvmlite.__version__),
+            _source_digest(self._sources),
+        )
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=_DIGEST_BYTES)
+        return f"{self._name}-{digest.hexdigest()}{_SUFFIX}"
+
+
+@functools.cache
+def _source_digest(sources: tuple[Path, ...]) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Any:
+    """Unpickle a file; None where it is missing or damaged, and then it is removed."""
+    import pickle
+
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if digest != hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest():
+        _LOG.warning("%s is damaged: the function is compiled again", path)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        return None
+    with contextlib.suppress(OSError):  # root's file, in an image
+        os.utime(path)  # see _remove_unused
+    return pickle.loads(payload)  # noqa: S301 - nobody else can write here, see _is_trusted
+
+
+def _write(path: Path, payload: bytes) -> None:
+    """Write a file whole or not at all: other processes may look for it at the same time."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest())
+            file.write(payload)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _remove_unused(folder: Path, name: str) -> None:
+    """Remove what nobody has loaded for a month: code of older versions and of other CPUs."""
+    for path in folder.glob(f"{name}-*"):
+        if path.stat().st_mtime < time.time() - _UNUSED_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def writable_folder() -> Path | None:
+    """The folder that new compiled code goes to; None where there is none to be trusted."""
+    return next((folder for folder in _own_folders() if _make_private(folder)), None)
+
+
+def _readable_folders() -> Iterator[Path]:
+    """Trusted folders that may hold compiled code, also such as an image was built with."""
+    if name := os.environ.get("NUMBA_CACHE_DIR"):
+        yield from filter(_is_trusted, (Path(name), Path(name) / "fastprune-0"))
+    yield from filter(_is_trusted, _own_folders())
+
+
+def _own_folders() -> Iterator[Path]:
+    """Folders that compiled code may be kept in, the best first.
+
+    A named folder is taken as it is if nobody else can write to it, else a folder in it is ours.
+    """
+    own = f"fastprune-{os.geteuid()}"
+    if name := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(name)
+        yield Path(name) / own
+    if (users := Path(_users_cache(), "fastprune")).is_absolute():
+        yield users
+    for folder in scratch_folders():
+        yield folder / own
+
+
+def _users_cache() -> str:
+    # Unlike Path.home(), this does not raise for a user who is not in /etc/passwd: "~" stays.
+    return os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+
+
+def _make_private(folder: Path) -> bool:
+    """Make a folder where it is missing; whether it can be written, and by nobody else."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return _is_trusted(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _is_trusted(folder: Path) -> bool:
+    """Whether nobody but root and this user can put files into a folder, or another in its place.
+
+    Both what the path says and where its links lead are looked at. In a parent of root's with the
+    sticky bit, such as /tmp, others can make files but not replace ours.
+    """
+    literal, real = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))  # noqa: PTH100
+    for path in {literal, *literal.parents, real, *real.parents}:
+        try:
+            status = path.lstat()
+        except OSError:
+            return False
+        if status.st_uid not in (0, os.geteuid()):
+            return False
+        if stat.S_ISLNK(status.st_mode) or not status.st_mode & 0o022:
+            continue
+        is_sticky = status.st_uid == 0 and status.st_mode & stat.S_ISVTX
+        if not is_sticky or path in (literal, real):
+            return False
+    return True
+
+
+@functools.cache
+def _note_no_folder() -> None:
+    """Say once why every start compiles."""
+    _LOG.warning(
+        "compiled code cannot be kept, so each process compiles for some seconds. Name a folder in "
+        "NUMBA_CACHE_DIR that you own and that nobody else can write to."
+    )
+
+
+def ensure_compile_cache() -> None:
+    """Give Numba's own cache, for functions that are not ours, a folder that it can use.
+
+    Numba runs what it finds in NUMBA_CACHE_DIR, whoever put it there, and refuses to compile where
+    neither that nor its usual folders can be written.
+    """
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    beside_source = Path(__file__).parents[1] / "__pycache__"
+    users = Path(_users_cache())
+    if _is_trusted(Path(named)) if named else any(map(_is_writable, (beside_source, users))):
+        return
+    if (folder := writable_folder()) is not None:
+        os.environ["NUMBA_CACHE_DIR"] = str(folder)
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself where it is missing."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def scratch_folders() -> Iterator[Path]:
+    """The folders for temporary files that can be written here, the usual one first."""
+    # A container with a read-only root file system has a writable /dev/shm all the same.
+    for name in (os.environ.get("TMPDIR") or "/tmp", "/dev/shm"):  # noqa: S108
+        if os.access(name, os.W_OK | os.X_OK):
+            yield Path(name)

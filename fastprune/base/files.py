@@ -1,0 +1,211 @@
+"""Files that a reader sees whole or not at all."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from fastprune.base.errors import ArtifactError
+from fastprune.base.untrusted import kind_of_file
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; rename it to `path` when the block succeeds.
+
+    The data is fsynced before the rename and the folder after it. When the block fails, the
+    temporary file is removed and whatever stood at `path` before is untouched.
+
+    Args:
+        path: the final name; its folder must exist.
+
+    Yields:
+        The temporary path, which the block must create.
+
+    Raises:
+        ArtifactError: the folder does not exist, the disk is full, writing is not allowed, or
+            `path` is a device, a FIFO or a socket.
+    """
+    final = destination(path)
+    with temporary_path(final) as temporary, named_os_errors(Path(path)):
+        yield temporary
+        sync(temporary)
+        temporary.replace(final)
+        # The rename itself is on the disk only when the folder is.
+        sync(final.parent)
+
+
+@contextmanager
+def temporary_path(final: Path) -> Iterator[Path]:
+    """Give a hidden name beside a file; whatever has it in the end is removed."""
+    # In the same folder, because a rename is atomic within one file system alone.
+    temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+    finally:
+        # On a read-only disk even removing nothing is refused, and would hide the named error.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def destination(path: str | Path) -> Path:
+    """Return where a file is written: links are followed, so that the data lands on their disk.
+
+    Raises:
+        ArtifactError: something stands there that is no file: a rename would replace a device, a
+            FIFO or a socket without a word. (That of a folder fails by itself.)
+    """
+    final = Path(path)
+    if final.is_symlink():
+        final = Path(os.path.realpath(final))
+    try:
+        mode = final.stat().st_mode
+    except OSError:
+        return final  # nothing is there, or whoever opens it will say why not
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ArtifactError(
+            f"cannot write {path}: it is {kind_of_file(mode)}, which a file would replace. Name a "
+            "new file."
+        )
+    return final
+
+
+@contextmanager
+def exclusive(path: str | Path) -> Iterator[None]:
+    """Hold a file's lock, so that two processes do not write into one folder at once.
+
+    The lock ends with the process, however it ends; the file stays.
+
+    Args:
+        path: the lock file; made where it is missing.
+
+    Raises:
+        ArtifactError: another process holds the lock, or the file cannot be made.
+    """
+    path = Path(path)
+    with named_os_errors(path):
+        file = path.open("a")
+    with file:
+        if not try_lock(file):
+            raise ArtifactError(
+                f"another process is writing into {path.parent}. Wait for it, or name another "
+                "folder."
+            )
+        yield
+
+
+@contextmanager
+def locked(path: str | Path, *, shared: bool = False) -> Iterator[None]:
+    """Wait for a file's lock and hold it; it goes with the process, however it ends.
+
+    Threads of one process wait for one another too. Where the file system has no locks, nothing is
+    held.
+
+    Args:
+        path: the lock file; made where it is missing, as in a copy of the other files.
+        shared: True to hold it beside others who share it. Where it is missing and cannot be made,
+            nobody can write either, and nothing is held.
+
+    Raises:
+        OSError: it is missing and cannot be made.
+    """
+    try:
+        file = _opened(path)
+    except OSError:
+        if not shared:
+            raise
+        yield
+        return
+    try:
+        _flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _opened(path: str | Path) -> int:
+    """Open a lock file, and make it where it is missing."""
+    try:
+        # First without O_CREAT, which is refused for other people's files in folders like /tmp.
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+
+
+def try_lock(file: int | IO[bytes] | IO[str]) -> bool:
+    """Lock an open file for this process and those it forks, without waiting.
+
+    Args:
+        file: the file or its descriptor; the lock ends when the last copy of it is closed.
+
+    Returns:
+        False if another process holds the lock. True also where the file system has no locks:
+        then nothing is held, and two writers are the user's responsibility.
+    """
+    return _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _flock(file: int | IO[bytes] | IO[str], operation: int) -> bool:
+    """Return False if another process holds the lock; True also where there are no locks."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        # EACCES is what flock gives where it is made of fcntl's locks, as on NFS.
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        logger.debug("the file system has no locks (%s)", error)
+    return True
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole UTF-8 text file, or nothing.
+
+    Raises:
+        ArtifactError: as `atomic_path`.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def named_os_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into an ArtifactError that names the artifact and the cure."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if path.parent.is_dir():
+            raise
+        raise ArtifactError(
+            f"cannot write {path}: the folder {path.parent} does not exist. Create it first."
+        ) from error
+    except OSError as error:
+        # numpy reports a full disk without a number: "100000 requested and 12484 written".
+        reason = str(error) if error.errno is None else os.strerror(error.errno)
+        raise ArtifactError(
+            f"cannot write {path}: {reason}. Nothing was left behind; free some space or name "
+            "another folder and run the command again."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the renames in a folder, to the disk.
+
+    Raises:
+        OSError: a file cannot be flushed; a folder that cannot is passed over.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Not every file system can flush a folder.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Images to a beton: listings, preparation, and the file that is written."""

@@ -1,0 +1,1 @@
+"""Rows and views to pixels, on threads of the CPU or by DALI."""

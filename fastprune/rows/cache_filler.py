@@ -1,0 +1,124 @@
+"""Fill a teacher cache beside the work that makes its logits."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastprune.base.errors import ArtifactError
+from fastprune.rows.teacher_cache import TeacherCache
+
+logger = logging.getLogger(__name__)
+
+# Batches under way; their memory is the caller's, so there are few.
+_MOST_QUEUED = 8
+
+_Job = tuple[NDArray[np.int64], int, Callable[[], NDArray[np.float32]]]
+
+
+class CacheFiller:
+    """Writes into a cache on a thread of its own, and gives up when the disk does.
+
+    A full disk costs the cache and not the run: it is warned of once, and what is put afterwards is
+    passed over. Logits that cannot be kept, or that the caller fails to give, raise where the
+    caller comes by next.
+
+    Attributes:
+        cache: what is filled.
+        seconds: spent on writing so far, beside the caller's work.
+        has_failed: whether it gave up.
+    """
+
+    def __init__(self, cache: TeacherCache):
+        """Start with nothing under way; the thread starts with the first put."""
+        self.cache = cache
+        self.seconds = 0.0
+        self.has_failed = False
+        self._fault: Exception | None = None
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(_MOST_QUEUED)
+        self._thread: threading.Thread | None = None
+
+    def put(
+        self, rows: NDArray[np.int64], slot: int, logits: Callable[[], NDArray[np.float32]]
+    ) -> None:
+        """Keep logits soon.
+
+        Args:
+            rows: (n,) int64, of the cache.
+            slot: which of their views.
+            logits: gives the (n, C) float32; called on the thread, where it may wait for a device.
+
+        Raises:
+            InvalidValueError: logits put earlier are not finite, or beyond the dtype's range.
+            Exception: whatever an earlier `logits` raised.
+        """
+        self._raise_fault()
+        if self.has_failed:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name="cache filler")
+            self._thread.start()
+        self._jobs.put((rows, slot, logits))
+
+    def flush(self, *, seal: bool = False) -> None:
+        """Wait until what was put is on the disk.
+
+        Args:
+            seal: also sum the blocks that changed, by whomever.
+
+        Raises as `put`.
+        """
+        self._jobs.join()
+        self._raise_fault()
+        if not self.has_failed:
+            self._attempt(lambda: self.cache.commit(seal=seal))
+
+    def close(self) -> None:
+        """Write what was put, and end the thread."""
+        self._jobs.join()
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+        if not self.has_failed:
+            self._attempt(self.cache.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            rows, slot, logits = job
+            try:
+                values = logits()
+                if not self.has_failed:
+                    self._attempt(lambda: self.cache.put(rows, slot, values))  # noqa: B023
+            # Of any kind: a thread that ended here would leave its caller waiting for ever.
+            except Exception as error:
+                self._fault = self._fault or error
+            finally:
+                del job, logits
+                self._jobs.task_done()
+        self._jobs.task_done()
+
+    def _attempt(self, write: Callable[[], object]) -> None:
+        """Write, or warn and give up."""
+        began = time.perf_counter()
+        try:
+            write()
+        except ArtifactError as error:
+            self.has_failed = True
+            logger.warning("the teacher cache is not filled any further: %s", error)
+        self.seconds += time.perf_counter() - began
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault
