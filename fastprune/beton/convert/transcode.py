@@ -17,7 +17,7 @@ COPIED, TRANSCODED, SKIPPED, FOUND, REWRITTEN = range(5)
 ACTIONS = ("copied", "transcoded", "skipped", "found", "rewritten")
 
 LAYOUTS = ("auto", "fast", "original")
-#: In smaller files the markers cost more than they save; measured in docs/decisions/0044.
+#: In smaller files the markers cost more than they save; measured in docs/decisions/0009.
 FEWEST_BYTES_TO_REWRITE = 16 << 10
 
 # EPS and the like are left out on purpose: reading them runs other programs.
