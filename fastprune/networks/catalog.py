@@ -23,13 +23,14 @@ from fastprune.networks.shufflenet import SmallShuffleNetV1, SmallShuffleNetV2
 from fastprune.networks.vgg_small import SmallVGG
 from fastprune.networks.weights import weights_metadata
 
-# Any number will do for a classifier that is cut off, but 1: some networks have 1x1 gates.
+# Outputs of a classifier that is cut off again. Not 1: some networks have 1x1 gates, which
+# would be mistaken for it.
 _CUT_CLASSES = 10
 
 _WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
 
 # Spelled as in RepDistiller, so that its scripts' names, and its checkpoints, work here.
-# "MobileNetV2" is of half width there.
+# Its "MobileNetV2" has half the width.
 SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     **{
         f"resnet{depth}": partial(SmallResNet, depth, resnet_small.NARROW)
@@ -77,12 +78,12 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
             "classifier."
         )
     source, _, rest = name.partition(":")
-    # A prefix always wins, so that a name means the same whatever is added to the others.
+    # A prefix always wins, so a name keeps its meaning when other sources gain networks.
     if source == "timm":
         return _timm_network(rest, num_classes, weights)
     if source == "torchvision":
         return _torchvision_network(rest, num_classes, weights)
-    # Any other colon is of an import path.
+    # Any other colon belongs to an import path.
     if rest:
         return _factory_network(name, num_classes, weights)
     small = _small_network(name)
@@ -99,7 +100,7 @@ class PublishedView:
     """The images that published weights were evaluated on.
 
     Attributes:
-        image_size: side of the centre crop, in pixels.
+        image_size: side of the center crop, in pixels.
         mean: per channel, of pixel values in [0, 1].
         std: per channel, of pixel values in [0, 1].
     """
@@ -110,7 +111,7 @@ class PublishedView:
 
 
 def published_weights(name: str) -> str | None:
-    """The best published weights of a network, for `build_network`.
+    """Return the best published weights of a network, for `build_network`.
 
     Returns:
         `DEFAULT` for torchvision, `pretrained` for timm, None for a factory, which is trusted to
@@ -133,7 +134,7 @@ def published_weights(name: str) -> str | None:
 
 
 def published_view(name: str, weights: str) -> PublishedView:
-    """What the images of published weights look like.
+    """Return the size and normalization of the images that published weights were evaluated on.
 
     Args:
         name: a torchvision or timm network.
@@ -154,7 +155,7 @@ def published_view(name: str, weights: str) -> PublishedView:
 
 
 def published_classes(name: str, weights: str) -> int:
-    """How many classes published weights know; 0 for weights of a network without a classifier.
+    """Return the number of classes of published weights; 0 without a classifier.
 
     Args:
         name: a torchvision or timm network.
@@ -171,15 +172,15 @@ def published_classes(name: str, weights: str) -> int:
 
 
 def own_classes(name: str, *, checkpoint: str | Path | None, weights: str | None) -> int:
-    """How many classes a network knows by itself, whatever the images have.
+    """Return a network's own number of classes, which may differ from the images'.
 
     Args:
         name: as `build_network` takes it.
-        checkpoint: its weights in a file, whose header may say; or None.
+        checkpoint: a file with its weights, whose header may hold the number; or None.
         weights: its published weights, or None.
 
     Returns:
-        C; 0 where nothing says: the network is built without its classifier then.
+        C, or 0 if unknown: the network is then built without its classifier.
 
     Raises:
         InvalidValueError: no such network, or no such weights.
@@ -191,11 +192,11 @@ def own_classes(name: str, *, checkpoint: str | Path | None, weights: str | None
 
 
 def _small_network(name: str) -> Callable[[int], nn.Module] | None:
-    """The builder of a small network, or None where no small network is named so."""
+    """Return the builder of a small network, or None if no small network has this name."""
     wide = _WIDE_RESNET.fullmatch(name)
     if wide is None:
         return SMALL_NETWORKS.get(name)
-    # Four layers are outside of the stages, and each of three stages has n blocks of two.
+    # Four layers lie outside the stages; each of the three stages has n blocks of two.
     depth, widen_factor = int(wide[1]), int(wide[2])
     if depth < 10 or (depth - 4) % 6 or widen_factor < 1:
         raise InvalidValueError(
@@ -228,7 +229,7 @@ def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn
 
 
 def _require_torchvision(name: str) -> None:
-    """Refuse what is no classifier of torchvision."""
+    """Raise unless torchvision has a classifier of this name."""
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -240,14 +241,14 @@ def _require_torchvision(name: str) -> None:
 
 
 def _published_member(name: str, weights: str) -> Any:
-    """Published weights of a torchvision network, by their name in its enum."""
+    """Return published weights of a torchvision network by their name in its enum."""
     from torchvision import models
 
     _require_torchvision(name)
     members = models.get_model_weights(name)
     if weights not in members.__members__:
         raise InvalidValueError(
-            f"weights {weights!r} are not among those of {name}: {', '.join(members.__members__)}."
+            f"{name} has no weights {weights!r}, only {', '.join(members.__members__)}."
         )
     return members[weights]
 
@@ -270,7 +271,7 @@ def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module
 
 
 def _import_timm(name: str) -> Any:
-    """The package, for a network of it."""
+    """Import timm, or name the network that needs it."""
     try:
         import timm
     except ImportError as error:
@@ -281,7 +282,7 @@ def _import_timm(name: str) -> Any:
 
 
 def _require_timm(name: str) -> None:
-    """Refuse what is no network of timm; a tag of its weights may stand behind a dot."""
+    """Raise unless timm has a network of this name; a weights tag may follow a dot."""
     timm = _import_timm(name)
     # timm names weights behind a dot: vit_base_patch16_224.augreg_in1k.
     network, _, tag = name.partition(".")
@@ -296,13 +297,13 @@ def _require_timm(name: str) -> None:
 def _timm_config(name: str, weights: str) -> Any:
     """Timm's description of the published weights of a network."""
     if weights != "pretrained":
-        raise InvalidValueError(f"weights {weights!r}: for timm networks say 'pretrained'.")
+        raise InvalidValueError(f"weights {weights!r}: for timm networks use 'pretrained'.")
     _require_timm(name)
     return _import_timm(name).get_pretrained_cfg(name)
 
 
 def _factory_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
-    """What the user's own function returns."""
+    """Call the user's own function and check what it returns."""
     _refuse_weights(name, weights)
     module_name, _, function_name = name.partition(":")
     try:
@@ -333,7 +334,7 @@ def _factory_network(name: str, num_classes: int, weights: str | None) -> nn.Mod
 
 
 def _require_classes(name: str, weights: str, published: int, wanted: int) -> None:
-    """Published weights are of the classes that they were trained on."""
+    """Raise if published weights were trained on another number of classes."""
     if published != wanted:
         raise InvalidValueError(
             f"{name} with weights {weights} has {published:,} classes, but {wanted:,} "
@@ -343,7 +344,7 @@ def _require_classes(name: str, weights: str, published: int, wanted: int) -> No
 
 @contextmanager
 def _named_download(name: str) -> Iterator[None]:
-    """Say whose weights cannot be had: the errors of the network name a host at best."""
+    """Name the network whose weights cannot be fetched; the original errors name a host at best."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # timm raises the latter where there are none

@@ -1,4 +1,4 @@
-"""The form in which a network runs, as teacher or student: (features, logits) of a batch."""
+"""Networks as teachers and students run them: from a batch to (features, logits)."""
 
 from typing import Any, Self
 
@@ -45,7 +45,7 @@ def classifier_name(network: nn.Module, *, num_classes: int) -> str:
 
 
 def without_classifier(network: nn.Module, *, num_classes: int) -> nn.Module:
-    """Put nothing in the place of the layer that makes the logits, so that features come out.
+    """Replace the layer that makes the logits by the identity, so that features come out.
 
     Args:
         network: any classifier; it is changed.
@@ -62,7 +62,7 @@ def without_classifier(network: nn.Module, *, num_classes: int) -> nn.Module:
 
 
 class FeatureNetwork(nn.Module):
-    """A classifier that gives its features beside its logits: what a teacher and a student run as.
+    """A classifier that returns its features beside its logits.
 
     Calling it with (B, 3, H, W) images returns (features (B, D), logits (B, C)). Feature maps
     (B, D, H, W) are averaged over their positions. A network without a classifier (C is 0) gives
@@ -88,13 +88,13 @@ class FeatureNetwork(nn.Module):
         Args:
             network: any classifier; it is used as it is, not copied.
             num_classes: C; 0 where the network gives features and no logits.
-            feature_layer: the layer whose output are the features; by default the input of the
-                classifier is taken, found by `classifier_name`.
-            takes_features: False where nobody looks at features: they are (B, 0) then, and the
+            feature_layer: the layer whose output is taken as the features; by default the input of
+                the classifier, found by `classifier_name`.
+            takes_features: False if features are not needed: they are (B, 0) then, and the
                 network needs no layer that makes its logits.
 
         Raises:
-            InvalidValueError: the classifier is not found, or no layer is called so.
+            InvalidValueError: the classifier or the named layer is not found.
         """
         super().__init__()
         self.network = network
@@ -151,7 +151,7 @@ class FeatureNetwork(nn.Module):
         features, self._features = self._features, None
         if features is None:
             raise InvalidValueError(
-                f"layer {self.layer!r} was not used in the forward pass, so there are no features. "
+                f"layer {self.layer!r} was not used in the forward pass, so features are missing. "
                 "Name a layer that is (--feature-layer of `fastprune score`), or in a recipe set "
                 "loss.feature_weight to 0."
             )

@@ -1,4 +1,4 @@
-"""Which network names there are, without importing torch: a typing error is found at once."""
+"""The known network names, without importing torch, so that a typo is found at once."""
 
 import re
 from functools import cache
@@ -24,14 +24,14 @@ _REGISTERED = re.compile(
 
 
 def require_known_network(name: str) -> None:
-    """Refuse a name that no network can have.
+    """Raise if no network can have this name.
 
     Networks of timm and factories (`package.module:function`) are not looked up: that takes an
     import of them.
 
     Raises:
-        InvalidValueError: neither a small network nor a classifier of torchvision is named so; the
-            nearest name is in the message.
+        InvalidValueError: neither a small network nor a torchvision classifier has this name; the
+            message has the nearest one.
     """
     source, _, rest = name.partition(":")
     if rest and source != "torchvision":
@@ -39,7 +39,7 @@ def require_known_network(name: str) -> None:
     if not rest and (name in SMALL_NAMES or WIDE_RESNET.fullmatch(name)):
         return
     known = torchvision_names()
-    # Without its sources, a zipped installation say, torchvision itself has the last word.
+    # Without its sources, as in a zipped installation, torchvision itself decides later.
     if known and (rest or name) not in known:
         hint = did_you_mean(rest or name, [*known, *SMALL_NAMES, *_WIDE_EXAMPLES], list_known=False)
         raise InvalidValueError(f"network {name!r} is not known.{hint}")

@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network of depth 6n + 2 whose parameters are named as RepDistiller names them.
 
-    Any image of at least 4x4 pixels fits: the last feature map is averaged whatever its size.
+    Any image of at least 4x4 pixels fits: the last feature map is averaged over its positions.
 
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2.
     """

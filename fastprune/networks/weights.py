@@ -34,7 +34,7 @@ def save_weights(
 
     Args:
         network: any module.
-        path: where to; by custom it ends in .safetensors.
+        path: the file, by convention *.safetensors.
         metadata: texts kept in the file's header, such as the network's name.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network).items()}
@@ -44,7 +44,7 @@ def save_weights(
 
 
 def _with_sorted_metadata(data: bytes) -> bytes:
-    """A safetensors file with its texts in order: the library writes them as its hash map has them.
+    """Sort a safetensors file's texts, which the library writes in the order of its hash map.
 
     The header is JSON behind its length (little-endian uint64), padded with spaces to eight bytes;
     tensors are found by offsets from its end.
@@ -61,7 +61,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load weights into a network, every one of them or none.
 
     Args:
-        network: the network that the weights are of.
+        network: the network that the weights belong to.
         path: a .safetensors file, or a PyTorch checkpoint: a state dict, or a dict that holds one
             under `state_dict`, `model`, `model_state_dict`, `net` or `network` (RepDistiller,
             timm, torchvision's references). The prefixes of DistributedDataParallel and
@@ -91,10 +91,10 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
 
 def weights_metadata(path: str | Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file; none for other files.
+    """Return the texts in the header of a safetensors file; none for other files.
 
-    What fastprune reads (image_size, num_classes, mean, std, class_names) and cannot understand is
-    warned of and left out: other tools may write other texts under these names.
+    Other tools may write other texts under the names that fastprune reads (image_size, num_classes,
+    mean, std, class_names). Those are left out with a warning.
 
     Raises:
         ArtifactError: the file is missing or unreadable.
@@ -107,15 +107,15 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error
+        raise ArtifactError(f"{path} cannot be read as a checkpoint ({error}).") from error
     unknown = {name: text for name, text in metadata.items() if not _is_understood(name, text)}
     for name, text in unknown.items():
-        logger.warning("%s: %r in its header is %.80r, which is not looked at", path, name, text)
+        logger.warning("%s: %r in its header is %.80r, which is ignored", path, name, text)
     return {name: text for name, text in metadata.items() if name not in unknown}
 
 
 def _is_understood(name: str, text: str) -> bool:
-    """Whether an entry is as `distill` writes it; any other entry is."""
+    """Whether an entry has the form in which `distill` writes it; unknown names pass."""
     try:
         if name in ("image_size", "num_classes"):
             return (name == "image_size") <= int(text) <= _LARGEST[name]
@@ -130,7 +130,7 @@ def _is_understood(name: str, text: str) -> bool:
 
 
 def network_in_metadata(metadata: dict[str, str], path: str | Path) -> str | None:
-    """The network that a checkpoint's metadata names, if it names one.
+    """Return the network that a checkpoint's metadata names, if it names one.
 
     Raises:
         ArtifactError: it names a factory: code that a file could make us import and run.
@@ -152,7 +152,7 @@ def weights_digest(network: nn.Module) -> str:
         state dict, sorted by name.
     """
     digest = hashlib.blake2b(digest_size=16)
-    # Sorted: the order of definition is no part of the weights.
+    # Sorted, because the order of definition does not belong to the weights.
     for name, tensor in sorted(_state(network).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # As bytes, since numpy has no bfloat16.
@@ -177,12 +177,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} does not exist. Check the name of the checkpoint.") from error
     except pickle.UnpicklingError as error:
         raise ArtifactError(
-            f"{path} is no checkpoint, or holds more than tensors and plain values, which could "
+            f"{path} is not a checkpoint, or holds more than tensors and plain values, which could "
             "run code when it is read. Save its state dict alone: "
             "torch.save(torch.load(path, weights_only=False)['model'], 'clean.pt')."
         ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is no readable checkpoint ({error}).") from error
+        raise ArtifactError(f"{path} cannot be read as a checkpoint ({error}).") from error
     return _find_state(content, path)
 
 

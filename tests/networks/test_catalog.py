@@ -198,7 +198,7 @@ def test_fewer_than_no_classes_are_refused():
 
 
 def test_unknown_weights_are_answered_with_the_known_ones():
-    with pytest.raises(InvalidValueError, match=r"'V9'.*resnet50: IMAGENET1K_V1, IMAGENET1K_V2"):
+    with pytest.raises(InvalidValueError, match=r"resnet50 has no weights 'V9', only IMAGENET1K_V1, IMAGENET1K_V2"):
         build_network("resnet50", num_classes=1000, weights="V9")
 
 
@@ -238,7 +238,7 @@ def test_weights_of_a_small_network_are_refused():
 
 def test_other_weights_than_pretrained_are_refused_for_timm():
     pytest.importorskip("timm")
-    with pytest.raises(InvalidValueError, match=r"'DEFAULT'.*say 'pretrained'"):
+    with pytest.raises(InvalidValueError, match=r"'DEFAULT'.*use 'pretrained'"):
         build_network("timm:resnet10t", num_classes=10, weights="DEFAULT")
 
 
@@ -282,7 +282,7 @@ def test_view_of_torchvision_weights_is_that_of_their_transforms(name):
     [
         ("timm:nope", "pretrained", r"network 'timm:nope' is not known\. Did you mean 'timm:"),
         ("timm:resnet18.a1", "pretrained", r"is not known\. Did you mean 'timm:resnet18\.a"),
-        ("timm:resnet18", "DEFAULT", "for timm networks say 'pretrained'"),
+        ("timm:resnet18", "DEFAULT", "for timm networks use 'pretrained'"),
     ],
 )
 def test_view_of_timm_weights_that_are_not_there_is_refused(name, weights, message):

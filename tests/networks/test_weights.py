@@ -120,7 +120,7 @@ def test_missing_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_damaged_checkpoint_is_named(tmp_path, suffix):
     (tmp_path / f"net{suffix}").write_bytes(b"PK\x03\x04 no checkpoint at all")
-    with pytest.raises(ArtifactError, match=r"net\..* is no readable checkpoint"):
+    with pytest.raises(ArtifactError, match=r"net\..* cannot be read as a checkpoint"):
         load_weights(network(), tmp_path / f"net{suffix}")
 
 
@@ -151,14 +151,14 @@ def test_texts_of_other_tools_under_our_names_are_warned_of_and_left_out(
     path = tmp_path / "net.safetensors"
     save_weights(network(), path, metadata={"network": "resnet8", name: text})
     assert weights_metadata(path) == {"format": "pt", "network": "resnet8"}
-    assert f"{path}: {name!r} in its header is {text!r}, which is not looked at" in caplog.text
+    assert f"{path}: {name!r} in its header is {text!r}, which is ignored" in caplog.text
 
 
 def test_metadata_of_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"none\.safetensors does not exist"):
         weights_metadata(tmp_path / "none.safetensors")
     (tmp_path / "net.safetensors").write_bytes(b"no safetensors")
-    with pytest.raises(ArtifactError, match=r"net\.safetensors is no readable checkpoint"):
+    with pytest.raises(ArtifactError, match=r"net\.safetensors cannot be read as a checkpoint"):
         weights_metadata(tmp_path / "net.safetensors")
 
 
