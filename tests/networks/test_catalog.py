@@ -198,7 +198,7 @@ def test_fewer_than_no_classes_are_refused():
 
 
 def test_unknown_weights_are_answered_with_the_known_ones():
-    with pytest.raises(InvalidValueError, match=r"resnet50 has no weights 'V9', only IMAGENET1K_V1, IMAGENET1K_V2"):
+    with pytest.raises(InvalidValueError, match=r"resnet50 has no weights 'V9', only IMAGENET1K"):
         build_network("resnet50", num_classes=1000, weights="V9")
 
 
