@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fastprune.base.errors import ArtifactMismatch, warn_user
-from fastprune.base.untrusted import member
+from fastprune.base.headers import STRICT, describe
 
 _DIGEST_BYTES = 16
-_DIGEST = re.compile(r"[0-9a-f]{32}")
+_Digest = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$")]
 
 
 class ContentNotComparedWarning(UserWarning):
@@ -22,7 +22,7 @@ class ContentNotComparedWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """The identity of the images in a beton.
+    """The identity of the images in a beton; also a field of a `Header`, checked as one.
 
     Attributes:
         num_rows: rows in the beton.
@@ -31,9 +31,12 @@ class Fingerprint:
             None where no manifest stands beside the beton.
     """
 
-    num_rows: int
-    structure: str
-    content: str | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    # Rows are int64 in every array; more are damage.
+    num_rows: Annotated[int, Field(gt=0, lt=2**63)]
+    structure: _Digest
+    content: _Digest | None = None
 
     def __str__(self) -> str:
         return f"{(self.content or self.structure)[:8]} ({self.num_rows:,} rows)"
@@ -49,17 +52,10 @@ class Fingerprint:
         Raises:
             ValueError: it is something else.
         """
-        num_rows = member(fields, "num_rows", int)
-        # Rows are int64 in every array; more are damage.
-        if not 0 < num_rows < 2**63:
-            raise ValueError(f"its 'num_rows' is {num_rows}, but must be in [1, 2**63)")
-        digests = member(fields, "structure", str), member(fields, "content", str, None)
-        for digest in filter(None, digests):
-            if not _DIGEST.fullmatch(digest):
-                raise ValueError(
-                    f"its digest {digest[:40]!r} is not {2 * _DIGEST_BYTES} hex digits"
-                )
-        return cls(num_rows, *digests)
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(fields))
+        except ValidationError as error:
+            raise ValueError(describe(error)) from None
 
 
 def structure_digest(
@@ -94,29 +90,6 @@ def content_digest(source_crc32c: NDArray[np.uint32]) -> str:
     """
     data = source_crc32c.astype("<u4").tobytes()
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
-
-
-def with_digest(record: dict[str, Any]) -> dict[str, Any]:
-    """Add the digest of a record of JSON values to it, by which `require_unchanged` knows it."""
-    return record | {"digest": _record_digest(record)}
-
-
-def require_unchanged(record: dict[str, Any]) -> None:
-    """Refuse a record whose values are not those that `with_digest` saw; one without is taken.
-
-    Raises:
-        ValueError: a value was changed, by damage or by hand.
-    """
-    if "digest" in record and record["digest"] != _record_digest(record):
-        raise ValueError(
-            "it was changed since it was written; without its 'digest' it is taken as it is"
-        )
-
-
-def _record_digest(record: dict[str, Any]) -> str:
-    """BLAKE2b-128 over the JSON of all entries but the digest, in their order."""
-    entries = {name: value for name, value in record.items() if name != "digest"}
-    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def require_same_images(

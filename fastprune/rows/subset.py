@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from fastprune.base.checks import MAX_CLASSES
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.base.files import atomic_path, write_text
-from fastprune.base.provenance import Fingerprint, require_unchanged, with_digest
+from fastprune.base.headers import require_unchanged, with_digest
+from fastprune.base.provenance import Fingerprint
 from fastprune.base.untrusted import member, numbers, read_json, read_npy
 
 

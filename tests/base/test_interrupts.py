@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 DROPPED_IN_A_CALLBACK = """
 import ctypes, os, signal, time
-from fastprune import interrupts
+from fastprune.base import interrupts
 interrupts.listen()
 callback = ctypes.CFUNCTYPE(None)(lambda: os.kill(os.getpid(), signal.SIGTERM))
 try:
@@ -26,7 +26,7 @@ except interrupts.Interrupted as stop:
 
 EATEN_BY_A_LIBRARY = """
 import os, signal
-from fastprune import interrupts
+from fastprune.base import interrupts
 from fastprune.base.progress import track
 interrupts.listen()
 try:
@@ -43,7 +43,7 @@ except interrupts.Interrupted as stop:
 
 REPEATED = """
 import os, signal, time
-from fastprune import interrupts
+from fastprune.base import interrupts
 interrupts.listen()
 try:
     try:
