@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from fastprune.base.checks import require_at_least, require_one_of
 from fastprune.base.errors import InvalidValueError, MissingDependencyError
+from fastprune.base.threads import ThreadDiedError, WorkerThreads
 from fastprune.decoding.cpu import chunks
 from fastprune.decoding.rows_to_pixels import Outcome, RowDecoder, StoredImages
-from fastprune.decoding.threads import ThreadDiedError, WorkerThreads
 from fastprune.loading.crops import AUGMENTS, CropPolicy
 from fastprune.loading.sampler import EpochSampler, this_rank
 

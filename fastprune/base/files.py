@@ -10,11 +10,15 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, TypeAlias
+
+from numpy.typing import NDArray
 
 from fastprune.base.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
 # A sidecar of 1,000,000 classes takes 40 MB; nothing else that is read whole comes close.
 MAX_BYTES = 128 << 20
@@ -90,65 +94,50 @@ def destination(path: str | Path) -> Path:
 
 
 @contextmanager
-def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold a file's lock, so that two processes do not write into one folder at once.
+def lock(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file's lock, which excludes other processes and other threads of this one.
 
-    The lock ends with the process, however it ends; the file stays.
-
-    Args:
-        path: the lock file; made where it is missing.
-
-    Raises:
-        ArtifactError: another process holds the lock, or the file cannot be made.
-    """
-    path = Path(path)
-    with named_os_errors(path):
-        file = path.open("a")
-    with file:
-        if not try_lock(file):
-            raise ArtifactError(
-                f"another process is writing into {path.parent}. Wait for it, or name another "
-                "folder."
-            )
-        yield
-
-
-@contextmanager
-def locked(path: str | Path, *, shared: bool = False) -> Iterator[None]:
-    """Wait for a file's lock and hold it; it goes with the process, however it ends.
-
-    Threads of one process wait for one another too. Where the file system has no locks, nothing is
-    held.
+    The kernel frees the lock when the process ends, however it ends; the file stays. Where the
+    file system has no locks, nothing is held.
 
     Args:
         path: the lock file; made where it is missing, as in a copy of the other files.
-        shared: True to hold it beside others who share it. Where it is missing and cannot be made,
-            nobody can write either, and nothing is held.
+        shared: hold it together with others who share it. Where the file is missing and cannot be
+            made, writers cannot lock it either, and nothing is held.
+        wait: False to raise where somebody else holds it.
 
     Raises:
-        OSError: it is missing and cannot be made.
+        ArtifactError: the file cannot be made, or somebody else holds the lock.
     """
+    path = Path(path)
     try:
-        file = _opened(path)
-    except OSError:
+        with named_os_errors(path):
+            descriptor = _open_lock(path)
+    except ArtifactError:
         if not shared:
             raise
         yield
         return
     try:
-        _flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        if not _flock(descriptor, operation | (0 if wait else fcntl.LOCK_NB)):
+            raise ArtifactError(
+                f"another process is writing into {path.parent}. Wait for it, or name another "
+                "folder."
+            )
         yield
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
-def _opened(path: str | Path) -> int:
+def _open_lock(path: Path) -> int:
     """Open a lock file, and make it where it is missing."""
-    try:
-        # First without O_CREAT, which is refused for other people's files in folders like /tmp.
-        return os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    # First without O_CREAT, which is refused for other people's files in folders like /tmp. And
+    # first for writing: NFS gives exclusive locks on no other descriptor.
+    for flags in (os.O_RDWR, os.O_RDONLY):
+        with contextlib.suppress(PermissionError, FileNotFoundError):
+            return os.open(path, flags | os.O_CLOEXEC)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
 def try_lock(file: int | IO[bytes] | IO[str]) -> bool:
@@ -174,6 +163,28 @@ def _flock(file: int | IO[bytes] | IO[str], operation: int) -> bool:
             return False
         logger.debug("the file system has no locks (%s)", error)
     return True
+
+
+def write_all(descriptor: int, data: Buffer | list[Buffer], offset: int) -> None:
+    """Write all bytes at an offset: the kernel writes a part of them when the disk fills up.
+
+    Args:
+        descriptor: of an open file.
+        data: a buffer, or a list of at most IOV_MAX (1,024) adjacent ones.
+        offset: of the first byte.
+
+    Raises:
+        OSError: not all of it can be written.
+    """
+    buffers: list[Any] = data if isinstance(data, list) else [data]
+    written = os.pwritev(descriptor, buffers, offset)
+    if written == sum(memoryview(buffer).nbytes for buffer in buffers):
+        return
+    rest = memoryview(b"".join(bytes(buffer) for buffer in buffers))[written:]
+    offset += written
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.base.errors import BetonError, JpegError, LoadingError, MissingDependencyError
+from fastprune.base.threads import ThreadDiedError, WorkerThreads
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
 from fastprune.decoding.dali_pipeline import (
@@ -26,7 +27,6 @@ from fastprune.decoding.dali_pipeline import (
 )
 from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
 from fastprune.decoding.gpu_probe import probe_gpu_decoding
-from fastprune.decoding.threads import ThreadDiedError, WorkerThreads
 from fastprune.jpeg.headers import read_header
 from fastprune.loading.batch import cuda_index
 from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH

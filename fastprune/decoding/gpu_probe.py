@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastprune.base.compiled import writable_folder
-from fastprune.base.files import locked, write_text
+from fastprune.base.files import lock, write_text
 
 _SECONDS = 180.0  # a first start loads gigabytes of libraries
 _SIDE = 64
@@ -95,9 +95,9 @@ def remembered(
         return find()
     digest = hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()
     kept = folder / f"{name}-{digest}.json"
-    lock = kept.with_suffix(".lock")
-    lock.touch()
-    with locked(lock):  # one rank of a machine finds it, and the others read
+    lock_path = kept.with_suffix(".lock")
+    lock_path.touch()
+    with lock(lock_path):  # one rank of a machine finds it, and the others read
         if not again:
             with contextlib.suppress(OSError, ValueError, TypeError):
                 return dict(json.loads(kept.read_text(encoding="utf-8")))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.base.files import exclusive
+from fastprune.base.files import lock
 from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
 from fastprune.demo.images import prepare_images
@@ -256,7 +256,7 @@ def _cleared_folder(out: Path) -> Iterator[Path]:
         raise InvalidValueError(f"--out {out} cannot be made: {error.strerror}.") from error
     if any(out.iterdir()) and not (out / _MARK).exists():
         raise InvalidValueError(f"{out} holds files that no demo wrote. Name another --out.")
-    with exclusive(out / _MARK):
+    with lock(out / _MARK, wait=False):
         for name in _WRITTEN:
             if (out / name).is_dir():
                 shutil.rmtree(out / name)

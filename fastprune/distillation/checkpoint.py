@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.base.errors import ArtifactError, RecipeError
-from fastprune.base.files import atomic_path, exclusive
+from fastprune.base.files import atomic_path, lock
 from fastprune.networks import save_weights
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def hold_run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise RecipeError(f"run.out = {str(folder)!r} cannot be made: {error.strerror}.") from error
     # Held until the run ends, and freed by the kernel if it is killed.
-    with exclusive(folder / ".lock"):
+    with lock(folder / ".lock", wait=False):
         # It is written last, so a run without one is unfinished.
         if (folder / "result.json").exists():
             raise RecipeError(

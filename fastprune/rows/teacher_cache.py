@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastprune.base.checks import require_at_least, require_one_of
 from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
-from fastprune.base.files import locked
+from fastprune.base.files import lock
 from fastprune.rows.cache_header import (
     CacheExistsError,
     read_header,
@@ -108,7 +108,7 @@ class TeacherCache:
                 f"cannot make the teacher cache {path}: {error.strerror}. Name a folder whose "
                 "parent exists and may be written."
             ) from error
-        with locked(path / _LOCK):
+        with lock(path / _LOCK):
             if (path / "cache.json").exists():
                 raise CacheExistsError(
                     f"{path} holds a teacher cache already. Open it, or name another folder."
@@ -252,7 +252,7 @@ class TeacherCache:
                 return np.zeros((len(rows), self.num_classes), np.float32), found
             blocks = files.unverified_blocks(positions)
             if len(blocks):
-                with locked(self.path / _LOCK, shared=True):
+                with lock(self.path / _LOCK, shared=True):
                     if faults := files.damaged(blocks):
                         raise ArtifactError(faults[0])
             there = decode(files.read(positions))
@@ -315,7 +315,7 @@ class TeacherCache:
             if not self._pending.num_bytes and not (seal and self._changed_slots()):
                 return
             try:
-                with locked(self.path / _LOCK):
+                with lock(self.path / _LOCK):
                     for slot, positions, stored in self._pending.pop():
                         self._made_slot(slot).write(positions, stored)
                     for slot in self._changed_slots() if seal else ():
@@ -360,7 +360,7 @@ class TeacherCache:
                 if (files := self._slot(slot)) is None:
                     continue
                 for block in files.all_blocks():
-                    with locked(self.path / _LOCK, shared=True):
+                    with lock(self.path / _LOCK, shared=True):
                         faults = files.damaged(block[None])
                     yield from faults
             except ArtifactError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.base.errors import ArtifactError
-from fastprune.base.files import atomic_path, exclusive, locked, write_text
+from fastprune.base.files import atomic_path, lock, write_all, write_text
 
 
 def test_file_appears_only_when_the_block_succeeds(tmp_path):
@@ -73,27 +73,27 @@ def test_place_that_refuses_the_file_is_named(tmp_path):
 
 
 def test_folder_that_another_process_writes_into_is_refused(tmp_path):
-    lock = tmp_path / ".lock"
+    path = tmp_path / ".lock"
     script = (
         "import sys, time\n"
-        "from fastprune.base.files import exclusive\n"
-        "with exclusive(sys.argv[1]):\n"
+        "from fastprune.base.files import lock\n"
+        "with lock(sys.argv[1], wait=False):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    other = subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"held\n"
         with (
             pytest.raises(ArtifactError, match="another process is writing into"),
-            exclusive(lock),
+            lock(path, wait=False),
         ):
             pass
     finally:
         other.kill()
         other.communicate()
-    with exclusive(lock):
-        assert lock.exists()
+    with lock(path, wait=False):
+        assert path.exists()
 
 
 def test_named_error_survives_where_the_temporary_file_cannot_be_removed(tmp_path):
@@ -146,10 +146,11 @@ def test_refusal_without_a_number_is_named(tmp_path):
         raise OSError("9 requested and 1 written")
 
 
-def test_folder_that_refuses_the_lock_file_is_named(tmp_path):
+@pytest.mark.parametrize("wait", [True, False])
+def test_folder_that_refuses_the_lock_file_is_named(tmp_path, wait):
     with (
         pytest.raises(ArtifactError, match=r"folder .*nowhere does not exist"),
-        exclusive(tmp_path / "nowhere" / ".lock"),
+        lock(tmp_path / "nowhere" / ".lock", wait=wait),
     ):
         pass
 
@@ -159,15 +160,44 @@ def test_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with exclusive(tmp_path / ".lock"):
+    with lock(tmp_path / ".lock", wait=False):
         write_text(tmp_path / "artifact", "text")
     assert (tmp_path / "artifact").read_text() == "text"
 
 
 def test_a_lock_that_is_missing_is_made_or_done_without(tmp_path):
-    with locked(tmp_path / "lock", shared=True):
+    with lock(tmp_path / "lock", shared=True):
         assert (tmp_path / "lock").exists()
-    with locked(tmp_path / "gone" / "lock", shared=True):
+    with lock(tmp_path / "gone" / "lock", shared=True):
         pass  # where nobody can make it, nobody writes
-    with pytest.raises(FileNotFoundError), locked(tmp_path / "gone" / "lock"):
+    with pytest.raises(ArtifactError, match="does not exist"), lock(tmp_path / "gone" / "lock"):
         pass
+
+
+def test_a_shared_lock_is_held_together_and_keeps_writers_out(tmp_path):
+    path = tmp_path / "lock"
+    with (
+        lock(path, shared=True),
+        lock(path, shared=True, wait=False),
+        pytest.raises(ArtifactError, match="another process"),
+        lock(path, wait=False),
+    ):
+        pass
+    with lock(path, wait=False):
+        pass
+
+
+@pytest.mark.parametrize("data", [b"12345678", [b"123", b"", bytearray(b"456"), b"78"]])
+@pytest.mark.parametrize("most", [1, 4, 7, 100])
+def test_all_is_written_where_the_kernel_writes_a_part(tmp_path, monkeypatch, data, most):
+    pwrite = os.pwrite
+
+    def write_a_part(descriptor, buffers, offset):
+        whole = b"".join(buffers) if isinstance(buffers, list) else bytes(buffers)
+        return pwrite(descriptor, whole[:most], offset)
+
+    monkeypatch.setattr(os, "pwrite", write_a_part)
+    monkeypatch.setattr(os, "pwritev", write_a_part)
+    with (tmp_path / "file").open("w+b") as file:
+        write_all(file.fileno(), data, 3)
+        assert file.read() == b"\0\0\x0012345678"

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from fastprune.base.errors import ArtifactError, RecipeError, TrainingStopped
-from fastprune.base.files import exclusive
+from fastprune.base.files import lock
 from fastprune.distillation.checkpoint import Checkpoints, DamagedCheckpointWarning
 from fastprune.distillation.trainer import distill
 
@@ -171,7 +171,7 @@ def test_two_runs_in_one_folder_are_refused(long_recipe):
     settings = long_recipe("taken")
     settings.run.out.mkdir()
     with (
-        exclusive(settings.run.out / ".lock"),
+        lock(settings.run.out / ".lock"),
         pytest.raises(ArtifactError, match="another process is writing into"),
     ):
         distill(settings)

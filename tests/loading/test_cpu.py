@@ -330,6 +330,6 @@ def test_a_thread_that_cannot_be_started_leaves_none_running(bare_beton, monkeyp
     beton = open_beton(bare_beton)
     faults = RowFaults(beton, skip=False, verify_crc=False)
     engine = CpuEngine(beton, image_size=32, num_workers=5, pin_memory=False, faults=faults)
-    with pytest.raises(LoadingError, match=r"only 2 of 5 decoding threads .* smaller num_workers"):
+    with pytest.raises(LoadingError, match=r"only 2 of 5 threads .* fewer workers"):
         next(engine.decode([np.arange(5)], _views(beton, "rrc")))
     assert (num_started, threading.active_count()) == (2, before)

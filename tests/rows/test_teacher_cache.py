@@ -422,7 +422,7 @@ def test_a_cache_that_is_removed_while_it_is_open_is_an_error_that_names_it(cach
         cache.logits(ROWS[:3], 0)
     assert cache.disk_bytes == 0
     cache.put(ROWS[:3], 1, logits_of(ROWS[:3], 1))
-    with pytest.raises(ArtifactError, match="cannot write the teacher cache"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*: the folder .* does not exist"):
         cache.commit()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.base.errors import ArtifactError, BetonError, StorageError
-from fastprune.base.files import atomic_path, locked, named_os_errors, write_text
+from fastprune.base.files import atomic_path, lock, named_os_errors, write_text
 from fastprune.base.provenance import structure_digest
 from fastprune.beton import layout
 from fastprune.beton.manifest import manifest_path, read_manifest
@@ -147,7 +147,7 @@ def open_mirror(url: str, folder: str | Path, *, retry_seconds: float) -> Mirror
         folder.mkdir(parents=True, exist_ok=True)
         _require_ours(folder)
         (folder / _LOCK_NAME).touch()
-        with locked(folder / _LOCK_NAME):
+        with lock(folder / _LOCK_NAME):
             record = MirrorRecord.read(folder) or _start(store, name, folder, url)
             if record.url != url:
                 raise ArtifactError(
