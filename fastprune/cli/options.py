@@ -51,7 +51,7 @@ def ray_option(what: str) -> Any:
 
 # The values are repeated here, because `--help` and completion must not import what they are of
 # (a test holds them against the library's own).
-BACKENDS = ("auto", "cpu", "dali", "ffcv")
+BACKENDS = ("auto", "cpu", "dali")
 METRICS = (
     "centroid",
     "centroid_median",

@@ -1,5 +1,13 @@
-"""Recipes: TOML in, validated and frozen settings out; unknown keys are refused."""
+"""Settings: one frozen record per station, with the type, bounds, default and help of each field.
 
+Functions take the fields as keywords (`takes_settings`), recipes have records as their sections,
+and the command line makes its options of them.
+"""
+
+from fastprune.settings.convert import ConvertSettings, ImageSettings
+from fastprune.settings.domains import Settings
+from fastprune.settings.keywords import takes_settings
+from fastprune.settings.loader import LoaderSettings, OrderSettings, ViewSettings
 from fastprune.settings.reading import find_recipe, load_recipe, make_recipe, packaged_recipes
 from fastprune.settings.recipe import (
     DataSettings,
@@ -9,18 +17,34 @@ from fastprune.settings.recipe import (
     Recipe,
     RunSettings,
     ScheduleSettings,
+    TeacherSettings,
 )
+from fastprune.settings.score import FillSettings, PassSettings, ScoreSettings
+from fastprune.settings.select import SelectSettings, StrategySettings
 
 __all__ = [
+    "ConvertSettings",
     "DataSettings",
+    "FillSettings",
+    "ImageSettings",
+    "LoaderSettings",
     "LossSettings",
     "NetworkSettings",
+    "OrderSettings",
+    "PassSettings",
     "PruningSettings",
     "Recipe",
     "RunSettings",
     "ScheduleSettings",
+    "ScoreSettings",
+    "SelectSettings",
+    "Settings",
+    "StrategySettings",
+    "TeacherSettings",
+    "ViewSettings",
     "find_recipe",
     "load_recipe",
     "make_recipe",
     "packaged_recipes",
+    "takes_settings",
 ]

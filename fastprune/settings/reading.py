@@ -4,16 +4,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fastprune.base.checks import did_you_mean
 from fastprune.base.errors import RecipeError
 from fastprune.base.untrusted import parse_toml, read_text
+from fastprune.settings.keywords import faults
 from fastprune.settings.recipe import Recipe
 
 # The longest recipe that comes with fastprune has two kilobytes.
 _MAX_BYTES = 1 << 20
-_MOST_SHOWN = 200
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -82,8 +82,8 @@ def make_recipe(settings: dict[str, Any], *, name: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
-        raise RecipeError(f"{name} cannot be used:\n{faults}") from error
+        lines = "\n".join(f"  {fault}" for fault in faults(Recipe, settings, error))
+        raise RecipeError(f"{name} cannot be used:\n{lines}") from error
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -110,32 +110,6 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         is_section = isinstance(keys, dict) and isinstance(extended.get(name), dict)
         extended[name] = {**extended[name], **keys} if is_section else keys
     return extended
-
-
-def _describe(fault: Any) -> str:
-    """Describe one fault in a line: `data.imagesize is unknown. Did you mean 'image_size'?`."""
-    *sections, key = [str(part) for part in fault["loc"]] or ["recipe"]
-    where = ".".join([*sections, key])
-    if fault["type"] == "extra_forbidden":
-        return f"{where} is unknown.{did_you_mean(key, _known_keys(sections))}"
-    if fault["type"] == "missing":
-        return f"{where} is missing."
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return f"{message}."
-    value = repr(fault["input"])
-    shown = value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
-    return f"{where} = {shown}: {message}."
-
-
-def _known_keys(sections: list[str]) -> list[str]:
-    # An optional section is annotated as a union with None.
-    model: type[BaseModel] = Recipe
-    for section in sections:
-        annotation = model.model_fields[section].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
 
 
 def _set(settings: dict[str, Any], override: str) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a recipe: validated and frozen; unknown keys are refused."""
+"""The settings of a training run: a recipe's sections."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -7,101 +7,87 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
 
-# Networks compute in float32: a larger number becomes infinite there, or cannot be passed at all.
-_MOST = float(np.finfo(np.float32).max)
-
-Share = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0, le=_MOST)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Positive = Annotated[float, Field(gt=0, le=_MOST)]
-Channels = tuple[float, float, float]
-Deviations = tuple[Positive, Positive, Positive]
+from fastprune.settings.domains import (
+    Backend,
+    CacheDtype,
+    Count,
+    Device,
+    File,
+    Integer,
+    Positive,
+    Precision,
+    Seed,
+    Settings,
+    Share,
+    Threads,
+    Weight,
+)
+from fastprune.settings.loader import ViewSettings
 
 
 def _rising(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-    """Points whose first coordinates rise."""
+    """Refuse points whose first coordinates do not rise."""
     if any(right[0] <= left[0] for left, right in pairwise(points)):
         raise ValueError("the points must rise")
     return points
 
 
-def _nameable(path: Path, info: ValidationInfo) -> Path:
-    """Refuse what no file system can open: it would be noticed deep inside of a run."""
-    if "\0" in str(path):
-        raise ValueError(f"the path {info.field_name} holds a null character")
-    return path
-
-
-_File = Annotated[Path, AfterValidator(_nameable)]
 _Points = Annotated[tuple[tuple[Share, Weight], ...], Field(min_length=1), AfterValidator(_rising)]
+_Epochs = Annotated[Integer, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    """Settings that cannot change and hold no unknown key."""
+class DataSettings(ViewSettings):
+    """`[data]`: the images that the student is trained and evaluated on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataSettings(_Section):
-    """Images that the student is trained and evaluated on.
-
-    Attributes:
-        train: beton to train on.
-        val: beton to evaluate on; None only where there are no labels.
-        labels: False to learn from the teacher alone, from images with or without labels: their
-            labels are not looked at, there is no validation, and with features alone the student
-            has no classifier.
-        subset: index file of the rows to train on; None for all rows.
-        image_size: side of a training view in pixels; with `first_image_size` that of the last
-            epochs.
-        first_image_size: side in the first epochs, from where it rises to `image_size` in steps of
-            `image_size_step`, each size for an equal part of the epochs; None for one size.
-        image_size_step: pixels between two sizes.
-        val_image_size: side of a validation view in pixels; None for `image_size`.
-        augment: how a training view is taken; None for the loader's default at this size.
-        num_views: K, after which the training views of a row come again: epoch e shows the views
-            of epoch e mod K; None for new ones in each epoch.
-        batch_size: images per step and process.
-        backend: the loader's engine; "auto" is "cpu", or DALI where it is faster on the GPU.
-        mean: per channel, of pixel values in [0, 1]; for normalization.
-        std: as mean.
-        num_workers: decoding threads; None for as many as the process may use.
-        service: address of a loading service to take views from, or several with commas between
-            them; None for that of the environment variable FASTPRUNE_SERVICE, if there is one.
-        service_token_file: a file with the token that the service asks for; None for that of
-            FASTPRUNE_SERVICE_TOKEN. The token itself is nowhere in a recipe, nor in a run's folder.
-        seed: of the order, the views and what is skipped; None for `run.seed`. Runs that share it
-            share every view, and vary less among each other than runs do.
-    """
-
-    train: _File
-    val: _File | None = None
-    labels: bool = True
-    subset: _File | None = None
-    image_size: Count = 224
-    first_image_size: Count | None = None
-    image_size_step: Count = 32
-    val_image_size: Count | None = None
-    augment: Literal["rrc", "pad_crop", "center", "none"] | None = None
-    num_views: Count | None = None
-    batch_size: Count = 256
-    backend: Literal["auto", "cpu", "dali", "ffcv"] = "auto"
-    mean: Channels = (0.485, 0.456, 0.406)
-    std: Deviations = (0.229, 0.224, 0.225)
-    num_workers: Count | None = None
-    service: str | None = None
-    service_token_file: _File | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
+    train: File = Field(description="beton to train on.")
+    val: File | None = Field(None, description="beton to evaluate on; required with labels.")
+    labels: bool = Field(
+        True,
+        description="false: learn from the teacher alone, whether the images have labels or not; "
+        "nothing is validated then.",
+    )
+    subset: File | None = Field(
+        None, description="index file of the rows to train on; by default all rows."
+    )
+    first_image_size: Count | None = Field(
+        None,
+        description="side in the first epochs, from where it rises to image_size in steps of "
+        "image_size_step, each size for an equal share of the epochs.",
+    )
+    image_size_step: Count = Field(32, description="pixels between two sizes.")
+    val_image_size: Count | None = Field(
+        None, description="side of a validation view, in pixels; by default image_size."
+    )
+    batch_size: Count = Field(256, description="images per step and process.")
+    backend: Backend = Field(
+        "auto", description='engine that decodes: "cpu" or "dali"; "auto" is "cpu".'
+    )
+    num_workers: Threads | None = Field(
+        None, description="decoding threads of a process; by default one per usable CPU."
+    )
+    service: str | None = Field(
+        None,
+        description="address of a loading service to take views from, or several separated by "
+        "commas; by default the environment variable FASTPRUNE_SERVICE.",
+    )
+    # The token itself must stand neither in a recipe nor in a run's folder.
+    service_token_file: File | None = Field(
+        None,
+        description="file with the token that the service asks for; by default the environment "
+        "variable FASTPRUNE_SERVICE_TOKEN.",
+    )
+    seed: Seed | None = Field(
+        None,
+        description="seed of order, views and skipped rows; by default run.seed. Runs that share "
+        "it share every view, and vary less among each other.",
+    )
 
     @model_validator(mode="after")
     def _check_growth(self) -> Self:
@@ -114,71 +100,79 @@ class DataSettings(_Section):
         return self
 
 
-class NetworkSettings(_Section):
-    """A network and where its weights come from.
+class NetworkSettings(Settings):
+    """`[student]`: a network and where its weights come from; without either, they are random."""
 
-    Attributes:
-        network: a name that `fastprune.networks` knows.
-        checkpoint: file of weights to load.
-        weights: published weights instead, by name: such as "IMAGENET1K_V1" or "DEFAULT" for
-            torchvision's networks, "pretrained" for timm's. Without either, weights are random.
-    """
-
-    network: str
-    checkpoint: _File | None = None
-    weights: str | None = None
+    network: str = Field(
+        description="of torchvision, timm:NAME, a small one of the literature, or "
+        "package.module:function."
+    )
+    checkpoint: File | None = Field(None, description="file of weights.")
+    weights: str | None = Field(
+        None,
+        description='published weights by name: "IMAGENET1K_V1" or "DEFAULT" for torchvision\'s '
+        'networks, "pretrained" for timm\'s.',
+    )
 
 
 class TeacherSettings(NetworkSettings):
-    """The network that teaches, and where its logits are kept.
+    """`[teacher]`: the network that teaches, and where its logits are kept."""
 
-    Attributes:
-        cache: folder of its logits on recurring views (`data.num_views`), which the run reads and
-            fills; None asks the network in every step.
-        cache_dtype: of a new cache; None for float16.
-        num_classes: its logits, where `data.labels` is false; None for what the checkpoint or the
-            published weights say, or no classifier if nothing does.
-    """
+    cache: Path | None = Field(
+        None,
+        description="folder of its logits on recurring views (data.num_views), which the run "
+        "reads and fills; without it the network is asked in every step.",
+    )
+    cache_dtype: CacheDtype | None = Field(
+        None, description='of a new cache: "float16" (default), "float32" or "uint8".'
+    )
+    num_classes: Count | None = Field(
+        None,
+        description="its logits, with data.labels = false; by default as its checkpoint or "
+        "published weights have it, else none.",
+    )
 
-    cache: Path | None = None
-    cache_dtype: Literal["float16", "float32", "uint8"] | None = None
-    num_classes: Count | None = None
 
+class LossSettings(Settings):
+    """`[loss]`: the weights of the loss terms. Without a teacher only `label_smoothing` counts."""
 
-class LossSettings(_Section):
-    """The weights of the loss terms. Without a teacher only `label_smoothing` counts.
-
-    Attributes:
-        cross_entropy_weight: of the cross-entropy against the labels.
-        distillation: how far the student's logits are from the teacher's. "kd" is T² times the
-            Kullback-Leibler divergence; "dkd" weights its part about the label and its part about
-            the other classes apart.
-        distillation_weight: of that distance; a number, or points [keep ratio, weight] between
-            which the weight is linear in the keep ratio, and beyond which it is constant.
-        distillation_warmup_epochs: w; the weight is e/w of itself in epoch e = 1, 2, ... up to w.
-        temperature: T, softens both distributions.
-        target_weight: α of "dkd", of the part about the label.
-        others_weight: β of "dkd", of the part about the other classes.
-        feature_weight: of one minus the cosine between the student's projected penultimate
-            features and the teacher's; 0 leaves features alone.
-        projectors: linear maps whose mean projects the student's features.
-        reshaping: change of the teacher's logits. "class_std" gives each row the mean
-            standard deviation of its class over the whole dataset (needs a subset that carries
-            it), "zscore" standardizes teacher and student, "none" leaves them.
-        label_smoothing: share of the label's probability spread over all classes.
-    """
-
-    cross_entropy_weight: Weight = 0.1
-    distillation: Literal["kd", "dkd"] = "kd"
-    distillation_weight: Weight | _Points = 0.9
-    distillation_warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    temperature: Positive = 4.0
-    target_weight: Weight = 1.0
-    others_weight: Weight = 8.0
-    feature_weight: Weight = 0.0
-    projectors: Count = 3
-    reshaping: Literal["none", "class_std", "zscore"] = "none"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    cross_entropy_weight: Weight = Field(
+        0.1, description="weight of the cross-entropy against the labels."
+    )
+    distillation: Literal["kd", "dkd"] = Field(
+        "kd",
+        description="D, distance of the student's logits from the teacher's: \"kd\" is T² times "
+        'the Kullback-Leibler divergence; "dkd" weights its part about the label and its part '
+        "about the other classes separately.",
+    )
+    distillation_weight: Weight | _Points = Field(
+        0.9,
+        description="weight of D: a number, or points [[keep ratio, weight], ...] between which it "
+        "is linear in the keep ratio, and beyond which it is constant.",
+    )
+    distillation_warmup_epochs: _Epochs = Field(
+        0, description="w: in epoch e = 1, 2, ... up to w, the weight of D is e/w of itself."
+    )
+    temperature: Positive = Field(4.0, description="T, softens both distributions.")
+    target_weight: Weight = Field(1.0, description='α of "dkd", of the part about the label.')
+    others_weight: Weight = Field(8.0, description='β of "dkd", of the part about other classes.')
+    feature_weight: Weight = Field(
+        0.0,
+        description="weight of one minus the cosine between the student's projected penultimate "
+        "features and the teacher's.",
+    )
+    projectors: Count = Field(
+        3, description="linear maps whose mean projects the student's features."
+    )
+    reshaping: Literal["none", "class_std", "zscore"] = Field(
+        "none",
+        description='change of the teacher\'s logits: "class_std" gives each row the mean standard '
+        "deviation of its class over the whole dataset (needs a subset that carries it), "
+        '"zscore" standardizes teacher and student.',
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the label's probability that is spread over all classes."
+    )
 
     @field_validator("distillation_weight", mode="wrap")
     @classmethod
@@ -193,64 +187,68 @@ class LossSettings(_Section):
             ) from None
 
     def distillation_weight_at(self, keep_ratio: float) -> float:
-        """The weight of the distillation for a keep ratio in (0, 1]."""
+        """Interpolate the weight of the distillation at a keep ratio in (0, 1]."""
         if isinstance(self.distillation_weight, tuple):
             keep_ratios, weights = zip(*self.distillation_weight, strict=True)
             return float(np.interp(keep_ratio, keep_ratios, weights))
         return self.distillation_weight
 
 
-class PruningSettings(_Section):
-    """Rows that are skipped while the student learns, chosen anew in each epoch.
+class PruningSettings(Settings):
+    """`[pruning]`: rows that are skipped while the student learns, chosen again in each epoch."""
 
-    Attributes:
-        rule: "infobatch" skips rows at random whose last loss was below the mean, and weights the
-            kept ones up, so that they count for the skipped ones.
-        skip_probability: of a row with such a loss.
-        full_share: share of the epochs, at the end, that skip nothing.
-    """
+    rule: Literal["infobatch"] = Field(
+        description='"infobatch" skips rows at random whose last loss was below the mean, and '
+        "weights the kept ones up, so that they count for the skipped ones."
+    )
+    skip_probability: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="of a row with such a loss."
+    )
+    full_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.125, description="share of the epochs, at the end, that skip nothing."
+    )
 
-    rule: Literal["infobatch"]
-    skip_probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    full_share: Annotated[float, Field(ge=0, le=1)] = 0.125
 
+class ScheduleSettings(Settings):
+    """`[schedule]`: how long and how fast the student learns."""
 
-class ScheduleSettings(_Section):
-    """How long and how fast the student learns.
-
-    Attributes:
-        epochs: passes over the rows that are trained on; with `fixed_iterations` over all rows.
-        fixed_iterations: whether to take as many steps as `epochs` passes over all rows of the
-            beton would, so more passes over a subset: a whole number, the nearest. Milestones and
-            warm-up stretch with them. Not with `pruning`, whose epochs differ in their steps.
-        learning_rate: the first, or for "one_cycle" the highest.
-        momentum: of SGD, Nesterov's where it is above zero and `nesterov` is set.
-        nesterov: whether the momentum is Nesterov's.
-        weight_decay: L2 penalty on all parameters.
-        policy: "step" multiplies by `gamma` at each of `milestones`; "cosine" falls to zero;
-            "one_cycle" rises over the first `warmup_share` of the steps and falls to zero.
-        milestones: epochs at which "step" lowers the learning rate.
-        gamma: factor of each milestone.
-        warmup_share: share of the steps in which "one_cycle" rises.
-        warmup_epochs: epochs in which "step" and "cosine" first rise.
-        clip_norm: the longest gradient, over all parameters; None for no limit.
-        ema_decay: share that the running average of the weights keeps at each step; the average
-            is then what is evaluated and saved. None for no average.
-    """
-
-    epochs: Count
-    learning_rate: Positive = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Weight = 1e-4
-    policy: Literal["step", "cosine", "one_cycle"] = "step"
-    milestones: tuple[Count, ...] = ()
-    gamma: Positive = 0.1
-    warmup_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    clip_norm: Positive | None = None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    fixed_iterations: bool = False
+    epochs: Count = Field(
+        description="passes over the rows that are trained on, so time falls with the keep ratio."
+    )
+    fixed_iterations: bool = Field(
+        False,
+        description="take the steps of that many passes over all rows of the beton instead, in "
+        "whole passes over the subset; milestones and warm-up stretch with them.",
+    )
+    learning_rate: Positive = Field(
+        0.1, description='the first learning rate of SGD, or for "one_cycle" the highest.'
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD.")
+    nesterov: bool = Field(False, description="whether the momentum is Nesterov's.")
+    weight_decay: Weight = Field(1e-4, description="L2 penalty on all parameters.")
+    policy: Literal["step", "cosine", "one_cycle"] = Field(
+        "step",
+        description='"step" multiplies the rate by gamma at each of milestones; "cosine" falls to '
+        'zero; "one_cycle" rises over the first warmup_share of the steps and falls to zero.',
+    )
+    milestones: tuple[Count, ...] = Field(
+        (), description='epochs at which "step" lowers the learning rate.'
+    )
+    gamma: Positive = Field(0.1, description="factor of each milestone.")
+    warmup_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.25, description='share of the steps in which "one_cycle" rises.'
+    )
+    warmup_epochs: _Epochs = Field(
+        0, description='epochs in which "step" and "cosine" first rise, from 4% of the rate.'
+    )
+    clip_norm: Positive | None = Field(
+        None, description="the longest gradient, over all parameters; by default any."
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share that a running average of the weights keeps at each step, such as "
+        "0.999; the average is then evaluated and saved.",
+    )
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -267,39 +265,44 @@ class ScheduleSettings(_Section):
         return self
 
 
-class RunSettings(_Section):
-    """Where a run happens and where it is written.
+class RunSettings(Settings):
+    """`[run]`: where a run happens and where it is written."""
 
-    Attributes:
-        out: folder of the run; made where it is missing.
-        name: what the run is called in reports; None for the folder's name.
-        seed: of the student's weights; of the order and the views too where `data.seed` is None.
-        device: "auto" takes CUDA where it is there, one device per process.
-        precision: "bf16" autocasts both networks; "auto" does so on CUDA devices that have it.
-        channels_last: memory format of networks, and of images in a step.
-        compile: run both networks through torch.compile.
-        sync_batchnorm: share batch statistics among processes; on CUDA alone.
-        log_every: steps between two lines of metrics.jsonl.
-        validate_every: epochs between two validations; the last epoch is always validated.
-        checkpoint_every: steps between two checkpoints within an epoch; None for minutes alone.
-        checkpoint_minutes: minutes between two checkpoints within an epoch; each epoch's end has
-            one besides.
-        keep_checkpoints: the newest ones that are kept until the run is finished.
-    """
-
-    out: _File
-    name: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    channels_last: bool = True
-    compile: bool = False
-    sync_batchnorm: bool = False
-    log_every: Count = 50
-    validate_every: Count = 1
-    checkpoint_every: Count | None = None
-    checkpoint_minutes: Positive = 10.0
-    keep_checkpoints: Count = 2
+    out: File = Field(description="folder of the run; created if it is missing.")
+    name: str | None = Field(None, description="name in reports; by default the folder's.")
+    seed: Seed = Field(
+        0, description="seed of the student's weights; of order and views too without data.seed."
+    )
+    device: Device = Field(
+        "auto", description='"auto" is CUDA if it is available, one device per process.'
+    )
+    precision: Precision = Field(
+        "auto",
+        description='"fp32"; "bf16" autocasts both networks, on the CPU too; "auto" is bf16 on '
+        "CUDA devices that support it.",
+    )
+    channels_last: bool = Field(
+        True, description="memory format of networks, and of images in a step."
+    )
+    compile: bool = Field(False, description="run both networks through torch.compile.")
+    sync_batchnorm: bool = Field(
+        False, description="share batch statistics among all processes; on CUDA alone."
+    )
+    log_every: Count = Field(50, description="steps between two lines of metrics.jsonl.")
+    validate_every: Count = Field(
+        1, description="epochs between two validations; the last epoch is always validated."
+    )
+    checkpoint_every: Count | None = Field(
+        None, description="steps between two checkpoints within an epoch; by default minutes alone."
+    )
+    checkpoint_minutes: Positive = Field(
+        10.0,
+        description="minutes between two checkpoints within an epoch; the end of each epoch has "
+        "its own.",
+    )
+    keep_checkpoints: Count = Field(
+        2, description="newest checkpoints that are kept until the run is finished."
+    )
 
     @field_validator("out", mode="before")
     @classmethod
@@ -310,18 +313,8 @@ class RunSettings(_Section):
         return value
 
 
-class Recipe(_Section):
-    """All settings of a training run.
-
-    Attributes:
-        data: images and how they are loaded.
-        student: the network that learns.
-        schedule: how long and how fast.
-        run: device, precision, folder and checkpoints.
-        teacher: the network that teaches; None trains plainly on the labels.
-        loss: the weights of the loss terms.
-        pruning: which rows an epoch skips; None trains on all rows of the subset in each.
-    """
+class Recipe(Settings):
+    """All settings of a training run; without a teacher, it trains on the labels alone."""
 
     data: DataSettings
     student: NetworkSettings

@@ -49,7 +49,9 @@ def test_recipe_that_never_ends_is_refused(tmp_path):
 
 def test_recipe_that_is_nested_too_deeply_is_refused(recipe_file):
     nested = "[" * 10**4 + "]" * 10**4
-    with pytest.raises(RecipeError, match=r"data\.mean = '\[\[\[.*\.\.\.: ") as error:
+    with pytest.raises(
+        RecipeError, match=r"data\.mean must be three .* '\[\[\[.*\.\.\.\."
+    ) as error:
         load_recipe(recipe_file, [f"data.mean={nested}"])
     assert len(str(error.value)) < 1000
     recipe_file.write_text(f"{RECIPE}\nseed = {nested}")
@@ -105,14 +107,17 @@ def test_unknown_key_in_an_optional_section_is_refused(recipe_file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("schedule.epochs=0", r"schedule\.epochs = 0: .*greater than or equal to 1"),
-        ("schedule.policy=warp", r"schedule\.policy = 'warp': .*'step', 'cosine' or 'one_cycle'"),
-        ("schedule.learning_rate=inf", r"schedule\.learning_rate = inf: .*finite number"),
+        ("schedule.epochs=0", r"schedule\.epochs must be an integer >= 1, not 0\."),
+        (
+            "schedule.policy=warp",
+            r"policy must be one of 'step', 'cosine', 'one_cycle', not 'warp'",
+        ),
+        ("schedule.learning_rate=inf", r"learning_rate must be a float32 number > 0, not inf"),
         ("data.first_image_size=256", r"first_image_size = 256 must not be above data\.image_size"),
-        ("pruning.rule=random", r"pruning\.rule = 'random': .*'infobatch'"),
-        ("loss.temperature=0", r"loss\.temperature = 0: .*greater than 0"),
+        ("pruning.rule=random", r"pruning\.rule must be 'infobatch', not 'random'"),
+        ("loss.temperature=0", r"loss\.temperature must be a float32 number > 0, not 0\."),
         ("schedule.warmup_epochs=2", r"warmup_epochs = 2 must be below schedule\.epochs = 2"),
-        ("data.std=[1, 0, 1]", r"data\.std\.1 = 0: .*greater than 0"),
+        ("data.std=[1, 0, 1]", r"data\.std must be three float32 numbers > 0, not \[1, 0, 1\]"),
         ("teacher.network=resnet20", r"teacher\.checkpoint is missing"),
         ("loss.reshaping=zscore", r"loss\.reshaping needs a teacher"),
         ("loss.feature_weight=25", r"loss\.feature_weight needs a teacher"),
@@ -221,10 +226,16 @@ def test_one_cycle_has_a_rise_of_its_own(recipe_file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("schedule.learning_rate=1e300", "learning_rate = 1e\\+300: .* less than or equal to 3"),
-        ("schedule.epochs=9000000000", "epochs = 9000000000: .* less than 2147483648"),
-        ("run.seed=-1", "run.seed = -1: .* greater than or equal to 0"),
-        ("run.seed=9223372036854775808", "run.seed = 9223372036854775808: .* less than"),
+        (
+            "schedule.learning_rate=1e300",
+            r"must be a float32 number > 0, not 1e\+300",
+        ),
+        ("schedule.epochs=9000000000", r"epochs must be below 2\*\*31, not 9000000000"),
+        ("run.seed=-1", r"run\.seed must be an integer >= 0, not -1"),
+        (
+            "run.seed=9223372036854775808",
+            r"run\.seed must be below 2\*\*63, not 92233",
+        ),
         ("run.out=''", r"run\.out is empty"),
         ('data.train="a\\u0000b"', "the path train holds a null"),
     ],
