@@ -1,7 +1,8 @@
-"""Fingerprints: they tie scores and subsets to the images that they were made from."""
+"""Ties artifacts to what they were made from: fingerprints of images, and named differences."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -93,12 +94,19 @@ def content_digest(source_crc32c: NDArray[np.uint32]) -> str:
 
 
 def require_same_images(
-    artifact: Fingerprint, artifact_name: str, beton: Fingerprint, beton_name: str, *, cure: str
+    artifact: Fingerprint,
+    artifact_name: str,
+    beton: Fingerprint,
+    beton_name: str,
+    *,
+    cure: str,
+    labels: bool | tuple[NDArray[np.int64], NDArray[np.int64]] = True,
 ) -> None:
-    """Refuse an artifact that was made from other images than the beton's.
+    """Refuse an artifact that was made from other images or other labels than the beton's.
 
-    Where both sides have a content digest, it decides. Else the structure decides, with a warning
-    that the contents were not compared.
+    Images are compared by `content` where both sides have it, else by `structure`, with a warning.
+    Labels are compared by `structure`, which holds the stored sizes as well: where labels cannot be
+    compared one by one, an artifact of the same images in other sizes is refused, too.
 
     Args:
         artifact: the fingerprint that the artifact carries.
@@ -106,24 +114,88 @@ def require_same_images(
         beton: the fingerprint of the beton at hand.
         beton_name: its file name, for the message.
         cure: what to run, for the message.
+        labels: False for artifacts that hold no labels, such as a teacher cache: images alone are
+            compared. (N,) arrays of both sides' labels where they are known: the message counts
+            the rows that differ, and other sizes of the same images are accepted.
 
     Raises:
-        ArtifactMismatch: the images differ.
+        ArtifactMismatch: images or labels differ.
     """
-    # All CIFAR-like sets of equal classes have one structure, so the content decides if it can.
-    contents_known = artifact.content is not None and beton.content is not None
-    if contents_known:
-        same = artifact.content == beton.content and artifact.num_rows == beton.num_rows
-    else:
-        same = artifact.structure == beton.structure
-    if not same:
-        raise ArtifactMismatch(
-            f"{artifact_name} was made from beton {artifact}, but {beton_name} is {beton}.\n{cure}"
-        )
-    if not contents_known:
+    other_images = (
+        f"{artifact_name} was made from beton {artifact}, but {beton_name} is {beton}.\n{cure}"
+    )
+    if artifact.content is None or beton.content is None:
+        if artifact.structure != beton.structure:
+            raise ArtifactMismatch(other_images)
         warn_user(
             f"{artifact_name} and {beton_name} agree in rows, labels and image sizes; their "
             "contents were not compared, because one of them carries no content fingerprint. "
             f"`fastprune convert` writes one into the manifest beside {beton_name}.",
             ContentNotComparedWarning,
         )
+        return
+    # Content first: all sets of CIFAR's kind with equal classes have one structure.
+    if artifact.content != beton.content or artifact.num_rows != beton.num_rows:
+        raise ArtifactMismatch(other_images)
+    if labels is False or artifact.structure == beton.structure:
+        return
+    what = "other labels or image sizes"
+    if labels is not True:
+        num_differing = np.count_nonzero(labels[0] != labels[1])
+        if not num_differing:
+            return
+        what = f"other labels: {num_differing:,} of {beton.num_rows:,} rows differ"
+    raise ArtifactMismatch(
+        f"{artifact_name} was made from the images of {beton_name}, but with {what}.\n{cure}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One entry in which two records differ.
+
+    Attributes:
+        name: of the entry; dots lead into nested ones, as in "view.seed".
+        ours: the value here; None where it is missing.
+        theirs: the value there; None where it is missing.
+    """
+
+    name: str
+    ours: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.theirs!r} there, {self.ours!r} here)"
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
+    """Compare two records of what something was made from; every check of that kind calls this.
+
+    A caller raises one error with the first difference, or all of them, and the cure. Fingerprints
+    with and without content compare as different here; see `require_same_images`.
+
+    Args:
+        ours: values of JSON, possibly nested; tuples count as lists, missing entries as None.
+        theirs: likewise, such as the header of a file.
+
+    >>> [str(d) for d in differences({"view": {"seed": 1}}, {"view": {"seed": 0}})]
+    ['view.seed (0 there, 1 here)']
+    """
+    here, there = _flat(ours), _flat(theirs)
+    pairs = ((name, here.get(name), there.get(name)) for name in here | there)
+    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"view": {"seed": 0}} -> {"view.seed": 0}; tuples become lists."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = _with_lists(value)
+    return flat
+
+
+def _with_lists(value: Any) -> Any:
+    return [_with_lists(part) for part in value] if isinstance(value, list | tuple) else value

@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import ArtifactError, BetonError, FastpruneError, JpegError
 from fastprune.base.progress import track
-from fastprune.base.provenance import Fingerprint, structure_digest
+from fastprune.base.provenance import (
+    ContentNotComparedWarning,
+    Fingerprint,
+    require_same_images,
+    structure_digest,
+)
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
 from fastprune.beton.reader import image_and_label, open_beton
@@ -139,24 +144,21 @@ def _subset_faults(subset_path: Path, path: Path, beton: Fingerprint) -> list[Fa
     try:
         subset = Subset.load(subset_path)
         checked_rows(subset.rows, name=str(subset_path), num_rows=beton.num_rows)
+        if subset.fingerprint is not None:
+            # That contents were not compared is no fault of the subset.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ContentNotComparedWarning)
+                require_same_images(
+                    subset.fingerprint,
+                    str(subset_path),
+                    beton,
+                    str(path),
+                    cure="Make a subset for this beton: "
+                    f"fastprune score {path} ... && fastprune select ...",
+                )
     except FastpruneError as error:
-        return [Fault("subset", str(error))]
-    made_for = subset.fingerprint
-    if made_for is None:
-        return []
-    both_known = beton.content is not None and made_for.content is not None
-    same = (
-        made_for.content == beton.content if both_known else made_for.structure == beton.structure
-    )
-    if same:
-        return []
-    return [
-        Fault(
-            "subset",
-            f"{subset_path} was made from beton {made_for}, but {path} is {beton}. Make a subset "
-            f"for this beton: fastprune score {path} ... && fastprune select ...",
-        )
-    ]
+        return [Fault("subset", str(error).replace("\n", " "))]
+    return []
 
 
 def _image_faults(

@@ -122,6 +122,7 @@ def report_scores(
             beton.fingerprint,
             str(beton_path),
             cure=f"Score this beton: fastprune score {beton_path} -o {scores_path} ...",
+            labels=(table.labels, beton.labels),
         )
     subject = Subject(table, _chosen_metric(table, subset, metric), kept, beton)
     labels = _chosen_labels(subject, classes, num_classes)
