@@ -5,18 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from fastprune.base import interrupts
 
 Item = TypeVar("Item")
 
 _SECONDS_BEFORE_BAR = 1.0
 _SECONDS_BETWEEN_LINES = 10.0
-# As tqdm redraws: words between two pictures of the bar would be made for nothing.
 _SECONDS_BETWEEN_BARS = 0.1
-# A fixed width leaves the rest of 80 columns to the words; tqdm's own bar gives way to them.
-_BAR = "{desc} {percentage:3.0f}%|{bar:10}| "
+_BAR_CHARACTERS = 10  # which leaves most of 80 columns to the words
 
 
 def track(
@@ -119,17 +115,35 @@ def duration(seconds: float) -> str:
 
 
 def _with_bar(items: Iterable[Item], clock: _Clock, description: str, step: int) -> Iterator[Item]:
-    options = {"delay": _SECONDS_BEFORE_BAR, "leave": False, "dynamic_ncols": True}
-    with tqdm(total=clock.total, initial=clock.done, desc=description, **options) as bar:
-        bar.bar_format = _BAR
-        drawn = 0.0
+    # Here, because it takes a twentieth of a second to import.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        TaskProgressColumn(),
+        BarColumn(_BAR_CHARACTERS),
+        TextColumn("{task.fields[words]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,  # a thread of its own would draw while a batch is waited for
+        # What is printed meanwhile belongs where the caller sends it.
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    task = bar.add_task(description, total=clock.total, words="")
+    began, drawn = time.monotonic(), 0.0
+    try:
         for item in items:
             yield item
-            units = clock.advance(step)
-            if time.monotonic() - drawn >= _SECONDS_BETWEEN_BARS:
-                drawn = time.monotonic()
-                bar.bar_format = _BAR + clock.words().replace("{", "{{").replace("}", "}}")
-            bar.update(units)
+            clock.advance(step)
+            now = time.monotonic()
+            if now - began >= _SECONDS_BEFORE_BAR and now - drawn >= _SECONDS_BETWEEN_BARS:
+                bar.start()
+                drawn = now
+                bar.update(task, completed=clock.done, words=clock.words(), refresh=True)
+    finally:
+        bar.stop()
 
 
 def _with_lines(
