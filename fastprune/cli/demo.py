@@ -34,19 +34,15 @@ from fastprune.cli.options import COUNT, PATH, Share
 def demo(**options: object) -> None:
     """Walk the whole way on small images: all rows, with and without a teacher cache, and halves.
 
-    Writes betons, scores, subsets, runs, result.json and report.png to the folder of --out, where
-    an earlier demo is replaced.
+    Writes betons, scores, subsets, runs, result.json, report.html and scores.html to the folder of
+    --out, where an earlier demo is replaced.
     """
-    from rich.console import Console
-
-    from fastprune.demo.summary import result_table
     from fastprune.demo.walk import DemoSettings, run_demo
 
     settings = DemoSettings(**options)  # type: ignore[arg-type]
-    result = run_demo(settings)
-    Console(width=110).print(result_table(result))
-    click.echo(f"-> {settings.out / 'result.json'}, {settings.out / 'report.png'}")
-
+    click.echo(run_demo(settings))
+    written = ("result.json", "report.html", "scores.html")
+    click.echo(f"-> {', '.join(str(settings.out / name) for name in written)}")
     click.echo(_GO_ON)
 
 

@@ -88,7 +88,7 @@ def _report_runs(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) ->
     """Report on runs."""
     from fastprune.report.training import report_runs
 
-    runs = report_runs(paths, out, **options)
+    runs = report_runs(paths, out, **options).runs
     finished = sum(run.is_finished for run in runs)
     click.echo(f"reported on {len(runs)} runs ({finished} finished) -> {out}")
 

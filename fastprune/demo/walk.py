@@ -1,5 +1,6 @@
-"""The stations in order: convert, teacher, score, select, and four kinds of students."""
+"""The stations in order: convert, teacher, score, select, four kinds of students, report."""
 
+import json
 import logging
 import shutil
 import time
@@ -9,19 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastprune.base.environment import describe_machine, describe_versions
 from fastprune.base.errors import InvalidValueError
-from fastprune.base.files import lock
+from fastprune.base.files import lock, write_text
 from fastprune.beton.convert.writer import convert
 from fastprune.beton.reader import open_beton
 from fastprune.demo.images import prepare_images
 from fastprune.demo.pictures import WRONG_LABEL_SHARE
-from fastprune.demo.summary import DemoResult, Sample, StudentRun, sample_rows
 from fastprune.difficulty.teacher import score
 from fastprune.distillation.trainer import distill
 from fastprune.networks import build_network
-from fastprune.report.score_pictures import read_image
+from fastprune.report.comparison import Comparison
+from fastprune.report.runs import Run
+from fastprune.report.scores import report_scores
+from fastprune.report.training import report_runs, summarize_runs
 from fastprune.selection.subsets import make_subset
 from fastprune.settings import Recipe, make_recipe
 
@@ -73,7 +76,11 @@ _WRITTEN = (
     "random.json",
     "runs",
     "caches",
-    "report.png",
+    "report.html",
+    *(f"report-{name}.png" for name in ("cost", "accuracy", "seconds")),
+    "scores.html",
+    "scores-hardest.csv",
+    "scores-suspected.csv",
     "result.json",
 )
 # Keeps the demo within minutes on two cores, whatever the user's images are.
@@ -111,103 +118,138 @@ class DemoSettings:
     image_size: int | None = None
 
 
-def run_demo(settings: DemoSettings) -> DemoResult:
+def run_demo(settings: DemoSettings) -> str:
     """Walk the whole way and write it all into a folder.
 
-    Args:
-        settings: images, networks, epochs, folder.
-
     Returns:
-        Cost and accuracy of every student; the same as in result.json.
+        A table of plain text: accuracy and cost of each kind of student, as in report.html and
+        result.json.
 
     Raises:
-        FastpruneError: the images, the settings or the disk do not allow it; the text says why.
+        FastpruneError: the images, the settings or the disk do not allow it; the text has the
+            cure.
     """
     _check(settings)
+    seconds: dict[str, float] = {}
     with _cleared_folder(settings.out) as out:
-        steps: dict[str, float] = {}
-        with _timed("convert", steps):
+        train, val = out / "train.beton", out / "val.beton"
+        with _timed("convert", seconds):
             folders = prepare_images(settings.images, out / "images", per_class=settings.per_class)
-            train, val = out / "train.beton", out / "val.beton"
             convert(folders[0], train)
             convert(folders[1], val)
         _require_enough(train, settings.keep)
         beton = open_beton(train)
         sides = np.minimum(beton.widths, beton.heights)
         image_size = settings.image_size or int(min(np.median(sides), _LARGEST_VIEW))
-        with _timed("teacher", steps):
-            checkpoint = settings.teacher_checkpoint
-            if checkpoint is None:
-                recipe = _recipe(
-                    settings,
-                    image_size,
-                    network=settings.teacher,
-                    epochs=settings.teacher_epochs,
-                    # No label smoothing: it flattens the logits whose spread the students use.
-                    run={"out": out / "teacher", "seed": 0},
-                )
-                checkpoint = distill(recipe).student
-        with _timed("score", steps):
+        with _timed("teacher", seconds):
+            checkpoint = settings.teacher_checkpoint or _train_teacher(settings, image_size)
+        with _timed("score", seconds):
             table = score(
                 train,
                 settings.teacher,
                 out / "scores.parquet",
                 checkpoint=checkpoint,
                 image_size=image_size,
-                # As the students' images: what is scored, and what class std are of, is taught.
+                # Scores and class std are of the kind of views that the students are taught with.
                 views="train",
             )
-        with _timed("select", steps):
-            subsets = {
-                name: make_subset(table, keep_ratio=settings.keep, strategy=name, metric=_METRIC)
-                for name in _STRATEGIES
-            }
-            for name, subset in subsets.items():
-                subset.save(out / f"{name}.npy")
-        result = DemoResult(
-            runs=_distill_students(settings, image_size, checkpoint, steps),
-            table=table,
-            kept=subsets["medium"],
-            samples=_samples(train, table.metric(_METRIC), subsets["medium"].rows),
-            step_seconds=steps,
-            wrong_label_share=WRONG_LABEL_SHARE if settings.images is None else 0.0,
+        with _timed("select", seconds):
+            for name in _STRATEGIES:
+                make_subset(table, keep_ratio=settings.keep, strategy=name, metric=_METRIC).save(
+                    out / f"{name}.npy"
+                )
+        _distill_students(settings, image_size, checkpoint, seconds)
+        report_scores(
+            out / "scores.parquet",
+            out / "scores.html",
+            subset_path=out / "medium.npy",
+            beton_path=train,
         )
-        result.save(out)
-    return result
+        comparison = report_runs([out / "runs"], out / "report.html", reference="full")
+        wrong_share = WRONG_LABEL_SHARE if settings.images is None else 0.0
+        fields = {
+            "runs": _run_fields(comparison),
+            "keep_ratio": settings.keep,
+            "step_seconds": seconds,
+            "wrong_label_share": wrong_share,
+            "machine": describe_machine(),
+            "versions": describe_versions(),
+        }
+        # Last: a folder with result.json has everything else.
+        write_text(out / "result.json", json.dumps(fields, indent=2) + "\n")
+    summary = summarize_runs(comparison)
+    if not wrong_share:
+        return summary
+    return f"{summary}\n{wrong_share:.0%} of the training pictures carry a wrong label on purpose."
+
+
+def _train_teacher(settings: DemoSettings, image_size: int) -> Path:
+    """Train the teacher on all rows; returns its weights."""
+    recipe = _recipe(
+        settings,
+        image_size,
+        network=settings.teacher,
+        epochs=settings.teacher_epochs,
+        # No label smoothing: it flattens the logits whose spread the students use.
+        run={"out": settings.out / "teacher", "seed": 0},
+    )
+    return distill(recipe).student
 
 
 def _distill_students(
-    settings: DemoSettings, image_size: int, checkpoint: Path, steps: dict[str, float]
-) -> list[StudentRun]:
+    settings: DemoSettings, image_size: int, checkpoint: Path, seconds: dict[str, float]
+) -> None:
     """Train a student of each kind for every seed."""
-    runs = []
     (settings.out / "caches").mkdir()
     for seed in range(settings.seeds):
         for name, kind in _KINDS.items():
-            with _timed(f"distill {name}, seed {seed}", steps):
-                teacher: dict[str, object] = {
-                    "network": settings.teacher,
-                    "checkpoint": checkpoint,
-                }
-                if kind.is_cached:
-                    # One for each seed: the views depend on it.
-                    teacher["cache"] = settings.out / "caches" / str(seed)
-                recipe = _recipe(
-                    settings,
-                    image_size,
-                    network=settings.student,
-                    epochs=settings.epochs,
-                    run={"out": settings.out / "runs" / f"{name}-{seed}", "seed": seed},
-                    teacher=teacher,
-                    loss={"reshaping": "class_std" if kind.is_reshaped else "none"},
-                    subset=settings.out / f"{kind.strategy}.npy" if kind.strategy else None,
-                    num_views=-(-settings.epochs // _EPOCHS_PER_VIEW) if kind.is_cached else None,
-                )
-                # Random rows need no scores.
-                is_scored = kind.is_reshaped or kind.strategy == "medium"
-                paid = steps["score"] + steps["select"] if is_scored else 0.0
-                runs.append(StudentRun(name, distill(recipe), score_seconds=paid))
-    return runs
+            teacher: dict[str, object] = {"network": settings.teacher, "checkpoint": checkpoint}
+            if kind.is_cached:
+                # One for each seed: the views depend on it.
+                teacher["cache"] = settings.out / "caches" / str(seed)
+            recipe = _recipe(
+                settings,
+                image_size,
+                network=settings.student,
+                epochs=settings.epochs,
+                run={"out": settings.out / "runs" / f"{name}-{seed}", "seed": seed},
+                teacher=teacher,
+                loss={"reshaping": "class_std" if kind.is_reshaped else "none"},
+                subset=settings.out / f"{kind.strategy}.npy" if kind.strategy else None,
+                num_views=-(-settings.epochs // _EPOCHS_PER_VIEW) if kind.is_cached else None,
+            )
+            with _timed(f"distill {name}, seed {seed}", seconds):
+                distill(recipe)
+
+
+def _run_fields(comparison: Comparison) -> list[dict[str, object]]:
+    """List cost and accuracy of each student, for result.json."""
+    assert comparison.baseline is not None, "it was asked for by name"
+    full = {run.seed: run.paid_seconds() or 0.0 for run in comparison.baseline.runs}
+
+    def fields(run: Run, cost: float | None) -> dict[str, object]:
+        paid = run.paid_seconds() or 0.0
+        recorded = ("rows", "images_per_epoch", "train_seconds", "startup_seconds")
+        return {
+            "name": run.name,
+            "seed": run.seed,
+            "epochs": run.epochs,
+            **{name: getattr(run.result, name) for name in (*recorded, "data_wait_share")},
+            "score_seconds": run.score_seconds,
+            "total_seconds": run.paid_seconds(total=True),
+            "cost_ratio": cost,
+            "ratio_to_full": paid / full[run.seed],
+            "steady_train_seconds": comparison.steady_seconds[id(run)],
+            "disturbed": run.is_disturbed,
+            "top1_last": run.top1_last,
+            "top1_best": run.top1_best,
+        }
+
+    return [
+        fields(run, cost)
+        for group in comparison.groups
+        for run, cost in zip(group.runs, comparison.costs(group), strict=True)
+    ]
 
 
 def _check(settings: DemoSettings) -> None:
@@ -320,19 +362,3 @@ def _recipe(
             **sections,
         }
     )
-
-
-def _samples(
-    train: Path, scores: NDArray[np.float32], kept: NDArray[np.int64]
-) -> dict[str, list[Sample]]:
-    """Read pictures of the easiest, some kept and the hardest rows."""
-    beton = open_beton(train)
-    names = beton.class_names
-
-    def sample(row: int) -> Sample:
-        image = read_image(beton, row)
-        image.thumbnail((_LARGEST_VIEW, _LARGEST_VIEW))
-        label = int(beton.labels[row])
-        return Sample(np.asarray(image), names[label] if names else str(label), float(scores[row]))
-
-    return {caption: list(map(sample, rows)) for caption, rows in sample_rows(scores, kept).items()}

@@ -11,7 +11,7 @@ import torch
 
 from fastprune.base.environment import describe_machine, describe_versions
 from fastprune.base.files import write_text
-from fastprune.distillation.costs import StepSeconds
+from fastprune.distillation.costs import Steps, StepSeconds
 from fastprune.distillation.evaluation import Evaluation
 from fastprune.loading.loader import Loader
 from fastprune.rows.subset import Subset
@@ -55,9 +55,10 @@ class Result:
         step_seconds_p10: what a tenth of the steps stayed below, waiting included.
         step_seconds_p50: their median.
         step_seconds_p90: what a tenth of the steps went beyond.
-        steady_train_seconds: the steps, each with the median of its kind (images of one size, with
-            the teacher asked or not): what train_seconds would be on a machine that does nothing
-            else most of the time.
+        steps_by_kind: kind (images of one size, with the teacher asked or not) -> its steps, and
+            their median seconds.
+        steady_train_seconds: the steps, each with the median of its kind: train_seconds on an
+            otherwise idle machine.
         disturbed: whether step_seconds_p90 is more than 1.3 times the median, among the steps of
             one kind: something else ran on the machine.
         peak_device_bytes: the most memory that torch held of the CUDA device; None on the CPU.
@@ -102,6 +103,7 @@ class Result:
     step_seconds_p10: float
     step_seconds_p50: float
     step_seconds_p90: float
+    steps_by_kind: dict[str, Steps]
     steady_train_seconds: float
     disturbed: bool
     peak_device_bytes: int | None
@@ -188,6 +190,7 @@ def make_result(
         step_seconds_p10=step_seconds.p10,
         step_seconds_p50=step_seconds.p50,
         step_seconds_p90=step_seconds.p90,
+        steps_by_kind=step_seconds.kinds,
         steady_train_seconds=step_seconds.steady_seconds,
         disturbed=step_seconds.is_disturbed,
         peak_device_bytes=(

@@ -1,4 +1,4 @@
-"""An HTML page in one file: its pictures are in it."""
+"""An HTML page in one file, its pictures in it; and tables, in HTML or as plain text."""
 
 import base64
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -37,15 +37,7 @@ p.warning { background: #fff4d6; border-left: 4px solid #e0a100; padding: 0.4rem
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """Write a whole page.
-
-    Args:
-        title: heading and window title, plain text.
-        parts: HTML of the sections.
-
-    Returns:
-        HTML that needs no other file.
-    """
+    """Write a whole page that needs no other file, from a plain title and HTML of its sections."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -154,3 +146,13 @@ def table(
     rows = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
     top = f"<tr>{cells('th', headings)}</tr>"
     return f'<div class="scroll"><table class="numbers">{top}{rows}</table></div>'
+
+
+def text_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Lay out a table for a terminal: the first column at the left, numbers at the right."""
+    rows = [list(headings), *map(list, lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["─" * width for width in widths])
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )

@@ -1,19 +1,16 @@
 """Charts of training runs: accuracy over cost, time and epochs, and where the time went."""
 
-import io
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastprune.report.runs import Group, Run, cost_ratios, steady_cost
-from fastprune.report.verdict import half_width
+from fastprune.report.charts import add_legend, colors, new_figure, plain, png_of
+from fastprune.report.comparison import Comparison, Group, half_width
+from fastprune.report.runs import Run
 
 CONVERSION, SCORING = "conversion", "scoring"
 _WAITING, _REST_OF_TRAINING, _REST = "waiting for data", "training, other", "other"
@@ -40,8 +37,8 @@ PARTS = (
     _REST,
 )
 
-# A part has its color on every page, whichever others are on it. Okabe and Ito's colors, which the
-# color-blind can tell apart; grays for the remainders.
+# A part has the same color on every page. Okabe and Ito's colors, which the color-blind can tell
+# apart; grays for the remainders.
 PART_COLORS = {
     CONVERSION: "#999999",
     SCORING: "#e69f00",
@@ -56,9 +53,6 @@ PART_COLORS = {
     _REST: "#dddddd",
 }
 
-# matplotlib's palettes: ten colors that differ clearly, twenty in pairs of dark and light.
-_TEN = 10
-_LEGEND_COLUMNS = 5
 _BAR_INCHES = 0.34
 
 
@@ -92,24 +86,20 @@ def time_parts(run: Run, *, convert_seconds: float | None) -> Mapping[str, float
     return {name: parts[name] for name in PARTS if parts[name] > 0}
 
 
-def cost_png(groups: Sequence[Group], baseline: Group | None) -> bytes | None:
+def cost_png(comparison: Comparison) -> bytes | None:
     """Draw top-1 after the last epoch over what the student cost.
 
     A dot is a run; a cross is a group's mean, with the 95% interval of the mean over its seeds.
 
-    Args:
-        groups: finished ones.
-        baseline: whose cost is 1; None to draw seconds.
-
     Returns:
-        A PNG; None where no group has both numbers for each of its runs.
+        A PNG; None where no finished group has both numbers for each of its runs.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.6)
     axes = figure.subplots()
+    groups, baseline = comparison.finished, comparison.baseline
     drawn = 0
-    for group, color in zip(groups, _colors(len(groups)), strict=True):
-        costs = _costs(group, baseline)
+    for group, color in zip(groups, colors(len(groups)), strict=True):
+        costs = [cost for cost in comparison.costs(group) if cost is not None]
         reached = [100 * run.top1_last for run in group.runs if run.top1_last is not None]
         if not len(costs) == len(reached) == len(group.runs):
             continue
@@ -122,7 +112,7 @@ def cost_png(groups: Sequence[Group], baseline: Group | None) -> bytes | None:
             fmt="x",
             color=color,
             capsize=4,
-            label=_plain(group.name),
+            label=plain(group.name),
         )
     if not drawn:
         return None
@@ -130,20 +120,12 @@ def cost_png(groups: Sequence[Group], baseline: Group | None) -> bytes | None:
     axes.set_xlabel(
         "cost, seconds of steps at their median, scoring and start-up"
         if baseline is None
-        else f"cost: steps at their median, scoring and start-up; {_plain(baseline.name)} = 1"
+        else f"cost: steps at their median, scoring and start-up; {plain(baseline.name)} = 1"
     )
     axes.set_ylabel("top-1 after the last epoch, %")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper left", ncols=_LEGEND_COLUMNS, fontsize=8)
-    return _png(figure)
-
-
-def _costs(group: Group, baseline: Group | None) -> Sequence[float]:
-    """The cost of each run; empty where it is not known of all."""
-    if baseline is not None:
-        return cost_ratios(group, baseline, with_scoring=True)
-    costs = [steady_cost(run) for run in group.runs]
-    return [cost for cost in costs if cost is not None]
+    add_legend(figure)
+    return png_of(figure)
 
 
 def accuracy_png(groups: Sequence[Group]) -> bytes:
@@ -153,17 +135,12 @@ def accuracy_png(groups: Sequence[Group]) -> bytes:
 
     Args:
         groups: at least one.
-
-    Returns:
-        A PNG.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.6)
     over_time, over_epochs = figure.subplots(1, 2, sharey=True)
-    colors = _colors(len(groups))
-    for group, color in zip(groups, colors, strict=True):
-        _draw_group(over_time, group, color, by_epoch=False)
-        _draw_group(over_epochs, group, color, by_epoch=True)
+    for group, color in zip(groups, colors(len(groups)), strict=True):
+        draw_group(over_time, group, color, by_epoch=False)
+        draw_group(over_epochs, group, color, by_epoch=True)
     over_time.set_xlabel("seconds of scoring and training")
     over_time.set_ylabel("top-1 on the validation set, %")
     over_epochs.set_xlabel("epochs")
@@ -173,10 +150,8 @@ def accuracy_png(groups: Sequence[Group]) -> bytes:
         # From zero: a cut axis makes a fraction of a point look like a victory.
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    handles, labels = over_time.get_legend_handles_labels()
-    # Above, where a phone shows it without scrolling.
-    figure.legend(handles, labels, loc="outside upper left", ncols=_LEGEND_COLUMNS, fontsize=8)
-    return _png(figure)
+    add_legend(figure)
+    return png_of(figure)
 
 
 def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> bytes:
@@ -185,12 +160,8 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
     Args:
         groups: finished ones, at least one.
         convert_seconds: of converting the images; None to leave them out.
-
-    Returns:
-        A PNG.
     """
-    figure = Figure(figsize=(11, 1.9 + _BAR_INCHES * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.9 + _BAR_INCHES * len(groups))
     axes = figure.subplots()
     spent = [_mean_parts(group, convert_seconds) for group in groups]
     shown = [name for name in PARTS if any(name in parts for parts in spent)]
@@ -198,7 +169,7 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
     for name in shown:
         widths = np.array([parts.get(name, 0.0) for parts in spent])
         axes.barh(
-            [_plain(group.name) for group in groups],
+            [plain(group.name) for group in groups],
             widths,
             left=left,
             color=PART_COLORS[name],
@@ -207,15 +178,15 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
         left += widths
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    figure.legend(loc="outside upper left", ncols=_LEGEND_COLUMNS, fontsize=8)
-    return _png(figure)
+    add_legend(figure)
+    return png_of(figure)
 
 
-def _draw_group(axes: Axes, group: Group, color: object, *, by_epoch: bool) -> None:
+def draw_group(axes: Axes, group: Group, color: object, *, by_epoch: bool) -> None:
     """Draw a group's runs, and their mean over the validations that all of them have."""
     runs = [run for run in group.runs if run.curve]
     style = "-" if group.is_finished else "--"
-    bold: dict[str, Any] = {"color": color, "lw": 1.8, "label": _plain(group.name)}
+    bold: dict[str, Any] = {"color": color, "lw": 1.8, "label": plain(group.name)}
     thin: dict[str, Any] = {"color": color, "lw": 0.7, "alpha": 0.4}
     for run in runs:
         x, y = _curve([run], by_epoch=by_epoch)
@@ -239,19 +210,3 @@ def _mean_parts(group: Group, convert_seconds: float | None) -> Mapping[str, flo
     spent = [time_parts(run, convert_seconds=convert_seconds) for run in group.runs]
     names = dict.fromkeys(name for parts in spent for name in parts)
     return {name: fmean(parts.get(name, 0.0) for parts in spent) for name in names}
-
-
-def _plain(name: str) -> str:
-    # matplotlib reads text between dollar signs as a formula.
-    return name.replace("$", r"\$")
-
-
-def _colors(count: int) -> list[object]:
-    palette = mpl.colormaps["tab10" if count <= _TEN else "tab20"]
-    return [palette(number % palette.N) for number in range(count)]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()

@@ -1,23 +1,117 @@
-"""Run folders, and runs of one name over several seeds: means, spreads, ratios."""
+"""Run folders as `fastprune train` wrote them, finished or not."""
 
+import json
 import re
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from fastprune.base.errors import ArtifactError, InvalidValueError
-from fastprune.base.untrusted import member, parse_json, read_json, read_text
-from fastprune.distillation.costs import Cost
+from fastprune.base.files import read_text
+from fastprune.base.headers import Header, parse_json, read_header
+from fastprune.distillation.costs import Steps
 from fastprune.rows.subset import Subset
 
 _RECIPE, _RESULT, _METRICS = "recipe.json", "result.json", "metrics.jsonl"
 # runs/, runs/medium-0/ and study/cell/seed/ are the depths people use; a deeper search would walk
 # into image folders.
 _LEVELS = ("*", "*/*", "*/*/*")
-_REFERENCE_NAME = "full"
+_CURE = (
+    "It is damaged, or not of this version of `fastprune train`: leave the run out, or train again."
+)
+
+
+class _Record(Header):
+    """A part of a run's JSON: the keys that reports use are checked, the others kept as they are.
+
+    Reports compare runs of several versions, whose recipes have different keys.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Data(_Record):
+    """Section `data` of a recipe."""
+
+    train: str
+    val: str | None = None
+    subset: str | None = None
+    image_size: int
+
+
+class Network(_Record):
+    """Sections `student` and `teacher` of a recipe."""
+
+    network: str
+    checkpoint: str | None = None
+    weights: str | None = None
+
+
+class _Rule(_Record):
+    """Section `pruning` of a recipe."""
+
+    rule: str
+
+
+class _Loss(_Record):
+    """Section `loss` of a recipe."""
+
+    reshaping: str = "none"
+
+
+class _Schedule(_Record):
+    """Section `schedule` of a recipe."""
+
+    epochs: int
+
+
+class _RunSection(_Record):
+    """Section `run` of a recipe."""
+
+    out: str
+    name: str | None = None
+    seed: int
+
+
+class RecordedRecipe(_Record):
+    """Content of recipe.json, the settings as resolved."""
+
+    data: Data
+    student: Network
+    teacher: Network | None = None
+    loss: _Loss = _Loss()
+    pruning: _Rule | None = None
+    schedule: _Schedule
+    run: _RunSection
+
+
+class _Validation(_Record):
+    """A validation in result.json."""
+
+    epoch: float
+    train_seconds: float
+    top1: float
+
+
+class RecordedResult(_Record):
+    """Content of result.json; numbers that only some versions record are looked up by name."""
+
+    epochs: int
+    curve: tuple[_Validation, ...]
+    keep_ratio: float | None = None
+    strategy: str | None = None
+    metric: str | None = None
+    score_seconds: float | None = None
+    disturbed: bool = False
+    steps_by_kind: dict[str, Steps] = Field(default_factory=dict)
+    device: str | None = None
+    backend: str = "an unknown engine"
+    machine: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,7 +119,7 @@ class Point:
     """A validation.
 
     Attributes:
-        epoch: passes that were complete.
+        epoch: passes complete by then.
         seconds: of training by then; in an unfinished run, of its log.
         top1: accuracy in [0, 1].
     """
@@ -42,42 +136,51 @@ class Run:
     Attributes:
         folder: path of the run.
         name: of the run; runs of one name differ by their seed.
-        seed: of the run.
-        selection: rows it was trained on, in words.
-        keeps_all: whether every epoch has all rows of the beton.
-        epochs: as planned.
+        selection: the rows it was trained on, in words.
         curve: the validations so far.
-        score_seconds: that scoring took before the run could begin; 0 where it needs no scores,
-            None where that is not recorded.
-        recipe: content of recipe.json, the settings as resolved.
-        result: content of result.json; None for an unfinished run.
-        teacher_top1: accuracy in [0, 1] of the teacher on its validation images, where a run of
-            fastprune trained it and is still there; else None.
+        score_seconds: scoring before the run could begin; 0 where it needs no scores, None where
+            the seconds are not recorded.
+        recipe: the settings.
+        result: costs and accuracy; None for an unfinished run.
+        teacher_top1: accuracy in [0, 1] of the teacher on its validation images, where fastprune
+            trained it and its run is still there; else None.
         finished: when the result was written, local time; None for an unfinished run.
     """
 
     folder: Path
     name: str
-    seed: int
     selection: str
-    keeps_all: bool
-    epochs: int
     curve: tuple[Point, ...]
     score_seconds: float | None
-    recipe: dict[str, Any]
-    result: dict[str, Any] | None
+    recipe: RecordedRecipe
+    result: RecordedResult | None
     teacher_top1: float | None
     finished: datetime | None
 
     @property
+    def seed(self) -> int:
+        """Of the student's weights."""
+        return self.recipe.run.seed
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every epoch has all rows of the beton."""
+        return self.recipe.data.subset is None and self.recipe.pruning is None
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the rows, as planned."""
+        return self.recipe.schedule.epochs if self.result is None else self.result.epochs
+
+    @property
     def is_finished(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the run has a result."""
         return self.result is not None
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether its steps took so different times that its seconds cannot be trusted."""
-        return bool((self.result or {}).get("disturbed"))
+        """Whether its steps varied too much for its seconds to be trusted."""
+        return self.result is not None and self.result.disturbed
 
     @property
     def top1_last(self) -> float | None:
@@ -91,7 +194,7 @@ class Run:
 
     def number(self, key: str) -> float | None:
         """Look up a number of result.json; None where it is not recorded."""
-        value = None if self.result is None else self.result.get(key)
+        value = getattr(self.result, key, None)
         return float(value) if isinstance(value, int | float) else None
 
     def paid_seconds(self, *, total: bool = False) -> float | None:
@@ -101,7 +204,7 @@ class Run:
 
 
 def read_runs(paths: Iterable[str | Path], *, score_seconds: float | None = None) -> list[Run]:
-    """Read run folders, and those inside of other folders.
+    """Read run folders, and run folders inside of other folders.
 
     Args:
         paths: run folders, or folders with run folders in them, up to three levels down.
@@ -112,7 +215,7 @@ def read_runs(paths: Iterable[str | Path], *, score_seconds: float | None = None
         same name and seed, their folder is added to the name.
 
     Raises:
-        ArtifactError: a folder does not exist, is no run and holds none, or a file in it is
+        ArtifactError: a folder does not exist, or is not a run and holds none, or a file in it is
             damaged.
         InvalidValueError: score_seconds is negative.
     """
@@ -137,75 +240,35 @@ def _run_folders(path: Path) -> Iterator[Path]:
     found = [file.parent for level in _LEVELS for file in sorted(path.glob(f"{level}/{_RECIPE}"))]
     if not found:
         raise ArtifactError(
-            f"{path} is no run and holds none: there is no {_RECIPE} in it. Name the folder that "
+            f"{path} is not a run and holds none: it has no {_RECIPE}. Name the folder that "
             "`fastprune train` wrote (run.out)."
         )
     yield from found
 
 
-def _read_run(folder: Path, score_seconds: float | None) -> Run:
-    recipe = _read_json(folder / _RECIPE)
-    result = _read_json(folder / _RESULT) if (folder / _RESULT).exists() else None
-    try:
-        _require_sections(recipe)
-        seed = member(recipe["run"], "seed", int)
-        subset = _subset(recipe, folder)
-        teacher = recipe.get("teacher") or {}
-        teacher_result = _find(teacher.get("checkpoint"), recipe, folder).parent / _RESULT
-        # medium-0 and medium_seed0 are runs of seed 0 of one experiment, "medium".
-        folder_name = re.sub(rf"(?<=.)[-_](seed)?{seed}$", "", folder.resolve().name)
-        if result is None:
-            curve = tuple(_unfinished_curve(folder))
-        else:
-            curve = tuple(
-                Point(*(member(point, name, float) for name in ("epoch", "train_seconds", "top1")))
-                for point in member(result, "curve", list)
-            )
-        return Run(
-            folder=folder,
-            name=recipe["run"]["name"] or folder_name,
-            seed=seed,
-            selection=_selection(recipe, result, subset),
-            keeps_all=recipe["data"]["subset"] is None and recipe.get("pruning") is None,
-            epochs=member(result or recipe["schedule"], "epochs", int),
-            curve=curve,
-            score_seconds=_score_seconds(recipe, result, subset, score_seconds),
-            recipe=recipe,
-            result=result,
-            teacher_top1=_read_json(teacher_result)["top1_last"]
-            if teacher.get("checkpoint") and teacher_result.is_file()
-            else None,
-            finished=None
-            if result is None
-            else datetime.fromtimestamp((folder / _RESULT).stat().st_mtime).astimezone(),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{folder} was not written by this version of `fastprune train` ({error!r} in its "
-            f"{_RECIPE} or {_RESULT}). Leave it out, or train again."
-        ) from error
-
-
-def _require_sections(recipe: Any) -> None:
-    """Refuse what is no recipe as it was resolved.
-
-    Raises:
-        ValueError: a section is missing or none.
-    """
-    for section in ("data", "student", "schedule", "run"):
-        member(recipe, section, dict)
-    member(recipe, "teacher", dict, None)
-    member(recipe["student"], "network", str)
-    member(recipe["run"], "name", str, None)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as JSON ({error}). Remove the damaged run, or name others."
-        ) from error
+def _read_run(folder: Path, given_score_seconds: float | None) -> Run:
+    recipe = read_header(folder / _RECIPE, RecordedRecipe, cure=_CURE)
+    result, finished = None, None
+    if (folder / _RESULT).exists():
+        result = read_header(folder / _RESULT, RecordedResult, cure=_CURE)
+        written = (folder / _RESULT).stat().st_mtime
+        finished = datetime.fromtimestamp(written).astimezone()
+    subset = _load_subset(recipe, folder)
+    # medium-0 and medium_seed0 are runs of seed 0 of one experiment, "medium".
+    folder_name = re.sub(rf"(?<=.)[-_](seed)?{recipe.run.seed}$", "", folder.resolve().name)
+    return Run(
+        folder=folder,
+        name=recipe.run.name or folder_name,
+        selection=_selection(recipe, result, subset),
+        curve=tuple(_unfinished_curve(folder))
+        if result is None
+        else tuple(Point(p.epoch, p.train_seconds, p.top1) for p in result.curve),
+        score_seconds=_score_seconds(recipe, result, subset, given_score_seconds),
+        recipe=recipe,
+        result=result,
+        teacher_top1=_teacher_top1(recipe, folder),
+        finished=finished,
+    )
 
 
 def _unfinished_curve(folder: Path) -> Iterator[Point]:
@@ -218,187 +281,80 @@ def _unfinished_curve(folder: Path) -> Iterator[Point]:
     for line in lines:
         try:
             fields = parse_json(line)
-        except ValueError:
+            seconds = float(fields["seconds"])
+            # A resumed process counts from zero again, so its seconds add to those before it.
+            if seconds < latest:
+                before += latest
+            latest = seconds
+            if "top1" in fields:
+                yield Point(fields["epoch"], before + latest, fields["top1"])
+        except (KeyError, TypeError, ValueError):
             # The run may be writing its last line right now.
             continue
-        # A resumed process counts its seconds from zero again: they add to those before it.
-        if fields["seconds"] < latest:
-            before += latest
-        latest = fields["seconds"]
-        if "top1" in fields:
-            yield Point(fields["epoch"], before + latest, fields["top1"])
 
 
-def _find(name: str | None, recipe: dict[str, Any], folder: Path) -> Path:
-    """Find a file that a recipe names, wherever the report is written.
+def _find(name: str, recipe: RecordedRecipe, folder: Path) -> Path:
+    """Find a file that a recipe names, from whichever folder the report is made.
 
     Relative names are relative to the folder in which the training was started. It follows from
     the run's own name there, `run.out`, and from where the run is.
     """
-    path, out, here = Path(name or ""), Path(recipe["run"]["out"]), folder.resolve()
+    path, out, here = Path(name), Path(recipe.run.out), folder.resolve()
     is_relative = not path.is_absolute() and not out.is_absolute() and ".." not in out.parts
     if is_relative and here.parts[-len(out.parts) :] == out.parts:
         return here.parents[len(out.parts) - 1] / path
     return path
 
 
-def _subset(recipe: dict[str, Any], folder: Path) -> Subset | None:
+def _load_subset(recipe: RecordedRecipe, folder: Path) -> Subset | None:
     """Load the subset of the run; None where there is none, or it has moved since."""
-    name = recipe["data"]["subset"]
-    if name is None:
+    if recipe.data.subset is None:
         return None
     try:
-        return Subset.load(_find(name, recipe, folder))
+        return Subset.load(_find(recipe.data.subset, recipe, folder))
     except (ArtifactError, InvalidValueError):
         return None
 
 
-def _selection(recipe: dict[str, Any], result: dict[str, Any] | None, subset: Subset | None) -> str:
-    """Say on which rows: `all rows`, `50% medium by centroid`, `all rows, infobatch`."""
-    ending = f", {recipe['pruning']['rule']}" if recipe.get("pruning") else ""
-    if not recipe["data"]["subset"]:
+def _teacher_top1(recipe: RecordedRecipe, folder: Path) -> float | None:
+    """Accuracy that the teacher's own run reached; None where that run is not there."""
+    if recipe.teacher is None or recipe.teacher.checkpoint is None:
+        return None
+    path = _find(recipe.teacher.checkpoint, recipe, folder).parent / _RESULT
+    try:
+        result = json.loads(read_text(path))
+        return float(result["top1_last"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _selection(recipe: RecordedRecipe, result: RecordedResult | None, subset: Subset | None) -> str:
+    """Describe the rows: `all rows`, `50% medium by centroid`, `all rows, infobatch`."""
+    ending = "" if recipe.pruning is None else f", {recipe.pruning.rule}"
+    if recipe.data.subset is None:
         return f"all rows{ending}"
     # The run's own record comes first: the subset may have been replaced after the training.
-    recorded = result or {}
-    ratio, strategy, metric = (
-        recorded.get(name, None if subset is None else getattr(subset, name))
-        for name in ("keep_ratio", "strategy", "metric")
-    )
-    if strategy is None:
-        return Path(recipe["data"]["subset"]).name + ending
-    share = "" if ratio is None else f"{100 * ratio:.3g}% "
-    return f"{share}{strategy}" + ("" if strategy == "random" else f" by {metric}") + ending
+    source = result if result is not None and result.strategy is not None else subset
+    if source is None or source.strategy is None:
+        return Path(recipe.data.subset).name + ending
+    share = "" if source.keep_ratio is None else f"{100 * source.keep_ratio:.3g}% "
+    by = "" if source.strategy == "random" else f" by {source.metric}"
+    return f"{share}{source.strategy}{by}{ending}"
 
 
 def _score_seconds(
-    recipe: dict[str, Any],
-    result: dict[str, Any] | None,
+    recipe: RecordedRecipe,
+    result: RecordedResult | None,
     subset: Subset | None,
     given: float | None,
 ) -> float | None:
     """Charge a run for scoring only where it uses difficulties or class std."""
-    if recipe["data"]["subset"] is None:
+    if recipe.data.subset is None:
         return 0.0
-    own = (result or {}).get("score_seconds")
-    if own is not None:
-        return float(own)
-    is_random = subset is not None and subset.strategy == "random"
-    if is_random and recipe["loss"]["reshaping"] != "class_std":
+    if result is not None and result.score_seconds is not None:
+        return result.score_seconds
+    if subset is None:
+        return given
+    if subset.strategy == "random" and recipe.loss.reshaping != "class_std":
         return 0.0
-    recorded = None if subset is None else subset.score_seconds
-    return given if recorded is None else recorded
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ by their seed.
-
-    Attributes:
-        name: of the runs.
-        runs: one or more, all finished or none.
-    """
-
-    name: str
-    runs: tuple[Run, ...]
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its runs came to their end."""
-        return self.runs[0].is_finished
-
-
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Put runs of one name together, finished and unfinished ones apart, in order."""
-    members: dict[tuple[str, bool], list[Run]] = {}
-    for run in runs:
-        members.setdefault((run.name, run.is_finished), []).append(run)
-    return [
-        Group(name if is_finished else f"{name} (unfinished)", tuple(group))
-        for (name, is_finished), group in members.items()
-    ]
-
-
-def choose_reference(groups: Sequence[Group], name: str | None) -> Group | None:
-    """Choose the group that the others are compared with.
-
-    Args:
-        groups: all groups.
-        name: the one that is asked for; None for the finished one that trains on all rows, among
-            several the one called "full".
-
-    Returns:
-        The group; None where none is asked for and none, or more than one, fits.
-
-    Raises:
-        InvalidValueError: no finished run has that name.
-    """
-    finished = {group.name: group for group in groups if group.is_finished}
-    if name is not None:
-        if name not in finished:
-            known = ", ".join(finished) or "none"
-            raise InvalidValueError(
-                f"reference {name!r} is not among the finished runs: {known}. Name one of these."
-            )
-        return finished[name]
-    full = {name: group for name, group in finished.items() if group.runs[0].keeps_all}
-    if len(full) == 1:
-        return next(iter(full.values()))
-    return full.get(_REFERENCE_NAME)
-
-
-def cost_ratios(group: Group, reference: Group, *, with_scoring: bool) -> list[float]:
-    """Divide the cost of each run by that of the reference run with the same seed.
-
-    Steps count with their median, which does not see a phase in which the machine was busy; where
-    a run does not record it, seconds by the wall clock are compared.
-
-    Args:
-        group: the runs.
-        reference: the runs to compare with.
-        with_scoring: count scoring and start-up, or training alone.
-
-    Returns:
-        A ratio per seed that both have; where they share none, the ratio of the means. Empty where
-        a number is not recorded.
-    """
-    runs = (*group.runs, *reference.runs)
-    is_steady = all(run.number("steady_train_seconds") is not None for run in runs)
-
-    def cost(run: Run) -> float | None:
-        if with_scoring:
-            return steady_cost(run, is_steady=is_steady)
-        return run.number("steady_train_seconds" if is_steady else "train_seconds")
-
-    references = {run.seed: cost(run) for run in reference.runs}
-    pairs = [(cost(run), references[run.seed]) for run in group.runs if run.seed in references]
-    if not pairs:
-        pairs = [(mean([cost(r) for r in group.runs]), mean([cost(r) for r in reference.runs]))]
-    return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
-
-
-def steady_cost(run: Run, *, is_steady: bool = True) -> float | None:
-    """Seconds of training, scoring and start-up; None where one is not recorded.
-
-    Args:
-        run: a finished run.
-        is_steady: count each step with the median, or training by the wall clock.
-    """
-    train = run.number("steady_train_seconds" if is_steady else "train_seconds")
-    if train is None or run.score_seconds is None:
-        return None
-    return Cost(train, run.score_seconds, run.number("startup_seconds") or 0.0).seconds
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Average the values; None where one is missing."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known and len(known) == len(values) else None
-
-
-def mean_and_sd(values: Sequence[float | None], digits: int) -> str:
-    """Format as `61.2 ± 0.4`; a single value alone, and a dash where one is missing."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "–"
-    text = f"{statistics.mean(known):,.{digits}f}"
-    return text if len(known) < 2 else f"{text} ± {statistics.stdev(known):,.{digits}f}"
+    return given if subset.score_seconds is None else subset.score_seconds

@@ -3,15 +3,13 @@
 import io
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from fastprune.base.errors import BetonError
 from fastprune.beton.layout import JPG
 from fastprune.beton.reader import Beton
+from fastprune.report.charts import new_figure, png_of
 from fastprune.rows.score_table import ScoreTable
 from fastprune.selection.subsets import ranks
 
@@ -36,7 +34,8 @@ def histogram_png(scores: NDArray[np.float32], kept: NDArray[np.int64] | None, n
     Returns:
         A PNG. The few scores above the 99.9th percentile are in the last bar.
     """
-    figure, axes = _figure(8, 3.2)
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
     low, high = float(scores.min()), float(np.percentile(scores, _TOP_PERCENTILE))
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     clipped = np.minimum(scores, edges[-1])
@@ -47,7 +46,7 @@ def histogram_png(scores: NDArray[np.float32], kept: NDArray[np.int64] | None, n
     axes.set_xlabel(f"{name} (larger is harder)")
     axes.set_ylabel("rows")
     axes.legend()
-    return _png(figure)
+    return png_of(figure)
 
 
 def class_counts_png(
@@ -59,11 +58,9 @@ def class_counts_png(
         counts: (C,) rows per class.
         kept_counts: (C,) kept rows per class.
         names: C class names, shown where there are few.
-
-    Returns:
-        A PNG.
     """
-    figure, axes = _figure(8, 2.8)
+    figure = new_figure(8, 2.8)
+    axes = figure.subplots()
     places = np.arange(len(counts))
     if len(counts) <= _MOST_BARS:
         axes.bar(places, counts, color=_ALL, label="all")
@@ -76,7 +73,7 @@ def class_counts_png(
     axes.set_ylabel("rows")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return _png(figure)
+    return png_of(figure)
 
 
 def correlation_png(table: ScoreTable, names: list[str]) -> bytes:
@@ -85,13 +82,11 @@ def correlation_png(table: ScoreTable, names: list[str]) -> bytes:
     Args:
         table: the scores.
         names: the metrics to compare.
-
-    Returns:
-        A PNG.
     """
     correlations = rank_correlations(table, names)
     side = 1.6 + 0.6 * len(names)
-    figure, axes = _figure(side + 1, side)
+    figure = new_figure(side + 1, side)
+    axes = figure.subplots()
     image = axes.imshow(correlations, vmin=-1, vmax=1, cmap="RdBu_r")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
@@ -99,7 +94,7 @@ def correlation_png(table: ScoreTable, names: list[str]) -> bytes:
         color = "white" if abs(value) > 0.6 else "black"
         axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8)
-    return _png(figure)
+    return png_of(figure)
 
 
 def rank_correlations(table: ScoreTable, names: list[str]) -> NDArray[np.float64]:
@@ -117,19 +112,6 @@ def rank_correlations(table: ScoreTable, names: list[str]) -> NDArray[np.float64
     correlations: NDArray[np.float64] = stacked @ stacked.T
     np.fill_diagonal(correlations, 1.0)
     return correlations
-
-
-def _figure(width_inches: float, height_inches: float) -> tuple[Figure, Axes]:
-    # A canvas of its own: pyplot would look for a display and keep every figure alive.
-    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def thumbnail_png(beton: Beton, row: int) -> bytes:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastprune.distillation.costs import Cost, cost_ratio, summarize_steps
+from fastprune.distillation.costs import Steps, steady_seconds, summarize_steps
 
 
 def noisy(seconds: float, count: int, *, slow: slice = slice(0, 0)) -> list[float]:
@@ -15,20 +15,24 @@ def noisy(seconds: float, count: int, *, slow: slice = slice(0, 0)) -> list[floa
     return steps
 
 
-def cost_of(steps: list[float], *, score_seconds: float = 0.0) -> Cost:
-    summary = summarize_steps({"32": steps}, {"32": len(steps)})
-    return Cost(summary.steady_seconds, score_seconds, startup_seconds=1.0)
+def test_slow_phase_leaves_the_seconds_at_the_median_as_they_were():
+    quiet = noisy(0.010, 2000)
+    busy = noisy(0.010, 2000, slow=slice(200, 1000))
+    assert sum(busy) > 1.7 * sum(quiet)
+    for steps in (quiet, busy):
+        summary = summarize_steps({"32": steps}, {"32": len(steps)})
+        assert summary.steady_seconds == pytest.approx(20, rel=0.03)
 
 
-def test_slow_phase_of_one_run_leaves_the_ratio_as_it_was():
-    full = cost_of(noisy(0.010, 4000))
-    quiet = cost_of(noisy(0.010, 2000), score_seconds=2.0)
-    busy_steps = noisy(0.010, 2000, slow=slice(200, 1000))
-    busy = cost_of(busy_steps, score_seconds=2.0)
-    assert sum(busy_steps) > 1.7 * 20
-    expected = (20 + 2 + 1) / (40 + 1)
-    assert cost_ratio(quiet, full) == pytest.approx(expected, rel=0.01)
-    assert cost_ratio(busy, full) == pytest.approx(expected, rel=0.03)
+def test_equal_kinds_of_steps_share_the_pace_of_most_of_them():
+    full, busy = {"32": Steps(100, 0.1)}, {"32": Steps(50, 0.3)}
+    cached = {"32": Steps(20, 0.09), "32, cached": Steps(80, 0.05)}
+    assert steady_seconds([full, busy, cached]) == pytest.approx([10, 5, 2 + 4])
+
+
+def test_pace_of_two_equal_halves_lies_between_them():
+    halves = [{"32": Steps(50, 0.1)}, {"32": Steps(50, 0.3)}]
+    assert steady_seconds(halves) == pytest.approx([10, 10])
 
 
 def test_only_the_run_with_a_slow_phase_is_disturbed():
@@ -45,7 +49,7 @@ def test_larger_images_of_later_epochs_are_no_disturbance():
     assert summary.p90 > 1.3 * summary.p50
 
 
-def test_few_steps_say_nothing_of_a_disturbance():
+def test_few_steps_do_not_show_a_disturbance():
     summary = summarize_steps({"32": [1.0, 9.0]}, {"32": 3})
     assert not summary.is_disturbed
     assert summary.steady_seconds == pytest.approx(15.0)

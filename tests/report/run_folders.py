@@ -35,6 +35,7 @@ RESULT = Result(
     step_seconds_p10=1.5,
     step_seconds_p50=1.6,
     step_seconds_p90=1.8,
+    steps_by_kind={},
     steady_train_seconds=9.6,
     disturbed=False,
     peak_device_bytes=None,

@@ -61,7 +61,7 @@ def test_line_that_was_being_written_is_left_out(tmp_path):
     assert len(read_one(folder).curve) == 1
 
 
-def test_seconds_of_a_run_that_was_gone_on_with_are_added_up(tmp_path):
+def test_seconds_of_a_resumed_run_are_added_up(tmp_path):
     folder = write_run(tmp_path / "run", finished=False)
     lines = [(1, 10.0), (2, 20.0), (3, 7.0)]
     (folder / "metrics.jsonl").write_text(
@@ -111,7 +111,7 @@ def test_random_rows_cost_no_scores_unless_the_logits_are_reshaped(tmp_path, sub
     assert [run.score_seconds for run in read_runs([plain, reshaped])] == [0.0, 4.0]
 
 
-def test_scores_whose_cost_nobody_knows_cost_what_is_given(tmp_path, subset):
+def test_scores_whose_cost_is_not_recorded_cost_what_is_given(tmp_path, subset):
     folder = write_run(tmp_path / "run", subset=subset("medium", score_seconds=None))
     assert read_one(folder).score_seconds is None
     assert read_one(folder).paid_seconds() is None
@@ -152,14 +152,14 @@ def test_folder_that_does_not_exist_is_named(tmp_path):
 
 def test_folder_without_a_run_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match=r"empty is no run and holds none.*fastprune train"):
+    with pytest.raises(ArtifactError, match=r"empty is not a run and holds none.*fastprune train"):
         read_runs([tmp_path / "empty"])
 
 
 def test_damaged_result_is_named(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "result.json").write_text('{"name"')
-    with pytest.raises(ArtifactError, match=r"result\.json cannot be read as JSON.*Remove"):
+    with pytest.raises(ArtifactError, match=r"result\.json cannot be read: .*leave the run out"):
         read_runs([folder])
 
 
@@ -167,24 +167,27 @@ def test_damaged_result_is_named(tmp_path):
 def test_recipe_of_another_program_is_named(tmp_path, content):
     folder = write_run(tmp_path / "run")
     (folder / "recipe.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"run was not written by this version.*Leave it out"):
+    with pytest.raises(ArtifactError, match=r"recipe\.json cannot be read: .*leave the run out"):
         read_runs([folder])
 
 
 @pytest.mark.parametrize(
-    ("name", "section", "key", "value"),
+    ("name", "section", "key", "value", "fault"),
     [
-        ("recipe.json", "student", "network", {"a": 1}),
-        ("recipe.json", "run", "name", 7),
-        ("result.json", "curve", 0, {"epoch": 1, "top1": 0.5, "train_seconds": {}}),
+        ("recipe.json", "student", "network", {"a": 1}, "student.network' is an object"),
+        ("recipe.json", "run", "name", 7, "run.name' is 7"),
+        (
+            *("result.json", "curve", 0, {"epoch": 1, "top1": 0.5, "train_seconds": {}}),
+            "curve.0.train_seconds' is an object",
+        ),
     ],
 )
-def test_values_of_another_type_are_named(tmp_path, name, section, key, value):
+def test_values_of_another_type_are_named(tmp_path, name, section, key, value, fault):
     folder = write_run(tmp_path / "run")
     content = json.loads((folder / name).read_text())
     content[section][key] = value
     (folder / name).write_text(json.dumps(content))
-    with pytest.raises(ArtifactError, match=r"run was not written by this version.*but must be"):
+    with pytest.raises(ArtifactError, match=rf"{fault}, but must be.*leave the run out"):
         read_runs([folder])
 
 
