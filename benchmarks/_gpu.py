@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastprune.base.cpus import usable_cpus
 from fastprune.base.environment import describe_machine, describe_versions
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.distillation.losses import distillation_loss
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network

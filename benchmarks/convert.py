@@ -30,7 +30,7 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.jpeg.decode import decode_view
 from fastprune.jpeg.rewrite import to_restart_rows
 

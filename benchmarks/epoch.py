@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.learner import Learner
 from fastprune.distillation.objective import Objective

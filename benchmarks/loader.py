@@ -28,9 +28,10 @@ from PIL import Image
 
 from fastprune.base.cpus import usable_cpus
 from fastprune.bench.peers import our_decoder_in_ffcv, stock_ffcv, torchvision_loader
+from fastprune.beton.beton import Beton
 from fastprune.beton.convert.writer import convert
 from fastprune.beton.dali_index import write_dali_index
-from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 
 SIZE = 224
@@ -314,7 +315,7 @@ def start_up(beton: Path, settings: dict) -> dict[str, dict]:
         for backend in ("cpu", "dali")
     }
     scripts["stock ffcv"] = (
-        "import numpy as np\nfrom fastprune.beton.reader import open_beton\n"
+        "import numpy as np\nfrom fastprune.beton.opening import open_beton\n"
         "from fastprune.bench.peers import stock_ffcv\n"
         f"beton = open_beton({str(beton)!r})",
         f"stock_ffcv(beton, np.arange(beton.num_rows), {arguments})",

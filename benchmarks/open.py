@@ -22,8 +22,8 @@ from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines
 from fastprune.beton.convert.assembly import FIELDS
 from fastprune.beton.manifest import Manifest, manifest_path, write_manifest
+from fastprune.beton.opening import open_beton
 from fastprune.beton.output import PageCursor, write_frame
-from fastprune.beton.reader import open_beton
 from fastprune.beton.shards import shard_name, write_set
 
 IMAGENET_ROWS = 1_281_167

@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 from _harness import ratios, spread, take_turns, write_result
 
+from fastprune.beton.beton import Beton
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.beton.remote.fetch import stage
 from fastprune.beton.remote.mirror import NUM_THREADS
 from fastprune.beton.remote.store import Store

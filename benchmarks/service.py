@@ -24,9 +24,9 @@ from _harness import ratios, spread, write_result
 from fastprune.base.cpus import usable_cpus
 from fastprune.bench.peers import torchvision_loader
 from fastprune.bench.service import CASES, Consumers, Process, ServiceProcess, share_of_rows
+from fastprune.beton.beton import rows_of
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
-from fastprune.beton.rows import rows_of
+from fastprune.beton.opening import open_beton
 from fastprune.distillation.losses import distillation_loss
 from fastprune.loading.loader import Loader
 from fastprune.networks.catalog import build_network

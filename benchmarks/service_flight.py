@@ -29,7 +29,7 @@ from service import BATCH_SIZE, SIZE, converted
 
 from fastprune.base.cpus import usable_cpus
 from fastprune.bench.service import Consumers, ServiceProcess
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 
 VIEW_BYTES = 3 * SIZE**2

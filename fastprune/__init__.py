@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastprune.beton.check import check_beton
     from fastprune.beton.compact import compact
     from fastprune.beton.convert.writer import convert
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
     from fastprune.beton.remote.fetch import stage
     from fastprune.difficulty.kernels import centroid_distances
     from fastprune.difficulty.teacher import score
@@ -77,7 +77,7 @@ _HOMES = {
     "distill": "fastprune.distillation.trainer",
     "distillation_loss": "fastprune.distillation.losses",
     "feature_loss": "fastprune.distillation.losses",
-    "open_beton": "fastprune.beton.reader",
+    "open_beton": "fastprune.beton.opening",
     "score": "fastprune.difficulty.teacher",
     "select_rows": "fastprune.selection.strategies",
     "stage": "fastprune.beton.remote.fetch",

@@ -12,8 +12,8 @@ import torch
 
 from fastprune.base.errors import FastpruneError
 from fastprune.bench.peers import our_decoder_in_ffcv, stock_ffcv, torchvision_loader
-from fastprune.beton.reader import Beton, open_beton
-from fastprune.beton.rows import RowsLike, rows_of
+from fastprune.beton.beton import Beton, RowsLike, rows_of
+from fastprune.beton.opening import open_beton
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 

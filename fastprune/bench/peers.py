@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
-from fastprune.beton.reader import Beton, image_and_label
+from fastprune.beton.beton import Beton
+from fastprune.beton.opening import image_and_label
 
 
 def stock_ffcv(

@@ -20,8 +20,7 @@ from fastprune.base.provenance import (
 )
 from fastprune.beton import layout
 from fastprune.beton.manifest import Manifest, manifest_of
-from fastprune.beton.reader import image_and_label, open_beton
-from fastprune.beton.remote.presence import rows_present
+from fastprune.beton.opening import image_and_label, open_beton, rows_present
 from fastprune.beton.row_check import Placement, check_rows, label_faults
 from fastprune.beton.shards import read_set
 from fastprune.beton.structure import Fault, Tables, UnreadableBetonError, read_tables
@@ -82,7 +81,7 @@ def check_beton(
     if deep:
         crcs = lines.crcs if isinstance(lines, _Lines) else None
         mirrored = rows_present(path)
-        present = np.ones(len(labels), bool) if mirrored is None else mirrored[1] != 0
+        present = np.ones(len(labels), bool) if mirrored is None else mirrored != 0
         faults += _image_faults(tables, image, placements[image], crcs, present)
     if subset is not None:
         content = None if manifest is None else manifest.fingerprint.content

@@ -20,10 +20,10 @@ from fastprune.base.provenance import (
 )
 from fastprune.beton import layout
 from fastprune.beton.adopt import found_lines, stored_crc32c
+from fastprune.beton.beton import Beton, RowsLike, rows_of
 from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, write_parquet
+from fastprune.beton.opening import image_and_label, open_beton, read_records
 from fastprune.beton.output import PageCursor, write_frame, write_images
-from fastprune.beton.reader import Beton, image_and_label, open_beton, read_records
-from fastprune.beton.rows import RowsLike, rows_of
 
 _ROW_FIELD = layout.Field("row", "int")
 # Bounds the memory, while one call writes many images.

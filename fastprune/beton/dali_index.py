@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from fastprune.base.errors import BetonError
 from fastprune.base.files import write_text
 from fastprune.beton import layout
+from fastprune.beton.beton import Beton, BetonFile, RowsLike, rows_of
+from fastprune.beton.opening import open_beton
 from fastprune.beton.output import label_blocks_offset
-from fastprune.beton.reader import Beton, BetonFile, open_beton
-from fastprune.beton.rows import RowsLike, rows_of
 from fastprune.beton.structure import read_tables
 
 # DALI's index version; its lines name every component's file, which we use for the row.

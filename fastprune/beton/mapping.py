@@ -55,7 +55,7 @@ def map_file(path: Path) -> tuple[NDArray[np.uint8], os.stat_result]:
         raise BetonError(f"cannot read {path}: {error}. Name a beton file.") from error
 
 
-def map_side_by_side(
+def map_contiguously(
     paths: list[Path],
 ) -> tuple[NDArray[np.uint8], list[int], list[os.stat_result]]:
     """Map files into one range of addresses, so that one array and one offset reach any byte.

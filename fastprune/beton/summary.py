@@ -9,7 +9,7 @@ import numpy as np
 from fastprune.beton import layout
 from fastprune.beton.convert.transcode import ACTIONS, COPIED, FEWEST_BYTES_TO_REWRITE, REWRITTEN
 from fastprune.beton.manifest import Manifest
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.rows.score_table import ScoreTable
 from fastprune.rows.subset import Subset
 

@@ -138,7 +138,7 @@ def check(
     """Check a beton: is every byte where it should be."""
     from fastprune.beton.adopt import adopt
     from fastprune.beton.check import check_beton
-    from fastprune.beton.remote.presence import rows_present
+    from fastprune.beton.opening import rows_present
 
     if write_manifest and not deep:
         raise click.UsageError("--write-manifest vouches for every image: add --deep.")
@@ -157,7 +157,7 @@ def check(
             click.echo(str(fault))
         found = {0: "no faults", 1: "1 fault"}.get(len(faults), f"{len(faults):,} faults")
         if deep and (mirrored := rows_present(beton)) is not None:
-            found += f" in the {int(mirrored[1].sum()):,} rows that this mirror holds"
+            found += f" in the {int(mirrored.sum()):,} rows that this mirror holds"
         click.echo(f"{found} in {time.monotonic() - start:.1f} s: {beton}")
     sys.exit(1 if faults else 0)
 

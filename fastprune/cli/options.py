@@ -283,7 +283,7 @@ def checked_teacher(beton: Path, teacher: str | None, teacher_factory: str | Non
 
     What is wrong with the arguments is said before torch is imported, which takes seconds.
     """
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
     from fastprune.networks.names import require_known_network
 
     if teacher and teacher_factory:

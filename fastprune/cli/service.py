@@ -74,7 +74,7 @@ def serve(
     import asyncio
 
     from fastprune.base.cpus import usable_cpus
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
     from fastprune.service.locks import Locks
     from fastprune.service.server import Server
 

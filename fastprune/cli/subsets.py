@@ -22,7 +22,7 @@ from fastprune.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from fastprune.beton.reader import Beton
+    from fastprune.beton.beton import Beton
     from fastprune.rows.score_table import ScoreTable
     from fastprune.rows.subset import Subset
 
@@ -152,7 +152,7 @@ def import_(
     LISTING holds rows (.npy, .txt, .json), file names (.txt, .json), or DeepCore's indices and
     scores (.json, .npz). For another tool's scores, see select --beton.
     """
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
     from fastprune.selection.importers import import_subset
 
     subset = import_subset(
@@ -194,7 +194,7 @@ def export(
     as_json: bool,
 ) -> None:
     """Write SUBSET for another tool."""
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
     from fastprune.rows.score_table import ScoreTable
     from fastprune.rows.subset import Subset
     from fastprune.selection.exporters import export_subset
@@ -216,7 +216,7 @@ def export(
 
 
 def _opened(path: Path) -> "Beton":
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
 
     return open_beton(path)
 

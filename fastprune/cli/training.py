@@ -118,7 +118,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure the accuracy of CHECKPOINT on BETON."""
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
 
     if checkpoint.is_dir():
         student = checkpoint / "student.safetensors"

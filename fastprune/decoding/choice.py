@@ -10,8 +10,8 @@ import torch
 
 from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import FastpruneError
+from fastprune.beton.beton import Beton
 from fastprune.beton.layout import JPG
-from fastprune.beton.reader import Beton
 from fastprune.decoding.engine import Engine
 from fastprune.decoding.gpu_probe import gpu_facts, probe_gpu_decoding, remembered
 from fastprune.loading.batch import cuda_index

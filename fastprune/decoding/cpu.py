@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import LoadingError
 from fastprune.base.threads import ThreadDiedError, WorkerThreads
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
 from fastprune.decoding.memory import BatchMemory
 from fastprune.decoding.rows_to_pixels import Outcome, RowDecoder, StoredImages

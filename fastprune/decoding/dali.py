@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import BetonError, JpegError, LoadingError, MissingDependencyError
 from fastprune.base.threads import ThreadDiedError, WorkerThreads
+from fastprune.beton.beton import Beton
 from fastprune.beton.layout import JPG
-from fastprune.beton.reader import Beton
 from fastprune.decoding.dali_pipeline import (
     BATCHES_AHEAD,
     Pipeline,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.beton.remote.mirror import Mirror
 from fastprune.decoding.faults import RowFaults
 from fastprune.loading.arrival import FetchingEngine

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError, LoadingError
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 
 #: Why a row cannot be used whose checksum is not the manifest's.
 ALTERED = "its bytes are not those that were written (CRC-32C)"

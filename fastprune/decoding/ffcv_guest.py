@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fastprune.adapters.ffcv import ViewDecoder
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.reader import Beton, image_and_label
+from fastprune.beton.beton import Beton
+from fastprune.beton.opening import image_and_label
 from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
 
 # After `fastprune.adapters.ffcv`, which says what to do where ffcv is missing.

@@ -15,7 +15,7 @@ from fastprune.base.environment import describe_machine, describe_versions
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.files import lock, write_text
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.demo.images import prepare_images
 from fastprune.demo.pictures import WRONG_LABEL_SHARE
 from fastprune.difficulty.teacher import score

@@ -11,8 +11,8 @@ from fastprune.base.checks import require_at_least
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.progress import track
 from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
-from fastprune.beton.reader import open_beton
-from fastprune.beton.rows import RowsLike, rows_of
+from fastprune.beton.beton import RowsLike, rows_of
+from fastprune.beton.opening import open_beton
 from fastprune.difficulty.forward import Forward, ready_forward, run_network
 from fastprune.difficulty.network import Channels, choose_view, make_teacher
 from fastprune.difficulty.reading import Reading

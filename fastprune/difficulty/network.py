@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.loading.arguments import MOST_PIXELS
 from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastprune.networks import (

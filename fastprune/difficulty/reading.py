@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastprune.base.ranks import Ranks
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.difficulty.network import ViewSpec
 from fastprune.loading.loader import Loader
 

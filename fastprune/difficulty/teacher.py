@@ -17,7 +17,8 @@ from fastprune.base.checks import require_at_least
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.progress import track
 from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
-from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.beton import Beton
+from fastprune.beton.opening import open_beton
 from fastprune.difficulty.cache import fill_missing, open_cache, recurring_views
 from fastprune.difficulty.clusters import spherical_kmeans
 from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward

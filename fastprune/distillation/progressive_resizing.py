@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastprune.beton.rows import RowsLike
+from fastprune.beton.beton import RowsLike
 from fastprune.loading.loader import Loader
 from fastprune.settings import DataSettings
 

@@ -124,7 +124,7 @@ def check_cpus() -> Finding:
 
 def check_page_cache(betons: Sequence[Path]) -> Finding:
     """Check whether the betons fit into the memory that may cache them."""
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
 
     memory = cacheable_bytes()
     found = f"{memory / _GB:.1f} GB of memory can cache files"

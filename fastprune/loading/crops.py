@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastprune.base import random_streams as splitmix
 from fastprune.base.compiled import cached
 from fastprune.base.random_streams import GOLDEN, mix64
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 
 _LOG = logging.getLogger(__name__)
 

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from fastprune.base.checks import require_at_least, require_channels
 from fastprune.base.cpus import cpus_per_rank
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.remote.store import is_url
-from fastprune.beton.rows import RowsLike, kept_rows, rows_of
+from fastprune.beton.beton import RowsLike, kept_rows, rows_of
+from fastprune.beton.opening import is_url, open_beton
 from fastprune.decoding.engine import decoder_identity, make_engine
 from fastprune.decoding.faults import RowFaults
 from fastprune.loading.arguments import require_arguments
-from fastprune.loading.arrival import open_source
 from fastprune.loading.batch import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -168,7 +167,10 @@ class Loader:
         require_arguments(given)
         self._given = given
         self.batch_size = batch_size
-        self.beton, mirror = open_source(beton, cache, service_token)
+        # Absolute, because the file is looked at again when the working folder may be another.
+        source = beton if is_url(beton) else Path(beton).absolute()
+        self.beton = open_beton(source, cache=cache, service=service, token=service_token)
+        mirror = getattr(self.beton, "mirror", None)
         self.device = choose_device(device)
         self.num_workers = num_workers or cpus_per_rank(
             world=this_rank(distributed)[1], gpus=torch.cuda.device_count()

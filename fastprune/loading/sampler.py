@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 
 ORDERS = ("random", "sequential", "pages")
 TAILS = ("drop", "pad", "exact")

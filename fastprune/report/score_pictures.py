@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastprune.base.errors import BetonError
+from fastprune.beton.beton import Beton
 from fastprune.beton.layout import JPG
-from fastprune.beton.reader import Beton
 from fastprune.report.charts import new_figure, png_of
 from fastprune.rows.score_table import ScoreTable
 from fastprune.selection.subsets import ranks

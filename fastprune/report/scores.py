@@ -15,7 +15,8 @@ from fastprune.base.checks import did_you_mean
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.files import write_text
 from fastprune.base.provenance import require_same_images
-from fastprune.beton.reader import Beton, open_beton
+from fastprune.beton.beton import Beton
+from fastprune.beton.opening import open_beton
 from fastprune.report.page import Thumbnail, facts, heading, link, note, page, picture, strip
 from fastprune.report.score_pictures import (
     class_counts_png,

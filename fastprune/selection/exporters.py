@@ -13,7 +13,7 @@ from fastprune.base.checks import did_you_mean
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.base.files import atomic_path, write_text
 from fastprune.base.provenance import Fingerprint, require_same_images
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.rows.score_table import ScoreTable
 from fastprune.rows.subset import Subset, checked_rows
 from fastprune.selection.huggingface import write_parquet_shards

@@ -14,7 +14,7 @@ import numpy as np
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.base.files import write_text
 from fastprune.base.untrusted import read_json
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.rows.score_table import ScoreTable
 from fastprune.rows.subset import Subset
 

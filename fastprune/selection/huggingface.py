@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.beton import layout
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.rows.score_table import ScoreTable
 
 # As `datasets` writes images: files that a hub takes, and row groups that its viewer reads quickly.

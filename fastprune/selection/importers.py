@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.base.provenance import require_same_images
 from fastprune.base.untrusted import open_regular, read_json, read_npy, read_npz_member, read_text
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.rows.score_table import ScoreTable, is_score_table
 from fastprune.rows.subset import Subset
 

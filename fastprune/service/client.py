@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.random_streams import row_keys
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.decoding.cpu import CpuEngine
 from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
 from fastprune.service import wire

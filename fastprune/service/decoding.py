@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.decoding.cpu import stored_images
 from fastprune.decoding.faults import ALTERED, RowFaults
 from fastprune.decoding.rows_to_pixels import RowDecoder

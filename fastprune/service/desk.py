@@ -16,7 +16,7 @@ import numpy as np
 
 from fastprune import __version__
 from fastprune.base.errors import LoadingError
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.decoding.faults import FileWatch
 from fastprune.service import wire
 from fastprune.service.decoding import Decoders

@@ -14,7 +14,7 @@ from fastprune.base.checks import MAX_CLASSES
 from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.base.provenance import Fingerprint, structure_digest
 from fastprune.base.untrusted import member, parse_json
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.beton.row_check import label_faults
 from fastprune.service.address import (
     Address,
@@ -230,6 +230,7 @@ def _beton(
         files=(),
         structure=structure,
         manifest=None,
+        service=",".join(map(str, addresses)),
         url=url,
         addresses=addresses,
         identity=identity,

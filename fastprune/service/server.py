@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from fastprune.base.checks import require_at_least, require_one_of
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.reader import Beton
+from fastprune.beton.beton import Beton
 from fastprune.service.address import Address, parse_address
 from fastprune.service.desk import Desk
 from fastprune.service.locks import Locks

@@ -14,7 +14,7 @@ from fastprune.base.provenance import (
     require_same_images,
     structure_digest,
 )
-from fastprune.beton.rows import rows_of
+from fastprune.beton.beton import rows_of
 from fastprune.rows.subset import Subset
 from tests.images import write_image_folder
 

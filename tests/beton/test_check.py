@@ -13,7 +13,7 @@ from fastprune.beton.adopt import adopt
 from fastprune.beton.compact import compact
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.manifest import manifest_path
-from fastprune.beton.reader import ForeignManifestWarning
+from fastprune.beton.opening import ForeignManifestWarning
 from tests.beton.damage import (
     array_arguments,
     column_offset,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.demo.pictures import write_demo_images
 from fastprune.networks import build_network, save_weights
 from fastprune.rows.subset import Subset

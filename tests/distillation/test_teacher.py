@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from fastprune import TeacherCache, score
 from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError, RecipeError
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.difficulty.cache import fill_cache
 from fastprune.distillation.trainer import distill
 from fastprune.networks import save_weights

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from fastprune.base.errors import TrainingStopped
 from fastprune.base.ranks import Ranks
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.losses import LogitReshaper

@@ -73,7 +73,7 @@ def damage_row():
     """A function that overwrites a row's stored bytes from a byte on."""
 
     def damage(path: Path, row: int, data: bytes, start: int = 0) -> None:
-        from fastprune.beton.reader import open_beton
+        from fastprune.beton.opening import open_beton
 
         offset = int(open_beton(path).offsets[row]) + start
         with path.open("r+b") as file:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.decoding import choice
 from fastprune.decoding.choice import choose_backend, faster, images_per_second
 from fastprune.decoding.engine import make_engine

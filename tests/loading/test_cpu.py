@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastprune.base.errors import LoadingError
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.decoding.cpu import CpuEngine
 from fastprune.decoding.faults import RowFaults
 from fastprune.jpeg.decode import decode_view

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.loading import crops
 from fastprune.loading.crops import (
     FLIP,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastprune.base.errors import BetonError, LoadingError, MissingDependencyError
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 from tests.conftest import require_library
 
@@ -329,7 +329,7 @@ def test_buffers_are_made_for_an_image_and_not_for_two_outliers(tmp_path):
     ],
 )
 def test_a_gpu_on_which_the_trial_failed_is_refused(stock_beton, monkeypatch, verdict, reason):
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
     from fastprune.decoding import dali
     from fastprune.decoding.faults import RowFaults
     from fastprune.decoding.gpu_probe import GpuDecoding

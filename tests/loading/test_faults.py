@@ -8,7 +8,7 @@ import pytest
 
 from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 from tests.images import picture, write_image_folder
 from tests.jpeg.samples import with_hidden_frame

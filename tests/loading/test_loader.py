@@ -20,7 +20,7 @@ from fastprune.base.errors import (
     MissingDependencyError,
 )
 from fastprune.base.provenance import ContentNotComparedWarning, Fingerprint
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 from fastprune.rows.subset import Subset
 from tests.conftest import require_library

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.beton.convert.writer import convert
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.service.server import Server
 from tests.images import write_image_folder
 

@@ -251,7 +251,7 @@ def test_a_restarted_server_is_used_again(beton, serve, monkeypatch):
 
 @pytest.mark.parametrize("verify_crc", [None, True, False])
 def test_an_altered_row_is_judged_as_a_local_loader_would(beton, serve, tmp_path, verify_crc):
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
 
     for name in ("train.beton", "train.beton.manifest.parquet"):
         shutil.copy(beton.with_name(name), tmp_path / name)
@@ -273,7 +273,7 @@ def test_an_altered_row_is_judged_as_a_local_loader_would(beton, serve, tmp_path
 
 
 def test_a_damaged_row_reaches_those_alone_who_ask_for_it(beton, serve, tmp_path):
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
 
     for name in ("train.beton", "train.beton.manifest.parquet"):
         shutil.copy(beton.with_name(name), tmp_path / name)

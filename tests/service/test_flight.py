@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.cli.service import serve as serve_command
 from fastprune.service.address import Address, Credentials, parse_address, parse_addresses
 from fastprune.service.flight import FlightPeer

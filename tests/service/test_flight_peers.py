@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.service import flight as service_side
 from fastprune.service import flight_session as service_flight
 from fastprune.service import wire

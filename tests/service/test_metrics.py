@@ -36,7 +36,7 @@ def test_metrics_and_health_are_served(beton, serve):
 def test_an_address_that_cannot_be_used_is_named(beton, tmp_path, address):
     import asyncio
 
-    from fastprune.beton.reader import open_beton
+    from fastprune.beton.opening import open_beton
     from fastprune.service.server import Server
 
     server = Server(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.service import window, wire
 from fastprune.service.wire import Kind
 from tests.service.conftest import NUM_ROWS, wait_for

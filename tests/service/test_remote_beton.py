@@ -12,7 +12,7 @@ import pytest
 from pyarrow import flight
 
 from fastprune.base.errors import InvalidValueError, LoadingError
-from fastprune.beton.reader import open_beton
+from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 from fastprune.service import client as service_client
 from fastprune.service import served_beton as service_beton

@@ -24,7 +24,8 @@ from fastprune.beton.convert.cluster import (
 )
 from fastprune.beton.convert.sources.listing import Listing
 from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
-from fastprune.beton.remote.store import Store, is_url
+from fastprune.beton.opening import is_url
+from fastprune.beton.remote.store import Store
 from fastprune.beton.shards import SET_NAME, missing_shards, shard_name, write_set
 
 _log = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from fastprune.beton.convert.sources.listing import Listing, renumbered
 from fastprune.beton.convert.sources.parquet import ParquetSource
 from fastprune.beton.convert.transcode import LAYOUTS, ImageSettings
 from fastprune.beton.manifest import Manifest, read_manifest
-from fastprune.beton.reader import open_beton
-from fastprune.beton.remote.store import is_url
+from fastprune.beton.opening import is_url, open_beton
 from fastprune.beton.shards import MAX_SHARDS
 from fastprune.jpeg.headers import MAX_SIDE
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import ArtifactError
 from fastprune.base.progress import track
+from fastprune.beton.beton import RowsLike, rows_of
 from fastprune.beton.convert.cluster import (
     ClusterTask,
     RayAddress,
@@ -27,7 +28,6 @@ from fastprune.beton.convert.cluster import (
 from fastprune.beton.remote.mirror import NUM_THREADS, Mirror, open_mirror
 from fastprune.beton.remote.plan import SLACK, Request, in_windows, requests_for
 from fastprune.beton.remote.store import RETRY_SECONDS
-from fastprune.beton.rows import RowsLike, rows_of
 from fastprune.rows.subset import Subset
 
 # Rows that a loader needs at about the same time are asked for together.

@@ -6,10 +6,10 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,17 +21,17 @@ from fastprune.base.errors import ArtifactError, BetonError, StorageError
 from fastprune.base.files import atomic_path, lock, named_os_errors, write_text
 from fastprune.base.provenance import structure_digest
 from fastprune.beton import layout
+from fastprune.beton.beton import Beton
 from fastprune.beton.manifest import manifest_path, read_manifest
-from fastprune.beton.reader import Beton, image_and_label, open_beton, read_records
+from fastprune.beton.opening import MIRROR_NAME, image_and_label, open_files, read_records
 from fastprune.beton.remote.plan import Places, Request
 from fastprune.beton.remote.presence import (
     MARKS_NAME,
-    MIRROR_NAME,
     MirroredFile,
     MirrorRecord,
     open_marks,
 )
-from fastprune.beton.remote.store import BadBodyError, Store
+from fastprune.beton.remote.store import RETRY_SECONDS, BadBodyError, Store
 from fastprune.beton.shards import SET_NAME, read_listing
 
 NUM_THREADS = 16
@@ -155,7 +155,7 @@ def open_mirror(url: str, folder: str | Path, *, retry_seconds: float) -> Mirror
                 )
             marks = open_marks(folder, record, "r+")
             _fetch_tables(store, folder, record, marks)
-    beton = open_beton(beton_path(folder, record))
+    beton = open_files(beton_path(folder, record))
     if beton.fingerprint != record.fingerprint:
         raise BetonError(
             f"{folder} is a mirror of {record.fingerprint}, but its files are {beton.fingerprint}. "
@@ -163,6 +163,33 @@ def open_mirror(url: str, folder: str | Path, *, retry_seconds: float) -> Mirror
         )
     beton = replace(beton, present=None)
     return Mirror(folder, record, store, beton, _places(beton), marks[len(record.files) :])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MirroredBeton(Beton):
+    """A beton in object storage; its rows are fetched into a mirror as they are asked for."""
+
+    mirror: Mirror | None = None
+
+    def arriving(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+        """Yield each batch once its rows are fetched; if all are there, nothing is requested."""
+        from fastprune.beton.remote.fetch import Fetch
+
+        assert self.mirror is not None
+        batches = list(batches)
+        rows = np.concatenate(batches) if batches else np.empty(0, np.int64)
+        _, first = np.unique(rows, return_index=True)
+        with Fetch(self.mirror, rows[np.sort(first)]) as fetch:
+            for batch in batches:
+                fetch.wait(batch)
+                yield batch
+
+
+def open_mirrored(url: str, folder: Path) -> MirroredBeton:
+    """Open a beton in object storage by its mirror; see `open_mirror`."""
+    mirror = open_mirror(url, folder, retry_seconds=RETRY_SECONDS)
+    known = {field.name: getattr(mirror.beton, field.name) for field in fields(mirror.beton)}
+    return MirroredBeton(**known, mirror=mirror)
 
 
 def beton_path(folder: Path, record: MirrorRecord) -> Path:
@@ -333,9 +360,9 @@ def _extent(head: bytes, size: int) -> tuple[int, int]:
         )
         kinds = [layout.KINDS.get(int(descriptor["type_id"])) for descriptor in descriptors]
         if None not in kinds:
-            fields = tuple(layout.Field(str(at), kind) for at, kind in enumerate(kinds) if kind)
+            columns = tuple(layout.Field(str(at), kind) for at, kind in enumerate(kinds) if kind)
             # Python's integers do not wrap around, however absurd the numbers are.
-            end = start + int(header["num_samples"]) * layout.metadata_dtype(fields).itemsize
+            end = start + int(header["num_samples"]) * layout.metadata_dtype(columns).itemsize
             if start < end <= int(table_offset) <= size:
                 return end, int(table_offset)
     raise BadBodyError("it does not start as a beton does")

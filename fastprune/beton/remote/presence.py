@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from fastprune.base.errors import ArtifactError
 from fastprune.base.provenance import Fingerprint
 from fastprune.base.untrusted import member, read_json
+from fastprune.beton.opening import MIRROR_NAME
 
-MIRROR_NAME = "mirror.json"
 MARKS_NAME = "mirror.rows"
 
 _FORMAT = 1
@@ -118,14 +118,14 @@ def open_marks(folder: Path, record: MirrorRecord, mode: str = "r") -> NDArray[n
     return plain
 
 
-def rows_present(path: Path) -> tuple[MirrorRecord, NDArray[np.uint8]] | None:
-    """Return a mirror's record, and the marks of the rows of one beton in it.
+def marks_of(path: Path) -> NDArray[np.uint8] | None:
+    """Return the marks of the rows of one beton in a mirror.
 
     Args:
         path: a folder of shards, or a file.
 
     Returns:
-        The record and (N,) uint8, 1 for rows that are there, which changes as rows are fetched;
+        (N,) uint8, 1 for rows that are there, which changes as rows are fetched;
         None for a beton that is no mirror's.
 
     Raises:
@@ -137,27 +137,10 @@ def rows_present(path: Path) -> tuple[MirrorRecord, NDArray[np.uint8]] | None:
         return None
     marks = open_marks(folder, record)[len(record.files) :]
     if path == folder:
-        return record, marks
+        return marks
     first_row = 0
     for file in record.files:
         if file.name == path.name:
-            return record, marks[first_row : first_row + file.num_rows]
+            return marks[first_row : first_row + file.num_rows]
         first_row += file.num_rows
     return None
-
-
-def require_present(path: Path, present: NDArray[np.uint8] | None, rows: NDArray[np.int64]) -> None:
-    """Refuse rows (K,) that a mirror does not hold; a beton that is no mirror has `present` None.
-
-    Raises:
-        ArtifactError: one is absent.
-    """
-    if present is None or (is_there := present[rows] != 0).all():
-        return
-    first = rows[np.argmin(is_there)]
-    raise ArtifactError(
-        f"{path} is a mirror that holds {int(present.sum()):,} of {len(present):,} rows, and row "
-        f"{first:,} is not among them ({int((~is_there).sum()):,} of {len(rows):,} rows are "
-        "missing). Fetch them: fastprune stage URL SUBSET FOLDER, or name the URL as the beton and "
-        "this folder as the cache."
-    )

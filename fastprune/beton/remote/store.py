@@ -65,11 +65,6 @@ class ListedObject:
     st_mtime_ns: int
 
 
-def is_url(location: Any) -> bool:
-    """Return whether a location names a store and not a local path."""
-    return isinstance(location, str) and _URL.match(location) is not None
-
-
 class Store:
     """Objects of one bucket below one prefix, or files of one folder.
 

@@ -10,7 +10,7 @@ from fastprune.beton.convert.sources.folder import FlatSource, FolderSource, Tre
 from fastprune.beton.convert.sources.listing import Source, require_one_set
 from fastprune.beton.convert.sources.parquet import ParquetSource
 from fastprune.beton.convert.sources.tars import TarSource
-from fastprune.beton.remote.store import is_url
+from fastprune.beton.opening import is_url
 
 
 def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = False) -> Source:
