@@ -244,7 +244,7 @@ def test_a_subset_file_of_these_images_is_used(bare_beton, tmp_path):
 def test_a_bare_index_file_works_with_a_warning(bare_beton, tmp_path):
     np.save(tmp_path / "bare.npy", np.arange(20))
     with pytest.warns(
-        ContentNotComparedWarning, match=r"bare\.npy does not say .* Keep the \.json"
+        ContentNotComparedWarning, match=r"bare\.npy does not name the images .* Keep the \.json"
     ):
         assert len(_loader(bare_beton, tmp_path / "bare.npy").rows) == 20
 
