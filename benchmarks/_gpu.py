@@ -163,7 +163,7 @@ def measure_steps(stage: Stage) -> None:
 
 def make_inputs(stage: Stage, batch_size: int) -> dict[str, tuple[Iterator[Any], bool]]:
     """Endless batches of (images, labels, the teacher's logits or None) by name."""
-    first = stage.loader(batch_size=batch_size, layout="xyi", num_workers=2)
+    first = stage.loader(batch_size=batch_size, fields=("images", "labels", "rows"), num_workers=2)
     images, labels, _ = next(iter(first))
     inputs = {"synthetic": (itertools.repeat((images, labels, None)), False)}
     for count in stage.thread_counts:
@@ -346,7 +346,11 @@ def measure_decoding(stage: Stage) -> None:
     measured: dict[str, Any] = {"views_per_second": {}}
     counts = sorted({1, *stage.thread_counts, usable_cpus()})
     for jpeg, count in itertools.product(("fast", "original"), counts):
-        settings = {"batch_size": 8 if stage.small else 256, "raw": True, "num_workers": count}
+        settings = {
+            "batch_size": 8 if stage.small else 256,
+            "dtype": torch.uint8,
+            "num_workers": count,
+        }
         loaders = {"cpu": stage.loader(jpeg, **settings | {"device": "cpu"})}
         try:
             loaders["dali"] = stage.loader(jpeg, **settings, backend="dali")

@@ -57,15 +57,17 @@ def main() -> None:
         settings = {
             "batch_size": BATCH_SIZE,
             "image_size": 32,
-            "raw": True,
+            "dtype": torch.uint8,
             "device": "cpu",
             "num_workers": arguments.workers,
             "num_negatives": arguments.num_negatives,
         }
         num_rows = Loader(path, **settings).beton.num_rows
         rows = np.sort(np.random.default_rng(0).permutation(num_rows)[: arguments.rows])
-        plain = Loader(path, rows, layout="xyi", **settings)
-        contrast = Loader(path, rows, layout="xyi_contrast", **settings)
+        plain = Loader(path, rows, fields=("images", "labels", "rows"), **settings)
+        contrast = Loader(
+            path, rows, fields=("images", "labels", "rows", "contrast_rows"), **settings
+        )
         sample = InstanceSample(
             contrast.beton.labels, min(num_rows, arguments.peer_rows), arguments.num_negatives
         )

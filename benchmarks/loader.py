@@ -55,13 +55,13 @@ print(time.perf_counter() - started, flush=True)
 import os; os._exit(0)
 """
 MEMORY = """
-import sys
+import sys, torch
 from fastprune.loading.loader import Loader
 def resident():
     lines = open("/proc/self/status").read().splitlines()
     return sum(int(l.split()[1]) for l in lines if l.startswith(("RssAnon", "RssShmem"))) * 1024
-raw = sys.argv[3] == "uint8"
-loader = Loader(sys.argv[1], batch_size=256, backend=sys.argv[2], raw=raw, tail="exact")
+dtype = torch.uint8 if sys.argv[3] == "uint8" else torch.float32
+loader = Loader(sys.argv[1], batch_size=256, backend=sys.argv[2], dtype=dtype, tail="exact")
 before, peak = resident(), 0
 for _ in range(2):
     for batch in loader:
@@ -180,7 +180,7 @@ def candidates(
 ) -> dict[str, Callable[[], None]]:
     """What runs one epoch of each loader; made once, so that start-up is not in it."""
     beton, small = open_beton(betons["original"]), open_beton(betons["q90-500"])
-    common = {"augment": "rrc", "raw": True, "tail": "exact", **settings}
+    common = {"augment": "rrc", "dtype": torch.uint8, "tail": "exact", **settings}
     ours = partial(Loader, subset=rows, **common)
     loaders = {
         **{f"ours {name}": ours(path, backend="cpu") for name, path in betons.items()},
@@ -305,8 +305,8 @@ def spdl_files(paths: list[str], settings: dict) -> None:
 def start_up(beton: Path, settings: dict) -> dict[str, dict]:
     """Seconds from the first import to the first batch, in fresh processes."""
     arguments = ", ".join(f"{key}={value}" for key, value in settings.items())
-    ours = "Loader({path!r}, augment='rrc', raw=True, backend={backend!r}, {arguments})"
-    from_loader = "from fastprune.loading.loader import Loader"
+    ours = "Loader({path!r}, augment='rrc', dtype=torch.uint8, backend={backend!r}, {arguments})"
+    from_loader = "import torch\nfrom fastprune.loading.loader import Loader"
     scripts = {
         f"ours {backend}": (
             from_loader,
@@ -358,7 +358,12 @@ def pixels(beton: Beton) -> dict[str, dict[str, float]]:
 
     def images(backend: str) -> np.ndarray:
         loader = Loader(
-            beton.path, augment="rrc", raw=True, order="sequential", tail="exact", backend=backend
+            beton.path,
+            augment="rrc",
+            dtype=torch.uint8,
+            order="sequential",
+            tail="exact",
+            backend=backend,
         )
         return torch.cat([batch for batch, _ in loader]).permute(0, 2, 3, 1).numpy()
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from _harness import ratios, spread, take_turns, write_result
 
 from fastprune.beton.beton import Beton
@@ -128,7 +129,7 @@ def measure(
     half = np.flatnonzero(np.random.default_rng(0).random(beton.num_rows) < 0.5)
     settings = {
         "batch_size": 64,
-        "raw": True,
+        "dtype": torch.uint8,
         "tail": "exact",
         "num_workers": arguments.workers,
         "device": "cpu",

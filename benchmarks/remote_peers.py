@@ -176,10 +176,11 @@ def read(library: str, rows: list[int] | None, local: str) -> dict:
 
 def own_batches(rows, local):
     import numpy as np
+    import torch
 
     from fastprune import Loader
 
-    settings = {"batch_size": BATCH, "image_size": SIDE, "augment": "rrc", "raw": True}
+    settings = {"batch_size": BATCH, "image_size": SIDE, "augment": "rrc", "dtype": torch.uint8}
     settings |= {"tail": "exact", "num_workers": WORKERS, "device": "cpu", "order": "random"}
     subset = None if rows is None else np.array(rows)
     return lambda: Loader("s3://bucket/fastprune/", subset, cache=local, **settings)

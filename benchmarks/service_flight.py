@@ -120,7 +120,7 @@ class Measurement:
         loader = Loader(
             self._beton_path,
             service=addresses,
-            raw=True,
+            dtype=torch.uint8,
             device="cpu",
             seed=self._seed,
             batch_size=BATCH_SIZE,

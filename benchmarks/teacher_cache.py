@@ -223,7 +223,7 @@ class Run:
             self._rows,
             image_size=data.image_size,
             batch_size=data.batch_size,
-            layout="xyi",
+            fields=("images", "labels", "rows", "host_rows"),
             num_views=1,
             device=context.device,
         )
@@ -244,7 +244,8 @@ class Run:
         self._stepper.begin_epoch(0)
         if self._kind == "cached":
             for number, columns in enumerate(self._loader):
-                self._stepper.update(Batch(*columns), step=number + 1, learning_rate=0.001)
+                batch = self.teacher.look_up(Batch(*columns))
+                self._stepper.update(batch, step=number + 1, learning_rate=0.001)
             self.teacher.flush(is_epoch_done=True)
             self.teacher.begin_epoch(0)
             assert self.teacher.network is None, "the slot is whole"
@@ -253,7 +254,9 @@ class Run:
         """Take steps; seconds from the first request for a batch to the last step's end."""
         stepper = self._stepper
         assert stepper is not None
-        batches: Iterator[Batch] = (Batch(*columns) for columns in self._loader)
+        batches: Iterator[Batch] = (
+            self.teacher.look_up(Batch(*columns)) for columns in self._loader
+        )
         next(batches)  # opening an epoch is no part of a step
         self._synchronize()
         started = time.perf_counter()
@@ -267,7 +270,7 @@ class Run:
         return elapsed
 
     def lookup_seconds(self) -> float:
-        """Seconds of looking a batch's logits up, as the loader does."""
+        """Seconds of looking a batch's logits up, as a step does."""
         cache = TeacherCache.open(self._cache_path)
         rng = np.random.default_rng()
         batches = [rng.choice(cache.rows, self._recipe.data.batch_size) for _ in range(50)]

@@ -94,7 +94,7 @@ def print_batches(folder: Path) -> None:
             augment=augment,
             image_size=32,
             seed=3,
-            layout="xyi",
+            fields=("images", "labels", "rows"),
             device="cpu",
             num_workers=1,
         )

@@ -21,7 +21,7 @@ class ReshapedDistillationTask(LogitDistillationTask):
 
     Everything else is timm's: weights of the losses, temperature, EMA, compiling, several
     processes. With `teacher_model=None` there is no teacher in memory, and each call is given its
-    logits, such as those of a `Loader` with `layout="xyit"`.
+    logits, such as those of a `Loader` with the field "teacher_logits".
 
     A soft target, as mixup and label smoothing make it, stands for its classes by their shares:
     the logits of a mixed image get the mean of the classes' standard deviations, weighted by share.
@@ -115,7 +115,7 @@ class ReshapedDistillationTask(LogitDistillationTask):
         if not self._has_teacher:
             raise InvalidValueError(
                 "the task has no teacher, so each call needs teacher_logits: take a loader with "
-                'layout="xyit", or make the task with a teacher_model.'
+                'the field "teacher_logits", or make the task with a teacher_model.'
             )
         images = self.teacher.normalize_input(images, self.student_mean, self.student_std)
         logits: Tensor = self.teacher(images, return_features=False)

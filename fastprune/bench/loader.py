@@ -125,7 +125,7 @@ def _makers(
         rows,
         augment="rrc",
         device=device,
-        raw=True,
+        dtype=torch.uint8,
         tail="exact",
         distributed=None,
         **settings,

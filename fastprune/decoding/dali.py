@@ -8,7 +8,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from ctypes.util import find_library
 from dataclasses import dataclass
+from importlib.metadata import distributions
 
 import numpy as np
 import torch
@@ -26,9 +28,7 @@ from fastprune.decoding.dali_pipeline import (
     sound_sample,
 )
 from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
-from fastprune.decoding.gpu_probe import probe_gpu_decoding
 from fastprune.jpeg.headers import read_header
-from fastprune.loading.batch import cuda_index
 from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 
 _LOG = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ class DaliEngine:
         self._broken: dict[int, str] = {}
         self._idle: list[Pipeline] = []
         _require_jpegs(beton)
-        if (index := cuda_index(device)) is not None:
-            _require_gpu_decoding(index)
+        if device.type == "cuda":
+            _require_gpu_decoding()
 
     def decode(
         self,
@@ -281,18 +281,30 @@ def _require_jpegs(beton: Beton) -> None:
         )
 
 
-def _require_gpu_decoding(device_index: int) -> None:
-    """Refuse a GPU on which DALI decodes nothing, or ends the process; say where it is slow.
+def _require_gpu_decoding() -> None:
+    """Refuse libraries known to end the process or to leave the work to the CPU.
 
     Raises:
-        MissingDependencyError: the trial failed.
+        MissingDependencyError: nvJPEG is missing, or nvImageCodec is 0.9.0.
     """
-    trial = probe_gpu_decoding(device_index)
-    if trial.verdict == "slow":
-        _LOG.warning("%s", trial.reason)
-    elif trial.verdict != "good":
+    found = {package.name: package.version for package in distributions()}
+    nvjpeg = next((v for name, v in found.items() if name.startswith("nvidia-nvjpeg")), None)
+    # Without nvJPEG, DALI decodes everything on the CPU and does not tell.
+    if nvjpeg is None and find_library("nvjpeg") is None:
         raise MissingDependencyError(
-            f'DALI cannot decode on this GPU: {trial.reason}. Use backend="cpu". What may help: '
-            "pip install 'nvidia-nvjpeg>=13.2', and another nvidia-nvimgcodec than 0.9.0; "
-            "`fastprune doctor` tries again."
+            'backend="dali" decodes on a GPU with nvJPEG, which is not installed. Install it with: '
+            "pip install 'nvidia-nvjpeg>=13.2'; or use backend=\"cpu\"."
+        )
+    # https://github.com/NVIDIA/nvImageCodec/issues/55: SIGSEGV on JPEG regions on A100, H100, B200.
+    codec = next((v for name, v in found.items() if name.startswith("nvidia-nvimgcodec")), "")
+    if codec.split(".")[:3] == ["0", "9", "0"]:
+        raise MissingDependencyError(
+            "nvImageCodec 0.9.0 crashes on JPEG regions on some GPUs. Install another: pip install "
+            "'nvidia-nvimgcodec-cu13!=0.9.0' (cu12 for CUDA 12); or use backend=\"cpu\"."
+        )
+    if nvjpeg is not None and tuple(map(int, nvjpeg.split(".")[:2])) < (13, 2):
+        _LOG.warning(
+            "nvJPEG %s decodes JPEG regions with smooth chroma on the CPU; 13.2 and newer decode "
+            "them on the GPU: pip install 'nvidia-nvjpeg>=13.2'",
+            nvjpeg,
         )

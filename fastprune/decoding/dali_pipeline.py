@@ -5,6 +5,7 @@ import io
 import os
 import re
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 
 from fastprune.base.errors import MissingDependencyError
-from fastprune.loading.batch import Copies, cuda_index
 
 try:
     import nvidia.dali.fn
@@ -197,3 +197,35 @@ def sound_sample() -> Sample:
     Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
     zeros = np.zeros((1, 2), np.int32)
     return [np.frombuffer(jpeg.getvalue(), np.uint8)], zeros, zeros + 16, zeros, zeros[:, 0]
+
+
+def cuda_index(device: torch.device) -> int | None:
+    """Return a CUDA device's number, the current one where it names none; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+class Copies:
+    """Copies tensors whose memory their library uses again as soon as they are dropped.
+
+    A copy on a GPU waits in torch's stream behind the work of the caller. The library, which works
+    in other streams, would not wait for it, so a tensor is held until its copy is made.
+    """
+
+    def __init__(self, *, most_held: int = 2):
+        self._held: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._most_held = most_held
+
+    def of(self, lent: torch.Tensor) -> torch.Tensor:
+        """Return a copy that belongs to the caller."""
+        owned = lent.clone()
+        if lent.is_cuda:
+            made = torch.cuda.Event()
+            made.record(torch.cuda.current_stream(lent.device))
+            self._held.append((lent, made))
+            if len(self._held) > self._most_held:
+                self._held[0][1].synchronize()
+            while self._held and self._held[0][1].query():
+                self._held.popleft()
+        return owned

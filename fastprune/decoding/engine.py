@@ -17,7 +17,7 @@ from fastprune.decoding.faults import RowFaults
 from fastprune.loading.arrival import FetchingEngine
 from fastprune.service.served_beton import RemoteBeton
 
-BACKENDS = ("auto", "cpu", "dali", "ffcv")
+BACKENDS = ("auto", "cpu", "dali")
 
 # Raised whenever a pixel of any view changes: logits of other pixels are another cache's.
 _VIEW_DECODER_VERSION = 1
@@ -68,8 +68,7 @@ def make_engine(
 ) -> Engine:
     """Start the engine of that name, as a client of a loading service where one is named.
 
-    Without a service, "auto" is chosen by `choice.choose_backend`. With a mirror, rows are fetched
-    into it ahead of the engine.
+    "auto" is "cpu". With a mirror, rows are fetched into it ahead of the engine.
 
     Raises:
         InvalidValueError: there is no such engine, or a service cannot stand in for it.
@@ -79,44 +78,24 @@ def make_engine(
         raise InvalidValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
     service = choose_service(service, backend, beton)
 
-    def start(name: str, faults: RowFaults) -> Engine:
-        # Imported only here: DALI and ffcv need not be installed, and take seconds to import.
-        if name == "dali":
-            from fastprune.decoding.dali import DaliEngine
+    engine: Engine
+    # Imported only here: DALI need not be installed, and takes seconds to import.
+    if backend == "dali":
+        from fastprune.decoding.dali import DaliEngine
 
-            return DaliEngine(
-                beton, image_size=image_size, num_workers=num_workers, device=device, faults=faults
-            )
-        if name == "ffcv":
-            from fastprune.decoding.ffcv_guest import FfcvGuest
-
-            return FfcvGuest(beton, image_size=image_size, num_workers=num_workers, faults=faults)
+        engine = DaliEngine(
+            beton, image_size=image_size, num_workers=num_workers, device=device, faults=faults
+        )
+    else:
         from fastprune.decoding.cpu import CpuEngine
 
-        return CpuEngine(
+        engine = CpuEngine(
             beton,
             image_size=image_size,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             faults=faults,
         )
-
-    chosen, why = ("cpu", "the service's") if service else (backend, "as asked for")
-    if chosen == "auto" and any(file.is_filled for file in beton.files):
-        chosen, why = "cpu", "rows of a mirror cannot be measured before they are fetched"
-    elif chosen == "auto":
-        from fastprune.decoding.choice import choose_backend
-
-        chosen, why = choose_backend(
-            beton,
-            lambda name: start(name, RowFaults(beton, skip=True, verify_crc=False)),
-            image_size=image_size,
-            num_workers=num_workers,
-            device=device,
-        )
-    decoder = "the GPU" if chosen == "dali" and device.type == "cuda" else f"{num_workers} threads"
-    _LOG.info("%s: decoding with the engine %s on %s (%s)", beton.path, chosen, decoder, why)
-    engine = start(chosen, faults)
     if service:
         from fastprune.decoding.cpu import CpuEngine
         from fastprune.service.address import find_credentials, parse_addresses

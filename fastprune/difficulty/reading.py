@@ -51,7 +51,7 @@ class Reading:
             order="sequential",
             seed=self.view.seed,
             tail="exact",
-            layout="xyi",
+            fields=("images", "labels", "rows"),
             num_workers=self.num_workers,
             distributed=(ranks.rank, ranks.world),
         )

@@ -28,7 +28,7 @@ def open_loaders(context: Context) -> tuple[Loader, Loader | None]:
         require_teacher_fits(recipe, train)
         return train, None
     val_size = recipe.data.val_image_size or recipe.data.image_size
-    # No `layout`: validation needs images and labels, every row once, in any order.
+    # The default fields: validation needs images and labels, every row once, in any order.
     val = Loader(recipe.data.val, train=False, image_size=val_size, **_loader_settings(context))
     require_labels(recipe, train, val)
     require_same_classes(train, val)
@@ -49,7 +49,7 @@ def open_train_loader(context: Context, image_size: int) -> Loader:
         image_size=image_size,
         seed=data_seed(context.recipe),
         num_views=data.num_views,
-        layout="xyi",
+        fields=("images", "labels", "rows", "host_rows"),
         **_loader_settings(context),
     )
 

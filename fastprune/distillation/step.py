@@ -24,8 +24,7 @@ from fastprune.distillation.losses import LogitReshaper
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.schedule import WeightAverage, make_optimizer
-from fastprune.distillation.teacher import Teacher
-from fastprune.loading.cached_logits import Holes
+from fastprune.distillation.teacher import Holes, Teacher
 from fastprune.networks import FeatureNetwork, build_network, load_weights
 from fastprune.settings import NetworkSettings, Recipe
 
@@ -81,6 +80,7 @@ class Batch(NamedTuple):
         images: (B, 3, S, S) floating.
         labels: (B,) int64.
         rows: (B,) int64, of the beton.
+        host_rows: the same on the host, for a teacher cache.
         teacher_logits: (B, C) float32, zeros where there are none; None without a teacher cache.
         holes: which of them are missing, on the host; None without a teacher cache.
     """
@@ -88,6 +88,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     rows: Tensor
+    host_rows: Tensor | None = None
     teacher_logits: Tensor | None = None
     holes: Holes | None = None
 

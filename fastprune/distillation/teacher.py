@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,6 +27,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Holes(NamedTuple):
+    """Which rows of a batch have no cached logits; on the host, where no step waits for them.
+
+    Attributes:
+        slot: of the views in the batch.
+        positions: (m,) int64, in the batch.
+        rows: (m,) int64, of the beton.
+    """
+
+    slot: int
+    positions: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
 class Teacher:
     """Asks the network in every step.
 
@@ -49,8 +63,9 @@ class Teacher:
         self.num_forwards = self.num_saved = 0
         self.fill_seconds = 0.0
 
-    def attach_to(self, loader: Loader) -> None:
-        """Let a loader of another image size deliver what a step needs."""
+    def look_up(self, batch: "Batch") -> "Batch":
+        """Put the logits that a cache has beside a batch."""
+        return batch
 
     def begin_epoch(self, slot: int) -> None:
         """Prepare for the views of a slot."""
@@ -106,7 +121,7 @@ class Teacher:
 class CachedTeacher(Teacher):
     """Takes logits from a cache, and asks the network for those that are missing, once.
 
-    The loader looks the logits up. The network is moved to the device when a slot with missing
+    The network is moved to the device when a slot with missing
     logits begins, and off it when a whole one does.
     """
 
@@ -129,15 +144,27 @@ class CachedTeacher(Teacher):
         self._asleep: nn.Module | None = network
         self._cache, self._rows = cache, rows
         self._filler = CacheFiller(cache)
+        self._slot = 0
         self._is_compiled = False
         self._earlier_seconds = 0.0
 
-    def attach_to(self, loader: Loader) -> None:
-        """Let a loader of another image size deliver the logits."""
-        loader.attach(self._cache, marks_holes=True)
+    def look_up(self, batch: "Batch") -> "Batch":
+        """Put the logits that the cache has beside a batch; zeros stand where it has none."""
+        # Just before the step: the one before may have put a row that comes twice.
+        assert batch.host_rows is not None
+        rows = batch.host_rows.numpy()
+        found, is_found = self._cache.lookup(rows, self._slot)
+        positions = np.flatnonzero(~is_found)
+        logits = torch.from_numpy(found)
+        if batch.images.is_cuda:
+            # From pinned memory the copy runs while the device still works on the last step.
+            logits = logits.pin_memory().to(batch.images.device, non_blocking=True)
+        holes = Holes(self._slot, positions, rows[positions])
+        return batch._replace(teacher_logits=logits, holes=holes)
 
     def begin_epoch(self, slot: int) -> None:
         """Bring the network to the device where logits of the slot are missing."""
+        self._slot = slot
         if self._cache.has(self._rows, slot).all():
             self._sleep()
         else:
@@ -250,7 +277,7 @@ def make_teacher(
     Args:
         context: of the run.
         objective: holds the network; beside a cache it gives it away.
-        loader: of the views; gets the cache, whose logits it delivers.
+        loader: of the views.
         num_classes: C.
         epochs: of the run.
         sizes: of the images that it goes through, the last one being the loader's.
@@ -300,7 +327,6 @@ def make_teacher(
             f"{len(cache.rows):,}",
             f"{num_outside:,}",
         )
-    loader.attach(cache, marks_holes=True)
     return CachedTeacher(context, network, cache, loader.rows)
 
 

@@ -188,7 +188,6 @@ class Trainer:
         if size == self._recipe.data.image_size:
             return self._train_loader
         loader = open_train_loader(self._context, size)
-        self._teacher.attach_to(loader)
         loader.warm_up()
         return loader
 
@@ -258,7 +257,7 @@ class Trainer:
         num_batches = len(self._batches)
         batches = self._progress.over(self._batches, epoch=epoch, first=first)
         self._timer.switch("train")
-        for index, batch in enumerate(starmap(Batch, batches), first):
+        for index, batch in enumerate(map(self._teacher.look_up, starmap(Batch, batches)), first):
             # By epochs and not by steps, since pruned epochs differ in length.
             progress = (epoch + index / num_batches) / self._epochs
             self._learning_rate = learning_rate(self._recipe.schedule, progress)

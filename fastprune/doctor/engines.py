@@ -1,6 +1,7 @@
 """Whether each engine decodes: an image is converted and loaded through it."""
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import tempfile
@@ -21,9 +22,9 @@ _SIDE = 64
 _MOST_LEVELS = 6.0
 
 _FFCV_ADVICE = (
-    'Only backend="ffcv" and an ffcv.Loader of your own need it. It is built from source. On '
-    "Debian or Ubuntu: apt-get install -y --no-install-recommends pkg-config g++ python3-dev "
-    "libopencv-dev libturbojpeg0-dev && pip install 'ffcv>=1.0.2'"
+    "Only an ffcv.Loader of your own needs it. It is built from source. On Debian or Ubuntu: "
+    "apt-get install -y --no-install-recommends pkg-config g++ python3-dev libopencv-dev "
+    "libturbojpeg0-dev && pip install 'ffcv>=1.0.2'"
 )
 _FFCV_REPAIR = (
     "It was built against other system libraries. Install libopencv-dev and libturbojpeg0-dev, and "
@@ -32,38 +33,24 @@ _FFCV_REPAIR = (
 _DALI_ADVICE = (
     "Install it with: pip install nvidia-dali-cuda130 (driver for CUDA 12: nvidia-dali-cuda120)"
 )
-
-_GPU_ADVICE = (
-    "backend=\"auto\" takes the CPU engine here. What may help: pip install 'nvidia-nvjpeg>=13.2', "
-    "and another nvidia-nvimgcodec than 0.9.0"
-)
-
-_REINSTALL = "Install it again, or use another engine."
+_ROOM = "Let TMPDIR name a folder that can be written and has room."
 
 # Of each engine: the package it needs, advice where that is missing, advice where it fails.
 _PACKAGES = {
     "cpu": ("numba", "Install fastprune again.", "Report this with the versions above."),
-    "dali": ("nvidia.dali", _DALI_ADVICE, _REINSTALL),
-    "ffcv": ("ffcv", _FFCV_ADVICE, _FFCV_REPAIR),
+    "dali": ("nvidia.dali", _DALI_ADVICE, "Install it again, or use backend='cpu'."),
 }
 
 
 def check_engines() -> list[Finding]:
     """Try every engine on every device; "bad" where an installed one fails."""
+    devices = [("cpu", "cpu"), ("dali", "cpu"), *([("dali", "cuda")] if _has_cuda() else [])]
     try:
         with _beton() as (beton, pixels):
-            findings = [
-                _check("cpu", "cpu", beton, pixels),
-                _check("dali", "cpu", beton, pixels),
-                *([_check_gpu(beton, pixels)] if _has_cuda() else []),
-                _check("ffcv", "cpu", beton, pixels),
-            ]
+            findings = [_check(backend, device, beton, pixels) for backend, device in devices]
     except (FastpruneError, OSError) as error:
         return [Finding("engines", "bad", f"no image could be converted: {error}", _ROOM)]
-    return findings
-
-
-_ROOM = "Let TMPDIR name a folder that can be written and has room."
+    return [*findings, _check_ffcv()]
 
 
 @contextlib.contextmanager
@@ -84,20 +71,6 @@ def _beton() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
         yield folder / "image.beton", np.asarray(Image.open(buffer))
 
 
-def _check_gpu(beton: Path, expected: NDArray[np.uint8]) -> Finding:
-    """Try DALI's decoding on the GPU in a child process, and only then in this one."""
-    if _is_installed("nvidia.dali"):
-        import torch
-
-        from fastprune.decoding.gpu_probe import probe_gpu_decoding
-
-        trial = probe_gpu_decoding(torch.cuda.current_device(), again=True)
-        if trial.verdict != "good":
-            verdict = "note" if trial.verdict == "slow" else "bad"
-            return Finding("engine dali, cuda", verdict, trial.reason, _GPU_ADVICE)
-    return _check("dali", "cuda", beton, expected)
-
-
 def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) -> Finding:
     """Decode the image with one engine and compare it."""
     topic = f"engine {backend}, {device}"
@@ -109,8 +82,8 @@ def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) 
         pixels = _decode(beton, backend, device)
     # A broken installation may raise anything; the doctor reports it and continues.
     except Exception as error:
-        said = str(error) if isinstance(error, FastpruneError) else repr(error)
-        return Finding(topic, "bad", said, repair)
+        reason = str(error) if isinstance(error, FastpruneError) else repr(error)
+        return Finding(topic, "bad", reason, repair)
     seconds = time.perf_counter() - started
     levels = float(np.abs(pixels.astype(float) - expected).mean())
     if levels > _MOST_LEVELS:
@@ -123,8 +96,23 @@ def _check(backend: str, device: str, beton: Path, expected: NDArray[np.uint8]) 
     return Finding(topic, "good", f"decoded an image, {seconds:.1f} s with start and compilation")
 
 
+def _check_ffcv() -> Finding:
+    """Import FFCV and the decoder for it; a library it was built against may be missing."""
+    topic = "adapter ffcv"
+    if not _is_installed("ffcv"):
+        return Finding(topic, "note", "not installed", _FFCV_ADVICE)
+    try:
+        importlib.import_module("fastprune.adapters.ffcv")
+    except Exception as error:
+        reason = str(error) if isinstance(error, FastpruneError) else repr(error)
+        return Finding(topic, "bad", reason, _FFCV_REPAIR)
+    return Finding(topic, "good", "can be imported")
+
+
 def _decode(beton: Path, backend: str, device: str) -> NDArray[np.uint8]:
     """Decode the (S, S, 3) uint8 pixels of the only image."""
+    import torch
+
     from fastprune.loading.loader import Loader
 
     loader = Loader(
@@ -136,7 +124,7 @@ def _decode(beton: Path, backend: str, device: str) -> NDArray[np.uint8]:
         image_size=_SIDE,
         batch_size=1,
         num_workers=1,
-        raw=True,
+        dtype=torch.uint8,
         distributed=None,
     )
     images, _ = next(iter(loader))

@@ -7,7 +7,7 @@ import torch
 
 from fastprune.base.checks import require_at_least, require_one_of
 from fastprune.base.errors import InvalidValueError
-from fastprune.loading.batch import LAYOUTS
+from fastprune.loading.batch import FIELDS
 from fastprune.loading.crops import AUGMENTS
 from fastprune.loading.sampler import ORDERS, TAILS
 
@@ -15,9 +15,8 @@ _CHOICES = {
     "augment": (None, *AUGMENTS),
     "order": (None, *ORDERS),
     "tail": (None, *TAILS),
-    "layout": LAYOUTS,
     "on_error": ("raise", "skip"),
-    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16, torch.uint8),
 }
 _LEAST = {
     "batch_size": 1,
@@ -42,6 +41,9 @@ def require_arguments(given: Mapping[str, Any]) -> None:
     """
     for name, allowed in _CHOICES.items():
         require_one_of(name, given[name], allowed)
+    fields = given["fields"]
+    if not fields or set(fields) - set(FIELDS) or len(set(fields)) < len(fields):
+        raise InvalidValueError(f"fields must be some of {', '.join(FIELDS)}, not {fields!r}.")
     for name, least in _LEAST.items():
         if given[name] is not None or name not in _OPTIONAL:
             require_at_least(name, given[name], least)

@@ -1,12 +1,11 @@
-"""From decoded pixels to the batch a training loop gets: to the device, normalized, arranged."""
+"""From decoded pixels to the batch a training loop gets: to the device, normalized, by field."""
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,49 +14,77 @@ from numpy.typing import NDArray
 from fastprune.base.compiled import cached
 from fastprune.base.errors import InvalidValueError
 from fastprune.decoding.memory import BatchMemory
-from fastprune.loading.cached_logits import CachedLogits
-from fastprune.loading.contrast import ContrastRows, DrawnAhead
-from fastprune.loading.sending import Sent, one_ahead, send
+from fastprune.loading.contrast import ContrastRows, contrast_batches
+from fastprune.loading.sending import Parts, one_ahead, send
+from fastprune.rows.teacher_cache import TeacherCache
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-LAYOUTS = ("xy", "xyi", "xyit", "xy_supp", "xyi_contrast", "two_view")
+# "host_rows" is for a trainer that looks rows up without waiting for the device.
+FIELDS = (
+    "images",
+    "labels",
+    "rows",
+    "teacher_logits",
+    "contrast_rows",
+    "second_images",
+    "host_rows",
+)
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Puts batches together.
+class Batch(NamedTuple):
+    """A batch between two stages of an epoch.
 
     Attributes:
-        layout: one of `LAYOUTS`.
+        number: its place in the epoch, from 1: the loader's position once it is given.
+        rows: (B,) int64, on the host; without the rows that were left out.
+        parts: pixels and other columns by name, maybe still on their way to the device.
+    """
+
+    number: int
+    rows: NDArray[np.int64]
+    parts: Parts
+
+
+class Given(NamedTuple):
+    """A batch as the caller gets it, and its place in the epoch."""
+
+    number: int
+    values: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Puts the asked fields together; its methods are the stages behind the decoder.
+
+    Attributes:
+        fields: of `FIELDS`, in the order of the batch's tuple.
         labels: (N,) int64, of every row of the beton.
         normalize: brings pixels to the device and normalizes them there.
         seed: of the transform and the contrast rows.
-        transform: applied to each image, or to each second view; None for none.
-        contrast: draws contrast rows for the layout that has them.
-        drawn: those of an epoch's batches.
-        cached: looks up the teacher's logits for the layouts that have them.
+        transform: applied to each image, or to the second ones alone; None for none.
+        contrast: draws contrast rows; None without that field.
+        cache: holds the teacher's logits; None without that field.
     """
 
-    layout: str
+    fields: tuple[str, ...]
     labels: NDArray[np.int64]
     normalize: "Normalizer"
     seed: int
     transform: Transform | None
     contrast: ContrastRows | None = None
-    drawn: DrawnAhead | None = None
-    cached: CachedLogits | None = None
+    cache: TeacherCache | None = None
 
     @property
     def views_per_row(self) -> int:
         """Views of each row in a batch."""
-        return 2 if self.layout == "two_view" else 1
+        return 2 if "second_images" in self.fields else 1
 
     def view_identity(self) -> dict[str, Any]:
-        """Return what these settings decide of a view's pixels, as JSON values."""
+        """Return the settings that decide a view's pixels, as JSON values."""
         return {
             "mean": list(self.normalize.mean),
             "std": list(self.normalize.std),
@@ -65,75 +92,95 @@ class Collate:
         }
 
     def keeping(self, rows: NDArray[np.int64], *, num_negatives: int) -> "Collate":
-        """Draw contrast rows from these rows (K,), where the layout has any."""
-        if self.layout != "xyi_contrast":
+        """Draw contrast rows from these rows (K,), if that field is asked for."""
+        if "contrast_rows" not in self.fields:
             return self
         labels = self.labels[rows]
         contrast = ContrastRows(rows, labels, num_negatives=num_negatives, seed=self.seed)
         return replace(self, contrast=contrast)
 
-    def beginning(
-        self, batches: Sequence[NDArray[np.int64]], *, epoch: int, num_workers: int
-    ) -> "Collate":
-        """Draw the contrast rows of these batches from now on, where the layout has any."""
-        if self.contrast is None:
-            return self
-        drawn = DrawnAhead(
-            self.contrast, self.labels, batches, epoch=epoch, num_workers=num_workers
-        )
-        return replace(self, drawn=drawn)
-
-    def __call__(
-        self, decoded: Iterator[tuple[torch.Tensor, NDArray[np.int64]]], *, slot: int
-    ) -> Iterator[tuple[Any, ...]]:
-        """Put batches together; on a GPU each is sent a batch ahead of the caller.
+    def columns(
+        self,
+        batches: Sequence[NDArray[np.int64]],
+        decoded: Iterator[tuple[torch.Tensor, NDArray[np.int64]]],
+        *,
+        epoch: int,
+        first: int,
+        num_workers: int,
+    ) -> Iterator[Batch]:
+        """Put labels and rows beside the pixels.
 
         Args:
-            decoded: pixels (views_per_row * B, S, S, 3) uint8, all first views before all second
-                ones, and rows (views_per_row * B,) int64, in the same order.
-            slot: in [0, 2**63), of the views: what recurs with a view, recurs as a whole.
-
-        Yields:
-            On the device, "xy": (images, labels); "xyi": (images, labels, rows); "xyit": (images,
-            labels, rows, teacher's logits), and `Holes` where they are marked; "xy_supp":
-            (images, labels, {"rows": rows}); "xyi_contrast": (images, labels, rows, contrast
-            rows); "two_view": ((images, images), labels, rows).
+            batches: the rows of each batch, as the sampler gives them.
+            decoded: of each batch, pixels (views_per_row * B, S, S, 3) uint8, all first views
+                before all second ones, and rows (views_per_row * B,) int64 in the same order.
+            epoch: in [0, 2**63).
+            first: number of the first batch.
+            num_workers: threads that may draw contrast rows.
         """
-        sent = itertools.starmap(self._send, decoded)
-        # A `map`, which keeps no batch that its caller has let go of.
-        yield from map(
-            partial(self._finish, slot=slot),
-            one_ahead(sent) if self.normalize.device.type == "cuda" else sent,
-        )
+        drawn: Iterator[torch.Tensor | None] = itertools.repeat(None)
+        if self.contrast is not None:
+            drawn = contrast_batches(
+                self.contrast, self.labels, batches, epoch=epoch, num_workers=num_workers
+            )
+        # `map`, here and below: the variable of a loop would keep a batch alive that the caller
+        # has let go of.
+        return map(self._put_together, itertools.count(first), batches, decoded, drawn)
 
-    def _send(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> Sent:
-        """Begin to copy a batch to the device."""
-        rows = rows[: len(pixels) // self.views_per_row]
-        labels = self.labels[rows]
-        columns = [labels] if self.layout == "xy" else [labels, rows]
-        parts = [pixels, *map(torch.from_numpy, columns)]
-        if self.drawn is not None:
-            parts.append(self.drawn.take(rows))
-        return send(rows, parts, self.normalize.device)
+    def finished(self, batches: Iterator[Batch], *, slot: int) -> Iterator[Given]:
+        """Send batches to the device, on a GPU one ahead of the caller, and normalize them there.
 
-    def _finish(self, sent: Sent, *, slot: int) -> tuple[Any, ...]:
-        """Make of what was sent the batch that the caller gets, in the current stream."""
-        pixels, *batch = sent.receive()
-        *earlier, pixels = pixels.chunk(self.views_per_row)
+        Args:
+            batches: on the host.
+            slot: in [0, 2**63), of the views: if a view recurs, all that belongs to it does.
+        """
+        sent = map(self._send, batches)
+        ahead = one_ahead(sent) if self.normalize.device.type == "cuda" else sent
+        return map(partial(self._finish, slot=slot), ahead)
+
+    def _put_together(
+        self,
+        number: int,
+        asked: NDArray[np.int64],
+        decoded: tuple[torch.Tensor, NDArray[np.int64]],
+        drawn: torch.Tensor | None,
+    ) -> Batch:
+        pixels, rows = decoded
+        rows = rows[: len(rows) // self.views_per_row]
+        columns = {"pixels": pixels, "labels": torch.from_numpy(self.labels[rows])}
+        if "rows" in self.fields:
+            columns["rows"] = torch.from_numpy(rows)
+        if drawn is not None:
+            kept = torch.from_numpy(np.isin(asked, rows))  # all but those left out
+            columns["contrast_rows"] = drawn if len(rows) == len(asked) else drawn[kept]
+        return Batch(number, rows, Parts(columns))
+
+    def _send(self, batch: Batch) -> Batch:
+        return batch._replace(parts=send(batch.parts, self.normalize.device))
+
+    def _finish(self, batch: Batch, *, slot: int) -> Given:
+        """Make of a sent batch what the caller gets, in the current stream."""
+        values = batch.parts.received()
+        *earlier, last = values["pixels"].chunk(self.views_per_row)
         if self.transform is not None:
-            pixels = transformed(pixels, self.transform, sent.rows, seed=self.seed, slot=slot)
-        views = (*map(self.normalize, earlier), self.normalize(pixels))
-        images = views if self.layout == "two_view" else views[0]
-        supplement: dict[str, Any] = {"rows": batch[-1]}
-        if self.cached is not None:
-            # Not a batch ahead: what is missing of a row that comes twice may be put in between.
-            logits, holes = self.cached.look_up(sent.rows, slot)
-            if self.layout == "xyit":
-                return images, *batch, logits, *([holes] if self.cached.marks_holes else [])
-            # Where torchdistill looks for what its teacher said; "." is the whole network.
-            extracted = {".": {"output": logits}}
-            supplement["cached_data"] = {"teacher_outputs": logits, "extracted_outputs": extracted}
-        return (images, batch[0], supplement) if self.layout == "xy_supp" else (images, *batch)
+            last = transformed(last, self.transform, batch.rows, seed=self.seed, slot=slot)
+        views = map(self.normalize, [*earlier, last])
+        values |= dict(zip(("images", "second_images"), views, strict=False))
+        if self.cache is not None:
+            values["teacher_logits"] = self._teacher_logits(self.cache, batch.rows, slot)
+        if "host_rows" in self.fields:
+            values["host_rows"] = torch.from_numpy(batch.rows)
+        return Given(batch.number, tuple(values[name] for name in self.fields))
+
+    def _teacher_logits(
+        self, cache: TeacherCache, rows: NDArray[np.int64], slot: int
+    ) -> torch.Tensor:
+        logits = torch.from_numpy(cache.logits(rows, slot))
+        device = self.normalize.device
+        # From pinned memory the copy runs while the device still works on the last step.
+        return (
+            logits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else logits
+        )
 
 
 @dataclass(frozen=True)
@@ -144,13 +191,13 @@ class Normalizer:
         device: where batches are delivered.
         mean: per channel, of pixel values in [0, 1].
         std: per channel, of pixel values in [0, 1].
-        dtype: torch.float32, torch.float16 or torch.bfloat16; None leaves uint8.
+        dtype: torch.float32, torch.float16, torch.bfloat16, or torch.uint8 for pixels as they are.
     """
 
     device: torch.device
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     _memory: BatchMemory = field(default_factory=BatchMemory)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -163,7 +210,7 @@ class Normalizer:
             (B, 3, S, S) on the device, channels_last: (pixel / 255 - mean) / std, or uint8.
         """
         pixels = pixels.to(self.device, non_blocking=True)
-        if self.dtype is None:
+        if self.dtype == torch.uint8:
             return pixels.permute(0, 3, 1, 2)
         batch, size = pixels.shape[:2]
         # Whole lines of S x 3 values, because a last axis of three does not vectorize.
@@ -191,7 +238,7 @@ def _normalize(lines: Any, scale: Any, shift: Any, floats: Any) -> None:
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a line of S x 3 pixel values is multiplied by, and what is added."""
+    """Return the factor and the addend of each of a line's S x 3 pixel values."""
     scale = 1 / (255 * torch.tensor(std))
     shift = -torch.tensor(mean) * 255 * scale
     return scale.repeat(size).to(device), shift.repeat(size).to(device)
@@ -249,40 +296,8 @@ def choose_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InvalidValueError(
-            f"device {name!r} is none of torch's. Say auto, cpu, cuda or cuda:1."
+            f"torch does not know the device {name!r}. Use auto, cpu, cuda or cuda:1."
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidValueError(f"device {name!r}: torch sees no CUDA device here. Say cpu.")
+        raise InvalidValueError(f"device {name!r}: torch sees no CUDA device here. Use cpu.")
     return device
-
-
-def cuda_index(device: torch.device) -> int | None:
-    """Return a CUDA device's number, the current one where it names none; None for the CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-class Copies:
-    """Copies tensors whose memory their library uses again as soon as they are dropped.
-
-    A copy on a GPU waits in torch's stream behind the work of the caller. The library, which works
-    in other streams, would not wait for it, so a tensor is held until its copy is made.
-    """
-
-    def __init__(self, *, most_held: int = 2):
-        self._held: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self._most_held = most_held
-
-    def of(self, lent: torch.Tensor) -> torch.Tensor:
-        """Return a copy that belongs to the caller."""
-        owned = lent.clone()
-        if lent.is_cuda:
-            made = torch.cuda.Event()
-            made.record(torch.cuda.current_stream(lent.device))
-            self._held.append((lent, made))
-            if len(self._held) > self._most_held:
-                self._held[0][1].synchronize()
-            while self._held and self._held[0][1].query():
-                self._held.popleft()
-        return owned

@@ -1,7 +1,7 @@
 """Rows that contrastive distillation compares a row with, drawn ahead of the training loop."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,12 @@ class ContrastRows:
         )
         if len(classes) < 2:
             raise InvalidValueError(
-                'layout="xyi_contrast" needs kept rows of at least two classes, but all are of '
-                f"class {classes[0]}. Keep more classes, or use another layout."
+                'the field "contrast_rows" needs kept rows of at least two classes, but all are of '
+                f"class {classes[0]}. Keep more classes, or leave the field out."
             )
         if len(rows) >= 2**32:
             raise InvalidValueError(
-                f'layout="xyi_contrast" draws from at most 2**32 - 1 rows, not {len(rows):,}.'
+                f'the field "contrast_rows" draws from at most 2**32 - 1 rows, not {len(rows):,}.'
             )
         self._classes = classes
         self._num_negatives = num_negatives
@@ -80,58 +80,32 @@ class ContrastRows:
         return drawn
 
 
-class DrawnAhead:
-    """The contrast rows of an epoch's batches, drawn by threads while the loop is at work."""
+def contrast_batches(
+    contrast: ContrastRows,
+    labels: NDArray[np.int64],
+    batches: Iterable[NDArray[np.int64]],
+    *,
+    epoch: int,
+    num_workers: int,
+) -> Iterator[torch.Tensor]:
+    """Draw the contrast rows of an epoch's batches on threads, ahead of the training loop.
 
-    def __init__(
-        self,
-        contrast: ContrastRows,
-        labels: NDArray[np.int64],
-        batches: Sequence[NDArray[np.int64]],
-        *,
-        epoch: int,
-        num_workers: int,
-    ):
-        """Begin with the first batches.
-
-        Args:
-            contrast: draws.
-            labels: (N,) int64, of every row of the beton.
-            batches: rows of each batch, in their order.
-            epoch: in [0, 2**63).
-            num_workers: threads; they end with this object.
-        """
-        self._contrast, self._labels, self._epoch = contrast, labels, epoch
-        self._num_workers = min(num_workers, _MOST_AHEAD)
-        self._waiting = iter(batches)
-        self._drawn: deque[tuple[NDArray[np.int64], Future[torch.Tensor]]] = deque()
-        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="contrast rows")
-        for _ in range(_MOST_AHEAD):
-            self._begin_next()
-
-    def take(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Return the contrast rows of the batch with these rows, in their order.
-
-        Args:
-            rows: (B,) int64, of the next batch or a later one, less those that were left out
-                because they cannot be decoded.
-        """
-        while True:
-            batch, drawn = self._drawn.popleft()
-            self._begin_next()
-            kept = np.isin(batch, rows)
-            # Batches that lost every row are passed over.
-            if kept.any():
-                whole = drawn.result()
-                return whole if kept.all() else whole[torch.from_numpy(kept)]
-
-    def _begin_next(self) -> None:
-        rows = next(self._waiting, None)
-        if rows is not None:
-            draw = self._threads.submit(
-                self._contrast.draw, rows, self._labels[rows], epoch=self._epoch
-            )
-            self._drawn.append((rows, draw))
+    Args:
+        contrast: draws them.
+        labels: (N,) int64, of every row of the beton.
+        batches: rows of each batch.
+        epoch: in [0, 2**63).
+        num_workers: threads; they end with the iterator.
+    """
+    num_workers = min(num_workers, _MOST_AHEAD)
+    waiting, drawn = iter(batches), deque[Future[torch.Tensor]]()
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="contrast rows") as threads:
+        for rows in waiting:
+            drawn.append(threads.submit(contrast.draw, rows, labels[rows], epoch=epoch))
+            if len(drawn) > _MOST_AHEAD:
+                yield drawn.popleft().result()
+        while drawn:
+            yield drawn.popleft().result()
 
 
 @cached(Path(__file__), Path(splitmix.__file__), nogil=True)

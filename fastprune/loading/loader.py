@@ -1,8 +1,6 @@
 """The loader: batches of a beton's kept rows, ready to train on."""
 
-import itertools
 import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,12 +22,13 @@ from fastprune.loading.arguments import require_arguments
 from fastprune.loading.batch import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Batch,
     Collate,
+    Given,
     Normalizer,
     Transform,
     choose_device,
 )
-from fastprune.loading.cached_logits import CachedLogits, open_for_loader
 from fastprune.loading.crops import CropPolicy, warn_of_enlarging
 from fastprune.loading.sampler import EpochSampler, KeptImages, NextEpoch, this_rank
 from fastprune.loading.state import make_state, read_state, require_same_batches
@@ -79,8 +78,7 @@ class Loader:
         num_views: int | None = None,
         teacher_cache: str | Path | TeacherCache | None = None,
         tail: str | None = None,
-        layout: str = "xy",
-        raw: bool = False,
+        fields: Sequence[str] = ("images", "labels"),
         transform: Transform | None = None,
         num_negatives: int = 16_384,
         on_error: str = "raise",
@@ -100,11 +98,10 @@ class Loader:
             subset: the kept rows: a file, a `Subset`, an array of rows, or None for all rows.
             batch_size: rows per batch and rank.
             train: chooses the defaults of `augment`, `order` and `tail`.
-            backend: "cpu" decodes on the CPU; "dali" on the GPU if that is the device, else on the
-                CPU; "ffcv" is the CPU's decoder inside a stock ffcv.Loader; "auto" is "cpu", or
-                DALI where it works on the GPU and decodes faster than these CPUs (docs/gpu.md).
-                All give the same rows and boxes; DALI's pixels differ by the decoders' and
-                filters' arithmetic.
+            backend: "cpu" (which "auto" is) decodes on the CPU; "dali" on the GPU if that is the
+                device, else on the CPU (docs/gpu.md). `fastprune bench loader` measures which is
+                faster. Both give the same rows and boxes; DALI's pixels differ by the decoders'
+                and filters' arithmetic.
             device: where batches are delivered; "auto" is CUDA where it is there, else the CPU.
             image_size: S, side of the square images in a batch, in pixels.
             augment: "rrc" (RandomResizedCrop and flip; default for training above 64 pixels),
@@ -113,7 +110,8 @@ class Loader:
                 default for evaluation), or "none" (the whole image).
             mean: per channel, of pixel values in [0, 1].
             std: per channel, of pixel values in [0, 1].
-            dtype: of the images: torch.float32, torch.float16 or torch.bfloat16.
+            dtype: of the images: torch.float32, torch.float16 or torch.bfloat16; torch.uint8 for
+                pixels in [0, 255], not normalized.
             order: "random" (default for training), "sequential", or "pages" (random within a
                 sliding set of `open_pages` pages of the file, for storage that is read by page).
             seed: of order and views.
@@ -121,20 +119,17 @@ class Loader:
                 that K views of each row come again and again; None is a new view in each epoch,
                 or with a teacher cache the K of it.
             teacher_cache: the teacher's logits on these views, a folder or an open cache, for the
-                layouts "xyit" and "xy_supp"; all of them must be there (`fastprune cache fill`).
+                field "teacher_logits"; all of them must be there (`fastprune cache fill`).
             tail: what becomes of rows that fill no batch: "drop" (default for training), "pad"
                 (repeats rows, see `num_repeated`) or "exact" (uneven last batches; the default for
                 evaluation).
-            layout: "xy" for (images, labels); "xyi" for (images, labels, rows); "xyit" for (images,
-                labels, rows, the teacher's logits (B, C) float32); "xy_supp" for (images, labels,
-                {"rows": rows}), to which a teacher cache adds "cached_data" for torchdistill;
-                "xyi_contrast" for (images, labels, rows, contrast rows), the last (B, 1 +
-                num_negatives); "two_view" for ((images, images), labels, rows), two views of each
-                row. Rows are those of the beton.
-            raw: deliver uint8 pixels, not normalized.
+            fields: what a batch has a tensor of, in this order: "images" (B, 3, S, S); "labels" and
+                "rows" (B,) int64, of the beton; "teacher_logits" (B, C) float32; "contrast_rows"
+                (B, 1 + num_negatives) int64, first the row itself, then rows of other classes;
+                "second_images", another view of each row.
             transform: further augmentation of each (3, S, S) uint8 image on the device, such as
-                torchvision's v2.RandAugment(), seeded by (seed, slot, row); with "two_view" of the
-                second view alone.
+                torchvision's v2.RandAugment(), seeded by (seed, slot, row); with "second_images" of
+                these alone.
             num_negatives: contrast rows of other classes for each row.
             on_error: "raise" a LoadingError for a row that cannot be decoded, or "skip" it: its
                 batch is smaller then, or missing (several ranks: an error); see `num_skipped`.
@@ -193,13 +188,13 @@ class Loader:
         self._distributed = distributed
         self._policy = CropPolicy.make(augment, image_size=image_size, train=train)
         self._collate = Collate(
-            layout=layout,
+            fields=tuple(fields),
             labels=self.beton.labels,
             normalize=Normalizer(
                 self.device,
                 require_channels("mean", mean),
                 require_channels("std", std, positive=True),
-                None if raw else dtype,
+                dtype,
             ),
             seed=seed,
             transform=transform,
@@ -219,9 +214,12 @@ class Loader:
             service_token=service_token,
             mirror=mirror,
         )
-        if teacher_cache is not None or layout == "xyit":
+        if teacher_cache is not None or "teacher_logits" in fields:
             asked = {} if num_views is None else {"num_views": num_views}
-            self.attach(open_for_loader(teacher_cache, self.view_identity() | asked, layout=layout))
+            cache = _teacher_cache(
+                teacher_cache, self.view_identity() | asked, self._collate.fields
+            )
+            self.num_views, self._collate = cache.num_views, replace(self._collate, cache=cache)
         self._use(kept_rows(self.beton, subset))
 
     @property
@@ -231,8 +229,13 @@ class Loader:
 
     @property
     def backend(self) -> str:
-        """The engine at work: "cpu", "dali" or "ffcv"."""
+        """The decoder at work: "cpu" or "dali"."""
         return self._engine.name
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a batch, in their order."""
+        return self._collate.fields
 
     @property
     def num_classes(self) -> int:
@@ -305,9 +308,8 @@ class Loader:
         given = self._given | {"beton": path, "subset": rows}
         if given["teacher_cache"] is not None:
             # By its place, like the beton: an open cache has maps and locks of this process.
-            opened = self._collate.cached
-            assert opened is not None
-            given["teacher_cache"] = opened.cache.path
+            assert self._collate.cache is not None
+            given["teacher_cache"] = self._collate.cache.path
         return given, self._next, self._rows_changed
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -319,17 +321,16 @@ class Loader:
         """Batches of this rank in an epoch."""
         return self._sampler().num_batches()
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Run the next epoch, or the one named by `set_epoch`; it begins with the first batch.
 
         Yields:
-            What `layout` says: images (B, 3, S, S), channels_last; labels (B,) int64; rows (B,)
-            int64; all on the device.
+            A tuple of the asked `fields` on the device; images are channels_last.
 
         Raises:
             LoadingError: a row cannot be decoded, a decoding thread died, or the file changed.
         """
-        if self.mixup_enabled and self._collate.cached is not None:
+        if self.mixup_enabled and self._collate.cache is not None:
             raise InvalidValueError(
                 "cached logits are of images that mixup and cutmix have not mixed. Train without "
                 "these, or without teacher_cache."
@@ -337,27 +338,34 @@ class Loader:
         # An iterator that is never advanced takes no epoch: Lightning makes one before the first.
         epoch, consumed = self._position = self._next
         self._next = (epoch + 1, 0)
-        slot = self.slot_of(epoch)
         batches = self._sampler().batches(epoch)[consumed:]
-        collate = self._collate.beginning(batches, epoch=epoch, num_workers=self.num_workers)
-        numbers, given = itertools.count(consumed + 1), deque[int]()
-
-        def has_rows(decoded: tuple[torch.Tensor, NDArray[np.int64]]) -> bool:
-            number = next(numbers)
-            if len(decoded[1]):
-                given.append(number)
-                return True
-            self._faults.require_no_peers(self.world)
-            return False  # every row of it was left out
-
-        def at_its_position(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-            self._position = (epoch, given.popleft())
-            return batch
-
-        # No loop over batches: its variable would keep one that the caller has let go of.
-        decoded = filter(has_rows, self._decoded(batches, slot=slot))
-        yield from map(at_its_position, collate(decoded, slot=slot))
+        run = self._run(batches, epoch=epoch, first=consumed + 1, num_workers=self.num_workers)
+        yield from map(partial(self._give, epoch), run)
         self._position = (epoch + 1, 0)
+
+    def _run(
+        self, batches: Sequence[NDArray[np.int64]], *, epoch: int, first: int, num_workers: int
+    ) -> Iterator[Given]:
+        """Chain the stages: rows, views, pixels, the other columns, the device, the fields."""
+        collate, slot = self._collate, self.slot_of(epoch)
+        views = partial(self._views_in_batch, slot=slot)
+        tiled = [np.tile(rows, collate.views_per_row) for rows in batches]
+        pixels = self._engine.decode(tiled, views)
+        columns = collate.columns(
+            batches, pixels, epoch=epoch, first=first, num_workers=num_workers
+        )
+        return collate.finished(filter(self._has_rows, columns), slot=slot)
+
+    def _has_rows(self, batch: Batch) -> bool:
+        """Pass over a batch all of whose rows were left out."""
+        if len(batch.rows) == 0:
+            self._faults.require_no_peers(self.world)
+        return len(batch.rows) > 0
+
+    def _give(self, epoch: int, batch: Given) -> tuple[torch.Tensor, ...]:
+        """Give a batch to the caller: from now on the loader's position is behind it."""
+        self._position = (epoch, batch.number)
+        return batch.values
 
     def slot_of(self, epoch: int) -> int:
         """Return which of a row's views an epoch shows: its own number, or that modulo K."""
@@ -395,19 +403,6 @@ class Loader:
         }
         decoder = decoder_identity(self.backend, self.device)
         return {"images": self.beton.fingerprint.to_dict(), "view": view, "decoder": decoder}
-
-    def attach(self, cache: TeacherCache, *, marks_holes: bool = False) -> None:
-        """Deliver a teacher's logits from a cache, from the next iterator on.
-
-        Args:
-            cache: of these views; of larger ones where boxes do not depend on the size ("rrc").
-            marks_holes: also make the layout "xyit", with a fifth part that says which logits are
-                missing (`cached_logits.Holes`); without it, a missing one is an error.
-        """
-        self.num_views = cache.num_views
-        layout = "xyit" if marks_holes else self._collate.layout
-        cached = CachedLogits(cache, self.device, marks_holes)
-        self._collate = replace(self._collate, layout=layout, cached=cached)
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch that the next iterator runs.
@@ -478,11 +473,7 @@ class Loader:
             rank=0,
             world=1,
         )
-        batches = sampler.batches(0)[:1]
-        collate = self._collate.beginning(batches, epoch=0, num_workers=1)
-        # Nothing comes of a batch whose rows are all left out.
-        decoded = (part for part in self._decoded(batches, slot=0) if len(part[1]))
-        next(collate(decoded, slot=0), None)
+        next(self._run(sampler.batches(0)[:1], epoch=0, first=1, num_workers=1), None)
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""
@@ -511,15 +502,32 @@ class Loader:
             "images": self.beton.fingerprint.structure,
         }
 
-    def _decoded(
-        self, batches: Sequence[NDArray[np.int64]], *, slot: int
-    ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """Return pixels and rows of batches, in the views of a slot."""
-        if self._collate.views_per_row > 1:
-            batches = [np.tile(rows, self._collate.views_per_row) for rows in batches]
-        return self._engine.decode(batches, partial(self._views_in_batch, slot=slot))
-
     def _views_in_batch(self, rows: NDArray[np.int64], *, slot: int) -> NDArray[np.int32]:
         """Return the views of rows that come once for each view."""
         parts = np.split(rows, self._collate.views_per_row)
         return np.concatenate([self.views(part, slot=slot, k=k) for k, part in enumerate(parts)])
+
+
+def _teacher_cache(
+    cache: str | Path | TeacherCache | None, identity: dict[str, Any], fields: tuple[str, ...]
+) -> TeacherCache:
+    """Open the cache of a loader, and refuse one of other images or views.
+
+    Raises:
+        InvalidValueError: the field "teacher_logits" has no cache, or the cache no field.
+        ArtifactMismatch: it is of other images or views; the difference is named.
+        ArtifactError: there is no cache, or it is damaged.
+    """
+    if cache is None:
+        raise InvalidValueError(
+            'the field "teacher_logits" needs teacher_cache, the folder of the teacher\'s logits. '
+            "Fill one: fastprune cache fill."
+        )
+    if "teacher_logits" not in fields:
+        raise InvalidValueError(
+            f'teacher_cache is for the field "teacher_logits", but fields are {fields!r}.'
+        )
+    if not isinstance(cache, TeacherCache):
+        return TeacherCache.open(cache, identity=identity)
+    cache.require(identity)
+    return cache

@@ -2,63 +2,53 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A batch on its way.
+class Parts:
+    """Tensors of a batch by name.
 
     Attributes:
-        rows: (B,) int64, on the host.
-        parts: tensors on the device, which may not have arrived yet.
-        events: what a stream must wait for before it reads them; none on the CPU.
+        tensors: on the host, or on the device, where they may not have arrived yet.
+        events: CUDA events that a stream must wait for before it reads them.
     """
 
-    rows: NDArray[np.int64]
-    parts: list[torch.Tensor]
+    tensors: dict[str, torch.Tensor]
     events: tuple[torch.cuda.Event, ...] = ()
 
-    def receive(self) -> list[torch.Tensor]:
-        """Return the parts, for which the current stream waits, and the host does not."""
+    def received(self) -> dict[str, torch.Tensor]:
+        """Let the current stream, but not the host, wait for the tensors; return them."""
         for event in self.events:
-            stream = torch.cuda.current_stream(self.parts[0].device)
+            stream = torch.cuda.current_stream(self.tensors["pixels"].device)
             stream.wait_event(event)
-            for part in self.parts:
+            for tensor in self.tensors.values():
                 # Else torch could give the memory away again while this stream still reads it.
-                part.record_stream(stream)
-        return self.parts
+                tensor.record_stream(stream)
+        return dict(self.tensors)
 
 
-def send(rows: NDArray[np.int64], parts: Sequence[torch.Tensor], device: torch.device) -> Sent:
-    """Begin to copy a batch to the device.
-
-    Args:
-        rows: (B,) int64.
-        parts: tensors, on the host or on the device already.
-        device: where they go.
-    """
+def send(parts: Parts, device: torch.device) -> Parts:
+    """Begin to copy tensors, from the host or the device itself, to a device."""
     if device.type != "cuda":
-        return Sent(rows, [part.to(device) for part in parts])
-    # What the engine may have put on the device is ready in the stream that is current now.
+        return Parts({name: tensor.to(device) for name, tensor in parts.tensors.items()})
+    # Pixels that DALI put on the device are ready in the stream that is current now.
     decoded = torch.cuda.current_stream(device).record_event()
     stream = _copy_stream(device)
     with torch.cuda.stream(stream):
         # From pageable memory, a copy would wait for the device in spite of `non_blocking`.
-        copies = [
-            part if part.is_cuda else part.pin_memory().to(device, non_blocking=True)
-            for part in parts
-        ]
-    return Sent(rows, copies, (decoded, stream.record_event()))
+        copies = {
+            name: t if t.is_cuda else t.pin_memory().to(device, non_blocking=True)
+            for name, t in parts.tensors.items()
+        }
+    return Parts(copies, (decoded, stream.record_event()))
 
 
 def one_ahead(items: Iterator[_T]) -> Iterator[_T]:

@@ -13,7 +13,6 @@ from fastprune.beton.manifest import manifest_path
 from fastprune.beton.shards import SET_NAME, shard_name
 from fastprune.beton.summary import summarize
 from tests.beton.damage import column_offset, patch
-from tests.conftest import require_library
 from tests.images import write_image_folder
 
 
@@ -231,12 +230,6 @@ def test_cut_shard_is_named(folder):
 def test_folder_without_shards_is_named(tmp_path):
     with pytest.raises(BetonError, match="is a folder without shards"):
         open_beton(tmp_path)
-
-
-def test_stock_ffcv_reads_a_shard_but_no_folder(made):
-    require_library("ffcv")
-    with pytest.raises(InvalidValueError, match=r"reads one file, but .* has 3 shards. Take"):
-        Loader(made, batch_size=4, image_size=16, device="cpu", backend="ffcv")
 
 
 def test_loader_notices_a_shard_that_was_removed(folder):

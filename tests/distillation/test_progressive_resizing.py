@@ -24,7 +24,7 @@ def make(betons):
             betons / "train.beton",
             batch_size=16,
             augment="pad_crop",
-            layout="xyi",
+            fields=("images", "labels", "rows"),
             image_size=size,
             num_workers=1,
             device="cpu",

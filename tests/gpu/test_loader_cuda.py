@@ -30,7 +30,12 @@ def beton(tmp_path_factory):
 
 
 def _loader(path, **settings):
-    defaults = {"batch_size": 8, "image_size": 32, "augment": "rrc", "layout": "xyi"}
+    defaults = {
+        "batch_size": 8,
+        "image_size": 32,
+        "augment": "rrc",
+        "fields": ("images", "labels", "rows"),
+    }
     return Loader(path, **{**defaults, **settings})
 
 
@@ -45,7 +50,9 @@ def test_batches_are_normalized_and_channels_last_on_the_gpu(beton):
 @pytest.mark.parametrize("settings", [{}, {"order": "pages"}, {"subset": np.arange(0, 30, 2)}])
 def test_rows_are_those_of_the_cpu_and_pixels_nearly_so(beton, settings):
     def epoch(device, backend):
-        batches = _loader(beton, device=device, backend=backend, tail="exact", raw=True, **settings)
+        batches = _loader(
+            beton, device=device, backend=backend, tail="exact", dtype=torch.uint8, **settings
+        )
         images, _, rows = zip(*batches, strict=True)
         return torch.cat(images).cpu().int(), torch.cat(rows).tolist()
 
@@ -69,7 +76,7 @@ def test_batches_after_a_resume_are_those_of_the_uninterrupted_run(beton, backen
 @both_backends
 def test_decoding_writes_into_no_memory_that_the_callers_stream_still_uses(beton, backend):
     """nvJPEG's hardware is reported not to wait for the stream that used its memory last."""
-    loader = _loader(beton, backend=backend, raw=True)
+    loader = _loader(beton, backend=backend, dtype=torch.uint8)
     expected = [images.cpu() for images, _, _ in loader]
     loader.set_epoch(0)
     copies = []
@@ -94,9 +101,10 @@ def test_batches_are_those_of_the_default_stream_in_any_stream(beton, backend):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["xyi", "xyi_contrast", "two_view"])
-def test_no_batch_waits_for_the_device(beton, layout):
-    loader = _loader(beton, backend="cpu", layout=layout, num_negatives=8)
+@pytest.mark.parametrize("field", ["host_rows", "contrast_rows", "second_images"])
+def test_no_batch_waits_for_the_device(beton, field):
+    fields = ("images", "labels", "rows", field)
+    loader = _loader(beton, backend="cpu", fields=fields, num_negatives=8)
     loader.warm_up()
     batches = iter(loader)
     next(batches)

@@ -22,7 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def _loader(path, **settings):
-    settings = {"batch_size": 7, "image_size": 8, "layout": "xyi", "num_workers": 1, **settings}
+    settings = {
+        "batch_size": 7,
+        "image_size": 8,
+        "fields": ("images", "labels", "rows"),
+        "num_workers": 1,
+        **settings,
+    }
     return AccelerateLoader(Loader(path, device="cpu", **settings))
 
 

@@ -51,9 +51,9 @@ def test_batches_are_those_of_the_local_beton_and_the_second_epoch_fetches_nothi
     assert open_beton(tmp_path / "mirror").present.nonzero()[0].tolist() == ROWS.tolist()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "ffcv", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_every_engine_waits_for_its_rows(train, tmp_path, backend):
-    pytest.importorskip({"ffcv": "ffcv", "dali": "nvidia.dali"}.get(backend, "torch"))
+    pytest.importorskip({"dali": "nvidia.dali"}.get(backend, "torch"))
     beton = open_beton(train)
     samples = [(beton.image_bytes(row).tobytes(), int(beton.labels[row])) for row in range(20)]
     convert(samples, tmp_path / "one.beton")

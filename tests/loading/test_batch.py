@@ -1,4 +1,4 @@
-"""The tuples of each layout."""
+"""The fields of a batch."""
 
 import numpy as np
 import pytest
@@ -6,24 +6,32 @@ import torch
 from torchvision.transforms import v2
 
 from fastprune.base.errors import InvalidValueError, LoadingError
-from fastprune.loading.contrast import ContrastRows, DrawnAhead
+from fastprune.loading.contrast import ContrastRows, contrast_batches
 from fastprune.loading.loader import Loader
 from fastprune.loading.sending import one_ahead
 
+ROWS = ("images", "labels", "rows")
+CONTRAST = (*ROWS, "contrast_rows")
+TWO_VIEWS = ("images", "second_images", "labels", "rows")
+
 
 def _loader(path, subset=None, **settings):
-    defaults = {"batch_size": 6, "image_size": 32, "augment": "rrc", "raw": True}
+    defaults = {"batch_size": 6, "image_size": 32, "augment": "rrc", "dtype": torch.uint8}
     return Loader(path, subset, **{**defaults, **settings})
 
 
-def test_the_supplement_holds_the_rows(bare_beton):
-    _, labels, supplement = next(iter(_loader(bare_beton, layout="xy_supp")))
-    assert torch.equal(supplement["rows"] % 3, labels)
+def test_a_batch_has_the_asked_fields_in_their_order(bare_beton):
+    fields = ("rows", "host_rows", "labels")
+    loader = _loader(bare_beton, fields=fields)
+    rows, host_rows, labels = next(iter(loader))
+    assert loader.fields == fields
+    assert torch.equal(rows, host_rows)
+    assert torch.equal(rows % 3, labels)
 
 
 def test_contrast_rows_are_the_row_itself_and_kept_rows_of_other_classes(bare_beton):
     kept = np.arange(0, 30, 2)
-    loader = _loader(bare_beton, kept, layout="xyi_contrast", num_negatives=50)
+    loader = _loader(bare_beton, kept, fields=CONTRAST, num_negatives=50)
     for _, labels, rows, contrast in loader:
         assert contrast.shape == (6, 51)
         assert torch.equal(contrast[:, 0], rows)
@@ -32,7 +40,7 @@ def test_contrast_rows_are_the_row_itself_and_kept_rows_of_other_classes(bare_be
 
 
 def test_a_running_iterator_keeps_its_contrast_rows_when_the_rows_change(bare_beton):
-    loader = _loader(bare_beton, layout="xyi_contrast", num_negatives=50)
+    loader = _loader(bare_beton, fields=CONTRAST, num_negatives=50)
     running = iter(loader)
     next(running)
     loader.set_rows(np.arange(7))
@@ -63,22 +71,33 @@ def test_contrast_rows_drawn_ahead_are_those_drawn_at_once():
     rows, labels = np.arange(100), np.arange(100) % 4
     contrast = ContrastRows(rows, labels, num_negatives=9, seed=1)
     batches = [*np.random.default_rng(0).permutation(100).reshape(10, 10)]
-    ahead = DrawnAhead(contrast, labels, batches, epoch=3, num_workers=2)
-    # The third batch is lost, and a row of the fifth.
-    for batch in [*batches[:2], batches[3], batches[4][1:], *batches[5:]]:
-        assert torch.equal(ahead.take(batch), contrast.draw(batch, labels[batch], epoch=3))
+    drawn = contrast_batches(contrast, labels, batches, epoch=3, num_workers=2)
+    for batch, ahead in zip(batches, drawn, strict=True):
+        assert torch.equal(ahead, contrast.draw(batch, labels[batch], epoch=3))
+
+
+def test_contrast_rows_stay_with_their_rows_where_rows_are_left_out(beton_copy, damage_row):
+    settings = {"fields": CONTRAST, "num_negatives": 9, "order": "sequential"}
+    whole = {int(row[0]): row for batch in _loader(beton_copy, **settings) for row in batch[3]}
+    # The second batch is lost, and a row of the third.
+    for row in (*range(6, 12), 14):
+        damage_row(beton_copy, row, b"\0\0\0\0")
+    batches = list(_loader(beton_copy, on_error="skip", **settings))
+    assert [len(batch[2]) for batch in batches] == [6, 5, 6, 6]
+    for _, _, rows, contrast in batches:
+        assert all(torch.equal(contrast[i], whole[int(row)]) for i, row in enumerate(rows))
 
 
 def test_contrast_rows_of_a_single_class_are_refused(bare_beton):
     with pytest.raises(InvalidValueError, match=r"two classes, but all are of class 1. Keep more"):
-        _loader(bare_beton, np.arange(1, 30, 3), layout="xyi_contrast")
+        _loader(bare_beton, np.arange(1, 30, 3), fields=CONTRAST)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
-def test_two_views_of_a_row_differ_and_the_first_is_that_of_the_other_layouts(bare_beton, backend):
-    both = next(iter(_loader(bare_beton, layout="two_view", backend=backend)))
-    single = next(iter(_loader(bare_beton, layout="xyi", backend=backend)))
-    (first, second), labels, rows = both
+def test_two_views_of_a_row_differ_and_the_first_is_that_of_other_loaders(bare_beton, backend):
+    both = next(iter(_loader(bare_beton, fields=TWO_VIEWS, backend=backend)))
+    single = next(iter(_loader(bare_beton, fields=ROWS, backend=backend)))
+    first, second, labels, rows = both
     assert torch.equal(first, single[0])
     assert torch.equal(labels, single[1])
     assert torch.equal(rows, single[2])
@@ -88,8 +107,13 @@ def test_two_views_of_a_row_differ_and_the_first_is_that_of_the_other_layouts(ba
 
 def test_a_row_left_out_of_two_views_counts_once(beton_copy, damage_row):
     damage_row(beton_copy, 2, b"\0\0\0\0")
-    loader = _loader(beton_copy, layout="two_view", order="sequential", on_error="skip")
-    (first, second), _, rows = next(iter(loader))
+    loader = _loader(
+        beton_copy,
+        fields=TWO_VIEWS,
+        order="sequential",
+        on_error="skip",
+    )
+    first, second, _, rows = next(iter(loader))
     assert rows.tolist() == [0, 1, 3, 4, 5]
     assert len(first) == len(second) == 5
     assert loader.num_skipped == 1
@@ -97,7 +121,7 @@ def test_a_row_left_out_of_two_views_counts_once(beton_copy, damage_row):
 
 def test_a_transform_is_seeded_by_the_row_and_leaves_torchs_generator_alone(bare_beton):
     def images(**settings):
-        loader = _loader(bare_beton, layout="xyi", transform=v2.RandAugment(), **settings)
+        loader = _loader(bare_beton, fields=ROWS, transform=v2.RandAugment(), **settings)
         return {int(rows[i]): x[i] for x, _, rows in loader for i in range(len(rows))}
 
     torch.manual_seed(3)
@@ -107,7 +131,7 @@ def test_a_transform_is_seeded_by_the_row_and_leaves_torchs_generator_alone(bare
     torch.manual_seed(4)
     other = images(tail="exact", batch_size=5)
     assert all(torch.equal(one[row], other[row]) for row in range(30))
-    plain = next(iter(_loader(bare_beton, layout="xyi")))
+    plain = next(iter(_loader(bare_beton, fields=ROWS)))
     assert any(not torch.equal(one[int(row)], x) for x, row in zip(plain[0], plain[2], strict=True))
 
 
@@ -121,8 +145,8 @@ def test_a_transform_of_images_on_the_cpu_leaves_the_generators_of_gpus_alone(
 
 
 def test_with_two_views_only_the_second_is_transformed(bare_beton):
-    loader = _loader(bare_beton, layout="two_view", transform=torch.zeros_like)
-    (first, second), _, _ = next(iter(loader))
+    loader = _loader(bare_beton, fields=TWO_VIEWS, transform=torch.zeros_like)
+    first, second, _, _ = next(iter(loader))
     assert first.any()
     assert not second.any()
 

@@ -11,6 +11,7 @@ from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueE
 from tests.difficulty.betons import small_beton
 
 CLASSES = 5
+FIELDS = ("images", "labels", "rows", "teacher_logits")
 SETTINGS = {"image_size": 32, "batch_size": 8, "device": "cpu", "num_workers": 1}
 
 
@@ -43,9 +44,15 @@ def cache(beton, tmp_path):
 
 
 def test_logits_are_those_of_the_rows_and_of_the_slot(beton, cache):
-    loader = Loader(beton, seed=3, layout="xyit", teacher_cache=cache.path, **SETTINGS)
+    loader = Loader(
+        beton,
+        seed=3,
+        fields=FIELDS,
+        teacher_cache=cache.path,
+        **SETTINGS,
+    )
     assert loader.num_views == 2
-    plain = Loader(beton, seed=3, layout="xyi", num_views=2, **SETTINGS)
+    plain = Loader(beton, seed=3, fields=("images", "labels", "rows"), num_views=2, **SETTINGS)
     for epoch in range(3):
         for batch, expected in zip(loader, plain, strict=True):
             _, _, rows, logits = batch
@@ -57,46 +64,31 @@ def test_logits_are_those_of_the_rows_and_of_the_slot(beton, cache):
 def test_an_open_cache_will_do_and_a_subset_of_its_rows(beton, cache):
     loader = Loader(
         *(beton, cache.rows[:9]),
-        **{"seed": 3, "layout": "xyit", "teacher_cache": cache, "tail": "exact", **SETTINGS},
+        **{
+            "seed": 3,
+            "fields": FIELDS,
+            "teacher_cache": cache,
+            "tail": "exact",
+            **SETTINGS,
+        },
     )
     rows = torch.cat([rows for _, _, rows, _ in loader])
     assert sorted(rows.tolist()) == cache.rows[:9].tolist()
 
 
-def test_torchdistill_finds_them_where_its_own_cache_would_be(beton, cache):
-    loader = Loader(beton, seed=3, layout="xy_supp", teacher_cache=cache.path, **SETTINGS)
-    _, _, supplement = next(iter(loader))
-    expected = logits_of(supplement["rows"], 0)
-    assert np.array_equal(supplement["cached_data"]["teacher_outputs"], expected)
-    extracted = supplement["cached_data"]["extracted_outputs"]
-    assert np.array_equal(extracted["."]["output"], expected)
-    plain = Loader(beton, seed=3, layout="xy_supp", **SETTINGS)
-    assert next(iter(plain))[2].keys() == {"rows"}
-
-
 def test_a_missing_row_is_named(beton, cache, tmp_path):
     for name in ("slot-001.npy", "filled-001.npy"):
         (cache.path / name).unlink()
-    loader = Loader(beton, seed=3, layout="xyit", teacher_cache=cache.path, **SETTINGS)
+    loader = Loader(
+        beton,
+        seed=3,
+        fields=FIELDS,
+        teacher_cache=cache.path,
+        **SETTINGS,
+    )
     assert len(list(loader)) > 0
     with pytest.raises(ArtifactError, match=r"no logits yet of row \d+ in slot 1 .*cache fill"):
         next(iter(loader))
-
-
-def test_holes_are_marked_on_the_host_for_who_asks_for_it(beton, cache):
-    for file in cache.path.glob("*-000.npy"):
-        file.unlink()
-    reopened = TeacherCache.open(cache.path)
-    reopened.put(cache.rows[::2], 0, logits_of(cache.rows[::2], 0))
-    loader = Loader(beton, seed=3, layout="xyi", num_views=2, **SETTINGS)
-    loader.attach(reopened, marks_holes=True)
-    _, _, rows, logits, holes = next(iter(loader))
-    is_missing = ~np.isin(rows, cache.rows[::2])
-    assert holes.slot == 0
-    assert np.array_equal(holes.positions, np.flatnonzero(is_missing))
-    assert np.array_equal(holes.rows, rows[is_missing])
-    assert np.array_equal(logits[~is_missing], logits_of(rows[~is_missing], 0))
-    assert not logits[is_missing].any()
 
 
 @pytest.mark.parametrize(
@@ -111,20 +103,31 @@ def test_holes_are_marked_on_the_host_for_who_asks_for_it(beton, cache):
     ],
 )
 def test_a_cache_of_other_views_is_refused(beton, cache, options, message):
-    settings = {"seed": 3, "layout": "xyit", "teacher_cache": cache.path, **SETTINGS} | options
+    settings = {
+        "seed": 3,
+        "fields": FIELDS,
+        "teacher_cache": cache.path,
+        **SETTINGS,
+    } | options
     with pytest.raises(ArtifactMismatch, match=message):
         Loader(beton, **settings)
 
 
-def test_layouts_and_caches_that_do_not_fit_are_refused(beton, cache):
-    with pytest.raises(InvalidValueError, match='layout="xyit" needs teacher_cache'):
-        Loader(beton, layout="xyit", **SETTINGS)
-    with pytest.raises(InvalidValueError, match='teacher_cache needs layout="xyit"'):
-        Loader(beton, seed=3, layout="xyi", teacher_cache=cache.path, **SETTINGS)
+def test_fields_and_caches_that_do_not_fit_are_refused(beton, cache):
+    with pytest.raises(InvalidValueError, match='field "teacher_logits" needs teacher_cache'):
+        Loader(beton, fields=FIELDS, **SETTINGS)
+    with pytest.raises(InvalidValueError, match='teacher_cache is for the field "teacher_logits"'):
+        Loader(beton, seed=3, teacher_cache=cache.path, **SETTINGS)
 
 
 def test_mixup_is_refused_beside_cached_logits(beton, cache):
-    loader = Loader(beton, seed=3, layout="xyit", teacher_cache=cache.path, **SETTINGS)
+    loader = Loader(
+        beton,
+        seed=3,
+        fields=FIELDS,
+        teacher_cache=cache.path,
+        **SETTINGS,
+    )
     loader.mixup_enabled = True
     with pytest.raises(InvalidValueError, match="mixup and cutmix have not mixed"):
         next(iter(loader))
@@ -135,7 +138,13 @@ def test_a_loop_of_another_codebase_learns_without_a_teacher(beton, cache):
     torch.manual_seed(0)
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, CLASSES))
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
-    loader = Loader(beton, seed=3, layout="xyit", teacher_cache=cache.path, **SETTINGS)
+    loader = Loader(
+        beton,
+        seed=3,
+        fields=FIELDS,
+        teacher_cache=cache.path,
+        **SETTINGS,
+    )
     distances = []
     for _ in range(8):
         for images, _, _, logits in loader:
@@ -153,7 +162,13 @@ def test_a_pickled_loader_finds_its_cache_from_any_folder(
 ):
     monkeypatch.chdir(cache.path.parent)
     given = TeacherCache.open(cache.path.name) if is_open else cache.path.name
-    loader = Loader(beton, seed=3, layout="xyit", teacher_cache=given, **SETTINGS)
+    loader = Loader(
+        beton,
+        seed=3,
+        fields=FIELDS,
+        teacher_cache=given,
+        **SETTINGS,
+    )
     pickled = pickle.dumps(loader)
     monkeypatch.chdir("/")
     copy = pickle.loads(pickled)

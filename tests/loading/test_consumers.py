@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from fastprune.adapters.torchdistill import TorchdistillLoader
+from fastprune.base.errors import InvalidValueError
 from fastprune.loading.loader import Loader
 from fastprune.rows.teacher_cache import TeacherCache
 from tests.conftest import require_library
+
+ROWS = ("images", "labels", "rows")
 
 # What other packages warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,7 +68,10 @@ def test_lightning_trains_names_the_epochs_and_validates(bare_beton, tmp_path):
     require_library("lightning")
     import lightning
 
-    train, val = _loader(bare_beton, layout="xyi"), _loader(bare_beton, train=False)
+    train, val = (
+        _loader(bare_beton, fields=ROWS),
+        _loader(bare_beton, train=False),
+    )
     seen = []
 
     class Module(lightning.LightningModule):
@@ -118,7 +125,10 @@ def test_lightning_spawns_two_processes_that_share_the_rows(bare_beton, tmp_path
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
-    ).fit(Module(tmp_path), _loader(bare_beton, layout="xyi", tail="pad", num_workers=1))
+    ).fit(
+        Module(tmp_path),
+        _loader(bare_beton, fields=ROWS, tail="pad", num_workers=1),
+    )
     rows = [json.loads((tmp_path / f"rows-{rank}.json").read_text()) for rank in (0, 1)]
     assert sorted(set(rows[0] + rows[1])) == list(range(30))
     assert len(rows[0]) == len(rows[1]) == 18
@@ -200,7 +210,7 @@ def _torchdistill_epoch(box):
 
 def test_torchdistill_distils_with_the_supplement(bare_beton):
     require_library("torchdistill")
-    loader = _loader(bare_beton, layout="xy_supp")
+    loader = TorchdistillLoader(_loader(bare_beton, fields=ROWS))
     losses = _torchdistill_epoch(_torchdistill_box(_network(), loader, teacher_path="1"))
     assert len(losses) == len(loader)
     assert all(loss > 0 for loss in losses)
@@ -212,7 +222,7 @@ def test_torchdistill_distils_from_a_teacher_cache_and_asks_no_teacher(bare_beto
 
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
-    plain = _loader(bare_beton, layout="xy_supp", num_views=1)
+    plain = TorchdistillLoader(_loader(bare_beton, fields=ROWS, num_views=1))
     with TeacherCache.create(
         tmp_path / "cache",
         rows=plain.rows,
@@ -223,7 +233,8 @@ def test_torchdistill_distils_from_a_teacher_cache_and_asks_no_teacher(bare_beto
     ) as cache:
         for images, _, supplement in plain:
             cache.put(supplement["rows"], 0, teacher(images).detach())
-    loader = _loader(bare_beton, layout="xy_supp", teacher_cache=tmp_path / "cache")
+    cached = {"fields": (*ROWS, "teacher_logits"), "teacher_cache": tmp_path / "cache"}
+    loader = TorchdistillLoader(_loader(bare_beton, **cached))
     plain.set_epoch(0)
     asked = _torchdistill_epoch(_torchdistill_box(teacher, plain, teacher_path="."))
 
@@ -233,3 +244,29 @@ def test_torchdistill_distils_from_a_teacher_cache_and_asks_no_teacher(bare_beto
 
     box = _torchdistill_box(nn.Identity(), loader, teacher_path=".", teacher_proc="forward_cached")
     assert _torchdistill_epoch(box) == asked
+
+
+def test_torchdistill_finds_cached_logits_where_its_own_cache_would_be(bare_beton, tmp_path):
+    plain = _loader(bare_beton, fields=ROWS, num_views=1)
+    with TeacherCache.create(
+        tmp_path / "cache",
+        rows=plain.rows,
+        num_classes=3,
+        num_views=1,
+        dtype="float32",
+        identity=plain.view_identity(),
+    ) as cache:
+        cache.put(plain.rows, 0, torch.eye(3)[torch.from_numpy(plain.rows) % 3].numpy())
+    cached = {"fields": (*ROWS, "teacher_logits"), "teacher_cache": tmp_path / "cache"}
+    _, labels, supplement = next(iter(TorchdistillLoader(_loader(bare_beton, **cached))))
+    logits = supplement["cached_data"]["teacher_outputs"]
+    assert torch.equal(logits, torch.eye(3)[labels])
+    assert supplement["cached_data"]["extracted_outputs"]["."]["output"] is logits
+    _, labels, supplement = next(iter(TorchdistillLoader(plain)))
+    assert supplement.keys() == {"rows"}
+    assert torch.equal(supplement["rows"] % 3, labels)
+
+
+def test_torchdistill_refuses_other_fields(bare_beton):
+    with pytest.raises(InvalidValueError, match=r"torchdistill needs fields=.*not \('images', 'l"):
+        TorchdistillLoader(_loader(bare_beton))

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,17 @@ require_library("dali")
 
 
 def _loader(path, subset=None, **settings):
-    defaults = {"batch_size": 4, "image_size": 32, "augment": "rrc", "layout": "xyi"}
+    defaults = {
+        "batch_size": 4,
+        "image_size": 32,
+        "augment": "rrc",
+        "fields": ("images", "labels", "rows"),
+    }
     return Loader(path, subset, **{"backend": "dali", **defaults, **settings})
 
 
 def _images_by_row(path, subset=None, **settings):
-    batches = _loader(path, subset, tail="exact", raw=True, **settings)
+    batches = _loader(path, subset, tail="exact", dtype=torch.uint8, **settings)
     return {
         int(rows[i]): images[i].permute(1, 2, 0).numpy()
         for images, _, rows in batches
@@ -66,7 +72,7 @@ def test_both_engines_show_the_same_part_of_every_image(bare_beton, augment):
 
 def test_pixels_are_those_of_cropping_and_resizing_with_pil(bare_beton):
     beton = open_beton(bare_beton)
-    loader = _loader(bare_beton, raw=True, tail="exact")
+    loader = _loader(bare_beton, dtype=torch.uint8, tail="exact")
     for images, _, rows in loader:
         views = loader.views(rows.numpy(), slot=0)
         for image, row, (top, left, height, width, _, _, flip) in zip(
@@ -322,25 +328,46 @@ def test_buffers_are_made_for_an_image_and_not_for_two_outliers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "reason"),
+    ("packages", "message"),
     [
-        ("crashes", "decoding regions ended the process with SIGSEGV"),
-        ("fails", "nvJPEG is missing"),
+        ({}, 'nvJPEG, which is not installed.*or use backend="cpu"'),
+        ({"nvidia-nvjpeg": "13.2.1", "nvidia-nvimgcodec-cu13": "0.9.0"}, "0.9.0 crashes on JPEG"),
     ],
 )
-def test_a_gpu_on_which_the_trial_failed_is_refused(stock_beton, monkeypatch, verdict, reason):
-    from fastprune.beton.opening import open_beton
-    from fastprune.decoding import dali
-    from fastprune.decoding.faults import RowFaults
-    from fastprune.decoding.gpu_probe import GpuDecoding
+def test_libraries_that_decode_nothing_on_a_gpu_are_refused(monkeypatch, packages, message):
+    with pytest.raises(MissingDependencyError, match=message):
+        _require_gpu_decoding(monkeypatch, packages)
 
-    monkeypatch.setattr(dali, "probe_gpu_decoding", lambda index: GpuDecoding(verdict, reason))
-    beton = open_beton(stock_beton)
-    with pytest.raises(MissingDependencyError, match=f'{reason}. Use backend="cpu"'):
-        dali.DaliEngine(
-            beton,
-            image_size=32,
-            num_workers=1,
-            device=torch.device("cuda:0"),
-            faults=RowFaults(beton, skip=False, verify_crc=False),
-        )
+
+@pytest.mark.parametrize(("version", "warns"), [("13.1.0", True), ("13.2.0.84", False)])
+def test_an_nvjpeg_that_decodes_regions_on_the_cpu_is_reported(monkeypatch, caplog, version, warns):
+    packages = {"nvidia-nvjpeg": version, "nvidia-nvimgcodec-cu13": "0.8.0.22"}
+    _require_gpu_decoding(monkeypatch, packages)
+    assert ("13.2 and newer decode" in caplog.text) == warns
+
+
+def _require_gpu_decoding(monkeypatch, packages):
+    from fastprune.decoding import dali
+
+    found = [SimpleNamespace(name=name, version=version) for name, version in packages.items()]
+    monkeypatch.setattr(dali, "distributions", lambda: found)
+    monkeypatch.setattr(dali, "find_library", lambda name: None)
+    dali._require_gpu_decoding()
+
+
+def test_a_cuda_device_without_a_number_is_the_current_one(monkeypatch):
+    from fastprune.decoding.dali_pipeline import cuda_index
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert cuda_index(torch.device("cuda")) == 3
+    assert cuda_index(torch.device("cuda:1")) == 1
+    assert cuda_index(torch.device("cpu")) is None
+
+
+def test_a_copy_does_not_share_memory():
+    from fastprune.decoding.dali_pipeline import Copies
+
+    lent = torch.zeros(3)
+    owned = Copies().of(lent)
+    lent.fill_(1)
+    assert not owned.any()

@@ -11,7 +11,13 @@ from fastprune.loading.loader import Loader
 
 def _run(rank, folder, settings):
     """One rank: build the loader before the process group, load two epochs, save what came."""
-    loader = Loader(settings.pop("beton"), layout="xyi", image_size=16, num_workers=1, **settings)
+    loader = Loader(
+        settings.pop("beton"),
+        fields=("images", "labels", "rows"),
+        image_size=16,
+        num_workers=1,
+        **settings,
+    )
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
@@ -38,7 +44,9 @@ def test_two_ranks_see_together_what_one_rank_with_twice_the_batch_sees(
 ):
     ranks = two_ranks(batch_size=4, order=order)
     assert ranks[0]["len"] == ranks[1]["len"] == 3
-    alone = Loader(bare_beton, batch_size=8, layout="xyi", image_size=16, order=order)
+    alone = Loader(
+        bare_beton, batch_size=8, fields=("images", "labels", "rows"), image_size=16, order=order
+    )
     for first, second in zip(*(rank["epochs"] for rank in ranks), strict=True):
         whole = [rows.tolist() for _, _, rows in alone]
         together = [

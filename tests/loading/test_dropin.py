@@ -11,6 +11,8 @@ from torch import nn
 
 from fastprune.loading.loader import Loader
 
+ROWS = ("images", "labels", "rows")
+
 
 @pytest.fixture
 def student():
@@ -23,7 +25,7 @@ def _loader(path, **settings):
 
 
 def test_repdistiller_trains_on_image_label_and_index(bare_beton, student):
-    loader = _loader(bare_beton, layout="xyi")
+    loader = _loader(bare_beton, fields=ROWS)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
     for input, target, index in loader:  # noqa: A001 - their names
         loss = nn.functional.cross_entropy(student(input.float()), target)
@@ -34,7 +36,7 @@ def test_repdistiller_trains_on_image_label_and_index(bare_beton, student):
 
 
 def test_repdistillers_crd_reads_a_memory_of_all_rows_by_index_and_contrast(bare_beton):
-    loader = _loader(bare_beton, layout="xyi_contrast", num_negatives=20)
+    loader = _loader(bare_beton, fields=(*ROWS, "contrast_rows"), num_negatives=20)
     n_data = loader.beton.num_rows
     memory = torch.randn(n_data, 8)
     for input, _target, index, contrast_idx in loader:  # noqa: A001
@@ -50,14 +52,14 @@ def test_repdistiller_validates_on_image_and_label(bare_beton, student):
     assert 0 <= correct <= 30
 
 
-@pytest.mark.parametrize("layout", ["xyi", "two_view"])
-def test_mdistiller_draws_as_many_batches_as_it_counted_in_every_epoch(bare_beton, layout):
-    train_loader = _loader(bare_beton, layout=layout)
+@pytest.mark.parametrize("fields", [ROWS, (*ROWS, "second_images")])
+def test_mdistiller_draws_as_many_batches_as_it_counted_in_every_epoch(bare_beton, fields):
+    train_loader = _loader(bare_beton, fields=fields)
     for _ in range(2):
         train_iter = iter(train_loader)
         for _ in range(len(train_loader)):
-            image, target, index = next(train_iter)
-            image_weak = image[0] if layout == "two_view" else image
+            image_weak, target, index, *image_strong = next(train_iter)
+            assert len(image_strong) == ("second_images" in fields)
             assert len(image_weak.float()) == len(target.long()) == len(index.long())
     num_data, num_classes = len(train_loader.dataset), train_loader.num_classes
     assert (num_data, num_classes) == (30, 3)
@@ -66,14 +68,21 @@ def test_mdistiller_draws_as_many_batches_as_it_counted_in_every_epoch(bare_beto
 def test_mdslr_looks_up_statistics_of_the_whole_set_by_index(bare_beton):
     kept = np.arange(0, 30, 2)
     statistics = torch.arange(30)
-    loader = Loader(bare_beton, kept, batch_size=5, image_size=32, layout="xyi", device="cpu")
+    loader = Loader(
+        bare_beton,
+        kept,
+        batch_size=5,
+        image_size=32,
+        fields=ROWS,
+        device="cpu",
+    )
     for _, target, index in loader:
         assert torch.equal(statistics[index] % 3, target)
 
 
 @pytest.mark.parametrize("name", ["sampler", "batch_sampler"])
 def test_the_epoch_is_named_through_the_samplers(bare_beton, name):
-    loader = _loader(bare_beton, layout="xyi")
+    loader = _loader(bare_beton, fields=ROWS)
     sampler = getattr(loader, name)
     sampler = getattr(sampler, "sampler", sampler)
     sampler.set_epoch(4)

@@ -23,7 +23,12 @@ def beton(tmp_path):
 
 
 def _loader(path, **settings):
-    defaults = {"batch_size": 4, "image_size": 16, "layout": "xyi", "train": False}
+    defaults = {
+        "batch_size": 4,
+        "image_size": 16,
+        "fields": ("images", "labels", "rows"),
+        "train": False,
+    }
     return Loader(path, **{**defaults, **settings})
 
 
@@ -66,7 +71,12 @@ def test_checksums_are_computed_once_unless_asked_for_always(beton, monkeypatch,
 def test_warming_up_on_rows_that_are_all_left_out_does_nothing(beton, damage_row):
     for row in range(4):
         damage_row(beton, row, b"\0\0\0\0")
-    loader = _loader(beton, on_error="skip", layout="xyi_contrast", num_negatives=5)
+    loader = _loader(
+        beton,
+        on_error="skip",
+        fields=("images", "labels", "rows", "contrast_rows"),
+        num_negatives=5,
+    )
     loader.warm_up()
     assert [rows.tolist() for _, _, rows, _ in loader] == [[4, 5, 6, 7], [8, 9, 10, 11]]
 

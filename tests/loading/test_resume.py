@@ -12,7 +12,12 @@ from tests.conftest import require_library
 
 
 def _loader(path, subset=None, **settings):
-    defaults = {"batch_size": 2, "image_size": 32, "augment": "rrc", "layout": "xyi"}
+    defaults = {
+        "batch_size": 2,
+        "image_size": 32,
+        "augment": "rrc",
+        "fields": ("images", "labels", "rows"),
+    }
     return Loader(path, subset, **{**defaults, **settings})
 
 

@@ -19,7 +19,12 @@ SUBSET = np.arange(0, NUM_ROWS, 2)
 
 
 def make_loader(path, service, subset=None, **settings):
-    defaults = {"batch_size": 16, "image_size": 32, "augment": "rrc", "layout": "xyi"}
+    defaults = {
+        "batch_size": 16,
+        "image_size": 32,
+        "augment": "rrc",
+        "fields": ("images", "labels", "rows"),
+    }
     return Loader(path, subset, service=service, num_workers=1, **{**defaults, **settings})
 
 
@@ -53,8 +58,8 @@ def no_fallback(monkeypatch):
         {"order": "pages", "open_pages": 2},
         {"tail": "exact", "batch_size": 7},
         {"tail": "pad", "batch_size": 70},
-        {"layout": "two_view"},
-        {"raw": True},
+        {"fields": ("images", "second_images", "labels", "rows")},
+        {"dtype": torch.uint8},
         {"augment": "pad_crop"},
         {"train": False, "augment": None, "image_size": 96},
         {"verify_crc": True},

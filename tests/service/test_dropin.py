@@ -22,7 +22,8 @@ import hashlib, sys
 import torch.distributed
 from fastprune import Loader
 torch.distributed.init_process_group("gloo")
-loader = Loader(sys.argv[1], batch_size=7, image_size=32, augment="rrc", layout="xyi", tail="pad",
+loader = Loader(sys.argv[1], batch_size=7, image_size=32, augment="rrc", tail="pad",
+                fields=("images", "labels", "rows"),
                 num_workers=1, device="cpu")
 digest = hashlib.blake2b()
 for epoch in range(2):
@@ -39,7 +40,14 @@ def repdistiller_weights(path):
     student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
-    loader = Loader(path, batch_size=6, image_size=32, layout="xyi", device="cpu", num_workers=1)
+    loader = Loader(
+        path,
+        batch_size=6,
+        image_size=32,
+        fields=("images", "labels", "rows"),
+        device="cpu",
+        num_workers=1,
+    )
     for epoch in range(2):
         loader.set_epoch(epoch)
         for input, target, _index in loader:  # noqa: A001 - their names

@@ -52,7 +52,7 @@ def trusting(certificates, monkeypatch):
         {"order": "pages", "open_pages": 2},
         {"tail": "exact", "batch_size": 7},
         {"tail": "pad", "batch_size": 70},
-        {"layout": "two_view"},
+        {"fields": ("images", "second_images", "labels", "rows")},
         {"distributed": (0, 2), "tail": "pad"},
         {"distributed": (1, 2), "tail": "pad"},
         {"train": False, "augment": None, "image_size": 96},

@@ -29,7 +29,8 @@ import hashlib, sys, time
 from fastprune.loading.loader import Loader
 beton, address, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
 digest = hashlib.blake2b()
-loader = Loader(beton, batch_size=8, image_size=160, service=address, num_workers=1, layout="xyi")
+loader = Loader(beton, batch_size=8, image_size=160, service=address, num_workers=1,
+                fields=("images", "labels", "rows"))
 for images, labels, rows in loader:
     digest.update(images.contiguous().numpy().tobytes() + rows.numpy().tobytes())
     print("batch", flush=True)

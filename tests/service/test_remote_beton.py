@@ -50,7 +50,11 @@ def test_columns_names_and_identity_are_those_of_the_file(beton, serve):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"order": "pages", "open_pages": 2}, {"tail": "exact", "layout": "two_view"}],
+    [
+        {},
+        {"order": "pages", "open_pages": 2},
+        {"tail": "exact", "fields": ("images", "second_images", "labels", "rows")},
+    ],
     ids=str,
 )
 def test_batches_equal_those_of_the_file(beton, serve, settings):
