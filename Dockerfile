@@ -14,7 +14,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 \
     && tools/system-packages.sh && rm -rf /var/lib/apt/lists/*
 # EXTRAS: dali-cuda12 in place of dali-cuda13 for older drivers. TORCH_INDEX: a wheel index to take
 # torch from, such as PyTorch's CPU-only one.
-ARG EXTRAS="ffcv dali-cuda13 timm"
+ARG EXTRAS="train report ffcv dali-cuda13 timm"
 ARG TORCH_INDEX=
 COPY pyproject.toml constraints.txt tools/dependencies.py ./
 # hadolint ignore=DL3042

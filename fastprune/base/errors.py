@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -73,6 +75,27 @@ class TrainingStopped(TrainingError):  # noqa: N818 - nothing went wrong
 
 class PeerError(TrainingError):
     """Another process of the run failed; the text has its reason."""
+
+
+@contextmanager
+def importing(package: str, *, extra: str, purpose: str) -> Iterator[None]:
+    """Name a missing package, and the line that installs it, where an import in the block fails.
+
+    Args:
+        package: as `pip` knows it.
+        extra: of fastprune, which brings the package.
+        purpose: the words in front of "needs the package".
+
+    Raises:
+        MissingDependencyError: the package cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{purpose} needs the package {package} ({error}). Install it with: "
+            f"pip install 'fastprune[{extra}]'"
+        ) from error
 
 
 def warn_user(message: str, category: type[Warning]) -> None:

@@ -5,9 +5,9 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
+from fastprune.base.errors import importing
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,9 @@ class RunLog:
             num_bytes: of metrics.jsonl that stay; 0 begins it anew.
             step: the last one whose events stay.
         """
+        with importing("tensorboard", extra="train", purpose="a training run"):
+            from torch.utils.tensorboard import SummaryWriter
+
         self._start = time.perf_counter()
         path = folder / "metrics.jsonl"
         path.touch()
@@ -46,7 +49,7 @@ class RunLog:
         self._is_full = False
         self._earlier_hook = threading.excepthook
         threading.excepthook = self._hear_of_thread
-        self._events: SummaryWriter | None = None
+        self._events: Any = None  # a SummaryWriter, where the disk took one
         # It leaves out what an interrupted run wrote at or behind this step.
         purge_step = step + 1 if step else None
         try:

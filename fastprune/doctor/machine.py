@@ -64,6 +64,9 @@ def check_cuda(*, devices: Path = _DEVICES) -> Finding:
     try:
         # Wheels of another build load, and fail at the first operator that both register.
         import torchvision  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            return Finding(topic, "bad", f"torchvision cannot be imported: {error}", _PAIR)
     except Exception as error:
         return Finding(topic, "bad", f"torchvision does not fit torch: {error!r}", _PAIR)
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastprune.base.checks import did_you_mean
-from fastprune.base.errors import ArtifactError, InvalidValueError, MissingDependencyError
+from fastprune.base.errors import ArtifactError, InvalidValueError, importing
 from fastprune.networks import resnet_large, resnet_small, vgg_small
 from fastprune.networks.features import without_classifier
 from fastprune.networks.mobilenet import MobileNetV1, SmallMobileNetV2
@@ -70,7 +70,7 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
         InvalidValueError: no such network, fewer than one class, no such weights, or weights of
             other classes.
         ArtifactError: the weights cannot be fetched.
-        MissingDependencyError: timm is asked for and not installed.
+        MissingDependencyError: torchvision or timm is not installed.
     """
     if num_classes < 0:
         raise InvalidValueError(
@@ -142,7 +142,7 @@ def published_view(name: str, weights: str) -> PublishedView:
 
     Raises:
         InvalidValueError: no such network, or no such weights.
-        MissingDependencyError: timm is asked for and not installed.
+        MissingDependencyError: torchvision or timm is not installed.
     """
     source, _, rest = name.rpartition(":")
     if source == "timm":
@@ -163,7 +163,7 @@ def published_classes(name: str, weights: str) -> int:
 
     Raises:
         InvalidValueError: no such network, or no such weights.
-        MissingDependencyError: timm is asked for and not installed.
+        MissingDependencyError: torchvision or timm is not installed.
     """
     source, _, rest = name.rpartition(":")
     if source == "timm":
@@ -208,9 +208,7 @@ def _small_network(name: str) -> Callable[[int], nn.Module] | None:
 
 def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
     """A classifier of torchvision."""
-    # Imported here: small networks and `--help` need no torchvision.
-    from torchvision import models
-
+    models = _import_models(name)
     _require_torchvision(name)
     if num_classes == 0:
         count = _CUT_CLASSES if weights is None else published_classes(name, weights)
@@ -230,8 +228,7 @@ def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn
 
 def _require_torchvision(name: str) -> None:
     """Raise unless torchvision has a classifier of this name."""
-    from torchvision import models
-
+    models = _import_models(name)
     known = models.list_models(module=models)
     # Unprefixed names are looked for among the small ones first, so both are offered.
     if name not in known:
@@ -242,8 +239,7 @@ def _require_torchvision(name: str) -> None:
 
 def _published_member(name: str, weights: str) -> Any:
     """Return published weights of a torchvision network by their name in its enum."""
-    from torchvision import models
-
+    models = _import_models(name)
     _require_torchvision(name)
     members = models.get_model_weights(name)
     if weights not in members.__members__:
@@ -272,13 +268,17 @@ def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module
 
 def _import_timm(name: str) -> Any:
     """Import timm, or name the network that needs it."""
-    try:
+    with importing("timm", extra="timm", purpose=f"network timm:{name}"):
         import timm
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"network timm:{name} needs timm, which is not installed. Install it: pip install timm"
-        ) from error
     return timm
+
+
+def _import_models(name: str) -> Any:
+    """Import torchvision's models, or name the network that needs them."""
+    # Not at the top: small networks and `--help` need no torchvision.
+    with importing("torchvision", extra="train", purpose=f"network {name}"):
+        from torchvision import models
+    return models
 
 
 def _require_timm(name: str) -> None:

@@ -2,9 +2,12 @@
 
 import io
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from fastprune.base.errors import importing
+
+with importing("matplotlib", extra="report", purpose="a report"):
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 # matplotlib's palettes: ten colors that differ clearly, twenty in pairs of dark and light.
 _TEN = 10

@@ -5,12 +5,15 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
+from fastprune.base.errors import importing
 from fastprune.report.charts import add_legend, colors, new_figure, plain, png_of
 from fastprune.report.comparison import Comparison, Group, half_width
 from fastprune.report.runs import Run
+
+with importing("matplotlib", extra="report", purpose="a report"):
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import MaxNLocator
 
 CONVERSION, SCORING = "conversion", "scoring"
 _WAITING, _REST_OF_TRAINING, _REST = "waiting for data", "training, other", "other"

@@ -181,7 +181,8 @@ def test_timm_network_is_built_with_the_wanted_classes():
 def test_timm_that_is_not_installed_names_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(
-        MissingDependencyError, match=r"timm:resnet18.*Install it: pip install timm"
+        MissingDependencyError,
+        match=r"timm:resnet18.*pip install 'fastprune\[timm\]'",
     ):
         build_network("timm:resnet18", num_classes=10)
 
@@ -294,7 +295,8 @@ def test_view_of_timm_weights_that_are_not_there_is_refused(name, weights, messa
 def test_view_without_timm_names_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(
-        MissingDependencyError, match=r"timm:resnet18.*Install it: pip install timm"
+        MissingDependencyError,
+        match=r"timm:resnet18.*pip install 'fastprune\[timm\]'",
     ):
         published_view("timm:resnet18", "pretrained")
 
