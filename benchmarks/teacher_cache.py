@@ -39,7 +39,7 @@ from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network, load_weights, save_weights
 from fastprune.rows.cache_filler import CacheFiller
-from fastprune.rows.cache_slot import DTYPES, decode, encode
+from fastprune.rows.cache_format import DTYPES, decode, encode
 from fastprune.rows.teacher_cache import TeacherCache
 from fastprune.settings import make_recipe
 

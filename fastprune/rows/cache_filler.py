@@ -1,4 +1,4 @@
-"""Fill a teacher cache beside the work that makes its logits."""
+"""Fills a teacher cache on a thread, beside the work that makes its logits."""
 
 import logging
 import queue
@@ -15,27 +15,26 @@ from fastprune.rows.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 
-# Batches under way; their memory is the caller's, so there are few.
+# Queued batches hold the caller's memory, perhaps a device's.
 _MOST_QUEUED = 8
 
 _Job = tuple[NDArray[np.int64], int, Callable[[], NDArray[np.float32]]]
 
 
 class CacheFiller:
-    """Writes into a cache on a thread of its own, and gives up when the disk does.
+    """Writes into a cache on its own thread, and gives up when the disk is full.
 
-    A full disk costs the cache and not the run: it is warned of once, and what is put afterwards is
-    passed over. Logits that cannot be kept, or that the caller fails to give, raise where the
-    caller comes by next.
+    A full disk costs the cache and not the run: one warning is logged, and later logits are
+    dropped. Logits that cannot be stored, or whose function fails, raise at the caller's next call.
 
     Attributes:
-        cache: what is filled.
+        cache: that is filled.
         seconds: spent on writing so far, beside the caller's work.
         has_failed: whether it gave up.
     """
 
     def __init__(self, cache: TeacherCache):
-        """Start with nothing under way; the thread starts with the first put."""
+        """Prepare; the thread starts with the first `put`."""
         self.cache = cache
         self.seconds = 0.0
         self.has_failed = False
@@ -46,16 +45,16 @@ class CacheFiller:
     def put(
         self, rows: NDArray[np.int64], slot: int, logits: Callable[[], NDArray[np.float32]]
     ) -> None:
-        """Keep logits soon.
+        """Queue logits to be stored.
 
         Args:
             rows: (n,) int64, of the cache.
             slot: which of their views.
-            logits: gives the (n, C) float32; called on the thread, where it may wait for a device.
+            logits: returns (n, C) float32; called on the thread, where it may wait for a device.
 
         Raises:
             InvalidValueError: logits put earlier are not finite, or beyond the dtype's range.
-            Exception: whatever an earlier `logits` raised.
+            Exception: that an earlier `logits` raised.
         """
         self._raise_fault()
         if self.has_failed:
@@ -69,7 +68,7 @@ class CacheFiller:
         """Wait until what was put is on the disk.
 
         Args:
-            seal: also sum the blocks that changed, by whomever.
+            seal: also checksum the blocks that any process changed.
 
         Raises as `put`.
         """
@@ -101,7 +100,7 @@ class CacheFiller:
                 values = logits()
                 if not self.has_failed:
                     self._attempt(lambda: self.cache.put(rows, slot, values))  # noqa: B023
-            # Of any kind: a thread that ended here would leave its caller waiting for ever.
+            # Of any kind: if the thread ended here, its caller would wait forever.
             except Exception as error:
                 self._fault = self._fault or error
             finally:

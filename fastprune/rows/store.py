@@ -225,6 +225,10 @@ class RowStore:
             ArtifactError: the disk is full, or the files cannot be written.
         """
         self._pending.add(np.asarray(rows, np.int64), values)
+        self.commit_if_due()
+
+    def commit_if_due(self) -> None:
+        """Commit once the rows that wait are ten seconds old, or take much memory."""
         if self._pending.seconds > _COMMIT_SECONDS or self._pending.num_bytes > _COMMIT_BYTES:
             self.commit()
 
@@ -244,8 +248,9 @@ class RowStore:
         try:
             with lock(self.folder / LOCK_NAME):
                 if self._pending.num_bytes:
+                    rows, values = self._pending.pop()
                     self._create()
-                    self._write(*self._pending.pop())
+                    self._write(rows, values)
                 if seal:
                     self._seal()
         except OSError as error:
@@ -347,7 +352,7 @@ class RowStore:
         except OSError as error:
             raise ArtifactError(
                 f"{path} was removed while it was open ({error.strerror}). Put it back, or leave "
-                f"the folder alone while it is used. {self._cure}"
+                "the folder alone while it is used."
             ) from error
         if num_bytes < mapped.offset + mapped.nbytes:
             raise ArtifactError(f"{path} shrank while it was open. {self._cure}")

@@ -13,37 +13,38 @@ from numpy.typing import ArrayLike, NDArray
 from fastprune.base.checks import require_at_least, require_one_of
 from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
 from fastprune.base.files import lock
-from fastprune.rows.cache_header import (
-    CacheExistsError,
-    read_header,
-    read_rows,
-    require_identity,
-    write_header,
-)
-from fastprune.rows.cache_slot import (
+from fastprune.rows.cache_format import (
     DTYPES,
-    PendingEntries,
-    Slot,
+    HEADER_NAME,
+    CacheHeader,
     decode,
-    disk_bytes,
     encode,
+    read_cache_header,
+    read_cache_rows,
+    require_identity,
+    slot_field,
+    slot_store,
     stored_dtype,
+    write_cache_header,
 )
-from fastprune.rows.cache_verify import VERIFY_TOLERANCE, verify_cache
+from fastprune.rows.store import LOCK_NAME, RowStore, disk_bytes
 from fastprune.rows.subset import checked_rows
 
-_LOCK = "lock"
-# What a killed process loses at most, and what a put may take of memory.
-_COMMIT_SECONDS = 10.0
-_COMMIT_BYTES = 32 * 2**20
-_MOST_OPEN_SLOTS = 8  # of three maps each
+_MOST_OPEN_SLOTS = 8  # of three memory maps each
+
+# Rounding, other batch sizes and other devices stay well below; another teacher or view is near 1.
+_VERIFY_TOLERANCE = 0.05
+
+
+class CacheExistsError(ArtifactError):
+    """A cache exists where one was to be made."""
 
 
 class TeacherCache:
     """Logits of one teacher on the K recurring views of some rows.
 
-    Several processes may fill it at once. Data is on the disk before the bitmap says so: a process
-    that is killed loses the last seconds of its work, no more. `close` it, or use `with`.
+    Several processes may fill it at once. A process that is killed loses its last ten seconds of
+    work and nothing else. `close` it, or use `with`.
 
     Attributes:
         path: the folder.
@@ -51,20 +52,19 @@ class TeacherCache:
         num_classes: C.
         num_views: K, slots are 0 … K - 1.
         dtype: "float16", "float32" or "uint8" (affine by row).
-        identity: what the logits are of: images, view, decoder, teacher; JSON values.
+        identity: what the logits were computed from: images, view, decoder, teacher; JSON values.
     """
 
-    def __init__(self, path: Path, rows: NDArray[np.int64], header: dict[str, Any]):
+    def __init__(self, path: Path, rows: NDArray[np.int64], header: CacheHeader):
         """For `create` and `open`."""
-        self.path = path.absolute()  # slots are opened later, from another working folder perhaps
+        self.path = path.absolute()  # slots are opened later, when the working folder may differ
         self.rows = rows
-        self.num_classes: int = header["num_classes"]
-        self.num_views: int = header["num_views"]
-        self.dtype: str = header["dtype"]
-        self.identity: dict[str, Any] = header["identity"]
-        self._stored_dtype = stored_dtype(self.dtype, self.num_classes)
-        self._slots: OrderedDict[int, Slot] = OrderedDict()
-        self._pending = PendingEntries(len(rows))
+        self.num_classes = header.num_classes
+        self.num_views = header.num_views
+        self.dtype = header.dtype
+        self.identity = header.identity
+        self._header = header
+        self._slots: OrderedDict[int, RowStore] = OrderedDict()
         # Writers may be threads of one process, such as the one that fills while a student trains.
         self._threads = threading.RLock()
 
@@ -86,14 +86,14 @@ class TeacherCache:
             rows: (R,) rows of the beton, sorted and unique.
             num_classes: C.
             num_views: K, how many views of each row recur.
-            identity: what the logits will be of, as JSON values by section: `images` (the fields
-                of a fingerprint), `view`, `decoder`, `teacher`.
+            identity: what the logits will be computed from, as JSON values by section: `images`
+                (the fields of a fingerprint), `view`, `decoder`, `teacher`.
             dtype: "float16" (2 C bytes a view; exact for bfloat16 logits between 2^-14 and 65,504),
                 "float32" (exact) or "uint8" (C + 4 bytes a view, affine by row).
 
         Raises:
             InvalidValueError: an argument is outside its domain.
-            ArtifactError: a cache is there already, or the folder cannot be written.
+            ArtifactError: a cache exists already, or the folder cannot be written.
         """
         path = Path(path)
         require_one_of("dtype", dtype, DTYPES)
@@ -102,20 +102,26 @@ class TeacherCache:
         rows = checked_rows(rows, name="rows")
         try:
             path.mkdir(exist_ok=True)
-            (path / _LOCK).touch()
+            (path / LOCK_NAME).touch()
         except OSError as error:
             raise ArtifactError(
                 f"cannot make the teacher cache {path}: {error.strerror}. Name a folder whose "
                 "parent exists and may be written."
             ) from error
-        with lock(path / _LOCK):
-            if (path / "cache.json").exists():
+        with lock(path / LOCK_NAME):
+            if (path / HEADER_NAME).exists():
                 raise CacheExistsError(
                     f"{path} holds a teacher cache already. Open it, or name another folder."
                 )
-            settings = {"num_classes": num_classes, "num_views": num_views, "dtype": dtype}
-            settings["identity"] = dict(identity or {})
-            return cls(path, rows, write_header(path, rows, settings))
+            header = write_cache_header(
+                path,
+                rows,
+                num_classes=num_classes,
+                num_views=num_views,
+                dtype=dtype,
+                identity=dict(identity or {}),
+            )
+            return cls(path, rows, header)
 
     @classmethod
     def open(
@@ -125,7 +131,7 @@ class TeacherCache:
         identity: Mapping[str, Any] | None = None,
         dtype: str | None = None,
     ) -> Self:
-        """Open a cache, and refuse one that is of something else than what is wanted.
+        """Open a cache, and refuse one of something else than what is wanted.
 
         Args:
             path: the folder.
@@ -137,13 +143,13 @@ class TeacherCache:
             ArtifactMismatch: it is of other images, views, or another teacher.
         """
         path = Path(path)
-        header = read_header(path)
-        cache = cls(path, read_rows(path, header), header)
+        header = read_cache_header(path)
+        cache = cls(path, read_cache_rows(path, header), header)
         cache.require(identity or {})
         if dtype is not None and dtype != cache.dtype:
             raise ArtifactMismatch(
                 f"{path} stores {cache.dtype}, but {dtype} is asked for. Leave the dtype out to "
-                "take what it stores, or name another folder, which is filled anew."
+                "take what it stores, or name another folder, which will be filled from the start."
             )
         return cache
 
@@ -158,11 +164,11 @@ class TeacherCache:
         identity: Mapping[str, Any],
         dtype: str | None = None,
     ) -> Self:
-        """Open a cache of this, or make one where there is none; any number of processes may.
+        """Open a cache of this, or make one; any number of processes may, at once.
 
-        Args and errors are those of `open`, and of `create` where there is no cache.
+        Arguments and errors as for `create` and `open`.
         """
-        if not (Path(path) / "cache.json").exists():
+        if not (Path(path) / HEADER_NAME).exists():
             # Another process may make it at this moment; it is opened then.
             with suppress(CacheExistsError):
                 cls.create(
@@ -200,13 +206,13 @@ class TeacherCache:
         rows = np.asarray(rows, np.int64)
         found = self.holds(rows)
         with self._threads:
-            found[found] = self._filled(slot, np.searchsorted(self.rows, rows[found]))
+            found[found] = self._slot(slot).has(np.searchsorted(self.rows, rows[found]))
         return found
 
     def missing(self, slot: int) -> NDArray[np.int64]:
         """The rows without logits in a slot, (m,) int64, sorted."""
         with self._threads:
-            return self.rows[~self._filled(slot, np.arange(len(self.rows)))]
+            return self.rows[self._slot(slot).missing()]
 
     def logits(self, rows: ArrayLike, slot: int) -> NDArray[np.float32]:
         """The teacher's logits.
@@ -223,7 +229,7 @@ class TeacherCache:
             ArtifactError: a row has no logits yet, or its block is damaged.
         """
         rows = np.asarray(rows, np.int64)
-        self._positions(rows)  # refuses what there is no room for
+        self._positions(rows)  # refuses rows without room
         logits, found = self.lookup(rows, slot)
         if not found.all():
             raise ArtifactError(
@@ -237,25 +243,17 @@ class TeacherCache:
         """The teacher's logits as far as they are there.
 
         Returns:
-            (n, C) float32, zeros where there are none; and (n,) bool, where there are some.
+            (n, C) float32, zeros for missing rows; and (n,) bool, which rows are there.
 
-        Raises as `logits`, but for what is missing.
+        Raises as `logits`, but for missing rows.
         """
         rows = np.asarray(rows, np.int64)
         with self._threads:
             found = self.has(rows, slot)
-            positions = np.searchsorted(self.rows, rows[found])
-            if self._pending.has(slot, positions).any():
-                self.commit()
-            files = self._slot(slot)
-            if files is None or not found.any():
+            if not found.any():
                 return np.zeros((len(rows), self.num_classes), np.float32), found
-            blocks = files.unverified_blocks(positions)
-            if len(blocks):
-                with lock(self.path / _LOCK, shared=True):
-                    if faults := files.damaged(blocks):
-                        raise ArtifactError(faults[0])
-            there = decode(files.read(positions))
+            positions = np.searchsorted(self.rows, rows[found])
+            there = decode(self._slot(slot).read(slot_field(slot), positions))
         if found.all():
             return there, found
         logits = np.zeros((len(rows), self.num_classes), np.float32)
@@ -291,47 +289,36 @@ class TeacherCache:
         positions = self._positions(rows)
         stored = encode(values, rows, self.dtype)
         with self._threads:
-            self._pending.add(slot, positions, stored)
-            if self._pending.seconds > _COMMIT_SECONDS or self._pending.num_bytes > _COMMIT_BYTES:
-                self.commit()
+            self._slot(slot).put(positions, stored)
+            # Several slots may be filled in turns, and the last rows of one must not wait for more.
+            for store in self._slots.values():
+                store.commit_if_due()
         return decode(stored)
 
     def round_trip(self, logits: ArrayLike, rows: ArrayLike) -> NDArray[np.float32]:
-        """What `put` would return, without putting anything."""
+        """Return what `put` would return, without putting anything."""
         return decode(encode(np.asarray(logits, np.float32), np.asarray(rows), self.dtype))
 
     def commit(self, *, seal: bool = False) -> None:
-        """Write what was put, data before the bitmap.
+        """Write what was put.
 
         Args:
-            seal: also sum the blocks that changed, by whomever: reads them once.
+            seal: also checksum the blocks that any process changed, which reads them once.
 
         Raises:
             ArtifactError: the disk is full, or the cache cannot be written. What was put since the
                 last commit is dropped; what was committed stays.
         """
         with self._threads:
-            # A whole cache may be read from where nobody may write.
-            if not self._pending.num_bytes and not (seal and self._changed_slots()):
-                return
-            try:
-                with lock(self.path / _LOCK):
-                    for slot, positions, stored in self._pending.pop():
-                        self._made_slot(slot).write(positions, stored)
-                    for slot in self._changed_slots() if seal else ():
-                        self._made_slot(slot).seal()
-            except OSError as error:
-                raise ArtifactError(
-                    f"cannot write the teacher cache {self.path}: {error.strerror}. What it holds "
-                    "stays whole; free some space and run the command again."
-                ) from error
+            for slot in range(self.num_views) if seal else list(self._slots):
+                self._slot(slot).commit(seal=seal)
 
     def verify(
         self,
         teacher: Callable[[NDArray[np.int64], int], ArrayLike],
         n: int = 64,
         *,
-        tolerance: float = VERIFY_TOLERANCE,
+        tolerance: float = _VERIFY_TOLERANCE,
     ) -> float:
         """Ask the teacher again for entries drawn at random, and compare.
 
@@ -342,32 +329,39 @@ class TeacherCache:
                 classes, as a share of the standard deviation of the row's logits.
 
         Returns:
-            The largest difference that was found; 0.0 for an empty cache.
+            The largest difference found; 0.0 for an empty cache.
 
         Raises:
-            ArtifactMismatch: the teacher says something else now.
+            ArtifactMismatch: the teacher returns something else now.
         """
-        return verify_cache(self, teacher, n, tolerance=tolerance)
+        worst = 0.0
+        for slot, rows in self._draw_entries(n):
+            kept = self.logits(rows, slot)
+            now = self.round_trip(teacher(rows, slot), rows)
+            spread = np.maximum(kept.std(axis=1), np.finfo(np.float16).eps)
+            differences = np.sqrt(((now - kept) ** 2).mean(axis=1)) / spread
+            worst = max(worst, float(differences.max()))
+            if worst > tolerance:
+                row = rows[np.argmax(differences)]
+                raise ArtifactMismatch(
+                    f"{self.path} is not of this teacher on these views: row {row:,} in slot "
+                    f"{slot} differs by {worst:.2f} of its logits' standard deviation (allowed: "
+                    f"{tolerance}). Name another folder, or the teacher and the settings that "
+                    "filled it."
+                )
+        return worst
 
     def check(self) -> Iterator[str]:
         """Read every slot and compare it with its checksums.
 
         Yields:
-            A sentence for each fault; nothing for a whole cache. A slot's holes are no faults.
+            A sentence for each fault; nothing for a whole cache. Missing rows are not faults.
         """
         for slot in range(self.num_views):
-            try:
-                if (files := self._slot(slot)) is None:
-                    continue
-                for block in files.all_blocks():
-                    with lock(self.path / _LOCK, shared=True):
-                        faults = files.damaged(block[None])
-                    yield from faults
-            except ArtifactError as error:
-                yield str(error)
+            yield from self._slot(slot).check()
 
     def summary(self) -> dict[str, Any]:
-        """What is in the cache, as JSON values; see `fastprune cache info`."""
+        """Describe the cache in JSON values; see `fastprune cache info`."""
         filled = [len(self.rows) - len(self.missing(slot)) for slot in range(self.num_views)]
         return {
             "path": str(self.path),
@@ -375,7 +369,7 @@ class TeacherCache:
             "num_classes": self.num_classes,
             "num_views": self.num_views,
             "dtype": self.dtype,
-            "bytes_per_view": self._stored_dtype.itemsize,
+            "bytes_per_view": stored_dtype(self.dtype, self.num_classes).itemsize,
             "disk_bytes": self.disk_bytes,
             "filled": filled,
             "whole_slots": sum(count == len(self.rows) for count in filled),
@@ -388,7 +382,7 @@ class TeacherCache:
         return disk_bytes(self.path)
 
     def close(self) -> None:
-        """Write what was put, and let go of the files; raises as `commit`."""
+        """Write what was put, and close the files; raises as `commit`."""
         try:
             self.commit()
         finally:
@@ -416,35 +410,22 @@ class TeacherCache:
             )
         return np.searchsorted(self.rows, rows)
 
-    def _filled(self, slot: int, positions: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Whether each position was committed by any process, or put by this one: (n,) bool."""
-        files = self._slot(slot)
-        pending = self._pending.has(slot, positions)
-        return pending if files is None else pending | files.filled[positions]
-
-    def _changed_slots(self) -> list[int]:
-        """The slots that got rows since they were summed last, from any writer."""
-        slots = ((slot, self._slot(slot)) for slot in range(self.num_views))
-        return [slot for slot, files in slots if files is not None and files.changed_blocks()]
-
-    def _made_slot(self, slot: int) -> Slot:
-        """The files of a slot, made where they are missing; under the lock, alone."""
-        if self._slot(slot) is None:
-            Slot.create(self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype)
-        files = self._slot(slot)
-        assert files is not None
-        return files
-
-    def _slot(self, slot: int) -> Slot | None:
-        """The files of a slot; None where nothing was written into it yet."""
+    def _slot(self, slot: int) -> RowStore:
+        """The store of a slot; its files are made by the first commit."""
         self._require_slot(slot)
         if slot not in self._slots:
-            if not Slot.exists(self.path, slot):
-                return None
             if len(self._slots) == _MOST_OPEN_SLOTS:
-                self._slots.popitem(last=False)
-            self._slots[slot] = Slot(
-                self.path, slot, num_rows=len(self.rows), dtype=self._stored_dtype
-            )
+                self._slots.popitem(last=False)[1].close()
+            self._slots[slot] = slot_store(self.path, slot, self._header)
         self._slots.move_to_end(slot)
         return self._slots[slot]
+
+    def _draw_entries(self, n: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Draw up to n filled entries at random: (slot, sorted rows) for each slot with some."""
+        filled = [self.rows[self.has(self.rows, slot)] for slot in range(self.num_views)]
+        ends = np.cumsum([len(rows) for rows in filled])
+        drawn = np.random.default_rng().choice(ends[-1], min(n, int(ends[-1])), replace=False)
+        slots = np.searchsorted(ends, drawn, side="right")
+        for slot in np.unique(slots).tolist():
+            within = drawn[slots == slot] - (ends[slot - 1] if slot else 0)
+            yield slot, np.sort(filled[slot][within])

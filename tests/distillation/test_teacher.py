@@ -247,7 +247,7 @@ def test_damaged_and_truncated_logits_stop_the_run(cached, tmp_path):
     with pytest.raises(ArtifactError, match=r"slot-001\.npy is damaged: .*Remove slot-001"):
         distill(cached("second"))
     os.truncate(tmp_path / "cache" / "slot-000.npy", 1000)
-    with pytest.raises(ArtifactError, match=r"slot-000\.npy is no whole \.npy file"):
+    with pytest.raises(ArtifactError, match=r"slot-000\.npy is not a whole \.npy file"):
         distill(cached("third"))
 
 
@@ -453,7 +453,7 @@ def test_the_uint8_loss_is_near_that_of_float32(betons):
     logits = rng.normal(0, 1.7, (256, 1000)).astype(np.float32)
     logits[np.arange(256), rng.integers(0, 1000, 256)] += rng.gamma(9, 1.4, 256)
     student = torch.from_numpy(logits + rng.normal(0, 1, logits.shape).astype(np.float32))
-    from fastprune.rows.cache_slot import decode, encode
+    from fastprune.rows.cache_format import decode, encode
 
     rounded = decode(encode(logits, np.arange(256), "uint8"))
     losses = [

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastprune import TeacherCache
 from fastprune.base.errors import ArtifactError
 from fastprune.rows import store as store_module
 from fastprune.rows.store import Marks, RowStore
+from tests.rows.cache_writer import ROWS, logits_of, make_cache
 from tests.rows.store_writer import FIELDS, NUM_ROWS, open_store, values_of
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +43,26 @@ class PlainStore:
             assert np.array_equal(store.read(field, rows), expected)
 
 
-@pytest.fixture(params=[PlainStore], ids=["store"])
+class Cache:
+    """A teacher cache of three slots."""
+
+    writer = "tests.rows.cache_writer"
+
+    def make(self, folder):
+        make_cache(folder, dtype="float32")
+
+    def faults(self, folder):
+        return list(TeacherCache.open(folder).check())
+
+    def require_intact(self, folder, *, is_whole):
+        cache = TeacherCache.open(folder)
+        for slot in range(cache.num_views):
+            rows = ROWS[cache.has(ROWS, slot)]
+            assert not is_whole or len(rows) == len(ROWS)
+            assert np.array_equal(cache.logits(rows, slot), logits_of(rows, slot))
+
+
+@pytest.fixture(params=[PlainStore, Cache])
 def user(request):
     return request.param()
 
