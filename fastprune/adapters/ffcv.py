@@ -26,7 +26,7 @@ from fastprune.base.checks import require_at_least, require_one_of
 from fastprune.base.errors import InvalidValueError, MissingDependencyError
 from fastprune.base.threads import ThreadDiedError, WorkerThreads
 from fastprune.decoding.cpu import chunks
-from fastprune.decoding.rows_to_pixels import Outcome, RowDecoder, StoredImages
+from fastprune.decoding.pixels import Outcome, RowDecoder, StoredImages
 from fastprune.loading.crops import AUGMENTS, CropPolicy
 from fastprune.loading.sampler import EpochSampler, this_rank
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from fastprune.base.errors import LoadingError
 from fastprune.base.threads import ThreadDiedError, WorkerThreads
 from fastprune.beton.beton import Beton
-from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
+from fastprune.decoding.faults import ALTERED, ChangeDetector, RowFaults
 from fastprune.decoding.memory import BatchMemory
-from fastprune.decoding.rows_to_pixels import Outcome, RowDecoder, StoredImages
+from fastprune.decoding.pixels import Outcome, RowDecoder, StoredImages
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class _Batch:
     outcome: Outcome = field(default_factory=Outcome)
 
 
-class CpuEngine:
+class CpuDecoder:
     """Decodes given rows of one beton with given views on CPU threads; see `engine.Engine`."""
 
     name = "cpu"
@@ -59,7 +59,7 @@ class CpuEngine:
         self._pin_memory = pin_memory
         self._memory = BatchMemory()
         self._faults = faults
-        self._file = FileWatch(beton)
+        self._file = ChangeDetector(beton)
         self._advice = Advice(beton.path)
         self._decoder = RowDecoder(image_size)
 

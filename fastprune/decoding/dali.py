@@ -27,9 +27,9 @@ from fastprune.decoding.dali_pipeline import (
     Sample,
     sound_sample,
 )
-from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
+from fastprune.decoding.faults import ALTERED, ChangeDetector, RowFaults
+from fastprune.decoding.views import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.jpeg.headers import read_header
-from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class _Fed:
     sample: Sample
 
 
-class DaliEngine:
+class DaliDecoder:
     """Decodes given rows of one beton with given views by DALI; see `engine.Engine`."""
 
     name = "dali"
@@ -68,7 +68,7 @@ class DaliEngine:
         self._num_workers = num_workers
         self._device = device
         self._faults = faults
-        self._file = FileWatch(beton)
+        self._file = ChangeDetector(beton)
         self._header_was_read = np.zeros(beton.num_rows, np.bool_)
         # Kept for good, so that every epoch leaves out the same rows.
         self._broken: dict[int, str] = {}

@@ -81,15 +81,15 @@ def make_engine(
     engine: Engine
     # Imported only here: DALI need not be installed, and takes seconds to import.
     if backend == "dali":
-        from fastprune.decoding.dali import DaliEngine
+        from fastprune.decoding.dali import DaliDecoder
 
-        engine = DaliEngine(
+        engine = DaliDecoder(
             beton, image_size=image_size, num_workers=num_workers, device=device, faults=faults
         )
     else:
-        from fastprune.decoding.cpu import CpuEngine
+        from fastprune.decoding.cpu import CpuDecoder
 
-        engine = CpuEngine(
+        engine = CpuDecoder(
             beton,
             image_size=image_size,
             num_workers=num_workers,
@@ -97,11 +97,11 @@ def make_engine(
             faults=faults,
         )
     if service:
-        from fastprune.decoding.cpu import CpuEngine
+        from fastprune.decoding.cpu import CpuDecoder
         from fastprune.service.address import find_credentials, parse_addresses
         from fastprune.service.client import ServiceEngine
 
-        assert isinstance(engine, CpuEngine), "choose_service refuses the others"
+        assert isinstance(engine, CpuDecoder), "choose_service refuses the others"
         engine = ServiceEngine(
             parse_addresses(service),
             beton,

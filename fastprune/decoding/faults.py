@@ -20,7 +20,7 @@ ALTERED = "its bytes are not those that were written (CRC-32C)"
 _MODES = ("st_mode", "st_nlink", "st_uid", "st_gid")
 
 
-class FileWatch:
+class ChangeDetector:
     """Notices that a file of an open beton was cut short, replaced, rewritten or removed.
 
     A file that is cut between this check and the reading of a page still ends the process with

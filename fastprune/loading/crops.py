@@ -18,13 +18,12 @@ from fastprune.base import random_streams as splitmix
 from fastprune.base.compiled import cached
 from fastprune.base.random_streams import GOLDEN, mix64
 from fastprune.beton.beton import Beton
+from fastprune.decoding import views as columns
+from fastprune.decoding.views import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 
 _LOG = logging.getLogger(__name__)
 
 AUGMENTS = ("rrc", "pad_crop", "center", "none")
-
-#: Columns of a view: the box in the image, then what is done with the resized box.
-TOP, LEFT, HEIGHT, WIDTH, SHIFT_DOWN, SHIFT_RIGHT, FLIP = range(7)
 
 # Up to this side, in pixels, images are CIFAR-like: shifted by a border, not cropped at random.
 _MAX_SMALL_SIZE = 64
@@ -94,8 +93,7 @@ class CropPolicy:
             k: which view of the row within the slot.
 
         Returns:
-            (B, 7) int32: top, left, height, width of the box in the image's pixels; how far the
-            resized box is shifted down and right in the output's pixels; 1 for a flip.
+            (B, 7) int32, see `decoding.views`.
         """
         views = np.zeros((len(rows), 7), np.int32)
         views[:, HEIGHT], views[:, WIDTH] = heights, widths
@@ -107,7 +105,7 @@ class CropPolicy:
 
 
 _mix = njit(nogil=True)(mix64)
-_compiled = cached(Path(__file__), Path(splitmix.__file__), nogil=True)
+_compiled = cached(Path(__file__), Path(splitmix.__file__), Path(columns.__file__), nogil=True)
 
 
 @njit(nogil=True)

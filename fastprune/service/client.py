@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.random_streams import row_keys
 from fastprune.beton.beton import Beton
-from fastprune.decoding.cpu import CpuEngine
-from fastprune.decoding.faults import ALTERED, FileWatch, RowFaults
+from fastprune.decoding.cpu import CpuDecoder
+from fastprune.decoding.faults import ALTERED, ChangeDetector, RowFaults
 from fastprune.service import wire
 from fastprune.service.address import Address, Credentials
 from fastprune.service.served_beton import Patience, RemoteBeton, unavailable
@@ -108,7 +108,7 @@ class ServiceEngine:
         *,
         credentials: Credentials,
         image_size: int,
-        local: CpuEngine,
+        local: CpuDecoder,
         faults: RowFaults,
     ):
         """Prepare; services are looked for when the first epoch begins.
@@ -132,7 +132,7 @@ class ServiceEngine:
         self._image_size = image_size
         self._local = local
         self._faults = faults
-        self._file = FileWatch(beton)
+        self._file = ChangeDetector(beton)
         self._num_lost = 0
         weakref.finalize(self, _close_all, self._links)
 

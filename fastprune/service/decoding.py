@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastprune.beton.beton import Beton
 from fastprune.decoding.cpu import stored_images
 from fastprune.decoding.faults import ALTERED, RowFaults
-from fastprune.decoding.rows_to_pixels import RowDecoder
+from fastprune.decoding.pixels import RowDecoder
 from fastprune.service.window import Task
 from fastprune.service.wire import GUARD_BYTES, MOST_REASON_CHARACTERS, WANTED
 

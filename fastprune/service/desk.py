@@ -17,7 +17,7 @@ import numpy as np
 from fastprune import __version__
 from fastprune.base.errors import LoadingError
 from fastprune.beton.beton import Beton
-from fastprune.decoding.faults import FileWatch
+from fastprune.decoding.faults import ChangeDetector
 from fastprune.service import wire
 from fastprune.service.decoding import Decoders
 from fastprune.service.demand import Ask, Client, Images
@@ -68,10 +68,10 @@ class Served:
 
     beton: Beton
     digest: str
-    watch: FileWatch = field(init=False)
+    watch: ChangeDetector = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = FileWatch(self.beton)
+        self.watch = ChangeDetector(self.beton)
 
 
 class Desk:

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from fastprune import __version__
 from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.beton.beton import Beton
-from fastprune.decoding import rows_to_pixels as decoding
+from fastprune.decoding import pixels as decoding
 from fastprune.jpeg import native
 
 PROTOCOL = 2

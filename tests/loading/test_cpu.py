@@ -14,7 +14,7 @@ from PIL import Image
 from fastprune.base.errors import LoadingError
 from fastprune.beton.convert.writer import convert
 from fastprune.beton.opening import open_beton
-from fastprune.decoding.cpu import CpuEngine
+from fastprune.decoding.cpu import CpuDecoder
 from fastprune.decoding.faults import RowFaults
 from fastprune.jpeg.decode import decode_view
 from fastprune.loading.crops import (
@@ -34,7 +34,7 @@ from tests.images import picture, write_image_folder
 def _engine(path, **settings):
     beton = open_beton(path)
     faults = RowFaults(beton, **{"skip": False, "verify_crc": False, **settings})
-    engine = CpuEngine(beton, image_size=32, num_workers=2, pin_memory=False, faults=faults)
+    engine = CpuDecoder(beton, image_size=32, num_workers=2, pin_memory=False, faults=faults)
     engine.faults = faults
     return engine
 
@@ -162,7 +162,7 @@ def test_pictures_that_take_much_memory_are_decoded_one_by_one(tmp_path, monkeyp
     sides = [(3000, 40), (40, 3000), (48, 64), (1, 1)]
     shapes = [picture(seed, width=w, height=h) for seed, (w, h) in enumerate(sides)]
     path = _beton_of(tmp_path, *map(_encoded, shapes))
-    monkeypatch.setattr("fastprune.decoding.rows_to_pixels._MOST_KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr("fastprune.decoding.pixels._MOST_KEPT_BYTES", 1 << 20)
     beton = open_beton(path)
     draw = _views(beton, "none")
     ((pixels, rows),) = _engine(path).decode([np.arange(4)], draw)
@@ -257,7 +257,7 @@ def test_a_file_replaced_between_opening_it_and_starting_the_engine_is_noticed(
     other = tmp_path / "other.beton"
     other.write_bytes(bare_beton.read_bytes())
     other.replace(beton_copy)
-    engine = CpuEngine(
+    engine = CpuDecoder(
         beton,
         image_size=32,
         num_workers=1,
@@ -329,7 +329,7 @@ def test_a_thread_that_cannot_be_started_leaves_none_running(bare_beton, monkeyp
     before = threading.active_count()
     beton = open_beton(bare_beton)
     faults = RowFaults(beton, skip=False, verify_crc=False)
-    engine = CpuEngine(beton, image_size=32, num_workers=5, pin_memory=False, faults=faults)
+    engine = CpuDecoder(beton, image_size=32, num_workers=5, pin_memory=False, faults=faults)
     with pytest.raises(LoadingError, match=r"only 2 of 5 threads .* fewer workers"):
         next(engine.decode([np.arange(5)], _views(beton, "rrc")))
     assert (num_started, threading.active_count()) == (2, before)

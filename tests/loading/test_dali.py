@@ -136,10 +136,10 @@ def test_a_broken_header_never_reaches_dali(
     beton_copy, damage_row, monkeypatch, data, start, reason
 ):
     """DALI may crash the process on it, when the images are large."""
-    from fastprune.decoding.dali import DaliEngine
+    from fastprune.decoding.dali import DaliDecoder
 
     damage_row(beton_copy, 13, data, start)
-    monkeypatch.setattr(DaliEngine, "_examine", None)
+    monkeypatch.setattr(DaliDecoder, "_examine", None)
     with pytest.raises(LoadingError, match=f"row 13 of .*{reason}"):
         list(_loader(beton_copy, tail="exact"))
 

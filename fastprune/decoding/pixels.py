@@ -12,6 +12,8 @@ from PIL import Image
 from fastprune.base.errors import JpegError
 from fastprune.beton import layout
 from fastprune.beton.layout import JPG
+from fastprune.decoding import views as columns
+from fastprune.decoding.views import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.jpeg.fallback import BoxOutsideImageError, decode_whole
 from fastprune.jpeg.frame import HEIGHT as FRAME_HEIGHT
 from fastprune.jpeg.frame import WIDTH as FRAME_WIDTH
@@ -27,8 +29,6 @@ from fastprune.jpeg.native import (
 )
 from fastprune.jpeg.view import read_view
 from fastprune.jpeg.workspace import Workspace, make_workspace
-from fastprune.loading import crops
-from fastprune.loading.crops import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 
 # A thread keeps one workspace. A 4000 x 3000 photograph seen whole needs about 30 MB, a usual
 # ImageNet view below 2 MB: what is larger is rare, and is given back at once.
@@ -207,7 +207,7 @@ def _largest(needed: NDArray[np.int64]) -> tuple[int, ...]:
 
 
 # The columns of a view and the modes of a row are compiled in as numbers.
-_compiled = entry(Path(crops.__file__), Path(layout.__file__), Path(__file__))
+_compiled = entry(Path(columns.__file__), Path(layout.__file__), Path(__file__))
 
 
 @_compiled
