@@ -19,7 +19,7 @@ _WORDS = {2: "two", 3: "three"}
 class Settings(BaseModel):
     """Settings of one station: they cannot change, and an unknown name is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 def _integer(value: Any) -> Any:
