@@ -15,8 +15,9 @@ from _harness import spread, take_turns, write_result
 from fastprune.base.cpus import usable_cpus
 from fastprune.base.provenance import Fingerprint
 from fastprune.rows.score_table import ScoreTable
-from fastprune.selection.strategies import STRATEGIES
 from fastprune.selection.subsets import make_subset
+from fastprune.settings import StrategySettings
+from fastprune.settings.domains import domain_of
 
 METRICS = (
     "centroid",
@@ -43,7 +44,7 @@ def main():
         table.save(path)
         table_bytes = path.stat().st_size
         tasks = {"write table": lambda: table.save(path), "read table": lambda: read(path)}
-        for strategy in STRATEGIES:
+        for strategy in domain_of(StrategySettings.model_fields["strategy"]).choices:
             tasks[strategy] = select(path, out, strategy=strategy)
         tasks["medium, equal quota"] = select(path, out, quota="equal")
         tasks["medium, compat mdslr"] = select(path, out, compat="mdslr")

@@ -17,11 +17,10 @@ import click
 from fastprune import __version__
 from fastprune.base.errors import FastpruneError, InvalidValueError
 from fastprune.cli import (
-    bench,
     beton,
     cache,
     demo,
-    doctor,
+    machine,
     report,
     scores,
     service,
@@ -117,7 +116,6 @@ for _command in (
     *service.COMMANDS,
     *report.COMMANDS,
     *demo.COMMANDS,
-    *bench.COMMANDS,
-    *doctor.COMMANDS,
+    *machine.COMMANDS,
 ):
     main.add_command(_command)

@@ -1,81 +1,40 @@
-"""Subcommands around the beton."""
+"""Betons: written, checked, copied, fetched."""
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, Location, json_option, ray_option, show
+from fastprune.cli.options import (
+    COUNT,
+    PATH,
+    Location,
+    json_option,
+    ray_option,
+    report_faults,
+    setting_options,
+    show,
+)
+from fastprune.settings import ConvertSettings
 
 
 @click.command()
 @click.argument("images", type=Location())
 @click.argument("beton", type=Location())
-@click.option("--labels", type=PATH, help='A file of "name class" lines for a flat folder.')
-@click.option(
-    "--no-labels",
-    "unlabeled",
-    is_flag=True,
-    help="Leave classes out; a folder may be any tree of images.",
-)
-@click.option("--workers", type=COUNT, help="Processes.  [default: one per usable CPU, at most 16]")
-@click.option(
-    "--jpeg",
-    type=click.Choice(["auto", "fast", "original"]),
-    default="auto",
-    help="auto: rewrite JPEGs of at least 16 KiB without loss, so that views of them decode faster "
-    "on the CPU; fast: all of them; original: copy every byte.",
-)
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    help="stop at the first unreadable image, or leave it out and list it in the manifest.",
-)
-@click.option(
-    "--quality", type=click.IntRange(1, 100), default=95, help="JPEG quality of transcoded images."
-)
-@click.option("--max-side", type=COUNT, help="Shrink images with a longer side, in pixels.")
-@click.option(
-    "--exif",
-    type=click.Choice(["ignore", "apply"]),
-    default="ignore",
-    help="EXIF orientation: ignore it as FFCV and torchvision do, or turn the pixels.",
-)
-@click.option("--classes-from", type=PATH, help="Number the classes as in this beton.")
-@click.option("--verify", is_flag=True, help="Decode every image once to find damage in its data.")
-@click.option("--shuffle-rows", type=int, metavar="SEED", help="Put the rows in a random order.")
-@click.option("--resume", is_flag=True, help="Resume from the partial file of an interrupted run.")
-@click.option("--keep-partial", is_flag=True, help="Leave a partial file when the run fails.")
-@click.option("--shards", type=COUNT, help="Write a folder of so many betons, used as one.")
-@click.option("--shard", type=click.IntRange(0), help="Make this shard alone, counted from 0.")
+@setting_options(ConvertSettings)
 @ray_option("Make the shards")
 @json_option
 def convert(
     images: str | Path,
     beton: str | Path,
-    labels: Path | None,
-    unlabeled: bool,
-    workers: int | None,
-    jpeg: str,
-    on_error: str,
-    quality: int,
-    max_side: int | None,
-    exif: str,
-    classes_from: Path | None,
-    verify: bool,
-    shuffle_rows: int | None,
-    resume: bool,
-    keep_partial: bool,
-    shards: int | None,
-    shard: int | None,
     ray: str | bool | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Write images into a beton, without loss where they are JPEGs.
+    """Write images into a beton, without loss if they are JPEGs.
 
     IMAGES is a folder with one subfolder per class; a folder of WebDataset tars or of Parquet
     files, or a pattern of them; or, with --labels or --no-labels, a folder of images; or a URL of
@@ -86,31 +45,12 @@ def convert(
     from fastprune.beton.shards import SET_NAME
     from fastprune.beton.summary import jpeg_layouts
 
-    if shard is not None and shards is None:
+    if settings["shard"] is not None and settings["shards"] is None:
         raise click.UsageError("--shard names one of several: add --shards.")
-    if ray is not None and shards is None:
-        raise click.UsageError("--ray makes a shard by each task: add --shards.")
+    if ray is not None and settings["shards"] is None:
+        raise click.UsageError("--ray makes a shard with each task: add --shards.")
     start = time.monotonic()
-    manifest = convert_images(
-        images,
-        beton,
-        labels=labels,
-        unlabeled=unlabeled,
-        workers=workers,
-        jpeg=jpeg,
-        on_error=on_error,
-        quality=quality,
-        max_side=max_side,
-        exif=exif,
-        classes_from=classes_from,
-        verify=verify,
-        shuffle_seed=shuffle_rows,
-        resume=resume,
-        keep_partial=keep_partial,
-        shards=shards,
-        shard=shard,
-        ray=ray,
-    )
+    manifest = convert_images(images, beton, ray=ray, **settings)
     seconds = time.monotonic() - start
     counts = ", ".join(f"{count:,} {action}" for action, count in manifest.counts.items())
     num_rows = manifest.fingerprint.num_rows
@@ -119,10 +59,10 @@ def convert(
         {"rows": num_rows, **manifest.counts, "seconds": seconds, "out": beton},
         as_json=as_json,
     )
-    if shards is not None and manifest.path.name != SET_NAME:
+    if settings["shards"] is not None and manifest.path.name != SET_NAME:
         click.echo(f"other shards of {beton} are missing; the last run writes {SET_NAME}", err=True)
     # The lines of a manifest that was uploaded are not here any more.
-    if jpeg != "original" and not as_json and manifest.path.exists():
+    if settings["jpeg"] != "original" and not as_json and manifest.path.exists():
         click.echo(jpeg_layouts(manifest))
 
 
@@ -144,22 +84,16 @@ def check(
         raise click.UsageError("--write-manifest vouches for every image: add --deep.")
     start = time.monotonic()
     faults = check_beton(beton, deep=deep, subset=subset)
-    adoptable = write_manifest and all(fault.kind == "manifest" for fault in faults)
-    if adoptable:
+    if write_manifest and all(fault.kind == "manifest" for fault in faults):
         manifest = adopt(beton)
         click.echo(f"wrote {manifest.path}", err=True)
         faults = []
-    if as_json:
-        shown = {"path": str(beton), "deep": deep, "faults": [asdict(fault) for fault in faults]}
-        click.echo(json.dumps(shown, indent=2))
-    else:
-        for fault in faults:
-            click.echo(str(fault))
-        found = {0: "no faults", 1: "1 fault"}.get(len(faults), f"{len(faults):,} faults")
-        if deep and (mirrored := rows_present(beton)) is not None:
-            found += f" in the {int(mirrored.sum()):,} rows that this mirror holds"
-        click.echo(f"{found} in {time.monotonic() - start:.1f} s: {beton}")
-    sys.exit(1 if faults else 0)
+    where = ""
+    if deep and not as_json and (mirrored := rows_present(beton)) is not None:
+        where = f" in the {int(mirrored.sum()):,} rows that this mirror holds"
+    where += f" in {time.monotonic() - start:.1f} s"
+    shown = {"path": str(beton), "deep": deep, "faults": [asdict(fault) for fault in faults]}
+    report_faults(faults, beton, as_json=shown if as_json else None, where=where)
 
 
 @click.command()
@@ -174,13 +108,7 @@ def compact(beton: Path, out: Path, subset: Path | None, row_field: bool, as_jso
 
     start = time.monotonic()
     manifest = compact_beton(beton, out, subset=subset, row_field=row_field)
-    seconds = time.monotonic() - start
-    num_rows = manifest.fingerprint.num_rows
-    show(
-        f"copied {num_rows:,} rows in {seconds:.1f} s -> {out}",
-        {"rows": num_rows, "seconds": seconds, "out": out},
-        as_json=as_json,
-    )
+    _show_rows("copied", manifest.fingerprint.num_rows, start, out, as_json=as_json)
 
 
 @click.command("dali-index")
@@ -194,9 +122,13 @@ def dali_index(beton: Path, out: Path, subset: Path | None, as_json: bool) -> No
 
     start = time.monotonic()
     num_rows = write_dali_index(beton, out, subset=subset)
+    _show_rows("indexed", num_rows, start, out, as_json=as_json)
+
+
+def _show_rows(verb: str, num_rows: int, start: float, out: Path, *, as_json: bool) -> None:
     seconds = time.monotonic() - start
     show(
-        f"indexed {num_rows:,} rows in {seconds:.1f} s -> {out}",
+        f"{verb} {num_rows:,} rows in {seconds:.1f} s -> {out}",
         {"rows": num_rows, "seconds": seconds, "out": out},
         as_json=as_json,
     )
@@ -211,7 +143,7 @@ def dali_index(beton: Path, out: Path, subset: Path | None, as_json: bool) -> No
     "--retry-seconds",
     type=click.FloatRange(min=0),
     default=60.0,
-    help="How long a request is repeated that fails or gives wrong bytes.",
+    help="How long a request is repeated that fails or returns wrong bytes.",
 )
 @ray_option("Fetch the rows on every node")
 @json_option
@@ -227,8 +159,8 @@ def stage(
     """Fetch a subset's rows of a beton in object storage into a mirror on a local disk.
 
     URL is that of a beton (s3://bucket/train.beton) or of a folder of shards (s3://bucket/train/);
-    SUBSET a subset's file, or the word "all". `Loader(URL, SUBSET, cache=FOLDER)` and
-    `Loader(FOLDER, SUBSET)` read the mirror.
+    SUBSET a subset's file, or the word "all". `open_beton(URL, cache=FOLDER)` and
+    `open_beton(FOLDER)` read the mirror.
     """
     from fastprune.beton.remote.fetch import stage as stage_rows
 

@@ -2,7 +2,7 @@
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, Share
+from fastprune.cli.options import COUNT, PATH, SHARE
 
 
 @click.command()
@@ -13,7 +13,7 @@ from fastprune.cli.options import COUNT, PATH, Share
 )
 @click.option("--out", default="demo", type=PATH, help="Folder to write.")
 @click.option(
-    "--keep", type=Share(), default=0.5, help="Share of the rows that the pruned runs keep."
+    "--keep", type=SHARE, default=0.5, help="Share of the rows that the pruned runs keep."
 )
 @click.option("--epochs", type=COUNT, default=12, help="Passes of every student over its rows.")
 @click.option(

@@ -1,15 +1,113 @@
-"""Options that several subcommands share, so that one thing has one name and one domain."""
+"""Options made of the records of settings, and the few that only the command line has."""
 
 import functools
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from fastprune.settings.domains import Settings, Share, domain_of
+from fastprune.settings.keywords import outside
+
+_C = TypeVar("_C", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+# Flags that are not the field's name: a command has no other workers or classes to confuse with.
+_FLAGS = {
+    "checkpoint": "--teacher-checkpoint",
+    "weights": "--teacher-weights",
+    "num_classes": "--teacher-classes",
+    "num_clusters": "--unsupervised",
+    "compile_teacher": "--compile",
+    "num_workers": "--workers",
+    "keep_ratio": "--keep",
+    "shuffle_seed": "--shuffle-rows",
+    "unlabeled": "--no-labels",
+}
+
+
+class Setting(click.ParamType[Any]):
+    """The type of a field of a record: its bounds, its choices, and their completion."""
+
+    def __init__(self, field: FieldInfo) -> None:
+        self._field, self._domain = field, domain_of(field)
+        self.name = self._domain.noun
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Parse and check a value; a default is one already."""
+        if not isinstance(value, str):
+            return value
+        is_list = self._domain.length is not None
+        given: Any = value
+        try:
+            parsed = [self._parse(part) for part in (value.split(",") if is_list else [value])]
+            given = tuple(parsed) if is_list else parsed[0]
+            config = ConfigDict(allow_inf_nan=False)
+            kind: Any = self._field.rebuild_annotation()
+            return TypeAdapter(kind, config=config).validate_python(given)
+        except ValueError:  # pydantic's errors are, too
+            self.fail(outside("it", given, self._domain), param, ctx)
+
+    def _parse(self, text: str) -> Any:
+        return self._domain.kind(text) if self._domain.kind in (int, float) else text
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Show the choices, or the kind of value and its bounds."""
+        del param, ctx
+        if self._domain.choices:
+            return f"[{'|'.join(self._domain.choices)}]"
+        one = self._domain.noun.split()[-1].upper()
+        if self._domain.length is not None:
+            return ",".join([one] * (self._domain.length or 2))
+        return one + self._domain.bounds
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """Complete the choices."""
+        del ctx, param
+        return [CompletionItem(c) for c in self._domain.choices if c.startswith(incomplete)]
+
+
+def setting_options(
+    record: type[Settings],
+    *,
+    without: tuple[str, ...] = (),
+    types: Mapping[str, Any] | None = None,
+) -> Callable[[_C], _C]:
+    """Add an option for each field of a record, with its type, bounds, default and help.
+
+    Args:
+        record: a field `image_size` becomes `--image-size`, unless it has a flag of its own.
+        without: fields without an option.
+        types: click's types of fields that are written in a way of their own.
+    """
+    given = types or {}
+    options = [
+        _option(name, field, given.get(name))
+        for name, field in record.model_fields.items()
+        if name not in without
+    ]
+    # Decorators run from the bottom up; the help shows the order of the fields.
+    return lambda command: functools.reduce(lambda done, add: add(done), options[::-1], command)
+
+
+def _option(name: str, field: FieldInfo, kind: Any) -> Callable[[_C], _C]:
+    domain = domain_of(field)
+    text = field.description or ""
+    settings: dict[str, Any] = {"help": text[0].upper() + text[1:]}
+    if domain.kind is bool:
+        settings |= {"is_flag": True, "default": field.default}
+    else:
+        settings["type"] = kind or (PATH if domain.kind is Path else Setting(field))
+        settings |= {"required": True} if field.is_required() else {"default": field.default}
+    return click.option(_FLAGS.get(name, f"--{name.replace('_', '-')}"), name, **settings)
 
 
 class Location(click.ParamType[str | Path]):
@@ -18,84 +116,8 @@ class Location(click.ParamType[str | Path]):
     name = "path"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str | Path:
-        """Tell the two apart."""
+        """Distinguish the two."""
         return value if "://" in str(value) else PATH.convert(value, param, ctx)
-
-
-COUNT = click.IntRange(min=1)
-
-
-class RayCluster(click.ParamType[str | bool]):
-    """The address of a Ray cluster; the option without a value, given as "", means one at hand."""
-
-    name = "address"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str | bool:
-        """Tell the two apart."""
-        del param, ctx
-        return value or True
-
-
-def ray_option(what: str) -> Any:
-    """Return the option --ray [ADDRESS] of a command that runs on a cluster."""
-    return click.option(
-        "--ray",
-        type=RayCluster(),
-        is_flag=False,
-        flag_value="",
-        metavar="[ADDRESS]",
-        help=f"{what} by tasks of the Ray cluster at ADDRESS; without one, of that in RAY_ADDRESS, "
-        "or of one on this machine. Write it behind the arguments.",
-    )
-
-
-# The values are repeated here, because `--help` and completion must not import what they are of
-# (a test holds them against the library's own).
-BACKENDS = ("auto", "cpu", "dali")
-METRICS = (
-    "centroid",
-    "centroid_median",
-    "loss",
-    "el2n",
-    "grand_last",
-    "margin",
-    "entropy",
-    "confidence",
-    "prototype",
-)
-STRATEGIES = ("medium", "window", "easy", "hard", "random", "moderate", "ccs")
-QUOTAS = ("proportional", "equal")
-EXPORT_FORMATS = (
-    "mdslr",
-    "deepcore",
-    "rows",
-    "dropped",
-    "names",
-    "indices",
-    "symlinks",
-    "webdataset",
-    "huggingface",
-)
-PRECISIONS = ("auto", "fp32", "bf16")
-CACHE_DTYPES = ("float16", "float32", "uint8")
-AUGMENTS = ("rrc", "pad_crop", "center", "none")
-
-
-class Share(click.ParamType[float]):
-    """A share in (0, 1]; 50 is refused, with what was probably meant."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """Parse and check a number."""
-        try:
-            share = float(value)
-        except ValueError:
-            share = float("nan")
-        if 0 < share <= 1:
-            return share
-        meant = f" {share:g}% is {share / 100:g}." if 1 < share <= 100 else ""
-        return self.fail(f"{value} is not a share in (0, 1].{meant}", param, ctx)
 
 
 class Size(click.ParamType[int]):
@@ -113,176 +135,60 @@ class Size(click.ParamType[int]):
         try:
             return int(float(number) * units[value[len(number) :].lower()])
         except (KeyError, ValueError, OverflowError):
-            self.fail(f"{value!r} is no size such as 4GiB or 512MiB", param, ctx)
+            self.fail(f"{value!r} is not a size such as 4GiB or 512MiB", param, ctx)
 
 
-SIZE = Size()
+class RayCluster(click.ParamType[str | bool]):
+    """The address of a Ray cluster; True if the option stands without one, which is "" to click."""
 
+    name = "address"
 
-class NumberList(click.ParamType[tuple[float, ...]]):
-    """Numbers with commas between, so many as there are names, or any where there are none."""
-
-    name = "numbers"
-
-    def __init__(self, example: str, *, count: int | None = None, item: Any = click.FLOAT) -> None:
-        self._example, self._count, self._item = example, count, item
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        """Parse the numbers."""
-        if isinstance(value, tuple):  # a default that is converted already
-            return value
-        try:
-            numbers = tuple(map(float, value.split(",")))
-        except ValueError:
-            numbers = ()
-        if not numbers or len(numbers) != (self._count or len(numbers)):
-            self.fail(f"{value!r} is not a list such as {self._example}.", param, ctx)
-        return tuple(self._item.convert(number, param, ctx) for number in numbers)
-
-
-class Metric(click.ParamType[str]):
-    """A metric or a blend of them; only the metrics are completed."""
-
-    name = "metric"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        """Take any name: score tables of other tools have metrics of their own."""
+    def convert(self, value: Any, param: Any, ctx: Any) -> str | bool:
+        """Distinguish the two."""
         del param, ctx
-        return str(value)
-
-    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[Any]:
-        """Complete the metrics of our own tables."""
-        from click.shell_completion import CompletionItem
-
-        del ctx, param
-        return [CompletionItem(name) for name in METRICS if name.startswith(incomplete)]
+        return value or True
 
 
-class Views(click.ParamType[int | str]):
-    """center, train, or a number of training views."""
-
-    name = "views"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
-        """Parse a number, or check the word."""
-        if isinstance(value, int):
-            return value
-        if value in ("center", "train"):
-            return str(value)
-        if value.isdecimal() and int(value) > 0:
-            return int(value)
-        return self.fail(f"{value!r} is not center, train or a number of views.", param, ctx)
-
-
-class Precision(click.Choice[str]):
-    """fp32 or bf16; the long names of earlier versions are understood."""
-
-    def __init__(self) -> None:
-        super().__init__(PRECISIONS)
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        """Shorten a long name and check the choice."""
-        short = {"float32": "fp32", "bfloat16": "bf16"}.get(value, value)
-        return super().convert(short, param, ctx)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-workers_option = click.option(
-    "--workers",
-    "num_workers",
-    type=COUNT,
-    help="Decoding threads.  [default: one per usable CPU]",
-)
-device_option = click.option(
-    "--device", default="auto", help="Device of torch; auto takes CUDA if it is there."
-)
-backend_option = click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto", help="Engine that decodes."
-)
-
-augment_option = click.option(
-    "--augment",
-    type=click.Choice(AUGMENTS),
-    help="How training views are taken.  [default: the loader's at this size]",
-)
-_CHANNELS = NumberList("red,green,blue, such as 0.485,0.456,0.406", count=3)
-_TEACHER_OPTIONS = (
-    click.option(
-        "--teacher",
-        help="Network: one of torchvision, timm:NAME, or a small one such as resnet32x4; with its "
-        "published weights, or those of --teacher-checkpoint.",
-    ),
-    click.option(
-        "--teacher-checkpoint",
-        type=PATH,
-        help="Weights: safetensors or a PyTorch checkpoint; a student of fastprune names its "
-        "network.",
-    ),
-    click.option(
-        "--teacher-weights",
-        help="Published weights, such as IMAGENET1K_V2.  [default: the best ones]",
-    ),
-    click.option(
-        "--teacher-factory",
-        metavar="PACKAGE.MODULE:FUNCTION",
-        help="A function of yours that makes the network; called with num_classes.",
-    ),
-    click.option(
-        "--teacher-classes",
-        type=COUNT,
-        help="Logits of the teacher.  [default: the beton's classes; with --unsupervised its own]",
-    ),
-    click.option(
-        "--image-size",
-        type=COUNT,
-        help="Side of the images in pixels.  [default: the teacher's; 224, less for small images]",
-    ),
-    click.option(
-        "--mean",
-        metavar="R,G,B",
-        type=_CHANNELS,
-        help="Mean of pixel values in [0, 1].  [default: the teacher's, ImageNet's]",
-    ),
-    click.option(
-        "--std",
-        metavar="R,G,B",
-        type=_CHANNELS,
-        help="Standard deviation of pixel values.  [default: the teacher's, ImageNet's]",
-    ),
-)
-_PASS_OPTIONS = (
-    click.option("--seed", default=0, help="Seed of the augmented views."),
-    click.option("--batch-size", type=COUNT, default=256, help="Images per step and rank."),
-    device_option,
-    click.option(
-        "--precision",
-        type=Precision(),
-        default="auto",
-        help="Arithmetic of the teacher; auto is bf16 on CUDA devices that have it.",
-    ),
-    click.option("--compile", "compile_teacher", is_flag=True, help="Use torch.compile."),
-    backend_option,
-    workers_option,
-)
-
-
-def teacher_options(command: Any) -> Any:
-    """Add the options that name a teacher and the images it is shown."""
-    return functools.reduce(
-        lambda wrapped, option: option(wrapped), _TEACHER_OPTIONS[::-1], command
+def ray_option(what: str) -> Any:
+    """Return the option --ray [ADDRESS] of a command that runs on a cluster."""
+    return click.option(
+        "--ray",
+        type=RayCluster(),
+        is_flag=False,
+        flag_value="",
+        metavar="[ADDRESS]",
+        help=f"{what} by tasks of the Ray cluster at ADDRESS; without one, of that in RAY_ADDRESS, "
+        "or of one on this machine. Write it after the arguments.",
     )
 
 
-def pass_options(command: Any) -> Any:
-    """Add the options of how a pass of the teacher is run."""
-    return functools.reduce(lambda wrapped, option: option(wrapped), _PASS_OPTIONS[::-1], command)
+SIZE = Size()
+# FieldInfo makes a field of a bare type.
+SHARE = Setting(FieldInfo.from_annotation(Share))  # type: ignore[arg-type]
+SHARES = Setting(FieldInfo.from_annotation(tuple[Share, ...]))  # type: ignore[arg-type]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+device_option = click.option(
+    "--device", default="auto", help='Device of torch; "auto" is CUDA if it is available.'
+)
+
+
+def teacher_options(command: _C) -> _C:
+    """Add the two ways to name a teacher."""
+    command = click.option(
+        "--teacher-factory",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="A function of yours that makes the network; called with num_classes.",
+    )(command)
+    return click.option(
+        "--teacher",
+        help="Network: one of torchvision, timm:NAME, or a small one such as resnet32x4; with its "
+        "published weights, or those of --teacher-checkpoint.",
+    )(command)
 
 
 def checked_teacher(beton: Path, teacher: str | None, teacher_factory: str | None) -> str | None:
-    """Return the teacher's name or factory, if it is one, without importing torch.
-
-    What is wrong with the arguments is said before torch is imported, which takes seconds.
-    """
+    """Return the teacher's name or factory, and refuse wrong arguments before torch is imported."""
     from fastprune.beton.opening import open_beton
     from fastprune.networks.names import require_known_network
 
@@ -302,6 +208,20 @@ def show(line: str, fields: dict[str, Any], *, as_json: bool) -> None:
     click.echo(json.dumps(fields, indent=2, default=str) if as_json else line)
 
 
+def report_faults(
+    faults: list[Any], path: Path, *, as_json: dict[str, Any] | None, where: str
+) -> None:
+    """Print what a check found, one fault a line, and exit with 1 if there is any."""
+    if as_json is not None:
+        click.echo(json.dumps(as_json, indent=2))
+    else:
+        for fault in faults:
+            click.echo(str(fault))
+        found = {0: "no faults", 1: "1 fault"}.get(len(faults), f"{len(faults):,} faults")
+        click.echo(f"{found}{where}: {path}")
+    sys.exit(1 if faults else 0)
+
+
 def flags_of(command: click.Command) -> dict[str, str]:
     """Map Python names of a command's parameters, and of its subcommands', to their flags."""
     commands = command.commands.values() if isinstance(command, click.Group) else ()
@@ -313,7 +233,7 @@ def flags_of(command: click.Command) -> dict[str, str]:
 
 
 def named_by_flag(message: str, flags: dict[str, str]) -> str:
-    """Name the flag where an error message begins with the name of a Python argument.
+    """Name the flag if an error message begins with the name of a Python argument.
 
     >>> named_by_flag("num_workers (0) must be >= 1.", {"num_workers": "--workers"})
     '--workers (0) must be >= 1.'

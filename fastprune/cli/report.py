@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, Metric
+from fastprune.cli.options import COUNT, PATH
 
 _SECONDS = click.FloatRange(min=0)
 _SUFFIXES = (".parquet", ".npy")
@@ -42,7 +42,6 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
 )
 @click.option(
     "--metric",
-    type=Metric(),
     help="Scores: difficulty to show.  [default: the one SUBSET was made by, or centroid]",
 )
 @click.option(

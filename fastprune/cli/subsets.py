@@ -1,4 +1,4 @@
-"""Subcommands around subsets."""
+"""Subsets: selected, imported, exported."""
 
 import json
 import shlex
@@ -9,125 +9,105 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastprune.cli.options import (
-    EXPORT_FORMATS,
-    PATH,
-    QUOTAS,
-    STRATEGIES,
-    Metric,
-    NumberList,
-    Share,
-    json_option,
-    show,
+from fastprune.cli.options import PATH, SHARE, SHARES, json_option, setting_options, show
+from fastprune.settings import SelectSettings
+from fastprune.settings.score import (
+    CLUSTER_METRIC,
+    FEATURE_METRICS,
+    LOGIT_METRICS,
+    NOT_DIFFICULTIES,
 )
+from fastprune.settings.select import EXPORT_FORMATS
 
 if TYPE_CHECKING:
-    from fastprune.beton.beton import Beton
-    from fastprune.rows.score_table import ScoreTable
     from fastprune.rows.subset import Subset
+
+
+class _Metric(click.ParamType[str]):
+    """A metric or a blend of them: any text, since other tools' tables have their own metrics."""
+
+    name = "metric"
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[Any]:
+        """Complete the metrics of our own tables."""
+        from click.shell_completion import CompletionItem
+
+        del ctx, param
+        names = (*FEATURE_METRICS, *LOGIT_METRICS, CLUSTER_METRIC)
+        known = [name for name in names if name not in NOT_DIFFICULTIES]
+        return [CompletionItem(name) for name in known if name.startswith(incomplete)]
 
 
 @click.command()
 @click.argument("scores", type=PATH)
 @click.option("-o", "--out", required=True, type=PATH, help="Subset to write (.npy).")
-@click.option("--keep", type=Share(), help="Share of the rows to keep, in (0, 1].")
+@click.option(
+    "--keep",
+    "keep_ratio",
+    type=SHARE,
+    help="Share of the rows to keep.",
+)
 @click.option(
     "--sweep",
     metavar="R,R,...",
-    type=NumberList("0.3,0.4,0.5,0.7", item=Share()),
-    default=(),
-    show_default=False,
+    type=SHARES,
     help="Keep each of these shares; subset.npy becomes subset-30.npy and so on.",
 )
 @click.option(
     "--beton",
     type=PATH,
-    help="Images of SCORES: needed where these are numbers of another tool (.npy, .csv, "
-    ".parquet); a score table is held against them.",
+    help="Images of SCORES: needed for another tool's numbers (.npy, .csv, .parquet); a score "
+    "table is compared with them.",
 )
-@click.option(
-    "--metric",
-    type=Metric(),
-    help="Rank rows by a metric of the table, or a blend by rank such as "
-    "centroid:0.5,loss:0.5.  [default: centroid; loss with "
-    "--compat mdslr, centroid_median with --strategy moderate]",
-)
-@click.option(
-    "--strategy",
-    type=click.Choice(STRATEGIES),
-    default="medium",
-    help="Which rows of a class are kept.",
-)
-@click.option(
-    "--quota", type=click.Choice(QUOTAS), default="proportional", help="Share of each class."
-)
+@setting_options(SelectSettings, without=("keep_ratio", "per_class"), types={"metric": _Metric()})
 @click.option("--global", "is_global", is_flag=True, help="Take all rows as one class.")
-@click.option(
-    "--quantile",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    help="window: where its center is, in [0, 1].",
-)
-@click.option(
-    "--drop-hardest",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.1,
-    help="ccs: share of the hardest rows left out, in [0, 1).",
-)
-@click.option("--seed", default=0, help="random, ccs: seed of the draw.")
-@click.option(
-    "--compat",
-    type=click.Choice(["mdslr"]),
-    help="mdslr: the reference code's selection, row for row.",
-)
 @click.option(
     "--exclude",
     type=PATH,
     help="Rows that are never kept: cleanlab's issues (.csv, .parquet), rows or a mask (.npy), a "
     "list (.txt, .json); --keep is a share of the others.",
 )
-@click.option(
-    "--allow-empty-classes", is_flag=True, help="Let classes that have rows keep none of them."
-)
 @json_option
 def select(
     scores: Path,
     out: Path,
-    keep: float | None,
-    sweep: tuple[float, ...],
+    keep_ratio: float | None,
+    sweep: tuple[float, ...] | None,
     beton: Path | None,
     is_global: bool,
     exclude: Path | None,
     as_json: bool,
-    **options: Any,
+    **settings: Any,
 ) -> None:
     """Choose the rows of SCORES that are kept, and write them as a subset."""
-    from fastprune.selection.importers import read_excluded
+    from fastprune.beton.opening import open_beton
+    from fastprune.rows.score_table import ScoreTable
+    from fastprune.selection.importers import import_scores, read_excluded
     from fastprune.selection.subsets import make_subset
 
-    ratios = sweep if keep is None else (keep, *sweep)
-    if len(ratios) != max(1, len(sweep)):
-        raise click.UsageError("give --keep or --sweep, one of them.")
+    if (keep_ratio is None) == (sweep is None):
+        raise click.UsageError("give either --keep or --sweep.")
     started = time.perf_counter()
-    opened = None if beton is None else _opened(beton)
-    table = _load_scores(scores, opened)
+    opened = None if beton is None else open_beton(beton)
+    table = ScoreTable.load(scores) if opened is None else import_scores(scores, opened)
     excluded = None if exclude is None else read_excluded(exclude, table.num_rows, beton=opened)
     written = []
-    for ratio in dict.fromkeys(ratios):
+    for ratio in dict.fromkeys(sweep or (keep_ratio,)):
         subset = make_subset(
             table,
             keep_ratio=ratio,
             per_class=not is_global,
             exclude=excluded,
             command=_command_line(),
-            **options,
+            **settings,
         )
         path = out.with_name(f"{out.stem}-{100 * ratio:.6g}{out.suffix}") if sweep else out
         subset.save(path)
         seconds = time.perf_counter() - started
-        written.append(_fields(subset, path, seconds=seconds))
+        line, fields = _summary(subset, path, seconds=seconds)
+        written.append(fields)
         if not as_json:
-            click.echo(f"{_kept(subset)} in {seconds:.1f} s -> {path}")
+            click.echo(line)
         started = time.perf_counter()
     if as_json:
         click.echo(json.dumps(written if sweep else written[0], indent=2))
@@ -135,19 +115,15 @@ def select(
 
 @click.command("import")
 @click.argument("listing", type=PATH)
-@click.option("--beton", required=True, type=PATH, help="Images that the rows are of.")
+@click.option("--beton", required=True, type=PATH, help="The images that the rows belong to.")
 @click.option("-o", "--out", required=True, type=PATH, help="Subset to write (.npy).")
-@click.option("--drop", is_flag=True, help="LISTING is of what is dropped, not kept.")
-@click.option(
-    "--class-std",
-    type=PATH,
-    help="MDSLR's std.npy, which logit reshaping needs.",
-)
+@click.option("--drop", is_flag=True, help="LISTING holds the rows to drop, not those to keep.")
+@click.option("--class-std", type=PATH, help="MDSLR's std.npy, which logit reshaping needs.")
 @json_option
 def import_(
     listing: Path, beton: Path, out: Path, drop: bool, class_std: Path | None, as_json: bool
 ) -> None:
-    """Make a subset of LISTING, a file of another tool.
+    """Make a subset from LISTING, a file of another tool.
 
     LISTING holds rows (.npy, .txt, .json), file names (.txt, .json), or DeepCore's indices and
     scores (.json, .npz). For another tool's scores, see select --beton.
@@ -159,7 +135,8 @@ def import_(
         listing, open_beton(beton), drop=drop, class_std=class_std, command=_command_line()
     )
     subset.save(out)
-    show(f"{_kept(subset)} -> {out}", _fields(subset, out), as_json=as_json)
+    line, fields = _summary(subset, out)
+    show(line, fields, as_json=as_json)
 
 
 @click.command()
@@ -169,20 +146,18 @@ def import_(
     "--out",
     required=True,
     type=PATH,
-    help="File to write; for mdslr, symlinks and huggingface a folder.",
+    help="File to write; for mdslr and huggingface a folder.",
 )
 @click.option(
     "--format",
     "file_format",
     type=click.Choice(EXPORT_FORMATS),
     required=True,
-    help="mdslr (ratio_50.npy and std.npy); deepcore (JSON); rows, dropped or names (text); "
-    "indices of torch.utils.data.Subset (.npy); symlinks to the image files; webdataset (JSON: "
-    "keys of each shard); huggingface (Parquet with images and scores).",
+    help="mdslr (ratio_50.npy and std.npy); rows, dropped or names (text); indices of "
+    "torch.utils.data.Subset (.npy); huggingface (Parquet with images and scores).",
 )
-@click.option("--beton", type=PATH, help="The images, whose manifest has the files' names.")
-@click.option("--scores", type=PATH, help="deepcore, huggingface: table that rows were chosen by.")
-@click.option("--images", type=PATH, help="symlinks: the folder that was converted.")
+@click.option("--beton", type=PATH, help="The images; their manifest has the files' names.")
+@click.option("--scores", type=PATH, help="huggingface: score table to include.")
 @json_option
 def export(
     subset: Path,
@@ -190,7 +165,6 @@ def export(
     file_format: str,
     beton: Path | None,
     scores: Path | None,
-    images: Path | None,
     as_json: bool,
 ) -> None:
     """Write SUBSET for another tool."""
@@ -200,14 +174,14 @@ def export(
     from fastprune.selection.exporters import export_subset
 
     loaded = Subset.load(subset)
-    written = export_subset(
-        loaded,
-        out,
-        file_format,
-        beton=None if beton is None else open_beton(beton),
-        scores=None if scores is None else ScoreTable.load(scores),
-        images=images,
-    )
+    opened = None if beton is None else open_beton(beton)
+    if file_format == "huggingface":
+        from fastprune.adapters.huggingface import export_parquet
+
+        table = None if scores is None else ScoreTable.load(scores)
+        written = export_parquet(loaded, out, beton=opened, scores=table)
+    else:
+        written = export_subset(loaded, out, file_format, beton=opened)
     show(
         f"exported {len(loaded.rows):,} rows -> {', '.join(map(str, written))}",
         {"rows": len(loaded.rows), "written": written},
@@ -215,40 +189,19 @@ def export(
     )
 
 
-def _opened(path: Path) -> "Beton":
-    from fastprune.beton.opening import open_beton
-
-    return open_beton(path)
-
-
-def _load_scores(path: Path, beton: "Beton | None") -> "ScoreTable":
-    """Load a score table, or another tool's scores of a beton."""
-    from fastprune.rows.score_table import ScoreTable
-
-    if beton is None:
-        return ScoreTable.load(path)
-    from fastprune.selection.importers import import_scores
-
-    return import_scores(path, beton)
-
-
 def _command_line() -> str:
     """Quote the command as it was typed, for the sidecar."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _kept(subset: "Subset") -> str:
-    """`kept 640,000 of 1,281,167 rows (49.95%)`."""
+def _summary(subset: "Subset", path: Path, **more: float) -> tuple[str, dict[str, Any]]:
+    """Describe a written subset in a line and in JSON values."""
     assert subset.fingerprint is not None
     kept, num_rows = len(subset.rows), subset.fingerprint.num_rows
-    return f"kept {kept:,} of {num_rows:,} rows ({kept / num_rows:.2%})"
-
-
-def _fields(subset: "Subset", path: Path, **more: float) -> dict[str, Any]:
-    """Describe a written subset in JSON values."""
-    assert subset.fingerprint is not None
-    kept, num_rows = len(subset.rows), subset.fingerprint.num_rows
-    return {"rows": kept, "of_rows": num_rows, "share": kept / num_rows, **more, "out": str(path)}
+    took = f" in {more['seconds']:.1f} s" if more else ""
+    line = f"kept {kept:,} of {num_rows:,} rows ({kept / num_rows:.2%}){took} -> {path}"
+    fields = {"rows": kept, "of_rows": num_rows, "share": kept / num_rows, **more}
+    return line, {**fields, "out": str(path)}
 
 
 COMMANDS: tuple[click.Command, ...] = (select, import_, export)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, PRECISIONS, device_option, json_option, show
+from fastprune.cli.options import COUNT, PATH, Setting, device_option, json_option, show
+from fastprune.settings import RunSettings
 
 
 def _complete_recipe(
@@ -102,7 +103,7 @@ def train(
 @device_option
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
+    type=Setting(RunSettings.model_fields["precision"]),
     default="auto",
     help="Arithmetic of the network; auto is that of the checkpoint's own training.",
 )

@@ -151,7 +151,7 @@ def run_demo(settings: DemoSettings) -> str:
                 checkpoint=checkpoint,
                 image_size=image_size,
                 # Scores and class std are of the kind of views that the students are taught with.
-                views="train",
+                views=1,
             )
         with _timed("select", seconds):
             for name in _STRATEGIES:

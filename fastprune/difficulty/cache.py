@@ -1,6 +1,6 @@
 """Fill a teacher cache without a student: every row in every one of its recurring views."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,36 +14,22 @@ from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
 from fastprune.beton.beton import RowsLike, rows_of
 from fastprune.beton.opening import open_beton
 from fastprune.difficulty.forward import Forward, ready_forward, run_network
-from fastprune.difficulty.network import Channels, choose_view, make_teacher
+from fastprune.difficulty.network import choose_view, make_teacher
 from fastprune.difficulty.reading import Reading
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.rows.teacher_cache import TeacherCache
+from fastprune.settings import FillSettings, takes_settings
 
 
+@takes_settings(FillSettings)
 def fill_cache(
     beton_path: str | Path,
     teacher: str | nn.Module | None,
     cache_path: str | Path,
     *,
-    num_views: int | None = None,
     subset: RowsLike = None,
-    slots: Sequence[int] | None = None,
-    dtype: str | None = None,
-    checkpoint: str | Path | None = None,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    image_size: int | None = None,
-    augment: str | None = None,
-    mean: Channels | None = None,
-    std: Channels | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    device: str | torch.device = "auto",
-    precision: str = "auto",
-    compile_teacher: bool = False,
-    backend: str = "auto",
-    num_workers: int | None = None,
+    settings: FillSettings,
 ) -> TeacherCache:
     """Ask the teacher for every logit that a cache does not hold yet.
 
@@ -54,26 +40,9 @@ def fill_cache(
         beton_path: the images.
         teacher: as for `score`.
         cache_path: the folder; made where it is missing.
-        num_views: K, how many views of each row recur; None for the K of an existing cache.
         subset: the rows to fill, which a new cache has room for: a file, a `Subset`, an array of
             rows, or None for all.
-        slots: the views to fill, each in [0, K); None for all.
-        dtype: of a new cache: "float16" (default), "float32" or "uint8".
-        checkpoint: as for `score`.
-        weights: as for `score`.
-        num_classes: C, logits of the teacher; by default the beton's number of classes, and the
-            teacher's own where the beton has no labels.
-        image_size: of the training to come; by default as `score` finds it.
-        augment: of the training to come, as for `Loader`.
-        mean: as for `score`.
-        std: as for `score`.
-        seed: of the views of the training to come.
-        batch_size: images per step and rank.
-        device: of the teacher; "auto" takes CUDA where it is there, one device per rank.
-        precision: as for `score`.
-        compile_teacher: run the teacher through torch.compile.
-        backend: the loader's engine.
-        num_workers: decoding threads; None for one per usable CPU.
+        settings: the fields of `FillSettings`, as keywords.
 
     Returns:
         The cache, with these rows whole in these slots.
@@ -83,9 +52,8 @@ def fill_cache(
         ArtifactMismatch: the cache is of something else; the difference is named.
         ArtifactError: the disk is full, or a file cannot be read or written.
     """
-    require_at_least("batch_size", batch_size, 1)
-    num_views = recurring_views(cache_path, num_views)
-    slots = range(num_views) if slots is None else slots
+    num_views = recurring_views(cache_path, settings.num_views)
+    slots = range(num_views) if settings.slots is None else settings.slots
     for slot in slots:
         if not 0 <= slot < num_views:
             raise InvalidValueError(
@@ -96,7 +64,10 @@ def fill_cache(
     # Images without labels say nothing of the teacher's classes, which are its own then.
     known = beton.num_classes if beton.has_labels else None
     made = make_teacher(
-        teacher, num_classes=num_classes or known, checkpoint=checkpoint, weights=weights
+        teacher,
+        num_classes=settings.num_classes or known,
+        checkpoint=settings.checkpoint,
+        weights=settings.weights,
     )
     if made.num_classes == 0:
         raise InvalidValueError(
@@ -106,16 +77,23 @@ def fill_cache(
     view = choose_view(
         beton,
         made,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        views="train",
-        seed=seed,
-        augment=augment,
+        image_size=settings.image_size,
+        mean=settings.mean,
+        std=settings.std,
+        views=1,
+        seed=settings.seed,
+        augment=settings.augment,
     )
     with join_ranks() as ranks:
-        rank_device = device_of_rank(choose_device(device))
-        reading = Reading(beton, view, batch_size, rank_device, backend, num_workers)
+        rank_device = device_of_rank(choose_device(settings.device))
+        reading = Reading(
+            beton,
+            view,
+            settings.batch_size,
+            rank_device,
+            settings.backend,
+            settings.num_workers,
+        )
         loader = reading.open(rows, ranks)
         with ready_forward(
             made.network,
@@ -123,8 +101,8 @@ def fill_cache(
             feature_layer=None,
             image_size=view.image_size,
             device=rank_device,
-            precision=precision,
-            compile_network=compile_teacher,
+            precision=settings.precision,
+            compile_network=settings.compile_teacher,
         ) as forward:
             cache = open_cache(
                 cache_path,
@@ -133,7 +111,7 @@ def fill_cache(
                 precision=forward.dtype,
                 num_classes=made.num_classes,
                 num_views=num_views,
-                dtype=dtype,
+                dtype=settings.dtype,
             )
             fill_missing(cache, loader, forward, ranks, slots=slots)
     return cache
@@ -153,7 +131,7 @@ def recurring_views(path: str | Path, num_views: int | None, *, scored: int = 1)
     """
     if scored == 0:
         raise InvalidValueError(
-            'a teacher cache keeps training views, not the center crop. Score with views="train" '
+            "a teacher cache keeps training views, not the center crop. Score with views=1 "
             "(--views train)."
         )
     if num_views is None and not (Path(path) / "cache.json").exists():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.difficulty.metrics import LOGIT_METRICS, logit_metrics
+from fastprune.difficulty.metrics import logit_metrics
 from fastprune.networks import FeatureNetwork
+from fastprune.settings.score import LOGIT_METRICS
 
 PRECISIONS = ("auto", "fp32", "bf16")
 # The names of earlier versions; recipes never had them.

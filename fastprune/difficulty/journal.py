@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastprune.base.errors import ArtifactError
 from fastprune.base.files import try_lock, write_text
 from fastprune.base.untrusted import BAD_HEADER
-from fastprune.difficulty.metrics import LOGIT_METRICS
+from fastprune.settings.score import LOGIT_METRICS
 
 logger = logging.getLogger(__name__)
 

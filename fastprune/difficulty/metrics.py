@@ -10,21 +10,6 @@ from torch.nn import functional
 
 from fastprune.base.errors import InvalidValueError
 
-# What a pass without labels measures: the distance to the own cluster's center, and metrics of
-# logits alone.
-CLUSTER_METRIC = "prototype"
-LABEL_FREE_METRICS = ("entropy", "confidence", "logit_std")
-FEATURE_METRICS = ("centroid", "centroid_median")
-LOGIT_METRICS = (
-    "loss",
-    "el2n",
-    "grand_last",
-    "margin",
-    "entropy",
-    "confidence",
-    "logit_std",
-)
-
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy, -log p_y, by which the MDSLR reference code ranks.

@@ -10,8 +10,6 @@ from torch import nn
 
 from fastprune.base.errors import InvalidValueError
 from fastprune.beton.beton import Beton
-from fastprune.loading.arguments import MOST_PIXELS
-from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastprune.networks import (
     PublishedView,
     build_network,
@@ -23,6 +21,7 @@ from fastprune.networks import (
     weights_digest,
     weights_metadata,
 )
+from fastprune.settings.domains import IMAGENET_MEAN, IMAGENET_STD
 
 Channels = tuple[float, float, float]
 
@@ -189,7 +188,7 @@ def choose_view(
     image_size: int | None,
     mean: Channels | None,
     std: Channels | None,
-    views: int | str | None,
+    views: int,
     seed: int,
     augment: str | None = None,
 ) -> ViewSpec:
@@ -202,25 +201,10 @@ def choose_view(
         image_size: side of the images in pixels, or None.
         mean: per channel, or None.
         std: per channel, or None.
-        views: number of augmented views, or "train" for one; None or "center" for the center crop.
+        views: number of augmented views; 0 for the center crop.
         seed: of the augmented views.
         augment: how augmented views are taken, or None.
-
-    Raises:
-        InvalidValueError: fewer than one pixel or too many, or fewer than one view.
     """
-    count = (
-        {"center": 0, "train": 1}.get(views or "center") if not isinstance(views, int) else views
-    )
-    if count is None or (isinstance(views, int) and count < 1):
-        raise InvalidValueError(
-            f'views ({views!r}) must be "center", "train" (one training view) or a number of them, '
-            "at least 1."
-        )
-    if image_size is not None and image_size < 1:
-        raise InvalidValueError(f"image_size ({image_size}) must be at least 1 pixel.")
-    if image_size is not None and image_size > MOST_PIXELS:
-        raise InvalidValueError(f"image_size must be at most {MOST_PIXELS:,}, not {image_size:,}.")
     published = teacher.published
     size = image_size or (published.image_size if published else teacher.image_size)
     if not size:
@@ -230,7 +214,7 @@ def choose_view(
         image_size=size,
         mean=mean or (published.mean if published else IMAGENET_MEAN),
         std=std or (published.std if published else IMAGENET_STD),
-        count=count,
+        count=views,
         seed=seed,
-        augment=augment if count else None,
+        augment=augment if views else None,
     )

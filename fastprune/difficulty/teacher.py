@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastprune.base.checks import require_at_least
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.progress import track
 from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
@@ -24,46 +23,27 @@ from fastprune.difficulty.clusters import spherical_kmeans
 from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward
 from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
 from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
-from fastprune.difficulty.metrics import CLUSTER_METRIC, LABEL_FREE_METRICS, LOGIT_METRICS
-from fastprune.difficulty.network import Channels, Teacher, ViewSpec, choose_view, make_teacher
+from fastprune.difficulty.network import Teacher, ViewSpec, choose_view, make_teacher
 from fastprune.difficulty.reading import Reading
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.rows.cache_filler import CacheFiller
 from fastprune.rows.score_table import ScoreTable, require_parquet_name
+from fastprune.settings import ScoreSettings, takes_settings
+from fastprune.settings.score import CLUSTER_METRIC, LABEL_FREE_METRICS, LOGIT_METRICS
 
 # A killed pass loses at most this much; a commit flushes the whole map, so not every step.
 _COMMIT_SECONDS = 10.0
 _SIGN_OF_LIFE_SECONDS = 5.0
 
 
+@takes_settings(ScoreSettings)
 def score(
     beton_path: str | Path,
     teacher: str | nn.Module | None,
     out_path: str | Path,
     *,
-    checkpoint: str | Path | None = None,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    num_clusters: int | None = None,
-    feature_layer: str | None = None,
-    image_size: int | None = None,
-    mean: Channels | None = None,
-    std: Channels | None = None,
-    views: int | str | None = None,
-    augment: str | None = None,
-    seed: int = 0,
-    cache: str | Path | None = None,
-    num_views: int | None = None,
-    cache_dtype: str | None = None,
-    batch_size: int = 256,
-    device: str | torch.device = "auto",
-    precision: str = "auto",
-    compile_teacher: bool = False,
-    backend: str = "auto",
-    num_workers: int | None = None,
-    resume: bool = True,
-    keep_features: bool = False,
+    settings: ScoreSettings,
 ) -> ScoreTable:
     """Score every row of a beton by one pass of a teacher.
 
@@ -76,39 +56,7 @@ def score(
         teacher: a network, which is moved to the device and left in the mode it was in; or a name
             (see `fastprune.networks.build_network`); or None for the one that the checkpoint names.
         out_path: the score table to write.
-        checkpoint: weights of the named teacher: safetensors or a PyTorch checkpoint.
-        weights: published weights of the named teacher, such as IMAGENET1K_V2; by default, where
-            no checkpoint is given, the best ones.
-        num_classes: C, logits of the teacher; by default the beton's number of classes.
-        num_clusters: K, to score without labels: rows are grouped by spherical k-means of their
-            features, and their difficulty `prototype` is the cosine distance to the center of
-            their cluster. The teacher needs no classifier; it has as many classes as num_classes
-            says, else its checkpoint or published weights, else none.
-        feature_layer: the layer whose output is the feature vector; by default the input of the
-            teacher's classifier.
-        image_size: side of the images in pixels; by default as `choose_view` finds it.
-        mean: per channel, of pixel values in [0, 1]; by default that of the published weights,
-            else of ImageNet.
-        std: as mean.
-        views: augmented views per row, whose metrics and features are averaged; "train" for one;
-            "center" or None for the center crop. View i of a row is the one that training on
-            `num_views` recurring views shows in slot i.
-        augment: how augmented views are taken, as for `Loader`: as the training to come does.
-        seed: of the augmented views, as of the training to come; and of the clusters.
-        cache: folder of a teacher cache, which keeps the logits of these views for the training;
-            made where it is missing.
-        num_views: K, how many views recur in the training; for the cache.
-        cache_dtype: of a new cache: "float16" (default), "float32" or "uint8".
-        batch_size: images per step and rank.
-        device: of the teacher; "auto" takes CUDA where it is there, one device per rank.
-        precision: of the teacher: "bf16" (autocast), "fp32", or "auto" for bf16 on CUDA devices
-            that have it.
-        compile_teacher: run the teacher through torch.compile.
-        backend: the loader's engine.
-        num_workers: decoding threads; None for one per usable CPU.
-        resume: False to start anew even where an unfinished pass could be resumed.
-        keep_features: leave the features beside the table: `scores.parquet` is joined by
-            `scores.features.npy`, (N, D) float16 or float32.
+        settings: the fields of `ScoreSettings`, as keywords.
 
     Returns:
         The table as written, on every rank.
@@ -123,49 +71,60 @@ def score(
         LoadingError: an image cannot be decoded.
     """
     started = time.monotonic()
-    require_at_least("batch_size", batch_size, 1)
     require_parquet_name(out_path)  # now, and not when the pass is done
     out_path, beton = Path(out_path), open_beton(beton_path)
-    classes = _checked_classes(beton, num_classes, num_clusters)
-    made = make_teacher(teacher, num_classes=classes, checkpoint=checkpoint, weights=weights)
+    classes = _checked_classes(beton, settings.num_classes, settings.num_clusters)
+    made = make_teacher(
+        teacher, num_classes=classes, checkpoint=settings.checkpoint, weights=settings.weights
+    )
+    cache = settings.cache
     view = choose_view(
         beton,
         made,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        views=views,
-        seed=seed,
-        augment=augment,
+        image_size=settings.image_size,
+        mean=settings.mean,
+        std=settings.std,
+        views=settings.views,
+        seed=settings.seed,
+        augment=settings.augment,
     )
-    recurring = 0 if cache is None else recurring_views(cache, num_views, scored=view.count)
+    recurring = (
+        0 if cache is None else recurring_views(cache, settings.num_views, scored=view.count)
+    )
     if cache is not None and made.num_classes == 0:
         raise InvalidValueError(
             f"cache ({cache}) keeps logits, but the teacher has no classifier that makes some. "
             "Leave it out, or take a teacher with classes (--teacher-classes)."
         )
     with join_ranks() as ranks:
-        rank_device = device_of_rank(choose_device(device))
-        reading = Reading(beton, view, batch_size, rank_device, backend, num_workers)
+        rank_device = device_of_rank(choose_device(settings.device))
+        reading = Reading(
+            beton,
+            view,
+            settings.batch_size,
+            rank_device,
+            settings.backend,
+            settings.num_workers,
+        )
         with ready_forward(
             made.network,
             num_classes=made.num_classes,
-            feature_layer=feature_layer,
+            feature_layer=settings.feature_layer,
             image_size=view.image_size,
             device=rank_device,
-            precision=precision,
-            compile_network=compile_teacher,
-            uses_labels=num_clusters is None,
+            precision=settings.precision,
+            compile_network=settings.compile_teacher,
+            uses_labels=settings.num_clusters is None,
         ) as forward:
             # How the teacher is run decides its scores as much as its weights do.
-            run_as = {"feature_layer": feature_layer, "dtype": str(forward.dtype)}
+            run_as = {"feature_layer": settings.feature_layer, "dtype": str(forward.dtype)}
             made = replace(made, identity=made.identity | run_as)
             identity: dict[str, Any] = {
                 "images": beton.fingerprint.to_dict(),
                 "teacher": made.identity,
                 "view": view.to_dict(),
             }
-            if num_clusters is not None:
+            if settings.num_clusters is not None:
                 # Not their number: a killed pass may go on with another.
                 identity["labels"] = False
             with ExitStack() as stack:
@@ -175,7 +134,7 @@ def score(
                         out_path,
                         num_rows=beton.num_rows,
                         identity=identity,
-                        resume=resume,
+                        resume=settings.resume,
                         started=started,
                     )
                     journal = stack.enter_context(files)
@@ -188,14 +147,16 @@ def score(
                         precision=forward.dtype,
                         num_classes=forward.num_classes,
                         num_views=recurring,
-                        dtype=cache_dtype,
+                        dtype=settings.cache_dtype,
                     )
                     filler = stack.enter_context(CacheFiller(opened))
                 _run(reading, forward, journal, ranks, filler)
-                table = _tabulate(journal, beton, made, view, ranks, num_clusters, seed)
+                table = _tabulate(
+                    journal, beton, made, view, ranks, settings.num_clusters, settings.seed
+                )
                 if journal is not None and table is not None:
                     table.save(out_path)
-                    if keep_features:
+                    if settings.keep_features:
                         journal.keep_features(out_path.with_suffix(".features.npy"))
                     journal.remove()
                 if filler is not None:

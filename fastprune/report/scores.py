@@ -26,7 +26,7 @@ from fastprune.report.score_pictures import (
 )
 from fastprune.rows.score_table import ScoreTable
 from fastprune.rows.subset import Subset, checked_rows
-from fastprune.selection.subsets import NO_DIFFICULTIES
+from fastprune.settings.score import NOT_DIFFICULTIES
 
 Rows = NDArray[np.int64]
 
@@ -159,7 +159,7 @@ def _chosen_metric(table: ScoreTable, subset: Subset | None, metric: str | None)
 
 
 def _difficulties(table: ScoreTable) -> list[str]:
-    return [name for name in table.metrics if name not in NO_DIFFICULTIES]
+    return [name for name in table.metrics if name not in NOT_DIFFICULTIES]
 
 
 def _summary(subject: Subject, subset: Subset | None) -> list[str]:

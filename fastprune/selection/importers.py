@@ -1,4 +1,4 @@
-"""Scores and subsets that other tools made, in the files that they write.
+"""Scores and lists of rows that other tools made, in the files that they write.
 
 Nothing is ever unpickled: a pickle can run code when it is read.
 """
@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fastprune.base.errors import ArtifactError, InvalidValueError
+from fastprune.base.files import open_regular, read_text
+from fastprune.base.headers import parse_json, read_npy, read_npz_member
 from fastprune.base.provenance import require_same_images
-from fastprune.base.untrusted import open_regular, read_json, read_npy, read_npz_member, read_text
 from fastprune.beton.beton import Beton
 from fastprune.rows.score_table import ScoreTable, is_score_table
 from fastprune.rows.subset import Subset
@@ -24,7 +25,10 @@ Rows = NDArray[np.int64]
 
 _TABLE_READERS = {".csv": pyarrow.csv.read_csv, ".parquet": pq.read_table}
 _UNKNOWN_CLASS = -1  # no teacher predicted anything
-_NO_METRICS = ("row", "label", "prediction", "cluster")
+_NOT_METRICS = ("row", "label", "prediction", "cluster")
+# Names that pandas and others give to the column with a line's row.
+_ROW_COLUMNS = ("row", "index", "indices", "__index_level_0__", "", "Unnamed: 0")
+_ISSUE = "is_label_issue"
 
 
 def import_scores(path: str | Path, beton: Beton) -> ScoreTable:
@@ -33,16 +37,16 @@ def import_scores(path: str | Path, beton: Beton) -> ScoreTable:
     Args:
         path: `.npy` with (N,) numbers, one per row, which become the metric that the file is
             named after; or `.csv` or `.parquet` with a numeric column per metric, one line per row
-            in row order, or in any order with a column `row`. A score table of fastprune is read
-            as what it is.
+            in row order, or in any order with a column `row`. A score table of fastprune is
+            returned as it is.
         beton: the images that were scored.
 
     Returns:
-        A table with those metrics (larger must be harder). It knows no predictions (-1) and no
-        class std (NaN), unless it was a score table.
+        A table with those metrics (larger must be harder), without predictions (-1) and class std
+        (NaN), unless it was a score table.
 
     Raises:
-        ArtifactError: the file cannot be read as what its name says.
+        ArtifactError: the file cannot be read as its suffix promises.
         ArtifactMismatch: it is a score table of other images.
         InvalidValueError: the scores are not one number per row of the beton.
     """
@@ -57,9 +61,9 @@ def import_scores(path: str | Path, beton: Beton) -> ScoreTable:
             cure=f"Score this beton: fastprune score {beton.path} -o {path} ...",
         )
         return table
-    columns = _read_columns(path)
+    columns = _read_metrics(path)
     for name, values in columns.items():
-        # Dates and records would be cast without a word.
+        # Dates and records would be cast silently.
         if values.dtype.kind not in "biuf":
             raise InvalidValueError(
                 f"{path} holds {values.dtype} for {name!r}, but scores are numbers. Give one real "
@@ -71,7 +75,7 @@ def import_scores(path: str | Path, beton: Beton) -> ScoreTable:
                 f"{beton.num_rows:,} rows. Give one score per row."
             )
     counts = np.bincount(beton.labels, minlength=beton.num_classes)
-    with np.errstate(over="ignore"):  # what becomes infinite is refused by its row
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with its row
         metrics = {name: values.astype(np.float32) for name, values in columns.items()}
     return ScoreTable(
         labels=np.array(beton.labels, np.int64),
@@ -96,11 +100,11 @@ def import_subset(
 
     Args:
         path: rows in `.npy` (such as MDSLR's `ratio_50.npy`), `.json` or `.txt` (one a line); or
-            file names in `.json` or `.txt`, as in the beton's manifest, the last part sufficing
-            where it is unique; or DeepCore's `{"indices": ..., "scores": ...}` in `.json` or
-            `.npz`. In any order.
+            file names in `.json` or `.txt`, as in the beton's manifest, the last part being enough
+            if it is unique; or DeepCore's `{"indices": ..., "scores": ...}` in `.json` or `.npz`.
+            In any order.
         beton: the images.
-        drop: whether the file lists what is dropped, as Moderate Coreset's does.
+        drop: the file lists rows to drop, as Moderate Coreset's does.
         class_std: MDSLR's `std.npy`, (C,), for logit reshaping.
         command: the command line, for the record.
 
@@ -108,40 +112,31 @@ def import_subset(
         The subset, with the beton's fingerprint.
 
     Raises:
-        ArtifactError: a file cannot be read as what its name says.
+        ArtifactError: a file cannot be read as its suffix promises.
         InvalidValueError: rows are repeated or not in the beton, names are unknown or ambiguous,
             nothing is left, or there is not one class std per class.
     """
     path = Path(path)
-    listed = _listed_rows(path, beton)
-    rows = np.setdiff1d(np.arange(beton.num_rows), listed) if drop else listed
+    listed = _read_list(path, beton)
+    unique, counts = np.unique(listed, return_counts=True)
+    if len(unique) < len(listed):
+        raise InvalidValueError(
+            f"{path} lists row {unique[np.argmax(counts > 1)]:,} more than once. Remove the others."
+        )
+    _require_rows(path, unique, beton.num_rows, str(beton.path))
+    rows = np.setdiff1d(np.arange(beton.num_rows), unique) if drop else unique
     if len(rows) == 0:
         raise InvalidValueError(f"{path} leaves no rows of {beton.path}; keep at least one.")
-    counts = np.bincount(beton.labels[rows], minlength=beton.num_classes)
-    std = None
-    if class_std is not None:
-        std = read_array(Path(class_std))
-        if std.shape != (beton.num_classes,) or std.dtype.kind not in "fiu":
-            raise InvalidValueError(
-                f"{class_std} must hold {beton.num_classes:,} numbers, one per class of "
-                f"{beton.path}, but it holds {std.dtype} of shape {std.shape}."
-            )
-        std = std.astype(np.float64)
     return Subset(
         rows=rows,
         fingerprint=beton.fingerprint,
         keep_ratio=len(rows) / beton.num_rows,
         strategy="imported",
         parameters={"imported_from": path.name, "drop": drop},
-        class_counts=counts.tolist(),
-        class_std=std,
+        class_counts=np.bincount(beton.labels[rows], minlength=beton.num_classes).tolist(),
+        class_std=None if class_std is None else _read_class_std(Path(class_std), beton),
         command=command,
     )
-
-
-# How pandas and others call the column of a table that says which row a line is of.
-_ROW_COLUMNS = ("row", "index", "indices", "__index_level_0__", "", "Unnamed: 0")
-_ISSUE = "is_label_issue"
 
 
 def read_excluded(path: str | Path, num_rows: int, *, beton: Beton | None = None) -> Rows:
@@ -159,71 +154,143 @@ def read_excluded(path: str | Path, num_rows: int, *, beton: Beton | None = None
         (K,) int64, sorted and unique; K may be 0.
 
     Raises:
-        ArtifactError: the file cannot be read as what its name says, or has no such column.
-        InvalidValueError: it is of another number of rows, or lists names without a beton.
+        ArtifactError: the file cannot be read as its suffix promises, or has no such column.
+        InvalidValueError: it marks another number of rows, or lists names without a beton.
     """
     path = Path(path)
     if path.suffix in _TABLE_READERS:
-        listed = _issues(path, num_rows)
+        rows = _read_issues(path, num_rows)
     else:
-        listed = _read_list(path)
-        if isinstance(listed, list) and listed and all(isinstance(e, str) for e in listed):
-            if beton is None:
-                raise InvalidValueError(
-                    f"{path} lists file names, which the manifest of the images knows. Name them "
-                    "(--beton), or list rows."
-                )
-            listed = _rows_of_names(path, listed, beton)
-        listed = np.asarray(listed)
-        if listed.dtype == bool and listed.ndim == 1:
-            _require_lines(path, len(listed), num_rows)
-            listed = np.flatnonzero(listed)
-    if listed.ndim != 1 or (listed.dtype.kind not in "iu" and len(listed)):
-        raise InvalidValueError(
-            f"{path} must list rows or mark them, but it holds {listed.dtype} of shape "
-            f"{listed.shape}."
-        )
-    rows = np.unique(listed.astype(np.int64))
-    if len(rows) and (rows[0] < 0 or rows[-1] >= num_rows):
-        wrong = rows[0] if rows[0] < 0 else rows[-1]
-        raise InvalidValueError(
-            f"{path} excludes row {wrong:,}, but the scores are of rows 0 to {num_rows - 1:,}. It "
-            "was made for other images, or in another order."
-        )
+        rows = _read_list(path, beton, num_marks=num_rows)
+    rows = np.unique(rows)
+    _require_rows(path, rows, num_rows, "the score table")
     return rows
 
 
-def _issues(path: Path, num_rows: int) -> NDArray[Any]:
-    """Return the rows that a table names, those with an issue where it says which have."""
+def _require_rows(path: Path, rows: Rows, num_rows: int, owner: str) -> None:
+    """Refuse sorted rows that are not in [0, num_rows)."""
+    if len(rows) and (rows[0] < 0 or rows[-1] >= num_rows):
+        wrong = rows[0] if rows[0] < 0 else rows[-1]
+        raise InvalidValueError(
+            f"{path} lists row {wrong:,}, but {owner} has rows 0 to {num_rows - 1:,}. The list "
+            "was made for other images, or in another order."
+        )
+
+
+def _as_rows(path: Path, listed: NDArray[Any]) -> Rows:
+    if listed.ndim != 1 or (listed.dtype.kind not in "iu" and len(listed)):
+        raise InvalidValueError(
+            f"{path} must list rows or file names, but it lists {listed.dtype} of shape "
+            f"{listed.shape}."
+        )
+    return listed.astype(np.int64)
+
+
+def _read_list(path: Path, beton: Beton | None, *, num_marks: int | None = None) -> Rows:
+    """Read rows in any order; with `num_marks`, a mark per row is accepted too."""
+    entries = _read_entries(path)
+    if isinstance(entries, list) and entries:
+        return _rows_of_names(path, entries, beton)
+    listed = np.asarray(entries)
+    if num_marks is not None and listed.dtype == bool and listed.ndim == 1:
+        _require_marks(path, len(listed), num_marks)
+        listed = np.flatnonzero(listed)
+    return _as_rows(path, listed)
+
+
+def _read_entries(path: Path) -> list[str] | NDArray[Any]:
+    """Read the numbers or names of a list."""
+    if path.suffix == ".npy":
+        return _read_array(path)
+    try:
+        if path.suffix == ".npz":
+            return read_npz_member(path, "indices")
+        if path.suffix == ".json":
+            content = parse_json(read_text(path))
+            listed = content["indices"] if isinstance(content, dict) else content
+            are_names = isinstance(listed, list) and all(isinstance(e, str) for e in listed)
+            return listed if are_names else np.asarray(listed)  # ragged lists are refused here
+        if path.suffix == ".txt":
+            lines = [line.strip() for line in read_text(path).splitlines()]
+            names = [line for line in lines if line]
+            are_rows = all(name.lstrip("-").isdigit() for name in names)
+            return np.array([int(name) for name in names]) if are_rows else names
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read as a list of rows or names ({error!r})."
+        ) from error
+    raise ArtifactError(
+        f"{path}: lists are read from .npy, .npz, .json or .txt files; pickles and PyTorch files "
+        "are not, because they can run code. Save the rows with np.save('rows.npy', rows)."
+    )
+
+
+def _rows_of_names(path: Path, names: list[str], beton: Beton | None) -> Rows:
+    """Look up the rows of the manifest's source files with these names."""
+    if beton is None or beton.manifest is None:
+        raise InvalidValueError(
+            f"{path} lists file names, but there is no manifest to look them up in. Name images "
+            "that fastprune converted (--beton), or list rows."
+        )
+    lines = beton.manifest.table(["row", "source"]).to_pydict()
+    rows = {
+        source: row
+        for row, source in zip(lines["row"], lines["source"], strict=True)
+        if row is not None and source is not None
+    }
+    if not rows:
+        raise InvalidValueError(
+            f"{path} lists file names, but the manifest of {beton.path} has none: another writer "
+            "made the beton. List rows."
+        )
+    # A last part names an image if it is unique; whole names win over last parts.
+    last_parts = Counter(source.rpartition("/")[2] for source in rows)
+    rows |= {s.rpartition("/")[2]: row for s, row in rows.items() if "/" in s}
+    for name in names:
+        if last_parts[name] > 1:
+            raise InvalidValueError(
+                f"{path}: {last_parts[name]} images are called {name!r}. Add their folder."
+            )
+        if name not in rows:
+            raise InvalidValueError(
+                f"{path}: no image of {beton.path} is called {name!r}. Write names as in the "
+                f"manifest, such as {next(iter(rows))!r}."
+            )
+    return np.array([rows[name] for name in names], np.int64)
+
+
+def _read_issues(path: Path, num_rows: int) -> Rows:
+    """Return the rows that a table lists: if it has a column of issues, those marked in it."""
     table = _read_table(path)
-    names = table.column_names
-    row_column = next((name for name in _ROW_COLUMNS if name in names), None)
-    rows = None if row_column is None else _plain(path, table[row_column], row_column)
-    if _ISSUE not in names:
+    row_column = next((name for name in _ROW_COLUMNS if name in table.column_names), None)
+    rows = None if row_column is None else _as_rows(path, _filled(path, table, row_column))
+    if _ISSUE not in table.column_names:
         if rows is None:
             raise ArtifactError(
                 f"{path} has neither a column {_ISSUE!r} nor one with rows (found: "
-                f"{', '.join(names)}). Save cleanlab's get_label_issues() with its index."
+                f"{', '.join(table.column_names)}). Save cleanlab's get_label_issues() with its "
+                "index."
             )
         return rows
-    marks = _plain(path, table[_ISSUE], _ISSUE)
+    marks = _filled(path, table, _ISSUE)
     if marks.dtype.kind not in "biu" or not np.isin(marks, (0, 1)).all():
         raise ArtifactError(f"{path}: the column {_ISSUE!r} must hold true and false.")
     if rows is None:
-        _require_lines(path, len(marks), num_rows)
-        rows = np.arange(num_rows)
-    issues: NDArray[Any] = rows[marks.astype(bool)]
-    return issues
+        _require_marks(path, len(marks), num_rows)
+        return np.flatnonzero(marks)
+    return rows[marks.astype(bool)]
 
 
-def _plain(path: Path, column: Any, name: str) -> NDArray[Any]:
+def _filled(path: Path, table: pa.Table, name: str) -> NDArray[Any]:
     """Return a column as an array, if no line of it is empty."""
+    column = table[name]
     if column.null_count:
         raise ArtifactError(f"{path}: the column {name!r} has {column.null_count:,} empty lines.")
-    return column.to_numpy()  # type: ignore[no-any-return]
+    values: NDArray[Any] = column.to_numpy()
+    return values
 
 
-def _require_lines(path: Path, count: int, num_rows: int) -> None:
+def _require_marks(path: Path, count: int, num_rows: int) -> None:
     if count != num_rows:
         raise InvalidValueError(
             f"{path} marks {count:,} rows, but the scores are of {num_rows:,}. Give one mark per "
@@ -246,20 +313,19 @@ def _read_table(path: Path) -> pa.Table:
     return table
 
 
-def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
+def _read_metrics(path: Path) -> dict[str, NDArray[Any]]:
     """Read metric name -> values in row order."""
     if path.suffix == ".npy":
-        return {path.stem: read_array(path)}
+        return {path.stem: _read_array(path)}
     if path.suffix not in _TABLE_READERS:
         raise ArtifactError(f"{path}: scores are read from .npy, .csv or .parquet files alone.")
     table = _read_table(path)
     columns = {
-        name: table[name].to_numpy()
-        for name in table.column_names
-        if pa.types.is_integer(table.schema.field(name).type)
-        or pa.types.is_floating(table.schema.field(name).type)
+        field.name: table[field.name].to_numpy()
+        for field in table.schema
+        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
     }
-    metrics = {name: values for name, values in columns.items() if name not in _NO_METRICS}
+    metrics = {name: values for name, values in columns.items() if name not in _NOT_METRICS}
     if not metrics:
         raise ArtifactError(
             f"{path} has no column of numbers to rank rows by (found: "
@@ -267,7 +333,7 @@ def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
         )
     if "row" not in columns:
         return metrics
-    # The column decides, whatever order a tool wrote its lines in.
+    # Tools write their lines in any order, so the column decides.
     order = np.argsort(columns["row"], kind="stable")
     if not np.array_equal(columns["row"][order], np.arange(len(order))):
         raise InvalidValueError(
@@ -276,96 +342,18 @@ def _read_columns(path: Path) -> dict[str, NDArray[Any]]:
     return {name: values[order] for name, values in metrics.items()}
 
 
-def _listed_rows(path: Path, beton: Beton) -> NDArray[np.int64]:
-    """Return the rows that a file lists, sorted."""
-    listed = _read_list(path)
-    are_names = isinstance(listed, list) and all(isinstance(entry, str) for entry in listed)
-    rows = _rows_of_names(path, listed, beton) if are_names else np.asarray(listed)
-    if rows.ndim != 1 or (rows.dtype.kind not in "iu" and len(rows)):
+def _read_class_std(path: Path, beton: Beton) -> NDArray[np.float64]:
+    std = _read_array(path)
+    if std.shape != (beton.num_classes,) or std.dtype.kind not in "fiu":
         raise InvalidValueError(
-            f"{path} must list rows or file names, but it lists {rows.dtype} of shape {rows.shape}."
+            f"{path} must hold {beton.num_classes:,} numbers, one per class of {beton.path}, but "
+            f"it holds {std.dtype} of shape {std.shape}."
         )
-    unique, counts = np.unique(rows.astype(np.int64), return_counts=True)
-    if len(unique) < len(rows):
-        raise InvalidValueError(
-            f"{path} lists row {unique[np.argmax(counts > 1)]:,} more than once. Remove the others."
-        )
-    if len(unique) and (unique[0] < 0 or unique[-1] >= beton.num_rows):
-        wrong = unique[0] if unique[0] < 0 else unique[-1]
-        raise InvalidValueError(
-            f"{path} lists row {wrong:,}, but {beton.path} has rows 0 to {beton.num_rows - 1:,}. "
-            "It was made for other images, or in another order."
-        )
-    return unique
+    return std.astype(np.float64)
 
 
-def _read_list(path: Path) -> Any:
-    """Read rows or names, from any of the formats."""
-    if path.suffix == ".npy":
-        return read_array(path)
-    try:
-        if path.suffix == ".npz":
-            return read_npz_member(path, "indices")
-        if path.suffix == ".json":
-            content = read_json(path)
-            listed = content["indices"] if isinstance(content, dict) else content
-            are_names = isinstance(listed, list) and all(isinstance(e, str) for e in listed)
-            return listed if are_names else np.asarray(listed)  # ragged lists are refused here
-        if path.suffix == ".txt":
-            lines = [line.strip() for line in read_text(path).splitlines()]
-            entries = [line for line in lines if line]
-            are_rows = all(line.lstrip("-").isdigit() for line in entries)
-            return [int(line) for line in entries] if are_rows else entries
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as a list of rows or names ({error!r})."
-        ) from error
-    raise ArtifactError(
-        f"{path}: lists are read from .npy, .npz, .json or .txt files; pickles and PyTorch files "
-        "are not, because they can run code. Save the rows with np.save('rows.npy', rows)."
-    )
-
-
-def _rows_of_names(path: Path, names: list[str], beton: Beton) -> NDArray[np.int64]:
-    """Look up the rows of the manifest's source files with these names."""
-    if beton.manifest is None:
-        raise InvalidValueError(
-            f"{path} lists file names, but {beton.path} has no manifest that knows them. Convert "
-            "the images with fastprune, or list rows."
-        )
-    lines = beton.manifest.table(["row", "source"]).to_pydict()
-    rows = {
-        source: row
-        for row, source in zip(lines["row"], lines["source"], strict=True)
-        if row is not None and source is not None
-    }
-    if not rows:
-        raise InvalidValueError(
-            f"{path} lists file names, but the manifest of {beton.path} has none: another writer "
-            "made the beton. List rows."
-        )
-    # A last part names an image where it is unique; whole names win over last parts.
-    last_parts = Counter(source.rpartition("/")[2] for source in rows)
-    rows |= {s.rpartition("/")[2]: row for s, row in rows.items() if "/" in s}
-    for name in names:
-        if last_parts[name] > 1:
-            raise InvalidValueError(
-                f"{path}: {last_parts[name]} images are called {name!r}. Add their folder."
-            )
-        if name not in rows:
-            raise InvalidValueError(
-                f"{path}: no image of {beton.path} is called {name!r}. Write names as in the "
-                f"manifest, such as {next(iter(rows))!r}."
-            )
-    return np.array([rows[name] for name in names], np.int64)
-
-
-def read_array(path: Path) -> NDArray[Any]:
-    """Read a .npy file without pickles.
-
-    Raises:
-        ArtifactError: the file is missing or no .npy file.
-    """
+def _read_array(path: Path) -> NDArray[Any]:
+    """Read a .npy file without pickles."""
     try:
         return read_npy(path)
     except (OSError, ValueError) as error:

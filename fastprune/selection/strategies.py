@@ -1,23 +1,19 @@
 """Choose the rows to keep by their scores: the strategies."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprune.base.checks import did_you_mean
 from fastprune.base.errors import InvalidValueError
 from fastprune.base.random_streams import row_keys
 from fastprune.selection.quotas import class_quotas, kept_total
+from fastprune.settings import StrategySettings, takes_settings
 
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float32] | NDArray[np.float64]
 
-STRATEGIES = ("medium", "window", "easy", "hard", "random", "moderate", "ccs")
-GLOBAL_STRATEGIES = ("moderate", "ccs")
-COMPATIBLE_WITH = ("mdslr",)
 CCS_STRATA = 50  # the paper's
 
 
@@ -40,19 +36,13 @@ class _Groups:
         return np.sort(np.concatenate([np.zeros(0, np.int64), *pieces]))
 
 
+@takes_settings(StrategySettings)
 def select_rows(
     scores: ArrayLike,
     labels: ArrayLike,
     *,
-    keep_ratio: float,
-    strategy: str = "medium",
-    quota: str = "proportional",
-    per_class: bool = True,
-    quantile: float = 0.5,
-    drop_hardest: float = 0.1,
-    seed: int = 0,
-    compat: str | None = None,
     rows: NDArray[np.int64] | None = None,
+    settings: StrategySettings,
 ) -> NDArray[np.int64]:
     """Choose the rows to keep.
 
@@ -61,20 +51,9 @@ def select_rows(
     Args:
         scores: (N,) difficulty of every row; larger is harder.
         labels: (N,) integers >= 0, class of every row.
-        keep_ratio: r, the share to keep, in (0, 1].
-        strategy: `medium` keeps the rows around the median of each class, `window` those around
-            another quantile, `easy` and `hard` the lowest and highest scores, `random` draws;
-            `moderate` keeps the rows around the median of all rows, `ccs` leaves the hardest out
-            and covers the rest of the range evenly: these two know no classes.
-        quota: rows per class, `proportional` or `equal`; see `class_quotas`.
-        per_class: False to take all rows as one class.
-        quantile: for `window`, where its centre is, in [0, 1]; the window stays in the class.
-        drop_hardest: for `ccs`, the share of the hardest rows that are left out, in [0, 1); fewer
-            where the keep ratio needs them.
-        seed: for `random` and `ccs`.
-        compat: `mdslr` for the selection of the MDSLR reference code, row for row, with `medium`.
-        rows: (N,) int64, the row in the beton that each score is of, where some were left out;
-            what is drawn goes by it. None where score i is of row i.
+        rows: (N,) int64, the row in the beton that each score belongs to, if some were left out:
+            random draws depend on it. None if score i belongs to row i.
+        settings: the fields of `StrategySettings`, as keywords.
 
     Returns:
         (K,) int64, sorted and unique, positions in `scores`. K is round(r * N), except for
@@ -89,23 +68,23 @@ def select_rows(
     """
     values, classes = _checked(scores, labels)
     rows = np.arange(len(values)) if rows is None else rows
-    _check_settings(strategy, quota, per_class, quantile, drop_hardest, compat)
+    keep_ratio, strategy, seed = settings.keep_ratio, settings.strategy, settings.seed
     if strategy == "moderate":
         return _moderate(_ascending(values), keep_ratio)
     if strategy == "ccs":
-        return _ccs(values, keep_ratio, drop_hardest, row_keys(seed, rows))
-    if not per_class:
+        return _ccs(values, keep_ratio, settings.drop_hardest, row_keys(seed, rows))
+    if not settings.per_class:
         classes = np.zeros_like(classes)
     groups = _grouped(row_keys(seed, rows) if strategy == "random" else values, classes)
-    if compat == "mdslr":
+    if settings.compat == "mdslr":
         return _mdslr(groups, keep_ratio)
-    quotas = class_quotas(groups.counts, keep_ratio=keep_ratio, quota=quota)
+    quotas = class_quotas(groups.counts, keep_ratio=keep_ratio, quota=settings.quota)
     if strategy == "hard":
         starts = groups.counts - quotas
     elif strategy in ("easy", "random"):  # random: the rows of the lowest keys
         starts = np.zeros_like(groups.counts)
     else:
-        center = quantile if strategy == "window" else 0.5
+        center = settings.quantile if strategy == "window" else 0.5
         middles = (center * groups.counts).astype(np.int64)
         # A window that would leave its class is moved inside, so that the quota is always met.
         starts = np.clip(middles - (quotas + 1) // 2, 0, groups.counts - quotas)
@@ -114,7 +93,6 @@ def select_rows(
 
 def _mdslr(groups: _Groups, keep_ratio: float) -> Rows:
     """Apply the reference's rule: one count for all classes, small classes whole."""
-    kept_total(1, keep_ratio)  # refuses a ratio outside (0, 1]
     num_rows, num_classes = len(groups.rows), len(groups.counts)
     quota = int(num_rows / num_classes * keep_ratio) if num_classes else 0
     # The reference takes a small class whole and does not hand its shortfall to the others.
@@ -126,7 +104,6 @@ def _mdslr(groups: _Groups, keep_ratio: float) -> Rows:
 
 def _moderate(ascending: Rows, keep_ratio: float) -> Rows:
     """Keep rows around the median of all, rounded as the paper's code rounds."""
-    kept_total(1, keep_ratio)
     low = round(len(ascending) * (0.5 - keep_ratio / 2))
     high = round(len(ascending) * (0.5 + keep_ratio / 2))
     return np.sort(ascending[low:high])
@@ -211,38 +188,4 @@ def require_finite(scores: Scores, rows: Rows) -> None:
         raise InvalidValueError(
             f"the score of row {rows[first]:,} is {scores[first]}; scores must be finite. Score "
             "again, or leave such rows out (--exclude)."
-        )
-
-
-def _check_settings(
-    strategy: str,
-    quota: str,
-    per_class: bool,
-    quantile: float,
-    drop_hardest: float,
-    compat: str | None,
-) -> None:
-    """Refuse names that are not known and settings that contradict each other."""
-    if strategy not in STRATEGIES:
-        hint = did_you_mean(strategy, STRATEGIES)
-        raise InvalidValueError(f"strategy {strategy!r} is not known.{hint}")
-    if compat not in (None, *COMPATIBLE_WITH):
-        hint = did_you_mean(compat, COMPATIBLE_WITH)
-        raise InvalidValueError(f"compat {compat!r} is not known.{hint}")
-    if not 0 <= quantile <= 1 or math.isnan(quantile):
-        raise InvalidValueError(f"quantile ({quantile}) must be in [0, 1]; 0.5 is the median.")
-    if not 0 <= drop_hardest < 1:
-        raise InvalidValueError(f"drop_hardest ({drop_hardest}) must be in [0, 1).")
-    knows_classes = per_class and strategy not in GLOBAL_STRATEGIES
-    if quota != "proportional" and not knows_classes:
-        why = "knows none" if strategy in GLOBAL_STRATEGIES else "was asked to ignore them"
-        raise InvalidValueError(
-            f"quota {quota!r} shares rows out among classes, but strategy {strategy!r} {why}. "
-            "Leave the quota out, or choose per class."
-        )
-    if compat and (strategy != "medium" or quota != "proportional" or not per_class):
-        raise InvalidValueError(
-            f"compat {compat!r} is the rule of strategy 'medium' with its own quota, per class, "
-            f"but strategy {strategy!r}, quota {quota!r}, per_class {per_class} were asked for. "
-            "Leave those out."
         )

@@ -11,52 +11,28 @@ from fastprune.base.errors import InvalidValueError
 from fastprune.rows.score_table import ScoreTable
 from fastprune.rows.subset import Subset, checked_rows
 from fastprune.selection.strategies import require_finite, select_rows
+from fastprune.settings import SelectSettings, StrategySettings, takes_settings
+from fastprune.settings.score import CLUSTER_METRIC, NOT_DIFFICULTIES
 
 DEFAULT_METRIC = "centroid"
-CLUSTER_METRIC = "prototype"
-_COMPAT_METRIC = "loss"
-_STRATEGY_METRICS = {"moderate": "centroid_median"}
 _NAMES_SHOWN = 5
 
-# Kept in score tables, but no measure of how hard a row is.
-NO_DIFFICULTIES = ("logit_std",)
 
-
+@takes_settings(SelectSettings)
 def make_subset(
     table: ScoreTable,
     *,
-    keep_ratio: float,
-    metric: str | None = None,
-    strategy: str = "medium",
-    quota: str = "proportional",
-    per_class: bool = True,
-    quantile: float = 0.5,
-    drop_hardest: float = 0.1,
-    seed: int = 0,
-    compat: str | None = None,
     exclude: ArrayLike | None = None,
-    allow_empty_classes: bool = False,
     command: str | None = None,
+    settings: SelectSettings,
 ) -> Subset:
     """Choose rows by their scores and keep the record of how.
 
     Args:
-        table: the scores. Where it has clusters, they take the place of classes.
-        keep_ratio: share of the rows to keep, in (0, 1]; excluded rows do not count.
-        metric: what rows are ranked by, one metric or a blend (see `difficulty`); by default
-            `centroid`, `loss` with compat `mdslr` and `centroid_median` with `moderate`, as in the
-            papers' code, `prototype` of rows that were scored without labels, or the table's only
-            metric.
-        strategy: see `select_rows`; so are quota, per_class, quantile, drop_hardest, seed, compat.
-        quota: as there.
-        per_class: as there.
-        quantile: as there.
-        drop_hardest: as there.
-        seed: as there.
-        compat: as there.
-        exclude: rows that are never kept, sorted and unique.
-        allow_empty_classes: False to refuse a subset in which a class that has rows keeps none.
+        table: the scores. If it has clusters, they take the place of classes.
+        exclude: rows that are never kept; the keep ratio is a share of the others.
         command: the command line, for the record.
+        settings: the fields of `SelectSettings`, as keywords.
 
     Returns:
         The subset, with the table's fingerprint and class std.
@@ -64,62 +40,44 @@ def make_subset(
     Raises:
         InvalidValueError: an argument is outside its domain, or a class would be left empty.
     """
-    if metric is None:
-        # An imported table has one metric of any name.
-        only = next(iter(table.metrics)) if len(table.metrics) == 1 else None
-        # Moderate Coreset measures the distance from the median of the class, not from its mean.
-        own = _STRATEGY_METRICS.get(strategy, DEFAULT_METRIC)
-        own = own if own in table.metrics else DEFAULT_METRIC
-        # Without labels: the distance to the center of the cluster in the place of the class.
-        own = own if table.clusters is None else CLUSTER_METRIC
-        metric = only or (_COMPAT_METRIC if compat == "mdslr" else own)
-    if quota != "proportional" and len(table.group_counts) < 2:
+    metric = settings.metric or _default_metric(table, settings)
+    if settings.quota != "proportional" and len(table.group_counts) < 2:
         raise InvalidValueError(
-            f"quota {quota!r} shares rows out among classes, but the images have none. Leave it "
-            "out, or score them with clusters in place of classes (fastprune score --unsupervised)."
+            f"quota {settings.quota!r} shares rows out among classes, but the images have none. "
+            "Leave it out, or score them with clusters in place of classes (fastprune score "
+            "--unsupervised)."
         )
-    candidates, excluded = _candidates(table, exclude)
-    if len(candidates) == 0:
-        raise InvalidValueError(
-            f"all {table.num_rows:,} rows are excluded. Exclude fewer (--exclude)."
-        )
+    candidates = _candidates(table, exclude)
     scores = difficulty(table, metric)[candidates]
     require_finite(scores, candidates)
     chosen = select_rows(
         scores,
         table.groups[candidates],
-        keep_ratio=keep_ratio,
-        strategy=strategy,
-        quota=quota,
-        per_class=per_class,
-        quantile=quantile,
-        drop_hardest=drop_hardest,
-        seed=seed,
-        compat=compat,
         rows=candidates,
+        **settings.model_dump(include=set(StrategySettings.model_fields)),
     )
     rows = candidates[chosen]
     class_counts = np.bincount(table.groups[rows], minlength=len(table.group_counts))
-    _refuse_empty(table, class_counts, keep_ratio, allow_empty_classes)
-    parameters: dict[str, Any] = {"quota": quota, "per_class": per_class}
-    if strategy == "window":
-        parameters["quantile"] = quantile
-    if strategy == "ccs":
-        parameters["drop_hardest"] = drop_hardest
-    if compat:
-        parameters["compat"] = compat
+    _refuse_empty(table, class_counts, settings)
+    parameters: dict[str, Any] = {"quota": settings.quota, "per_class": settings.per_class}
+    if settings.strategy == "window":
+        parameters["quantile"] = settings.quantile
+    if settings.strategy == "ccs":
+        parameters["drop_hardest"] = settings.drop_hardest
+    if settings.compat:
+        parameters["compat"] = settings.compat
     if table.clusters is not None:
         parameters["clusters"] = len(table.group_counts)
-    if excluded:
-        parameters["excluded_rows"] = excluded
+    if len(candidates) < table.num_rows:
+        parameters["excluded_rows"] = table.num_rows - len(candidates)
     return Subset(
         rows=rows,
         fingerprint=table.fingerprint,
-        keep_ratio=keep_ratio,
+        keep_ratio=settings.keep_ratio,
         metric=metric,
-        strategy=strategy,
+        strategy=settings.strategy,
         parameters=parameters,
-        seed=seed,
+        seed=settings.seed,
         class_counts=class_counts.tolist(),
         class_std=None if np.isnan(table.class_std).all() else table.class_std,
         command=command,
@@ -127,26 +85,44 @@ def make_subset(
     )
 
 
-def _candidates(table: ScoreTable, exclude: ArrayLike | None) -> tuple[NDArray[np.int64], int]:
-    """Return the rows that may be kept, and how many may not."""
-    if exclude is None or np.size(exclude) == 0:
-        return np.arange(table.num_rows), 0
-    rows = checked_rows(np.unique(exclude), name="exclude", num_rows=table.num_rows)
+def _default_metric(table: ScoreTable, settings: SelectSettings) -> str:
+    """Choose the metric that the strategy's source ranks by, among those of the table."""
+    # An imported table has one metric, under any name.
+    if len(table.metrics) == 1:
+        return next(iter(table.metrics))
+    if settings.compat == "mdslr":
+        return "loss"
+    if table.clusters is not None:
+        return CLUSTER_METRIC
+    # Moderate Coreset measures the distance from the median of the class, not from its mean.
+    has_median = "centroid_median" in table.metrics
+    return "centroid_median" if settings.strategy == "moderate" and has_median else DEFAULT_METRIC
+
+
+def _candidates(table: ScoreTable, exclude: ArrayLike | None) -> NDArray[np.int64]:
+    """Return the rows that may be kept."""
     is_candidate = np.ones(table.num_rows, bool)
-    is_candidate[rows] = False
-    return np.flatnonzero(is_candidate), len(rows)
+    if exclude is not None and np.size(exclude):
+        rows = checked_rows(np.unique(exclude), name="exclude", num_rows=table.num_rows)
+        is_candidate[rows] = False
+    if not is_candidate.any():
+        raise InvalidValueError(
+            f"all {table.num_rows:,} rows are excluded. Exclude fewer (--exclude)."
+        )
+    return np.flatnonzero(is_candidate)
 
 
 def _refuse_empty(
-    table: ScoreTable, class_counts: NDArray[np.int64], keep_ratio: float, allowed: bool
+    table: ScoreTable, class_counts: NDArray[np.int64], settings: SelectSettings
 ) -> None:
     """Refuse a subset without rows, and one that silently forgets a class."""
     if not class_counts.any():
         raise InvalidValueError(
-            f"a keep ratio of {keep_ratio} keeps none of {table.num_rows:,} rows. Keep more."
+            f"a keep ratio of {settings.keep_ratio} keeps none of {table.num_rows:,} rows. Keep "
+            "more."
         )
     empty = np.flatnonzero((class_counts == 0) & (table.group_counts > 0))
-    if len(empty) and not allowed:
+    if len(empty) and not settings.allow_empty_classes:
         kind = "classes" if table.clusters is None else "clusters"
         shown = ", ".join(map(str, empty[:_NAMES_SHOWN]))
         more = f" and {len(empty) - _NAMES_SHOWN:,} more" if len(empty) > _NAMES_SHOWN else ""
@@ -170,8 +146,8 @@ def difficulty(table: ScoreTable, metric: str) -> NDArray[np.float32] | NDArray[
         one of its metrics is not finite.
 
     Raises:
-        InvalidValueError: a metric is not in the table or is no difficulty, or a weight is no
-            positive number.
+        InvalidValueError: a metric is not in the table or does not measure difficulty, or a
+            weight is not a positive number.
     """
     if ":" not in metric and "," not in metric:
         return _scores(table, metric)
@@ -196,9 +172,13 @@ def ranks(scores: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _scores(table: ScoreTable, name: str) -> NDArray[np.float32]:
     """Return one metric of the table, if rows can be ranked by it."""
-    known = [other for other in table.metrics if other not in NO_DIFFICULTIES]
+    known = [other for other in table.metrics if other not in NOT_DIFFICULTIES]
     if name not in known:
-        why = "is no difficulty" if name in NO_DIFFICULTIES else "is not in the score table"
+        why = (
+            "does not measure difficulty"
+            if name in NOT_DIFFICULTIES
+            else "is not in the score table"
+        )
         raise InvalidValueError(f"metric {name!r} {why}.{did_you_mean(name, known)}")
     return table.metric(name)
 

@@ -15,8 +15,8 @@ class ImageSettings(Settings):
 
     jpeg: Literal["auto", "fast", "original"] = Field(
         "auto",
-        description="auto: rewrite JPEGs of at least 16 KiB without loss, so that views of them "
-        "decode faster on the CPU; fast: all of them; original: copy every byte.",
+        description='"auto" rewrites JPEGs of at least 16 KiB without loss, so that views of them '
+        'decode faster on the CPU; "fast" rewrites all of them, "original" copies every byte.',
     )
     quality: Annotated[Integer, Field(ge=1, le=100)] = Field(
         95, description="JPEG quality of transcoded images."
@@ -26,8 +26,8 @@ class ImageSettings(Settings):
     )
     exif: Literal["ignore", "apply"] = Field(
         "ignore",
-        description="EXIF orientation: ignore it as FFCV and torchvision do, or apply it to the "
-        "pixels.",
+        description='EXIF orientation: "ignore" it as FFCV and torchvision do, or "apply" it to '
+        "the pixels.",
     )
     verify: bool = Field(
         False, description="decode every image once, to find damage inside its data."
@@ -49,7 +49,8 @@ class ConvertSettings(ImageSettings):
     )
     on_error: Literal["stop", "skip"] = Field(
         "stop",
-        description="stop at the first unreadable image, or skip it and list it in the manifest.",
+        description='"stop" at the first unreadable image, or "skip" it and list it in the '
+        "manifest.",
     )
     classes_from: File | None = Field(
         None, description="number the classes as in this beton or manifest."

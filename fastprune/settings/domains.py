@@ -37,6 +37,11 @@ def _torch_name(value: Any) -> Any:
     return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
 
 
+def _short_name(value: Any) -> Any:
+    """Accept the names of precisions of earlier versions."""
+    return {"float32": "fp32", "bfloat16": "bf16"}.get(value, value)
+
+
 def _openable(path: Path, info: ValidationInfo) -> Path:
     """Refuse a path that no file system can open, before a run has begun."""
     if "\0" in str(path):
@@ -60,7 +65,7 @@ File = Annotated[Path, AfterValidator(_openable)]
 Device = Annotated[str, BeforeValidator(_torch_name)]
 Augment = Literal["rrc", "pad_crop", "center", "none"]
 Backend = Literal["auto", "cpu", "dali"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_short_name)]
 CacheDtype = Literal["float16", "float32", "uint8"]
 ImageDtype = Annotated[
     Literal["float32", "float16", "bfloat16", "uint8"], BeforeValidator(_torch_name)
@@ -99,19 +104,23 @@ class Domain:
             if self.length is not None:
                 return f"a list of names among {names}"
             return f"one of {names}" if len(self.choices) > 1 else names
-        noun, bounds = self._noun(), self._bounds()
+        noun, bounds = self.noun, self.bounds
         if self.length is None:
             return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}{bounds}"
         return f"{_WORDS.get(self.length, 'a list of')} {noun}s{bounds}"
 
-    def _noun(self) -> str:
+    @property
+    def noun(self) -> str:
+        """The kind of value, such as `integer`."""
         if self.kind is float and (self.low is None or self.high is None):
             return "finite number"
         if self.kind is float:
             return "float32 number" if self.high == _FLOAT32_MAX else "number"
         return {int: "integer", str: "text", Path: "path", bool: "boolean"}.get(self.kind, "value")
 
-    def _bounds(self) -> str:
+    @property
+    def bounds(self) -> str:
+        """Where a number must lie, such as ` >= 1`; empty for other kinds."""
         low, high = self.low, None if self.high == _FLOAT32_MAX else self.high
         if low is None:
             return ""

@@ -20,14 +20,15 @@ _Decorator = Callable[[Callable[..., _R]], Callable[..., _R]]
 
 _MOST_SHOWN = 200
 _DOC_WIDTH = 100
-# The line of a docstring that the fields replace, such as "**settings: of `ScoreSettings`."
-_PLACE = re.compile(r"^( *)\*\*settings:.*\n", re.MULTILINE)
+# The line of a docstring that the fields replace.
+_PLACE = re.compile(r"^( *)settings: the fields of .*\n", re.MULTILINE)
 
 
 def takes_settings(record: type[Settings]) -> _Decorator[Any]:
     """Let a function with a parameter `settings: record` be called with its fields as keywords.
 
-    The signature and the docstring show the fields, at the place of a line `**settings: ...`.
+    The signature shows the fields, and so does the docstring, in place of a line such as
+    "settings: the fields of `SelectSettings`, as keywords."
 
     >>> from fastprune.settings import SelectSettings
     >>> @takes_settings(SelectSettings)

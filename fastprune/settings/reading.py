@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from fastprune.base.checks import did_you_mean
 from fastprune.base.errors import RecipeError
-from fastprune.base.untrusted import parse_toml, read_text
+from fastprune.base.files import read_text
+from fastprune.base.headers import parse_toml
 from fastprune.settings.keywords import faults
 from fastprune.settings.recipe import Recipe
 

@@ -21,6 +21,15 @@ from fastprune.settings.domains import (
     Threads,
 )
 
+# Names of what a pass measures for each row. Without labels: the distance to the center of the
+# row's cluster, and metrics of the logits alone.
+CLUSTER_METRIC = "prototype"
+LABEL_FREE_METRICS = ("entropy", "confidence", "logit_std")
+FEATURE_METRICS = ("centroid", "centroid_median")
+LOGIT_METRICS = ("loss", "el2n", "grand_last", "margin", *LABEL_FREE_METRICS)
+# Kept in score tables, but it does not measure how hard a row is.
+NOT_DIFFICULTIES = ("logit_std",)
+
 
 class PassSettings(Settings):
     """Which weights a teacher has, what it is shown, and how it is run."""

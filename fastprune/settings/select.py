@@ -4,8 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastprune.settings.domains import Seed, Settings, Share
+from fastprune.settings.domains import Integer, Settings, Share
 
+#: Formats of `fastprune export`.
+EXPORT_FORMATS = ("mdslr", "rows", "dropped", "names", "indices", "huggingface")
 # These two choose among all rows, without classes.
 GLOBAL_STRATEGIES = ("moderate", "ccs")
 
@@ -16,26 +18,26 @@ class StrategySettings(Settings):
     keep_ratio: Share = Field(description="r, share of the rows to keep, in (0, 1].")
     strategy: Literal["medium", "window", "easy", "hard", "random", "moderate", "ccs"] = Field(
         "medium",
-        description="medium keeps the rows around the median of each class, window those around "
-        "another quantile, easy and hard the lowest and highest scores, random draws; moderate "
-        "keeps the rows around the median of all, ccs leaves the hardest out and covers the rest "
-        "of the range evenly, both without regard to classes.",
+        description='"medium" keeps the rows around the median of each class, "window" around '
+        'another quantile, "easy" and "hard" the lowest and highest scores, "random" draws; '
+        '"moderate" keeps the rows around the median of all, "ccs" leaves the hardest out and '
+        "covers the rest of the range evenly, both without regard to classes.",
     )
     quota: Literal["proportional", "equal"] = Field(
-        "proportional", description="rows per class: proportional to its size, or equal."
+        "proportional", description='rows per class: "proportional" to its size, or "equal".'
     )
     per_class: bool = Field(True, description="False takes all rows as one class.")
     quantile: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="window: where its center is, in [0, 1]."
+        0.5, description='center of "window", in [0, 1].'
     )
     drop_hardest: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1,
-        description="ccs: share of the hardest rows that is left out, in [0, 1); less if the keep "
+        description='share of the hardest rows that "ccs" leaves out, in [0, 1); less if the keep '
         "ratio needs them.",
     )
-    seed: Seed = Field(0, description="random, ccs: seed of the draw.")
+    seed: Integer = Field(0, description='seed of the draws of "random" and "ccs".')
     compat: Literal["mdslr"] | None = Field(
-        None, description="mdslr: the reference code's selection, row for row, with medium."
+        None, description='"mdslr" for the selection of its reference code, row for row.'
     )
 
     @model_validator(mode="after")

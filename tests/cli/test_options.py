@@ -10,27 +10,35 @@ from click.testing import CliRunner
 
 from fastprune import settings as recipe
 from fastprune.cli import main, options
-from fastprune.difficulty.forward import PRECISIONS
-from fastprune.difficulty.metrics import CLUSTER_METRIC, FEATURE_METRICS, LOGIT_METRICS
 from fastprune.networks import names
 from fastprune.networks.catalog import SMALL_NETWORKS
-from fastprune.selection.exporters import FORMATS
-from fastprune.selection.quotas import QUOTAS
-from fastprune.selection.strategies import STRATEGIES
+from fastprune.settings import ConvertSettings, ScoreSettings, SelectSettings
 
 
 def fastprune(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_choices_of_the_command_line_are_the_librarys():
-    assert options.STRATEGIES == STRATEGIES
-    assert options.QUOTAS == QUOTAS
-    assert options.EXPORT_FORMATS == FORMATS
-    assert options.PRECISIONS == PRECISIONS
-    assert {*options.METRICS, "logit_std"} == {CLUSTER_METRIC, *FEATURE_METRICS, *LOGIT_METRICS}
-    backend = recipe.DataSettings.model_fields["backend"].annotation
-    assert backend.__args__ == options.BACKENDS
+def test_options_have_the_bounds_choices_defaults_and_help_of_the_records():
+    text = " ".join(fastprune("convert", "--help").stdout.split())
+    assert (
+        "--quality INTEGER from 1 to 100 JPEG quality of transcoded images. [default: 95]" in text
+    )
+    assert "--exif [ignore|apply] EXIF orientation: " in text
+    text = " ".join(fastprune("score", "--help").stdout.split())
+    assert "--teacher-weights TEXT The teacher's published weights" in text
+    assert "--mean NUMBER,NUMBER,NUMBER" in text
+
+
+def test_every_setting_of_a_station_has_an_option():
+    commands = {
+        "convert": (ConvertSettings, set()),
+        "score": (ScoreSettings, {"resume"}),  # --restart
+        "select": (SelectSettings, {"per_class"}),  # --global
+    }
+    for name, (record, without) in commands.items():
+        names = {parameter.name for parameter in main.commands[name].params}
+        assert set(record.model_fields) - without <= names, name
 
 
 def test_names_of_networks_are_known_without_importing_them():
@@ -67,7 +75,7 @@ def test_wrong_arguments_are_refused_before_torch_is_imported(arguments, message
 def test_a_share_of_fifty_is_refused_with_what_was_meant():
     result = fastprune("select", "scores.parquet", "-o", "half.npy", "--keep", 50)
     assert result.exit_code == 2
-    assert "'--keep': 50 is not a share in (0, 1]. 50% is 0.5." in result.stderr
+    assert "'--keep': it must be a number in (0, 1], not 50.0. 50% is 0.5." in result.stderr
 
 
 def test_closed_choices_are_offered():
@@ -77,7 +85,8 @@ def test_closed_choices_are_offered():
 
 
 def test_long_names_of_precisions_are_still_understood():
-    assert options.Precision().convert("bfloat16", None, None) == "bf16"
+    precision = options.Setting(ScoreSettings.model_fields["precision"])
+    assert precision.convert("bfloat16", None, None) == "bf16"
 
 
 def test_error_about_an_argument_names_its_flag(monkeypatch):

@@ -65,7 +65,7 @@ def test_score_refuses_two_teachers_and_channels_that_are_not_three(tmp_path):
     assert "--teacher or --teacher-factory, not both" in result.output
     result = fastprune("score", "t.beton", "-o", "s.parquet", "--mean", "0.5,0.5")
     assert result.exit_code == 2
-    assert "'0.5,0.5' is not a list such as red,green,blue" in result.output
+    assert "'--mean': it must be three finite numbers, not (0.5, 0.5)" in result.output
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_select_takes_every_option(scores, tmp_path):
 def test_select_refuses_a_share_above_one(scores, tmp_path):
     result = fastprune("select", scores, "-o", tmp_path / "subset.npy", "--keep", "1.5")
     assert result.exit_code == 2
-    assert "1.5 is not a share in (0, 1]" in result.output
+    assert "it must be a number in (0, 1], not 1.5" in result.output
     assert not (tmp_path / "subset.npy").exists()
 
 
@@ -139,7 +139,7 @@ def test_select_needs_keep_or_sweep(scores, tmp_path, options):
 def test_sweep_that_is_no_list_of_numbers_is_refused(scores, tmp_path):
     result = fastprune("select", scores, "-o", tmp_path / "s.npy", "--sweep", "half")
     assert result.exit_code == 2
-    assert "'half' is not a list such as 0.3,0.4,0.5,0.7" in result.output
+    assert "it must be a list of numbers in (0, 1], not 'half'" in result.output
 
 
 def test_scores_of_another_tool_are_selected_from_exported_and_imported(tmp_path):
@@ -164,14 +164,8 @@ def test_scores_of_another_tool_are_selected_from_exported_and_imported(tmp_path
     assert np.array_equal(np.sort(np.concatenate([kept, dropped])), np.arange(24))
 
 
-def test_class_std_and_scores_come_along_through_the_command_line(scores, tmp_path):
+def test_class_std_is_imported_through_the_command_line(tmp_path):
     beton = small_beton(tmp_path)
-    assert fastprune("select", scores, "-o", tmp_path / "s.npy", "--keep", 0.5).exit_code == 0
-    exported = fastprune(
-        *("export", tmp_path / "s.npy", "-o", tmp_path / "s.json"),
-        *("--format", "deepcore", "--scores", scores),
-    )
-    assert exported.exit_code == 0, exported.output
     np.save(tmp_path / "std.npy", [1.0, 2.0, 3.0])
     (tmp_path / "rows.txt").write_text("1\n2\n")
     imported = fastprune(

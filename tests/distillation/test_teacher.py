@@ -178,7 +178,7 @@ def test_scoring_pays_for_the_first_epoch(cached, betons, counted_teacher, tmp_p
         *(betons / "train.beton", "tests.distillation.networks:counted", tmp_path / "s.parquet"),
         checkpoint=counted_teacher,
         image_size=32,
-        views="train",
+        views=1,
         cache=tmp_path / "cache",
         num_views=2,
         cache_dtype="float32",

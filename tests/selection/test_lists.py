@@ -1,9 +1,5 @@
 """Lists from elsewhere: rows that are left out, and subsets as other tools' folders and indices."""
 
-import io
-import json
-import tarfile
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -18,7 +14,7 @@ from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.cli import main
 from fastprune.selection.exporters import export_subset
 from fastprune.selection.importers import read_excluded
-from tests.images import jpeg_bytes, write_image_folder
+from tests.images import write_image_folder
 from tests.selection.tables import score_table
 
 ISSUES = np.isin(np.arange(10), [2, 3, 7])
@@ -78,9 +74,9 @@ def test_an_empty_list_excludes_nothing(tmp_path):
         ({"quality": [0.5]}, ArtifactError, r"neither a column 'is_label_issue'.*quality.*index"),
         ({"is_label_issue": [0.5] * 10}, ArtifactError, r"must hold true and false"),
         ({"is_label_issue": [None] + [True] * 9}, ArtifactError, r"has 1 empty lines"),
-        ({"row": [3, 10]}, InvalidValueError, r"excludes row 10.*rows 0 to 9"),
-        ({"row": [-1]}, InvalidValueError, r"excludes row -1"),
-        ({"row": ["a"]}, InvalidValueError, r"must list rows or mark them"),
+        ({"row": [3, 10]}, InvalidValueError, r"lists row 10.*rows 0 to 9"),
+        ({"row": [-1]}, InvalidValueError, r"lists row -1"),
+        ({"row": ["a"]}, InvalidValueError, r"must list rows or file names"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused(columns, error, message, tmp_path):
@@ -97,7 +93,7 @@ def test_a_mask_of_other_images_is_refused(tmp_path):
 @pytest.mark.parametrize("mask", [np.array(True), np.ones((10, 2), bool)])
 def test_a_mask_of_another_shape_is_refused(mask, tmp_path):
     np.save(tmp_path / "mask.npy", mask)
-    with pytest.raises(InvalidValueError, match="must list rows or mark them, but it holds bool"):
+    with pytest.raises(InvalidValueError, match="must list rows or file names, but it lists bool"):
         read_excluded(tmp_path / "mask.npy", 10)
 
 
@@ -147,37 +143,6 @@ def beton(tmp_path):
 ROWS = Subset(np.array([1, 5]))
 
 
-def test_links_lead_to_the_kept_files_in_their_class_folders(beton, tmp_path):
-    out = tmp_path / "kept"
-    export_subset(ROWS, out, "symlinks", beton=beton, images=tmp_path / "images")
-    linked = ImageFolder(str(out))
-    assert [path for path, _ in linked.samples] == [
-        str(out / "class_00" / "001.jpg"),
-        str(out / "class_01" / "002.jpg"),
-    ]
-    kept = (out / "class_01" / "002.jpg").read_bytes()
-    assert kept == (tmp_path / "images" / "class_01" / "002.jpg").read_bytes()
-    assert not (tmp_path / "kept.partial").exists()
-
-
-def test_links_to_files_that_are_gone_leave_nothing_behind(beton, tmp_path):
-    (tmp_path / "images" / "class_01" / "002.jpg").unlink()
-    with pytest.raises(ArtifactError, match=r"class_01/002\.jpg does not exist.*--images"):
-        export_subset(ROWS, tmp_path / "kept", "symlinks", beton=beton, images=tmp_path / "images")
-    assert not list(tmp_path.glob("kept*"))
-
-
-def test_links_do_not_replace_a_folder(beton, tmp_path):
-    (tmp_path / "kept").mkdir()
-    with pytest.raises(ArtifactError, match=r"kept exists"):
-        export_subset(ROWS, tmp_path / "kept", "symlinks", beton=beton, images=tmp_path / "images")
-
-
-def test_links_need_the_folder_of_the_images(beton, tmp_path):
-    with pytest.raises(InvalidValueError, match=r"needs the folder that was converted"):
-        export_subset(ROWS, tmp_path / "kept", "symlinks", beton=beton)
-
-
 def test_indices_are_those_of_the_images_own_dataset(tmp_path):
     write_image_folder(tmp_path / "images", classes=2, per_class=3)
     (tmp_path / "images" / "class_00" / "000.jpg").write_bytes(b"damaged")
@@ -191,39 +156,7 @@ def test_indices_are_those_of_the_images_own_dataset(tmp_path):
     assert sorted(kept) == sorted(str(tmp_path / "images" / sources[row]) for row in (0, 3))
 
 
-def test_a_webdataset_index_has_the_keys_of_each_shard(tmp_path):
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"a-{shard}.tar", "w") as tar:
-            for number in range(3):
-                for suffix, data in (("seg.jpg", jpeg_bytes(number)), ("cls", b"0")):
-                    info = tarfile.TarInfo(f"d/{shard}{number}.{suffix}".replace("seg.", ""))
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    convert(str(tmp_path / "a-*.tar"), tmp_path / "a.beton")
-    beton = open_beton(tmp_path / "a.beton")
-    export_subset(Subset(np.array([0, 2, 4])), tmp_path / "k.json", "webdataset", beton=beton)
-    kept = json.loads((tmp_path / "k.json").read_text())
-    assert kept == {"a-0.tar": ["d/00", "d/02"], "a-1.tar": ["d/11"]}
-
-
-def test_files_in_no_tar_have_no_webdataset_index(beton, tmp_path):
-    with pytest.raises(
-        InvalidValueError, match=r"made of tars, but 'class_00/001\.jpg' is in none"
-    ):
-        export_subset(ROWS, tmp_path / "k.json", "webdataset", beton=beton)
-
-
-@pytest.mark.parametrize("file_format", ["indices", "symlinks", "webdataset", "huggingface"])
+@pytest.mark.parametrize("file_format", ["indices", "names"])
 def test_formats_of_files_need_the_beton(file_format, tmp_path):
     with pytest.raises(InvalidValueError, match=rf"'{file_format}' needs a beton.*--beton"):
         export_subset(ROWS, tmp_path / "out", file_format)
-
-
-def test_the_command_line_makes_links(beton, tmp_path):
-    ROWS.save(tmp_path / "two.npy")
-    result = run(
-        *("export", tmp_path / "two.npy", "-o", tmp_path / "kept", "--format", "symlinks"),
-        *("--beton", beton.path, "--images", tmp_path / "images"),
-    )
-    assert result.exit_code == 0, result.output
-    assert len(list((tmp_path / "kept").rglob("*.jpg"))) == 2

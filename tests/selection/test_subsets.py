@@ -98,7 +98,7 @@ def test_excluded_row_beyond_the_table_is_refused():
     ("metric", "message"),
     [
         ("centroyd", r"'centroyd' is not in the score table\. Did you mean 'centroid'\?"),
-        ("logit_std", "'logit_std' is no difficulty"),
+        ("logit_std", "'logit_std' does not measure difficulty"),
         ("centroid:0.5,los:0.5", "'los' is not in the score table. Did you mean 'loss'"),
         ("centroid:half,loss:0.5", "weight of 'centroid' is 'half'.*positive weights"),
         ("centroid:-1,loss:0.5", "weight of 'centroid' is '-1'"),

@@ -31,7 +31,7 @@ def chosen(scores, *, rows=None, settings):
     Args:
         scores: one per row.
         rows: their numbers.
-        **settings: of `StrategySettings`.
+        settings: the fields of `StrategySettings`, as keywords.
 
     Returns:
         The settings.
@@ -50,10 +50,8 @@ def test_signature_and_docstring_show_the_fields():
     assert list(parameters) == ["scores", "rows", *StrategySettings.model_fields]
     assert parameters["quantile"].default == 0.5
     assert parameters["keep_ratio"].default is inspect.Parameter.empty
-    assert (
-        "\n        quota: rows per class: proportional to its size, or equal.\n" in chosen.__doc__
-    )
-    assert "**settings" not in chosen.__doc__
+    assert '\n        quantile: center of "window", in [0, 1].\n' in chosen.__doc__
+    assert "settings:" not in chosen.__doc__
     assert chosen.__doc__.index("quota:") < chosen.__doc__.index("Returns:")
 
 

@@ -11,14 +11,44 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fastprune.base.errors import ArtifactError, InvalidValueError
+from fastprune.base.provenance import require_same_images
 from fastprune.beton import layout
 from fastprune.beton.beton import Beton
 from fastprune.rows.score_table import ScoreTable
+from fastprune.rows.subset import Subset
+from fastprune.selection.exporters import kept_rows_of
 
-# As `datasets` writes images: files that a hub takes, and row groups that its viewer reads quickly.
+# As `datasets` writes images: files that a hub accepts, and row groups that its viewer reads fast.
 _SHARD_BYTES = 500 * 10**6
 _GROUP_ROWS = 100
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def export_parquet(
+    subset: Subset,
+    folder: str | Path,
+    *,
+    beton: Beton | None,
+    scores: ScoreTable | None = None,
+) -> list[Path]:
+    """Write a subset's images, labels and scores; see `write_parquet_shards`.
+
+    Raises:
+        InvalidValueError: the beton has no manifest, or holds raw pixels.
+        ArtifactMismatch: beton or scores were made from other images than the subset.
+        ArtifactError: the folder exists or cannot be written.
+    """
+    rows = kept_rows_of(subset, beton, "huggingface")
+    assert beton is not None
+    if scores is not None:
+        require_same_images(
+            scores.fingerprint,
+            "the score table",
+            beton.fingerprint,
+            str(beton.path),
+            cure="Give the scores that the subset was made from.",
+        )
+    return write_parquet_shards(rows, beton, Path(folder), scores=scores)
 
 
 def write_parquet_shards(
@@ -31,23 +61,23 @@ def write_parquet_shards(
 ) -> list[Path]:
     """Write `train-00000-of-00003.parquet` and so on, whole or not at all.
 
-    Columns are `image` (a struct of bytes and path, decoded by `datasets` when it is looked at),
-    `label` (a ClassLabel where the beton has class names; none where it has no labels), `row`, and
-    with scores every metric, and `cluster` where there are clusters. The bytes are the stored ones:
-    `fastprune convert` makes the same beton of them again.
+    Columns are `image` (a struct of bytes and path, decoded by `datasets` on access), `label` (a
+    ClassLabel if the beton has class names; missing if it has no labels), `row`, and with scores
+    every metric, and `cluster` if there are clusters. The bytes are the stored ones, so
+    `fastprune convert` makes the same beton from them.
 
     Args:
         rows: (K,) int64, sorted; the rows to write.
         beton: the images, with their manifest.
-        folder: to make.
+        folder: to create.
         scores: of the beton.
-        shard_bytes: of images in a file, about.
+        shard_bytes: approximate size of the images in a file.
 
     Returns:
         The files.
 
     Raises:
-        InvalidValueError: the beton holds raw pixels, which are no image files.
+        InvalidValueError: the beton holds raw pixels instead of image files.
         ArtifactError: the folder exists or cannot be written.
     """
     if (beton.modes[rows] != layout.JPG).any():
@@ -57,7 +87,7 @@ def write_parquet_shards(
         )
     if folder.exists():
         raise ArtifactError(f"{folder} exists. Name a folder that does not, or remove it.")
-    # A row's file is the one that its first byte falls into.
+    # The first byte of a row decides its file.
     ends = np.cumsum(beton.sizes[rows])
     shard_of = (ends - beton.sizes[rows]) // shard_bytes
     parts = [rows[shard_of == shard] for shard in np.unique(shard_of)]
@@ -81,7 +111,7 @@ def write_parquet_shards(
 
 
 def _columns(beton: Beton, scores: ScoreTable | None) -> dict[str, NDArray[Any]]:
-    """Return what is known of every row beside its image, (N,) each."""
+    """Return every column but the image, (N,) each."""
     columns: dict[str, NDArray[Any]] = {"label": beton.labels} if beton.has_labels else {}
     columns["row"] = np.arange(beton.num_rows)
     if scores is not None:
@@ -118,7 +148,7 @@ def _described(beton: Beton, types: dict[str, pa.DataType]) -> dict[str, Any]:
     """Describe the columns as `datasets` does: its `Features`, under "info"."""
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     for name, kind in types.items():
-        # Arrow says "float" and "double" for what everybody else calls by its width.
+        # Arrow's "float" and "double" are float32 and float64 elsewhere.
         dtype = {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
         features[name] = {"dtype": dtype, "_type": "Value"}
     if "label" in types and beton.class_names is not None:

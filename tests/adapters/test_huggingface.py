@@ -1,6 +1,7 @@
 """Hugging Face: its Parquet files and datasets become betons, and subsets become its Parquet."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from fastprune import ScoreTable, Subset, convert, open_beton
-from fastprune.base.errors import ArtifactError
+from fastprune.adapters.huggingface import export_parquet, write_parquet_shards
+from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
+from fastprune.base.provenance import Fingerprint
 from fastprune.cli import main
-from fastprune.selection.exporters import export_subset
-from fastprune.selection.huggingface import write_parquet_shards
 from tests.conftest import require_library
 from tests.images import write_image_folder
 
@@ -93,7 +94,7 @@ def test_an_image_folder_of_datasets_is_read_from_its_files(beton, tmp_path):
 def test_a_subset_and_its_scores_are_loaded_by_datasets(beton, tmp_path):
     rows = np.array([0, 5, 6, 11])
     scores = scores_of(beton)
-    export_subset(Subset(rows), tmp_path / "hub", "huggingface", beton=beton, scores=scores)
+    export_parquet(Subset(rows), tmp_path / "hub", beton=beton, scores=scores)
     found = loaded(tmp_path / "hub", tmp_path)
     assert list(found["row"]) == rows.tolist()
     assert found.features["label"].names == list(beton.class_names)
@@ -104,7 +105,7 @@ def test_a_subset_and_its_scores_are_loaded_by_datasets(beton, tmp_path):
 
 
 def test_what_was_exported_is_converted_to_the_same_rows(beton, tmp_path):
-    export_subset(Subset(np.arange(12)), tmp_path / "hub", "huggingface", beton=beton)
+    export_parquet(Subset(np.arange(12)), tmp_path / "hub", beton=beton)
     convert(tmp_path / "hub", tmp_path / "out.beton", jpeg="original")
     assert_same_images(tmp_path / "out.beton", beton)
 
@@ -128,7 +129,15 @@ def test_images_without_labels_have_no_label_column(tmp_path):
 def test_an_export_does_not_replace_a_folder(beton, tmp_path):
     (tmp_path / "hub").mkdir()
     with pytest.raises(ArtifactError, match=r"hub exists"):
-        export_subset(Subset(np.arange(2)), tmp_path / "hub", "huggingface", beton=beton)
+        export_parquet(Subset(np.arange(2)), tmp_path / "hub", beton=beton)
+
+
+def test_scores_of_other_images_and_a_missing_beton_are_refused(beton, tmp_path):
+    others = replace(scores_of(beton), fingerprint=Fingerprint(12, "ab" * 16, "cd" * 16))
+    with pytest.raises(ArtifactMismatch, match=r"the score table was made.*\nGive the scores"):
+        export_parquet(Subset(np.arange(2)), tmp_path / "hub", beton=beton, scores=others)
+    with pytest.raises(InvalidValueError, match=r"'huggingface' needs a beton.*--beton"):
+        export_parquet(Subset(np.arange(2)), tmp_path / "hub", beton=None)
 
 
 def test_the_command_line_exports_images_and_scores(beton, tmp_path):
