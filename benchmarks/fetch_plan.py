@@ -16,7 +16,7 @@ from _harness import write_result
 
 from fastprune.beton import layout
 from fastprune.beton.output import PageCursor
-from fastprune.beton.remote.fetch import WINDOW_BYTES
+from fastprune.beton.remote.mirror import WINDOW_BYTES
 from fastprune.beton.remote.plan import SLACK, Places, in_windows, requests_for
 
 IMAGENET_ROWS = 1_281_167

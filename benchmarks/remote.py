@@ -30,8 +30,8 @@ from _harness import ratios, spread, take_turns, write_result
 from fastprune.beton.beton import Beton
 from fastprune.beton.convert.writer import convert
 from fastprune.beton.opening import open_beton
-from fastprune.beton.remote.fetch import stage
 from fastprune.beton.remote.mirror import NUM_THREADS
+from fastprune.beton.remote.stage import stage
 from fastprune.beton.remote.store import Store
 from fastprune.loading.loader import Loader
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastprune.beton.compact import compact
     from fastprune.beton.convert.writer import convert
     from fastprune.beton.opening import open_beton
-    from fastprune.beton.remote.fetch import stage
+    from fastprune.beton.remote.stage import stage
     from fastprune.difficulty.kernels import centroid_distances
     from fastprune.difficulty.teacher import score
     from fastprune.distillation.learner import ProjectorEnsemble
@@ -80,7 +80,7 @@ _HOMES = {
     "open_beton": "fastprune.beton.opening",
     "score": "fastprune.difficulty.teacher",
     "select_rows": "fastprune.selection.strategies",
-    "stage": "fastprune.beton.remote.fetch",
+    "stage": "fastprune.beton.remote.stage",
     "standardize_logits": "fastprune.distillation.losses",
 }
 

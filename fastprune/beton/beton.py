@@ -70,8 +70,8 @@ class Beton:
         files: the file, or the shards in the order of their rows.
         structure: digest of labels, widths and heights.
         manifest: the manifest beside the file; None if this beton has none.
-        present: (N,) uint8 of a mirror opened by its folder, 1 for rows that are there; it changes
-            as processes fetch more. None where all rows are there or come when asked for.
+        present: (N,) bool of a mirror opened by its folder, True for rows that are there; it
+            changes as processes fetch more. None where all rows are there or come when asked for.
         service: addresses of the loading service that decodes views; "" for none.
         token: for the service; None for the environment's.
         reopen: opens the same beton in another process.
@@ -90,7 +90,7 @@ class Beton:
     files: tuple[BetonFile, ...]
     structure: str
     manifest: Manifest | None
-    present: NDArray[np.uint8] | None = None
+    present: NDArray[np.bool_] | None = None
     service: str = ""
     token: str | None = None
     reopen: Callable[[], "Beton"] | None = None
@@ -203,7 +203,7 @@ def _named_rows(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
 def _require_present(beton: Beton, rows: NDArray[np.int64]) -> None:
     """Refuse rows that a mirror lacks."""
     present = beton.present
-    if present is None or (is_there := present[rows] != 0).all():
+    if present is None or (is_there := present[rows]).all():
         return
     first = rows[np.argmin(is_there)]
     raise ArtifactError(

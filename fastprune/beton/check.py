@@ -81,7 +81,7 @@ def check_beton(
     if deep:
         crcs = lines.crcs if isinstance(lines, _Lines) else None
         mirrored = rows_present(path)
-        present = np.ones(len(labels), bool) if mirrored is None else mirrored != 0
+        present = np.ones(len(labels), bool) if mirrored is None else mirrored
         faults += _image_faults(tables, image, placements[image], crcs, present)
     if subset is not None:
         content = None if manifest is None else manifest.fingerprint.content

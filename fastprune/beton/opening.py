@@ -93,7 +93,7 @@ def open_beton(
                 f"cache must be a folder on a local disk, which gets the rows of {source}."
             )
         cache = Path(cache).absolute()
-        beton = import_module("fastprune.beton.remote.mirror").open_mirrored(source, cache)
+        beton = import_module("fastprune.beton.remote.opening").open_mirrored(source, cache)
     else:
         _refuse_cache(source, cache)
         beton = open_files(Path(source))
@@ -157,8 +157,8 @@ def open_files(path: Path) -> Beton:
     return replace(beton, files=files, present=present)
 
 
-def rows_present(path: Path) -> NDArray[np.uint8] | None:
-    """Return the marks of a mirror's rows, (N,) uint8; None for a beton that is not a mirror's.
+def rows_present(path: Path) -> NDArray[np.bool_] | None:
+    """Return which rows of a mirror are there, (N,) bool; None for any other beton.
 
     Raises:
         ArtifactError: the mirror's record or marks are damaged.
@@ -166,8 +166,8 @@ def rows_present(path: Path) -> NDArray[np.uint8] | None:
     folder = path if path.is_dir() else path.parent
     if not (folder / MIRROR_NAME).exists():
         return None
-    present: NDArray[np.uint8] | None
-    present = import_module("fastprune.beton.remote.presence").marks_of(path)
+    present: NDArray[np.bool_] | None
+    present = import_module("fastprune.beton.remote.mirror").marks_of(path)
     return present
 
 

@@ -162,7 +162,7 @@ def stage(
     SUBSET a subset's file, or the word "all". `open_beton(URL, cache=FOLDER)` and
     `open_beton(FOLDER)` read the mirror.
     """
-    from fastprune.beton.remote.fetch import stage as stage_rows
+    from fastprune.beton.remote.stage import stage as stage_rows
 
     rows = None if subset == "all" else subset
     staged = stage_rows(url, rows, folder, threads=threads, retry_seconds=retry_seconds, ray=ray)

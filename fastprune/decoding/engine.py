@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError
 from fastprune.beton.beton import Beton
-from fastprune.beton.remote.mirror import Mirror
 from fastprune.decoding.faults import RowFaults
 from fastprune.loading.arrival import FetchingEngine
 from fastprune.service.served_beton import RemoteBeton
@@ -64,7 +63,7 @@ def make_engine(
     faults: RowFaults,
     service: str | None = None,
     service_token: str | None = None,
-    mirror: Mirror | None = None,
+    is_mirrored: bool = False,
 ) -> Engine:
     """Start the engine of that name, as a client of a loading service where one is named.
 
@@ -110,7 +109,7 @@ def make_engine(
             local=engine,
             faults=faults,
         )
-    return engine if mirror is None else FetchingEngine(engine, mirror)
+    return FetchingEngine(engine, beton) if is_mirrored else engine
 
 
 def choose_service(service: str | None, backend: str, beton: Beton) -> str | None:

@@ -165,7 +165,6 @@ class Loader:
         # Absolute, because the file is looked at again when the working folder may be another.
         source = beton if is_url(beton) else Path(beton).absolute()
         self.beton = open_beton(source, cache=cache, service=service, token=service_token)
-        mirror = getattr(self.beton, "mirror", None)
         self.device = choose_device(device)
         self.num_workers = num_workers or cpus_per_rank(
             world=this_rank(distributed)[1], gpus=torch.cuda.device_count()
@@ -212,7 +211,7 @@ class Loader:
             faults=self._faults,
             service=service,
             service_token=service_token,
-            mirror=mirror,
+            is_mirrored=is_url(beton),
         )
         if teacher_cache is not None or "teacher_logits" in fields:
             asked = {} if num_views is None else {"num_views": num_views}

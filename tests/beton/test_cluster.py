@@ -20,7 +20,7 @@ from fastprune.base.errors import (
     InvalidValueError,
     MissingDependencyError,
 )
-from fastprune.beton.remote.fetch import stage
+from fastprune.beton.remote.stage import stage
 from fastprune.beton.shards import SET_NAME
 from tests.conftest import require_library
 from tests.images import jpeg_bytes, write_image_folder

@@ -8,7 +8,7 @@ import pytest
 
 from fastprune import Loader, convert, open_beton
 from fastprune.base.errors import InvalidValueError, LoadingError, StorageError
-from fastprune.beton.remote.fetch import stage
+from fastprune.beton.remote.stage import stage
 from fastprune.beton.shards import shard_name
 from tests.beton.remote.s3_server import serving
 from tests.images import write_image_folder

@@ -17,7 +17,7 @@ import pytest
 
 from fastprune import Loader, check_beton, convert, open_beton
 from fastprune.base.errors import StorageError
-from fastprune.beton.remote.fetch import stage
+from fastprune.beton.remote.stage import stage
 from fastprune.beton.remote.store import Store
 from tests.images import write_image_folder
 

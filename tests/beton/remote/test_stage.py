@@ -20,10 +20,11 @@ from fastprune.base.errors import (
     InvalidValueError,
     StorageError,
 )
-from fastprune.beton.remote.fetch import Fetch, stage
-from fastprune.beton.remote.mirror import open_mirror
+from fastprune.beton.opening import MIRROR_NAME
+from fastprune.beton.remote.mirror import MARKS_NAME
+from fastprune.beton.remote.opening import open_mirrored
 from fastprune.beton.remote.plan import MOST_BYTES
-from fastprune.beton.remote.presence import MARKS_NAME, MIRROR_NAME
+from fastprune.beton.remote.stage import stage
 from fastprune.beton.shards import SET_NAME, shard_name
 from tests.beton.remote.s3_server import SECRET
 from tests.images import jpeg_bytes, write_image_folder
@@ -167,15 +168,12 @@ def test_object_that_changed_is_refused(server, bucket, tmp_path):
 
 
 def test_object_that_changes_while_it_is_read_is_refused(server, tmp_path):
-    mirror = open_mirror(URL, tmp_path / "mirror", retry_seconds=20)
+    beton = open_mirrored(URL, tmp_path / "mirror", retry_seconds=20)
     server.fault = lambda method, key, number: "wrong range" if method == "GET" else None
     server.etags["bucket/train/shard-00000.beton"] = '"another"'
-    with (
-        pytest.raises(StorageError, match=r'shard-00000\.beton changed since .* is "another"'),
-        Fetch(mirror, np.array([0, 1])) as fetch,
-    ):
-        fetch.wait(np.array([0, 1]))
-    assert mirror.present.sum() == 0
+    with pytest.raises(StorageError, match=r'shard-00000\.beton changed since .* is "another"'):
+        list(beton.arriving([np.array([0, 1])]))
+    assert len(beton.absent(np.arange(20))) == 20
 
 
 def test_url_with_credentials_is_refused_without_showing_them(tmp_path):
@@ -202,7 +200,7 @@ def test_names_in_a_bucket_cannot_leave_the_mirror(copied, tmp_path, name):
 
 def test_folder_with_something_else_is_refused(bucket, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="holds files, but no mirror"):
+    with pytest.raises(ArtifactError, match="holds files, but not a mirror"):
         stage(f"file://{bucket}/train", ROWS, tmp_path)
 
 
@@ -225,7 +223,9 @@ def test_record_that_names_files_elsewhere_is_refused(bucket, tmp_path):
     record = json.loads((tmp_path / "mirror" / MIRROR_NAME).read_text())
     record["files"][0]["name"] = "../evil.beton"
     (tmp_path / "mirror" / MIRROR_NAME).write_text(json.dumps(record))
-    with pytest.raises(ArtifactError, match=r"lists '\.\./evil\.beton', which is no file name"):
+    with pytest.raises(
+        ArtifactError, match=r"'files\.0\.name' is '\.\./evil\.beton', which is not a file name"
+    ):
         stage(f"file://{bucket}/train", ROWS, tmp_path / "mirror")
 
 
@@ -257,7 +257,7 @@ def test_rows_that_are_absent_are_refused_by_what_reads_them(bucket, tmp_path):
 STAGE = """
 import sys
 import numpy as np
-from fastprune.beton.remote.fetch import stage
+from fastprune.beton.remote.stage import stage
 from fastprune.beton.remote.plan import MOST_BYTES
 print("ready", flush=True)
 sys.stdin.readline()
