@@ -121,22 +121,24 @@ def require_same_images(
     Raises:
         ArtifactMismatch: images or labels differ.
     """
-    other_images = (
-        f"{artifact_name} was made from beton {artifact}, but {beton_name} is {beton}.\n{cure}"
+    contents_known = artifact.content is not None and beton.content is not None
+    # Content first: all sets of CIFAR's kind with equal classes have one structure.
+    same_images = (
+        (artifact.content, artifact.num_rows) == (beton.content, beton.num_rows)
+        if contents_known
+        else artifact.structure == beton.structure
     )
-    if artifact.content is None or beton.content is None:
-        if artifact.structure != beton.structure:
-            raise ArtifactMismatch(other_images)
+    if not same_images:
+        raise ArtifactMismatch(
+            f"{artifact_name} was made from beton {artifact}, but {beton_name} is {beton}.\n{cure}"
+        )
+    if not contents_known:
         warn_user(
             f"{artifact_name} and {beton_name} agree in rows, labels and image sizes; their "
             "contents were not compared, because one of them carries no content fingerprint. "
             f"`fastprune convert` writes one into the manifest beside {beton_name}.",
             ContentNotComparedWarning,
         )
-        return
-    # Content first: all sets of CIFAR's kind with equal classes have one structure.
-    if artifact.content != beton.content or artifact.num_rows != beton.num_rows:
-        raise ArtifactMismatch(other_images)
     if labels is False or artifact.structure == beton.structure:
         return
     what = "other labels or image sizes"

@@ -11,6 +11,7 @@ ERRORS = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.FastpruneError)
 }
+RAISED = ERRORS | {"error"}  # a class that the caller of a reader has named
 GAP = "…"  # stands for a value
 _FEWEST_LETTERS = 10
 
@@ -30,7 +31,7 @@ def _messages():
     """(where, text) of every error that fastprune raises with a text of its own."""
     for path in sorted((ROOT / "fastprune").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ERRORS:
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in RAISED:
                 text = _text(node.args[0])
                 # With next to no text of its own, it passes on that of another error.
                 if len(re.findall(r"[A-Za-z]", text)) > _FEWEST_LETTERS:
