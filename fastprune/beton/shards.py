@@ -16,7 +16,6 @@ from fastprune.base.untrusted import member, read_json
 from fastprune.beton.manifest import Manifest, Part, manifest_path, read_manifest
 
 SET_NAME = "manifest.json"
-MAX_SHARDS = 100_000
 
 _FORMAT = 1
 _SHARD_NAME = re.compile(r"shard-\d+\.beton", re.ASCII)

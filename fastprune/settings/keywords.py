@@ -21,7 +21,7 @@ _Decorator = Callable[[Callable[..., _R]], Callable[..., _R]]
 _MOST_SHOWN = 200
 _DOC_WIDTH = 100
 # The line of a docstring that the fields replace.
-_PLACE = re.compile(r"^( *)settings: the fields of .*\n", re.MULTILINE)
+_PLACE = re.compile(r"^( *)(?:\*\*)?settings: .*\n", re.MULTILINE)
 
 
 def takes_settings(record: type[Settings]) -> _Decorator[Any]:

@@ -242,7 +242,7 @@ def test_loader_notices_a_shard_that_was_removed(folder):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"shards": 0}, "shards must be an integer >= 1"),
+        ({"shards": 0}, "shards must be an integer from 1 to 100,000"),
         ({"shards": 21}, "shards must be at most the number of images, 20"),
         ({"shards": 3, "shard": 3}, r"shard must lie in \[0, 3\)"),
         ({"shard": 0}, "shard must lie in"),

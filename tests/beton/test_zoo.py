@@ -9,7 +9,8 @@ from PIL import Image
 
 from fastprune import check_beton, convert, open_beton
 from fastprune.base.errors import ConversionError
-from fastprune.beton.convert.transcode import ImageSettings, prepare_image
+from fastprune.beton.convert.transcode import prepare_image
+from fastprune.settings import ImageSettings
 from tests.images import jpeg_bytes, picture
 
 

@@ -232,7 +232,7 @@ def test_logits_that_float16_cannot_hold_stop_the_filling(beton, tmp_path):
     with pytest.raises(InvalidValueError, match=r'too large for float16 .*"float32"'):
         score(
             *(beton, teacher, tmp_path / "scores.parquet"),
-            **{"views": "train", "cache": tmp_path / "cache", **SETTINGS},
+            **{"views": 1, "cache": tmp_path / "cache", **SETTINGS},
         )
 
 
@@ -245,7 +245,7 @@ def test_a_disk_that_fills_up_costs_the_cache_and_not_the_scores(
     monkeypatch.setattr(TeacherCache, "put", full)
     table = score(
         *(beton, small_teacher(), tmp_path / "scores.parquet"),
-        **{"views": "train", "cache": tmp_path / "cache", "num_views": 2, **SETTINGS},
+        **{"views": 1, "cache": tmp_path / "cache", "num_views": 2, **SETTINGS},
     )
     assert len(table.metric("loss")) == NUM_ROWS
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from fastprune.beton.convert.transcode import (
     REWRITTEN,
     SKIPPED,
     TRANSCODED,
-    ImageSettings,
 )
 from fastprune.beton.convert.workers import Task, WorkerError, WorkerPool
 from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, write_parquet
+from fastprune.settings import ImageSettings
 
 _DONE = (COPIED, REWRITTEN, TRANSCODED, SKIPPED)
 
@@ -72,7 +72,7 @@ class Job:
         own: dict[str, Any] = {"on_error": self.on_error, "shuffle_seed": self.shuffle_seed}
         if self.unlabeled:
             own["labels"] = False
-        return {**asdict(self.settings), **own}
+        return {**self.settings.model_dump(include=set(ImageSettings.model_fields)), **own}
 
 
 def build_beton(

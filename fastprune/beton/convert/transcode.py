@@ -12,11 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastprune.base.errors import ConversionError, JpegError
 from fastprune.jpeg.headers import MAX_SIDE, JpegHeader, is_jpeg, read_header
+from fastprune.settings import ImageSettings
 
 COPIED, TRANSCODED, SKIPPED, FOUND, REWRITTEN = range(5)
 ACTIONS = ("copied", "transcoded", "skipped", "found", "rewritten")
 
-LAYOUTS = ("auto", "fast", "original")
 #: In smaller files the markers cost more than they save; measured in docs/decisions/0009.
 FEWEST_BYTES_TO_REWRITE = 16 << 10
 
@@ -31,28 +31,6 @@ Content = bytes | Image.Image | NDArray[np.uint8]
 
 class CompilationError(ConversionError):
     """The compiled decoder cannot be loaded, compiled or kept; no image is to blame."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSettings:
-    """Settings for images; the same settings give the same bytes.
-
-    Attributes:
-        jpeg: "original" copies the bytes of a JPEG that every decoder here reads; "fast" rewrites
-            it without loss with a restart marker after each row of MCUs; "auto" rewrites files
-            of at least `FEWEST_BYTES_TO_REWRITE` and copies smaller ones.
-        quality: JPEG quality of transcoded images, [1, 100].
-        max_side: images with a longer side, in pixels, are shrunk by area; None for no limit.
-        exif: "ignore" leaves the EXIF orientation in the bytes, as FFCV and torchvision expect;
-            "apply" turns the pixels and transcodes.
-        verify: whether every JPEG that is kept is decoded once.
-    """
-
-    jpeg: str = "auto"
-    quality: int = 95
-    max_side: int | None = None
-    exif: str = "ignore"
-    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)

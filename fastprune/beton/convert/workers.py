@@ -26,11 +26,11 @@ from fastprune.beton.convert.sources.parquet import without_bytes
 from fastprune.beton.convert.transcode import (
     SKIPPED,
     CompilationError,
-    ImageSettings,
     prepare_image,
     source_bytes,
 )
 from fastprune.beton.output import write_images
+from fastprune.settings import ImageSettings
 
 # Chunks that a worker may hold: one in work, others waiting for their place in the file.
 CHUNKS_PER_WORKER = 3
