@@ -1,10 +1,13 @@
 import ast
 import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import fastprune
+from fastprune import base
 
 
 def test_every_public_name_is_there_and_explains_itself():
@@ -32,3 +35,10 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_version_is_the_installed_one():
     assert importlib.metadata.version("fastprune") == fastprune.__version__
+
+
+def test_the_lowest_floor_imports_neither_torch_nor_numba():
+    names = [f"fastprune.base.{path.stem}" for path in Path(base.__path__[0]).glob("[!_]*.py")]
+    code = f"import sys, {', '.join(names)}; print({{'torch', 'numba', 'rich'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

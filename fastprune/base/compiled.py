@@ -4,8 +4,8 @@ Numba's own cache notices edits of a function's file but not of what the functio
 index that processes write without a lock, and runs whatever lies in its folder. Here each compiled
 function is one file. Its name holds a digest of all that the code was made from, so that processes,
 versions and CPUs can share a folder and none finds another's code. Its content begins with a digest
-of the rest, so that damage is found before the code runs. And only folders are used into which
-nobody else can write.
+of the rest, so that damage is found before the code runs. And only folders are used that no other
+user can write to.
 """
 
 import contextlib
@@ -15,21 +15,25 @@ import logging
 import os
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from fastprune.base.files import temporary_path, try_lock
 
 _LOG = logging.getLogger(__name__)
 
 _SUFFIX = ".compiled"
 _DIGEST_BYTES = 16
 _UNUSED_SECONDS = 30 * 24 * 3600.0
+_LONGEST_WAIT_SECONDS, _SECONDS_BETWEEN_TRIES = 120.0, 0.05
 
 
 def cached(*sources: Path, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function at its first call, unless an earlier process has kept the compiled code.
+
+    Processes that start together compile once: the first one does, the others wait for its files.
 
     Args:
         sources: every file of which functions or constants are compiled in, the function's own too.
@@ -41,17 +45,72 @@ def cached(*sources: Path, **options: Any) -> Callable[[Callable[..., Any]], Any
 
     def decorate(function: Callable[..., Any]) -> Any:
         from numba import njit
+        from numba.core.compiler_lock import global_compiler_lock
 
         dispatcher = njit(**options)(function)
         # What `cache=True` sets, with an object of the same methods.
         dispatcher._cache = CompiledFiles(function, sources)
+        compile_function = dispatcher.compile
+
+        def compile_alone(signature: Any) -> Any:
+            # Between loading and saving, numba calls nothing of ours, and nothing at all where it
+            # fails: so the lock that `load_overload` takes is given up here.
+            with global_compiler_lock, _turn:
+                return compile_function(signature)
+
+        dispatcher.compile = compile_alone
         return dispatcher
 
     return decorate
 
 
+class _Turn:
+    """The turn of this process to compile: a lock on the folder, until the outermost call ends.
+
+    Functions are compiled inside of others' compilation, so calls nest. A lock on the folder is
+    freed with the process, however it ends. All calls are made under Numba's own lock.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def take(self, folder: Path) -> bool:
+        """Wait for the turn; False where it was there already, so nothing new can be found.
+
+        A process that compiles for longer than any function takes hangs, and is not waited for.
+        """
+        if self._descriptor is not None:
+            return False
+        try:
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        deadline, has_waited = time.monotonic() + _LONGEST_WAIT_SECONDS, False
+        while not try_lock(self._descriptor) and time.monotonic() < deadline:
+            has_waited = True
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+        return has_waited
+
+
+_turn = _Turn()
+
+
 class CompiledFiles:
-    """The compiled code of one function, a file for each signature; see `numba.core.caching`."""
+    """The compiled code of one function, a file for each signature; see `numba.core.caching`.
+
+    Not a subclass of Numba's `FunctionCache`: that keeps an index without a lock, and looks for its
+    folder as NUMBA_CACHE_LOCATOR_CLASSES tells all functions of the process.
+    """
 
     def __init__(self, function: Callable[..., Any], sources: tuple[Path, ...]):
         self._name = f"{function.__module__}.{function.__qualname__}"
@@ -63,16 +122,15 @@ class CompiledFiles:
         return str(writable_folder())
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """Load the code for a signature; None where there is none, or none that is whole."""
+        """Load the code for a signature; None where the caller is to compile it."""
         from numba.core.compiler import CompileResult
 
         target_context.refresh()
         name = self._file_name(signature, target_context.codegen())
-        for folder in _readable_folders():
-            payload = _read(folder / name)
-            if payload is not None:
-                return CompileResult._rebuild(target_context, *payload)
-        return None
+        payload = _find(name)
+        if payload is None and (folder := writable_folder()) is not None and _turn.take(folder):
+            payload = _find(name)  # by the process that was waited for
+        return None if payload is None else CompileResult._rebuild(target_context, *payload)
 
     def save_overload(self, signature: Any, result: Any) -> None:
         """Write the code for a signature, if there is a folder for it."""
@@ -91,13 +149,9 @@ class CompiledFiles:
             _LOG.warning("compiled code cannot be kept in %s (%s)", folder, error)
 
     def enable(self) -> None:
-        """Nothing: it is never off."""
+        """Do nothing: the files are always used, and `recompile()` replaces them."""
 
-    def disable(self) -> None:
-        """Nothing: it is never off."""
-
-    def flush(self) -> None:
-        """Nothing: `recompile()` writes its files anew."""
+    disable = flush = enable
 
     def _file_name(self, signature: Any, codegen: Any) -> str:
         import llvmlite
@@ -124,8 +178,14 @@ def _source_digest(sources: tuple[Path, ...]) -> str:
     return digest.hexdigest()
 
 
+def _find(name: str) -> Any:
+    """Unpickle a file of any folder that is trusted; None where there is none, or none intact."""
+    payloads = (_read(folder / name) for folder in _readable_folders())
+    return next((payload for payload in payloads if payload is not None), None)
+
+
 def _read(path: Path) -> Any:
-    """Unpickle a file; None where it is missing or damaged, and then it is removed."""
+    """Unpickle a file; None where it is missing, or damaged and therefore removed."""
     import pickle
 
     try:
@@ -140,26 +200,22 @@ def _read(path: Path) -> Any:
         return None
     with contextlib.suppress(OSError):  # root's file, in an image
         os.utime(path)  # see _remove_unused
-    return pickle.loads(payload)  # noqa: S301 - nobody else can write here, see _is_trusted
+    return pickle.loads(payload)  # noqa: S301 - only we can write here, see _is_trusted
 
 
 def _write(path: Path, payload: bytes) -> None:
     """Write a file whole or not at all: other processes may look for it at the same time."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest())
-            file.write(payload)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with temporary_path(path) as temporary:
+        temporary.touch(0o600)
+        digest = hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
+        temporary.write_bytes(digest + payload)
+        temporary.replace(path)
 
 
 def _remove_unused(folder: Path, name: str) -> None:
-    """Remove what nobody has loaded for a month: code of older versions and of other CPUs."""
-    for path in folder.glob(f"{name}-*"):
+    """Remove files that were not loaded for a month: older versions, other CPUs, parts of files."""
+    for path in folder.glob(f"*{name}-*"):
         if path.stat().st_mtime < time.time() - _UNUSED_SECONDS:
             path.unlink(missing_ok=True)
 

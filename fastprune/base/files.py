@@ -10,15 +10,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TypeAlias
-
-from numpy.typing import NDArray
+from typing import IO, Any, BinaryIO
 
 from fastprune.base.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
-
-Buffer: TypeAlias = bytes | bytearray | memoryview | NDArray[Any]
 
 # A sidecar of 1,000,000 classes takes 40 MB; nothing else that is read whole comes close.
 MAX_BYTES = 128 << 20
@@ -165,7 +161,7 @@ def _flock(file: int | IO[bytes] | IO[str], operation: int) -> bool:
     return True
 
 
-def write_all(descriptor: int, data: Buffer | list[Buffer], offset: int) -> None:
+def write_all(descriptor: int, data: Any, offset: int) -> None:
     """Write all bytes at an offset: the kernel writes a part of them when the disk fills up.
 
     Args:

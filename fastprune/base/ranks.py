@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor, distributed
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastprune.base.errors import PeerError, TrainingError, TrainingStopped
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -52,6 +51,8 @@ class Ranks:
 
     def from_first(self, value: Value | None) -> Value:
         """Return the first rank's value, which is not None, on every rank."""
+        from torch import distributed
+
         holder = [value]
         if self.world > 1:
             distributed.broadcast_object_list(holder, src=0, group=self.group)
@@ -59,7 +60,7 @@ class Ranks:
         assert result is not None
         return result
 
-    def gather(self, tensor: Tensor, rows: int) -> list[Tensor]:
+    def gather(self, tensor: "Tensor", rows: int) -> "list[Tensor]":
         """Collect one tensor (rows_of_rank, ...) of every rank on the first one.
 
         Args:
@@ -71,6 +72,9 @@ class Ranks:
         """
         if self.world == 1:
             return [tensor]
+        import torch
+        from torch import distributed
+
         # gloo gathers equal shapes alone; the last ranks of an epoch may have fewer rows.
         padded = torch.zeros(rows, *tensor.shape[1:], dtype=tensor.dtype)
         padded[: len(tensor)] = tensor
@@ -87,20 +91,24 @@ class Ranks:
         """Return a small value of every rank, in their order, on every rank."""
         if self.world == 1:
             return [value]
+        from torch import distributed
+
         # Pickled by torch; for small values of ours, never for what a file holds.
         values: list[Any] = [None] * self.world
         distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def all_sum(self, tensor: Tensor) -> Tensor:
+    def all_sum(self, tensor: "Tensor") -> "Tensor":
         """Return the sum of a CPU tensor over all ranks, on every rank; may be done in place."""
         if self.world > 1:
+            from torch import distributed
+
             distributed.all_reduce(tensor, group=self.group)
         return tensor
 
 
 @contextmanager
-def join_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
+def join_ranks(device: "torch.device | None" = None) -> Iterator[Ranks]:
     """Join the other processes, where torchrun or the caller started some.
 
     A process group that is there already is used, and left as it is; one that is made here, from
@@ -116,6 +124,10 @@ def join_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
         TrainingError: another process died without a word, or did not answer for
             `TIMEOUT_MINUTES`.
     """
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     is_ours = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     timeout = timedelta(minutes=TIMEOUT_MINUTES)
     store = None
@@ -148,8 +160,10 @@ def join_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
             distributed.destroy_process_group()
 
 
-def device_of_rank(device: torch.device) -> torch.device:
+def device_of_rank(device: "torch.device") -> "torch.device":
     """The CUDA device of this rank on its node, where none is named; else the device as it is."""
+    import torch
+
     names_no_card = device == torch.device("cuda")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if names_no_card else device
 
@@ -173,6 +187,9 @@ class Agreement:
         """
         if self._ranks.world == 1:
             return request
+        import torch
+        from torch import distributed
+
         # One request is under way at a time; all ranks start theirs in the same order.
         answer = self.close()
         asked = torch.tensor([request])
@@ -217,6 +234,8 @@ def _ending_together(ranks: Ranks, store: Any) -> Iterator[None]:
 
 def _is_lost_connection(error: Exception) -> bool:
     """Whether a collective failed because another process is gone."""
+    from torch import distributed
+
     # gloo's transport raises RuntimeError, with its name in the text alone.
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)

@@ -1,14 +1,17 @@
 """Compiled code on disk: found again when nothing changed, made anew otherwise, never others'."""
 
+import fcntl
 import logging
 import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numba.core.errors import TypingError
 
 from fastprune.base import compiled as compile_cache
 from fastprune.base.compiled import cached, ensure_compile_cache, scratch_folders, writable_folder
@@ -69,6 +72,88 @@ def test_each_signature_has_a_file(folder):
     assert num_compiled(again) == 0
 
 
+TOGETHER = """
+import pathlib, sys, time
+from fastprune.base.compiled import cached
+
+def slow(values, number):
+    for i in range(len(values)):
+        values[i] = values[i] ** number + sum(values[:i])
+    return values.sum()
+
+source = pathlib.Path(sys.argv[1])
+function = cached(source)(slow)
+print("ready", flush=True)
+sys.stdin.readline()
+import numpy
+function(numpy.ones(3), 3)
+print(sum(function.stats.cache_misses.values()), sum(function.stats.cache_hits.values()))
+"""
+
+
+def start_together(tmp_path, count):
+    source = tmp_path / "source.py"
+    source.write_text("")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, source], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(count)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == b"ready\n"
+    return processes
+
+
+def test_of_processes_that_start_together_one_compiles(folder, tmp_path):
+    processes = start_together(tmp_path, 3)
+    for process in processes:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    counts = sorted(process.communicate()[0] for process in processes)
+    assert counts == [b"0 1\n", b"0 1\n", b"1 0\n"]
+
+
+def test_a_compiler_that_was_killed_blocks_no_other(folder, tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, os, sys, time\n"
+         "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
+         "print('held', flush=True); time.sleep(60)", folder],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout.readline() == b"held\n"
+    function = compiled()
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(function, 3)
+        with pytest.raises(TimeoutError):
+            call.result(timeout=0.5)
+        holder.kill()
+        holder.communicate()
+        assert call.result(timeout=60) == 6
+
+
+def test_a_compiler_that_hangs_is_not_waited_for_any_longer(folder, monkeypatch):
+    monkeypatch.setattr(compile_cache, "_LONGEST_WAIT_SECONDS", 0.2)
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    function = compiled()
+    assert function(3) == 6
+    assert num_compiled(function) == 1
+    os.close(descriptor)
+
+
+def test_a_function_that_cannot_be_compiled_gives_up_its_turn(folder):
+    @cached(Path(__file__))
+    def wrong(number):
+        return number + "text"
+
+    with pytest.raises(TypingError):
+        wrong(3)
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
 def test_an_edit_of_any_source_compiles_anew(folder, tmp_path):
     source = tmp_path / "source.py"
     source.write_text("1")
@@ -100,10 +185,10 @@ def test_a_damaged_file_is_made_anew_with_one_line(folder, caplog, damage):
 
 
 def test_code_that_cannot_be_kept_is_compiled_all_the_same(folder, caplog, monkeypatch):
-    def fail(**options):
+    def fail(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compile_cache.tempfile, "mkstemp", fail)
+    monkeypatch.setattr(compile_cache, "temporary_path", fail)
     assert compiled()(3) == 6
     assert "cannot be kept" in caplog.text
     assert "No space left" in caplog.text
