@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import FastpruneError
 from fastprune.beton.opening import open_beton
-from fastprune.service.status import ask_status
+from fastprune.service.connection import ask_status
 
 #: Shares of the rows that consumers take at the same time; rows of a smaller one are in a larger.
 CASES: dict[str, tuple[float, ...]] = {

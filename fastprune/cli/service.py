@@ -21,20 +21,22 @@ _FILE = click.Path(path_type=Path)
 @click.option("--memory", type=SIZE, default="1GiB", help="Most memory for decoded views.")
 @click.option("--workers", type=click.IntRange(min=1), help="Decoding threads; one per CPU.")
 @click.option(
-    "--pace",
-    type=click.Choice(["auto", "together", "free"]),
-    default="auto",
-    help="Who waits when trainers drift apart: leaders when decoders are busy, leaders, nobody.",
+    "--sizes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Image sizes at a time; they share the memory equally.",
 )
 @click.option("--tls-cert", type=_FILE, help="The certificate of grpc+tls addresses, PEM.")
 @click.option("--tls-key", type=_FILE, help="Its key, PEM.")
-@click.option("--client-ca", type=_FILE, help="Ask for client certificates of this authority, PEM.")
+@click.option("--client-ca", type=_FILE, help="Ask for client certificates of this CA, PEM.")
 @click.option(
     "--token-file",
     type=_FILE,
-    help="Ask for one of the tokens in it, one in a line; with --status, show the first.",
+    help="Ask for one of its tokens, one a line; with --status, send the first.",
 )
-@click.option("--insecure", is_flag=True, help="Serve other machines though anybody may come in.")
+@click.option(
+    "--insecure", is_flag=True, help="Serve other machines without asking for token or certificate."
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz.")
 @click.option("--status", metavar="ADDRESS", help="Print what a running service does, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
@@ -43,7 +45,7 @@ def serve(
     listen: tuple[str, ...],
     memory: int,
     workers: int | None,
-    pace: str,
+    sizes: int,
     tls_cert: Path | None,
     tls_key: Path | None,
     client_ca: Path | None,
@@ -59,10 +61,11 @@ def serve(
     environment variable FASTPRUNE_SERVICE. SIGTERM ends it; trainers then decode by themselves.
     """
     if status is not None:
-        from fastprune.service.address import read_token
-        from fastprune.service.status import ask_status
+        from fastprune.service.connection import ask_status
+        from fastprune.service.credentials import read_tokens
 
-        found = ask_status(status, token=None if token_file is None else read_token(token_file))
+        token = None if token_file is None else read_tokens(token_file)[0]
+        found = ask_status(status, token=token)
         if as_json:
             click.echo(json.dumps(found, indent=2))
         else:
@@ -75,18 +78,20 @@ def serve(
 
     from fastprune.base.cpus import usable_cpus
     from fastprune.beton.opening import open_beton
-    from fastprune.service.locks import Locks
+    from fastprune.service.credentials import ServerCredentials
     from fastprune.service.server import Server
 
-    locks = Locks.read(tls_cert, tls_key, client_ca, token_file, insecure=insecure)
+    credentials = ServerCredentials.read(
+        tls_cert, tls_key, client_ca, token_file, insecure=insecure
+    )
     server = Server(
         [open_beton(path.absolute()) for path in betons],
         *listen,
         memory_bytes=memory,
         num_workers=workers or usable_cpus(),
-        pace=pace,
+        num_sizes=sizes,
         metrics=metrics,
-        locks=locks,
+        credentials=credentials,
     )
     asyncio.run(server.run())
     found = server.status()

@@ -130,7 +130,7 @@ def choose_service(service: str | None, backend: str, beton: Beton) -> str | Non
                 f"service={service!r} does not have {beton.url}, which names its own. Leave out "
                 "`service`."
             )
-        service = ",".join(map(str, beton.addresses))
+        service = beton.service
     if service and backend not in ("auto", "cpu"):
         raise InvalidValueError(
             f"service={service!r} gives what backend='cpu' gives, not {backend!r}. Leave out one "

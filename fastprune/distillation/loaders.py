@@ -10,7 +10,7 @@ from fastprune.distillation.compatibility import (
 from fastprune.distillation.step import Context
 from fastprune.loading.crops import CropPolicy
 from fastprune.loading.loader import Loader
-from fastprune.service.address import read_token
+from fastprune.service.credentials import read_tokens
 from fastprune.settings import Recipe
 
 
@@ -63,6 +63,6 @@ def _loader_settings(context: Context) -> dict[str, Any]:
     """What all loaders of a run have in common."""
     names = ("batch_size", "backend", "mean", "std", "num_workers", "service")
     data = context.recipe.data
-    token = None if data.service_token_file is None else read_token(data.service_token_file)
+    token = None if data.service_token_file is None else read_tokens(data.service_token_file)[0]
     settings = {"device": context.device, "service_token": token}
     return settings | {name: getattr(data, name) for name in names}

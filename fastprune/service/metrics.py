@@ -1,4 +1,4 @@
-"""What a service tells monitors over HTTP: Prometheus metrics at /metrics, and /healthz."""
+"""Prometheus metrics of a service at /metrics, and its health at /healthz, over HTTP."""
 
 import asyncio
 import threading
@@ -10,6 +10,17 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from fastprune.base.errors import InvalidValueError, MissingDependencyError
 
 _ANSWER_SECONDS = 5.0
+_COUNTERS = {
+    "views_decoded": "Views decoded, and those that could not be.",
+    "views_served": "Views that clients received.",
+    "detached": "How often a silent client was detached.",
+    "fallbacks": "How often a client came back after it had decoded by itself.",
+}
+_GAUGES = {
+    "window_bytes": "Memory that holds decoded views.",
+    "memory_bytes": "Most memory for decoded views.",
+    "window_views": "Decoded views in memory.",
+}
 
 
 class _HttpServer(ThreadingMixIn, WSGIServer):
@@ -17,17 +28,17 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
-    timeout = 10  # of a peer that connects and says nothing
+    timeout = 10  # for a peer that connects and sends nothing
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Nothing: probes come every few seconds."""
+        """Log nothing: probes come every few seconds."""
 
 
-class Monitor:
+class MetricsServer:
     """An HTTP server in threads of its own.
 
     Attributes:
-        port: the one it listens at.
+        port: where it listens.
     """
 
     def __init__(
@@ -38,7 +49,7 @@ class Monitor:
         Args:
             address: HOST:PORT.
             status: `Server.status`.
-            loop: the event loop in which it may be called.
+            loop: the event loop, in which alone it may be called.
 
         Raises:
             InvalidValueError: the address cannot be used.
@@ -76,25 +87,19 @@ class Monitor:
         self._thread.join()
 
     def collect(self) -> Iterator[Any]:
-        """Yield the metrics of this moment, for Prometheus."""
+        """Yield the metrics of this moment; called by Prometheus' client."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        found = self._ask()
-        counters = {
-            "views_decoded": "Views decoded, also those that could not be.",
-            "views_served": "Views that clients got.",
-            "detached": "How often a silent client was detached.",
-            "fallbacks": "How often a client came back after it had decoded by itself.",
-        }
-        for name, text in counters.items():
+        found = self._ask_status()
+        for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"fastprune_{name}", text, value=found[name])
-        for name in ("window_bytes", "memory_bytes", "window_views"):
-            yield GaugeMetricFamily(f"fastprune_{name}", f"The status's {name}.", value=found[name])
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(f"fastprune_{name}", text, value=found[name])
         number = len(found["clients"])
         yield GaugeMetricFamily("fastprune_clients", "Clients connected.", value=number)
 
-    def _ask(self) -> dict[str, Any]:
-        """The status, from the thread that owns it; that it answers shows that it is alive."""
+    def _ask_status(self) -> dict[str, Any]:
+        """Get the status from the event loop; an answer shows that the loop is not stuck."""
 
         async def ask() -> dict[str, Any]:
             return self._status()
@@ -102,13 +107,13 @@ class Monitor:
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(_ANSWER_SECONDS)
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Any:
-        """Answer one request."""
+        """Answer one request (WSGI)."""
         if environ["PATH_INFO"] == "/metrics":
             return self._metrics(environ, start_response)
         line, body = "404 Not Found", b"/metrics or /healthz\n"
         if environ["PATH_INFO"] == "/healthz":
             try:
-                self._ask()
+                self._ask_status()
                 line, body = "200 OK", b"ok\n"
             except TimeoutError:
                 line, body = "503 Service Unavailable", b"the event loop does not answer\n"

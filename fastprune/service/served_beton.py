@@ -1,30 +1,31 @@
-"""A beton that a loading service has and this machine has not: its columns, without its images."""
+"""A beton at a loading service, as trainers without the file open it: its row table, no images.
+
+The server sends the table (`beton_table`) by Arrow Flight; `open_remote_beton` reads it.
+"""
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fastprune.base.checks import MAX_CLASSES
 from fastprune.base.errors import InvalidValueError, LoadingError
+from fastprune.base.headers import Header
 from fastprune.base.provenance import Fingerprint, structure_digest
-from fastprune.base.untrusted import member, parse_json
 from fastprune.beton.beton import Beton
 from fastprune.beton.row_check import label_faults
-from fastprune.service.address import (
-    Address,
-    Credentials,
-    find_credentials,
-    parse_addresses,
-)
-from fastprune.service.wire import ServiceError, ServiceRefusedError
+from fastprune.service.address import Address, parse_addresses
+from fastprune.service.credentials import ClientCredentials
+from fastprune.service.wire import ServiceError, ServiceRefusedError, read_message
 
-#: One row's line in the table of a beton; `page` is where in the file it lies.
+#: One line a row; `page` is where in the file the row lies.
 SCHEMA = pa.schema(
     [
         pa.field("label", pa.int64(), nullable=False),
@@ -36,34 +37,92 @@ SCHEMA = pa.schema(
 METADATA_KEY = b"fastprune"
 
 _PATIENCE_SECONDS = 60.0
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 4.0
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.25, 4.0
 _INFO_SECONDS, _TABLE_SECONDS = 10.0, 60.0
-_MOST_MESSAGE_BYTES = 64 << 20  # the names of a million classes
-_MOST_ROWS = 1 << 28
+_MAX_MESSAGE_BYTES = 64 << 20  # the names of a million classes
+_MAX_ROWS = 1 << 28
+
+
+class TableHeader(Header):
+    """Metadata of the table.
+
+    Attributes:
+        fingerprint: of the images, with their content.
+        digest: by which services know the stored images.
+        class_names: in the order of the labels; None if there are none.
+        has_labels: whether the labels are classes.
+        page_bytes: of the file.
+    """
+
+    fingerprint: dict[str, Any]
+    digest: str
+    class_names: list[str] | None = Field(None, max_length=MAX_CLASSES)
+    has_labels: bool
+    page_bytes: int = Field(gt=0, lt=2**31)
+
+
+class _Served(Protocol):
+    """A beton that a server has, and the digest of its images; see `dispatcher.Served`."""
+
+    beton: Beton
+    digest: str
+
+
+def find_served(betons: Sequence[_Served], name: str) -> _Served:
+    """Find the beton whose path ends in a name.
+
+    Raises:
+        ServiceRefusedError: there is none, or more than one.
+    """
+    parts = PurePath(name).parts
+    found = [s for s in betons if parts and s.beton.path.parts[-len(parts) :] == parts and s.digest]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(served.beton.path.name for served in betons)
+    number = "more than one beton" if found else "no beton"
+    raise ServiceRefusedError(f"it serves {number} named {name[:200]!r}, but {names}")
+
+
+def beton_table(beton: Beton, digest: str) -> pa.Table:
+    """Make the table of a beton: labels, sizes and pages of its rows, its names and identity."""
+    header = TableHeader(
+        fingerprint=beton.fingerprint.to_dict(),
+        digest=digest,
+        class_names=None if beton.class_names is None else list(beton.class_names),
+        has_labels=beton.has_labels,
+        page_bytes=beton.page_bytes,
+    )
+    # The order "pages" depends on where rows lie, and must be the same without the file.
+    pages = beton.offsets // beton.page_bytes
+    columns = [beton.labels, beton.widths, beton.heights, pages]
+    return pa.Table.from_arrays(
+        [pa.array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)],
+        schema=SCHEMA.with_metadata({METADATA_KEY: header.model_dump_json().encode()}),
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RemoteBeton(Beton):
+class ServedBeton(Beton):
     """A beton whose images stay with the services that have it; they decode all views.
 
     Attributes:
         url: as it was named.
-        addresses: of the services.
-        identity: fingerprint of the images, with the content.
-        digest: what the services know the stored images by.
+        service: addresses of the services, separated by commas.
+        identity: fingerprint of the images, with their content.
+        digest: by which services know the stored images.
         names: of the classes.
         is_labeled: whether the labels are classes.
     """
 
     url: str = ""
-    addresses: tuple[Address, ...] = ()
+    service: str = ""
     identity: Fingerprint | None = None
     digest: str = ""
     names: tuple[str, ...] | None = None
     is_labeled: bool = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Opened anew, with the token of the environment: none is written anywhere.
+        # Opened again, with the token of that process' environment: a pickle holds no secret.
         return open_remote_beton, (self.url,)
 
     @property
@@ -84,34 +143,34 @@ class RemoteBeton(Beton):
 
 
 class Patience:
-    """Pauses between tries, longer each time, until it is over."""
+    """Pauses between tries, each longer than the last, up to a total time."""
 
     def __init__(self) -> None:
         self._end = time.monotonic() + _PATIENCE_SECONDS
         self._pause = _FIRST_PAUSE_SECONDS
 
     def wait(self) -> bool:
-        """Pause; False at once when it is over."""
+        """Pause; return False at once if the time is over."""
         if time.monotonic() + self._pause > self._end:
             return False
-        # Trainers that lost a service together do not come back together.
+        # Trainers that lost a service together should not come back together.
         time.sleep(self._pause * random.uniform(0.75, 1))  # noqa: S311
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+        self._pause = min(2 * self._pause, _MAX_PAUSE_SECONDS)
         return True
 
 
-def open_remote_beton(url: str, token: str | None = None) -> RemoteBeton:
-    """Fetch labels, sizes and class names of a beton, from the first service that has it.
+def open_remote_beton(url: str, token: str | None = None) -> ServedBeton:
+    """Open a beton at the first service that has it.
 
     Args:
-        url: grpc+tls://HOST:PORT/NAME; several with commas between them.
+        url: grpc+tls://HOST:PORT/NAME; several separated by commas.
         token: for services that ask for one; None for the environment's.
 
     Raises:
         InvalidValueError: the URL names no beton, or different ones.
-        LoadingError: no service gives it.
+        LoadingError: no service has it.
     """
-    addresses, credentials = parse_addresses(url), find_credentials(token)
+    addresses, credentials = parse_addresses(url), ClientCredentials.find(token)
     names = {address.beton for address in addresses}
     if len(names) > 1 or "" in names:
         raise InvalidValueError(
@@ -123,57 +182,59 @@ def open_remote_beton(url: str, token: str | None = None) -> RemoteBeton:
         errors: dict[Address, ServiceError] = {}
         for address in addresses:
             try:
-                return _fetched(url, addresses, address, credentials)
+                columns, metadata = _fetch_table(address, credentials)
+                return _make_beton(url, address, columns, metadata)
             except ServiceError as error:
                 errors[address] = error
-        are_final = all(isinstance(error, ServiceRefusedError) for error in errors.values())
-        if are_final or not patience.wait():
+        if is_final(errors) or not patience.wait():
             raise unavailable(url, errors)
 
 
+def is_final(errors: dict[Address, ServiceError]) -> bool:
+    """Whether another try is futile, because every service answered and refused."""
+    return all(isinstance(error, ServiceRefusedError) for error in errors.values())
+
+
 def unavailable(name: object, errors: dict[Address, ServiceError]) -> LoadingError:
-    """Say that no service can be used, why each cannot, and what to do."""
+    """Make the error that names each service, why it cannot be used, and what to do."""
     reasons = "; ".join(f"{address}: {str(error).rstrip('.')}" for address, error in errors.items())
     return LoadingError(
-        f"{name} cannot be loaded, for no loading service gives it ({reasons}). Start one where "
-        "the beton is, with `fastprune serve BETON --listen ADDRESS`, then resume; a loader's "
-        "state_dict also fits one that reads the beton itself."
+        f"{name} cannot be loaded, because no loading service gives it ({reasons}). Start one "
+        "where the beton is, with `fastprune serve BETON --listen ADDRESS`, then resume; a "
+        "loader's state_dict also fits one that reads the beton itself."
     )
 
 
-def _fetched(
-    url: str, addresses: tuple[Address, ...], address: Address, credentials: Credentials
-) -> RemoteBeton:
-    """Open a beton at one service.
+def _fetch_table(
+    address: Address, credentials: ClientCredentials
+) -> tuple[dict[str, NDArray[Any]], bytes]:
+    """Fetch columns and metadata of a table.
 
     Raises:
-        ServiceError: it does not give it, or what it gives is none.
+        ServiceError: the service does not send it.
     """
     from pyarrow import flight
 
-    from fastprune.service.flight_session import call_options, connect, lost
+    from fastprune.service.flight_connection import as_service_error, call_options, make_client
 
     options = [call_options(credentials, seconds=s) for s in (_INFO_SECONDS, _TABLE_SECONDS)]
     descriptor = flight.FlightDescriptor.for_path(address.beton)
-    with connect(address, credentials, most_bytes=_MOST_MESSAGE_BYTES) as client:
+    with make_client(address, credentials, max_bytes=_MAX_MESSAGE_BYTES) as client:
         try:
             info = client.get_flight_info(descriptor, options[0])
-            if not 0 < info.total_records <= _MOST_ROWS or len(info.endpoints) != 1:
+            if not 0 < info.total_records <= _MAX_ROWS or len(info.endpoints) != 1:
                 raise ServiceError("its table is not understood")
-            reader = client.do_get(info.endpoints[0].ticket, options[1])
-            columns, metadata = _columns(reader, info.total_records)
+            return _read_columns(
+                client.do_get(info.endpoints[0].ticket, options[1]), info.total_records
+            )
         except ServiceError:
             raise
         except Exception as error:
-            raise lost(error) from error
-    try:
-        return _beton(url, addresses, address, columns, parse_json(metadata))
-    except ValueError as error:
-        raise ServiceError(f"its table is not understood ({error})") from error
+            raise as_service_error(error) from error
 
 
-def _columns(reader: Any, num_rows: int) -> tuple[dict[str, NDArray[Any]], bytes]:
-    """Read the table as arrays, of as many rows as were announced and not one more."""
+def _read_columns(reader: Any, num_rows: int) -> tuple[dict[str, NDArray[Any]], bytes]:
+    """Read a table of exactly as many rows as were announced; memory is bounded by these."""
     if not reader.schema.equals(SCHEMA, check_metadata=False):
         raise ServiceError("its table is not understood")
     columns = {field.name: np.empty(num_rows, field.type.to_pandas_dtype()) for field in SCHEMA}
@@ -191,50 +252,49 @@ def _columns(reader: Any, num_rows: int) -> tuple[dict[str, NDArray[Any]], bytes
     return columns, (reader.schema.metadata or {}).get(METADATA_KEY, b"")
 
 
-def _beton(
-    url: str,
-    addresses: tuple[Address, ...],
-    address: Address,
-    columns: dict[str, NDArray[Any]],
-    fields: Any,
-) -> RemoteBeton:
-    """Make the beton of what a service says of it.
+def _make_beton(
+    url: str, address: Address, columns: dict[str, NDArray[Any]], metadata: bytes
+) -> ServedBeton:
+    """Make the beton of a table.
 
     Raises:
-        ValueError: it contradicts itself.
+        ServiceError: the table contradicts itself.
     """
     labels, widths, heights = (columns[name] for name in ("label", "width", "height"))
-    identity = Fingerprint.from_dict(member(fields, "fingerprint", dict))
-    names = member(fields, "class_names", list, None)
     structure = structure_digest(labels, widths, heights)
-    if identity.structure != structure or identity.num_rows != len(labels):
-        raise ValueError("its fingerprint is another one's")
-    if labels.min() < 0 or label_faults(labels):
-        raise ValueError("a label is no class")
-    if names is not None and not int(labels.max()) < len(names) <= MAX_CLASSES:
-        raise ValueError("its classes are not those of its labels")
-    page_bytes = member(fields, "page_bytes", int)
-    if not 0 < page_bytes < 2**31:
-        raise ValueError(f"its pages are of {page_bytes} bytes")
-    return RemoteBeton(
+    try:
+        header = read_message(metadata, TableHeader)
+        identity = Fingerprint.from_dict(header.fingerprint)
+        names = header.class_names
+        if identity.structure != structure or identity.num_rows != len(labels):
+            raise ValueError("its fingerprint is another one's")
+        if labels.min() < 0 or label_faults(labels):
+            raise ValueError("a label is not a class")
+        if names is not None and int(labels.max()) >= len(names):
+            raise ValueError("it has fewer class names than labels")
+    except (ValueError, ServiceError) as error:
+        raise ServiceError(f"its table is not understood ({error})") from error
+    return ServedBeton(
         path=Path(f"{address.host}:{address.port}/{address.beton}"),
         labels=labels,
         widths=widths,
         heights=heights,
         modes=np.zeros(len(labels), np.uint8),
-        offsets=columns["page"].astype(np.int64) * page_bytes,
+        offsets=columns["page"].astype(np.int64) * header.page_bytes,
         sizes=np.zeros(len(labels), np.int64),
         fields=(),
-        page_bytes=page_bytes,
+        page_bytes=header.page_bytes,
         content=np.empty(0, np.uint8),
         files=(),
         structure=structure,
         manifest=None,
-        service=",".join(map(str, addresses)),
         url=url,
-        addresses=addresses,
+        service=",".join(map(str, parse_addresses(url))),
         identity=identity,
-        digest=member(fields, "digest", str),
-        names=None if names is None else tuple(map(str, names)),
-        is_labeled=member(fields, "has_labels", bool),
+        digest=header.digest,
+        names=None if names is None else tuple(names),
+        is_labeled=header.has_labels,
     )
+
+
+RemoteBeton = ServedBeton

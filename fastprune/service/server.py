@@ -1,7 +1,9 @@
-"""The server of a loading service: doors for clients, one event loop, decoding threads.
+"""The server of a loading service: listeners for clients, one event loop, decoding threads.
 
-The event loop owns the desk, and with it the window. Doors let clients in, over a Unix socket or
-over Arrow Flight; what they bring passes over the desk.
+The event loop's thread owns the dispatcher and its windows. Listeners accept clients, over a Unix
+socket or over Arrow Flight, and hand their messages to the dispatcher. Decoding threads get tasks
+from it. Flight runs two more threads for each client, and metrics one for each HTTP request; all of
+them reach the dispatcher by calls in the loop.
 """
 
 import asyncio
@@ -12,28 +14,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastprune.base.checks import require_at_least, require_one_of
 from fastprune.base.errors import InvalidValueError
 from fastprune.beton.beton import Beton
 from fastprune.service.address import Address, parse_address
-from fastprune.service.desk import Desk
-from fastprune.service.locks import Locks
-from fastprune.service.metrics import Monitor
-from fastprune.service.unix import UnixDoor
-from fastprune.service.window import PACES
+from fastprune.service.credentials import ServerCredentials
+from fastprune.service.dispatcher import Dispatcher
+from fastprune.service.metrics import MetricsServer
+from fastprune.service.unix_listener import UnixListener
 
 _LOG = logging.getLogger(__name__)
 
-_ALIVE_SECONDS = 2.0
+_HEARTBEAT_SECONDS = 2.0
 _LOG_SECONDS = 60.0
 _DRAIN_SECONDS = 10.0
 
 
-class Door(Protocol):
-    """Where clients of one transport come in; used in the event loop alone.
+class Listener(Protocol):
+    """Accepts clients of one transport; used in the event loop alone.
 
     Attributes:
-        address: where clients find it.
+        address: where clients reach it.
     """
 
     address: str
@@ -43,11 +43,11 @@ class Door(Protocol):
         ...
 
     def stop_listening(self) -> None:
-        """Let nobody in any more."""
+        """Accept no more clients; connections stay."""
         ...
 
     async def close(self) -> None:
-        """End all conversations."""
+        """End all connections."""
         ...
 
 
@@ -55,9 +55,9 @@ class Server:
     """Serves views of betons at one or several addresses.
 
     Attributes:
-        desk: what all clients share.
-        doors: one for each address.
-        monitor: what answers monitors while the server runs, if that was asked for.
+        dispatcher: shared by all clients.
+        listeners: one for each address.
+        metrics: the HTTP server, while the server runs and if it was asked for.
     """
 
     def __init__(
@@ -66,46 +66,47 @@ class Server:
         *addresses: str,
         memory_bytes: int,
         num_workers: int,
-        pace: str = "auto",
+        num_sizes: int = 1,
         metrics: str | None = None,
-        locks: Locks | None = None,
+        credentials: ServerCredentials | None = None,
     ):
         """Prepare; `run` listens.
 
         Args:
             betons: the open betons.
             addresses: unix:PATH, grpc+tls://HOST:PORT or grpc://HOST:PORT.
-            memory_bytes: of the slab.
+            memory_bytes: most memory for decoded views.
             num_workers: decoding threads.
-            pace: "auto", "together" or "free", see docs/service.md.
+            num_sizes: image sizes at a time, which share the memory equally.
             metrics: HOST:PORT of /metrics and /healthz; None for neither.
-            locks: certificate, key and tokens of addresses that other machines reach.
+            credentials: certificate, key and tokens of addresses that other machines reach.
 
         Raises:
-            InvalidValueError: a beton has no manifest, an argument is outside its domain, or an
-                address would be open to anybody.
+            InvalidValueError: a beton has no manifest, an argument is out of its range, or an
+                address would be open to everyone.
         """
-        require_one_of("pace", pace, PACES)
-        require_at_least("num_workers", num_workers, 1)
-        locks = locks or Locks()
+        credentials = credentials or ServerCredentials()
         parsed = [parse_address(address) for address in addresses]
         for address in parsed:
             if address.beton:
                 raise InvalidValueError(
                     f"listen at {address}, without {address.beton!r}: clients name the beton."
                 )
-            locks.require_closed(address)
-        self.desk = Desk(betons, memory_bytes=memory_bytes, num_workers=num_workers, pace=pace)
-        self.doors = [self._door(address, locks) for address in parsed]
-        self._metrics = metrics
-        self.monitor: Monitor | None = None
+            credentials.require_closed(address)
+        self.dispatcher = Dispatcher(
+            betons, memory_bytes=memory_bytes, num_sizes=num_sizes, num_workers=num_workers
+        )
+        self.listeners = [self._listener(address, credentials) for address in parsed]
+        self.metrics: MetricsServer | None = None
+        self._metrics_address = metrics
 
-    def _door(self, address: Address, locks: Locks) -> Door:
+    def _listener(self, address: Address, credentials: ServerCredentials) -> Listener:
         if address.scheme == "unix":
-            return UnixDoor(Path(address.path), self.desk)
-        from fastprune.service.flight import FlightDoor  # gRPC's libraries take time to load
+            return UnixListener(Path(address.path), self.dispatcher)
+        # gRPC's libraries take time to load.
+        from fastprune.service.flight_listener import FlightListener
 
-        return FlightDoor(address, self.desk, locks)
+        return FlightListener(address, self.dispatcher, credentials)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, as `serve` does."""
@@ -115,77 +116,74 @@ class Server:
         await self.serve(stopping)
 
     async def serve(self, stopping: asyncio.Event) -> None:
-        """Serve until told to stop; then answer what was asked for, and return.
+        """Serve until the event is set; then answer what was requested, and return.
 
         Raises:
-            InvalidValueError: another service listens at an address.
+            InvalidValueError: an address cannot be used.
         """
-        self.desk.open()
+        self.dispatcher.open()
         ticking = asyncio.create_task(self._tick())
         try:
-            for door in self.doors:
-                await door.open()
-                _LOG.info("listening at %s", door.address)
-            if self._metrics is not None:
+            for listener in self.listeners:
+                await listener.open()
+                _LOG.info("listening at %s", listener.address)
+            if self._metrics_address is not None:
                 loop = asyncio.get_running_loop()
-                self.monitor = Monitor(self._metrics, self.status, loop)
-                _LOG.info("metrics at port %d", self.monitor.port)
+                self.metrics = MetricsServer(self._metrics_address, self.status, loop)
+                _LOG.info("metrics at port %d", self.metrics.port)
             await stopping.wait()
-            for door in self.doors:
-                door.stop_listening()
+            for listener in self.listeners:
+                listener.stop_listening()
             await self._drain()
         finally:
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
-            for door in self.doors:
-                await door.close()
-            if self.monitor is not None:
+            for listener in self.listeners:
+                await listener.close()
+            if self.metrics is not None:
                 # In a thread: it may wait for an answer of this loop.
-                await asyncio.to_thread(self.monitor.close)
-            self.desk.close()
-        _LOG.info("%d views were decoded, %d served", *self._counts())
+                await asyncio.to_thread(self.metrics.close)
+            self.dispatcher.close()
+        counts = self.dispatcher.counts
+        _LOG.info("%d views were decoded, %d served", counts.decoded, counts.served)
 
     def status(self) -> dict[str, Any]:
-        """What the server does, for people and monitors."""
-        return self.desk.status()
+        """Describe the service, for people and monitors."""
+        return self.dispatcher.status()
 
     async def _tick(self) -> None:
-        """Do what is to be done now and then."""
-        desk, window = self.desk, self.desk.window
-        last_alive = last_log = time.monotonic()
-        before = self._counts()
+        """Do what is due, once a second."""
+        dispatcher = self.dispatcher
+        last_heartbeat = last_log = time.monotonic()
+        before = self.status()
         while True:
             await asyncio.sleep(1)
             now = time.monotonic()
-            for client in window.detach_silent(now):
-                _LOG.info("%s is silent; the others do not wait for it", client.name)
-            desk.refuse_changed_files()
-            desk.pump()
-            if now - last_alive >= _ALIVE_SECONDS:
-                last_alive = now
-                desk.send_alive()
+            dispatcher.detach_silent(now)
+            dispatcher.refuse_changed_files()
+            dispatcher.pump()
+            if now - last_heartbeat >= _HEARTBEAT_SECONDS:
+                last_heartbeat = now
+                dispatcher.send_heartbeats()
             if now - last_log >= _LOG_SECONDS:
-                decoded, served = self._counts()
+                status, seconds = self.status(), now - last_log
                 _LOG.info(
                     "%d clients; %.0f views/s decoded, %.0f served; window %d MiB of %d",
-                    len(desk.peers),
-                    (decoded - before[0]) / (now - last_log),
-                    (served - before[1]) / (now - last_log),
-                    window.num_bytes >> 20,
-                    desk.slab.num_bytes >> 20,
+                    len(status["clients"]),
+                    (status["views_decoded"] - before["views_decoded"]) / seconds,
+                    (status["views_served"] - before["views_served"]) / seconds,
+                    status["window_bytes"] >> 20,
+                    status["memory_bytes"] >> 20,
                 )
-                last_log, before = now, (decoded, served)
+                last_log, before = now, status
 
     async def _drain(self) -> None:
-        """Answer what was asked for, for a while."""
-        peers = self.desk.peers
-        for peer in peers.values():
-            peer.pause()
+        """Answer what was requested, but not forever."""
+        channels = self.dispatcher.channels
+        for channel in channels.values():
+            channel.pause()
         deadline = time.monotonic() + _DRAIN_SECONDS
         while time.monotonic() < deadline and any(
-            client.num_unanswered or not peer.is_flushed for client, peer in peers.items()
+            client.num_unanswered or not channel.is_flushed for client, channel in channels.items()
         ):
             await asyncio.sleep(0.01)
-
-    def _counts(self) -> tuple[int, int]:
-        return self.desk.window.num_decoded, self.desk.window.num_served

@@ -1,203 +1,207 @@
-"""The window: decoded views, kept as long as somebody who announced them has not taken them.
+"""The window: decoded views in a slab, kept while a client that announced them waits for them.
 
 All of it belongs to one thread, the server's event loop; there are no locks. Invariants:
 
-- A view that an open ask holds is never displaced. A client that was silent for too long loses its
-  open asks, and finds out by the generation of the places.
-- A view is `kept` by its stream while a client that announced it has not got it; it is `spare`,
-  displaced first and longest unused first, once nobody wants it and no ask holds it.
-- Who is furthest behind in its cohort can always go on: others leave it a reserve of places, and
-  it may displace kept views. Those decoded last go first, for they will be wanted last.
-- An ask holds at most 64 views, and each client may hold at least as many: no ask can starve.
+- The slot of a view that a request holds is not reused. Only a client that was silent for too long
+  loses its requests, and it notices by the generations of the slots.
+- A view is `kept` by its stream while a client that announced it has not received it. Once no
+  client waits for it and no request holds it, it is spare: it stays, and is displaced first, the
+  one unused for longest before the others.
+- Among the clients of a stream, the one furthest behind is served first. Leaders may displace kept
+  views, the last decoded first, because these will be wanted last.
+- A request has at most 64 views, and each client may hold at least as many: none can starve.
 """
 
 import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.service.demand import Ask, Client, Cohort, Entry, Images, Stream
-from fastprune.service.places import Places
-from fastprune.service.slab import EXTENT_BYTES, Slab
-from fastprune.service.wire import MOST_WANTED, WANTED, ServiceError, ServiceRefusedError
+from fastprune.service.slab import Slab, slot_bytes
+from fastprune.service.streams import CachedView, Client, Images, Request, Stream
+from fastprune.service.wire import (
+    MAX_REQUEST_VIEWS,
+    REQUESTED,
+    ServiceError,
+    ServiceRefusedError,
+)
 
-PACES = ("auto", "together", "free")
-
-#: Seconds without a word from a client that waits for nothing, after which it is detached.
+#: A client that waits for nothing and sends nothing for so long is detached.
 SILENT_SECONDS = 10.0
-#: Open asks of one client at most; a client of ours has four batches on the way.
-_MOST_OPEN = 1024
-MOST_TOGETHER = 16  # in one task: about 4 ms of work
-_RESERVED_SHARE = 8  # one place in so many is left to whoever is furthest behind
-_LATE_SHARE = 4  # who missed more than one in so many of the window's views is late
+_MAX_REQUESTS = 1024  # of one client; ours has four batches on the way
+MAX_TASK_VIEWS = 16  # about 4 ms of work
+_LATE_SHARE = 4  # a client that missed more than 1/4 of a window's views is late
+
+
+@dataclass
+class Counts:
+    """Totals since the server started.
+
+    Attributes:
+        decoded: views decoded, and those that could not be.
+        served: views that clients received.
+        detached: how often a silent client was detached.
+    """
+
+    decoded: int = 0
+    served: int = 0
+    detached: int = 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """Views to be decoded by one thread, all of the same images."""
+    """Views of the same images for one thread to decode into the slots of a window."""
 
+    window: "Window"
     images: Images
-    entries: list[Entry]
+    views: list[CachedView]
+
+
+def require_room(memory_bytes: int, image_size: int, num_clients: int) -> None:
+    """Refuse a client where each could not hold one whole request: it might wait forever.
+
+    Raises:
+        ServiceRefusedError: the memory is too small.
+    """
+    needed = num_clients * MAX_REQUEST_VIEWS * slot_bytes(image_size)
+    if needed > memory_bytes:
+        raise ServiceRefusedError(
+            f"{memory_bytes >> 20} MiB for views of {image_size} pixels are too small for "
+            f"{num_clients} clients, which need {-(-needed >> 20)} MiB; start the service with a "
+            "larger --memory"
+        )
 
 
 class Window:
-    """A memo of decoded views in a slab.
+    """A cache of the decoded views of one image size.
 
     Attributes:
-        clients: everybody who is connected.
-        answers: asks whose views are there, to be sent by the server.
-        num_decoded: views decoded so far, also those that could not be.
-        num_served: views that clients got.
-        num_detached: how often a silent client was detached.
+        slab: where the views lie.
+        clients: all that take views of this size.
+        answered: requests whose views are all there, for the dispatcher to send.
+        views: every view in the slab, by its images and key.
+        counts: totals, of this window or of several.
     """
 
-    def __init__(self, slab: Slab, *, pace: str):
-        assert pace in PACES
+    def __init__(self, slab: Slab, counts: Counts):
+        self.slab = slab
         self.clients: list[Client] = []
-        self.answers: deque[Ask] = deque()
-        self.num_decoded = self.num_served = self.num_detached = 0
-        self._places = Places(slab)
-        self._pace = pace
+        self.answered: deque[Request] = deque()
+        self.views: dict[tuple[Images, bytes], CachedView] = {}
+        self.counts = counts
+        self._spare: dict[CachedView, None] = {}  # the one unused for longest first
         self._streams: dict[tuple[Images, bytes], Stream] = {}
         self._turns = itertools.count(1)
 
-    @property
-    def num_views(self) -> int:
-        """Views that the slab holds."""
-        return len(self._places.entries)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the slab that hold views."""
-        return sum(entry.images.place_bytes for entry in self._places.entries.values())
-
     def join(self, name: str, images: Images, now: float) -> Client:
-        """Admit a client.
-
-        Raises:
-            ServiceRefusedError: the memory is too small for one more.
-        """
-        if images.place_bytes > EXTENT_BYTES:
-            raise ServiceRefusedError(
-                f"views of {images.image_size} pixels are too large for this service"
-            )
-        slab, needed = self._places.slab, self._places.extents_needed(images.place_bytes)
-        if needed > len(slab.extents):
-            raise ServiceRefusedError(
-                f"its memory of {slab.num_bytes >> 20} MiB is too small for "
-                f"{len(self.clients) + 1} clients; start it with --memory "
-                f"{needed * EXTENT_BYTES >> 20}MiB or more"
-            )
+        """Add a client; see `require_room`."""
         client = Client(name, images, now, now)
         self.clients.append(client)
-        self._places.sizes[images.place_bytes] += 1
         return client
 
     def leave(self, client: Client) -> None:
-        """Forget a client and all that it asked for."""
+        """Forget a client and all that it requested."""
         self.clients.remove(client)
-        self._places.sizes -= Counter([client.images.place_bytes])
-        self._revoke(client, client.open.values())
-        client.asks.clear()
+        self._revoke(client, client.requests.values())
+        client.unassigned.clear()
         self._forget_demand(client)
 
     def announce(self, client: Client, name: bytes, counts: NDArray[np.uint8], now: float) -> None:
-        """Begin an epoch.
+        """Begin an epoch of a client.
 
         Args:
-            client: who begins it.
+            client: that begins it.
             name: of the stream of views.
-            counts: (N,) how many views of each row it will ask for.
+            counts: (N,) how many views of each row it will request.
             now: in seconds of a steady clock.
 
         Raises:
-            ServiceError: the epoch before has asks that were not taken.
+            ServiceError: views of the last epoch were not released.
         """
-        if client.open:
-            raise ServiceError("an epoch begins before the views of the last one were taken")
+        if client.requests:
+            raise ServiceError("an epoch begins before the views of the last one were released")
         client.last_heard, client.is_silent = now, False
         before, images = client.stream, client.images
         stream = self._streams.get((images, name))
+        # The same name again, as of central crops, is another epoch: its rows are wanted again.
         if stream is None or stream is before:
-            # The same stream again, as of central crops: its second epoch is another one.
-            stream = Stream(
-                name,
-                images,
-                Cohort() if before is None else before.cohort,
-                0 if before is None else before.ordinal + 1,
-                np.zeros(images.num_rows, np.uint16),
-                np.zeros(images.num_rows, np.bool_),
-            )
+            wanted = np.zeros(images.num_rows, np.uint16)
+            stream = Stream(name, images, wanted, np.zeros(images.num_rows, np.bool_))
             self._streams[images, name] = stream
         client.stream, client.announced = stream, counts
         client.num_announced = client.num_remaining = int(counts.sum(dtype=np.int64))
         client.num_epochs += 1
         for other in [s for s in client.remaining if s is not stream]:
-            if other.cohort is not stream.cohort or other.ordinal < stream.ordinal:
-                self._drop(client, other)
+            self._drop(client, other)
         self._attach(client)
-        self._expect_cohorts()
+        # Clients still in the last epoch will most likely want the same rows of the new stream.
+        for follower in self.clients:
+            is_behind = follower.stream is before is not None and not follower.is_silent
+            if is_behind and stream not in follower.remaining and follower.announced is not None:
+                self._want(follower, stream, follower.announced)
         self._close_streams()
 
-    def ask(self, client: Client, number: int, payload: bytes, now: float) -> None:
-        """Ask for views.
+    def request(self, client: Client, number: int, payload: bytes, now: float) -> None:
+        """Queue a request for views.
 
         Args:
-            client: who asks.
-            number: what the client calls it.
-            payload: the views, up to `MOST_WANTED` of `WANTED`.
+            client: that requests them.
+            number: by which it knows the request.
+            payload: the views, up to `MAX_REQUEST_VIEWS` of `REQUESTED`.
             now: in seconds of a steady clock.
 
         Raises:
-            ServiceError: it cannot be answered; nothing was kept of it.
+            ServiceError: it cannot be answered, and was not queued.
         """
         if client.stream is None:
-            raise ServiceError("views are asked for before an epoch is announced")
-        if len(payload) % WANTED.itemsize or len(client.open) >= _MOST_OPEN:
-            raise ServiceError("an ask is of a wrong length, or one too many")
-        if number in client.open:
-            raise ServiceError(f"ask {number} is open already")
-        if fault := client.images.fault_of(np.frombuffer(payload, WANTED)):
+            raise ServiceError("views are requested before an epoch is announced")
+        if len(payload) % REQUESTED.itemsize:
+            raise ServiceError("a request is of a wrong length")
+        if len(client.requests) >= _MAX_REQUESTS:
+            raise ServiceError(f"more than {_MAX_REQUESTS} requests are open")
+        if number in client.requests:
+            raise ServiceError(f"request {number} is open already")
+        if fault := client.images.find_fault(np.frombuffer(payload, REQUESTED)):
             raise ServiceError(fault)
         self._hear(client, now)
-        ask = Ask(client, number, payload)
-        client.open[number] = ask
-        client.asks.append(ask)
+        request = Request(client, number, payload)
+        client.requests[number] = request
+        client.unassigned.append(request)
 
-    def take(self, client: Client, number: int, now: float) -> None:
-        """Note that a client copied the views of an ask, which may have been revoked meanwhile.
+    def release(self, client: Client, number: int, now: float) -> None:
+        """Note that a client copied the views of a request, which may have been revoked before.
 
         Raises:
-            ServiceError: the ask was not answered yet.
+            ServiceError: the request was not answered yet.
         """
         self._hear(client, now)
-        ask = client.open.get(number)
-        if ask is None:
+        request = client.requests.get(number)
+        if request is None:
             return
-        if not ask.is_assigned or ask.num_pending:
-            raise ServiceError(f"ask {number} is taken before it was answered")
-        self._revoke(client, [ask])
+        if not request.is_answered:
+            raise ServiceError(f"request {number} is released before it was answered")
+        self._revoke(client, [request])
 
     def detach_silent(self, now: float) -> list[Client]:
-        """Keep nothing any more for clients that wait for nothing and have long said nothing."""
+        """Stop keeping views for clients that wait for nothing and have long sent nothing."""
         detached = []
         for client in self.clients:
             is_silent = now - client.last_heard > SILENT_SECONDS and not client.num_unanswered
             if is_silent and not client.is_silent:
                 client.is_silent = True
-                self._revoke(client, client.open.values())
+                self._revoke(client, client.requests.values())
                 if self._forget_demand(client):
-                    self.num_detached += 1
+                    self.counts.detached += 1
                     detached.append(client)
         return detached
 
     def advance(self, num_idle: int) -> list[Task]:
-        """Find what was asked for, and what must be decoded.
+        """Find what was requested, and choose what to decode next.
 
-        Cohorts take turns; within a cohort, whoever is furthest behind goes first.
+        Streams take turns; within a stream, the client furthest behind goes first.
 
         Args:
             num_idle: threads that could decode.
@@ -206,12 +210,11 @@ class Window:
             At most so many tasks.
         """
         tasks: list[Task] = []
-        asking = [client for client in self.clients if client.asks]
-        for client in sorted(asking, key=_precedence):
-            while entries := self._assign(client, num_idle - len(tasks)):
-                tasks.append(Task(client.images, entries))
-                assert client.stream is not None
-                client.stream.cohort.turn = next(self._turns)
+        waiting = [client for client in self.clients if client.unassigned]
+        for client in sorted(waiting, key=_precedence):
+            while views := self._assign(client, num_idle - len(tasks)):
+                tasks.append(Task(self, client.images, views))
+                views[0].stream.last_turn = next(self._turns)
         return tasks
 
     def finish(self, task: Task, reasons: dict[int, str], now: float) -> None:
@@ -222,31 +225,31 @@ class Window:
             reasons: by position in the task, why a view could not be decoded.
             now: in seconds of a steady clock.
         """
-        self.num_decoded += len(task.entries)
-        for i, entry in enumerate(task.entries):
-            entry.is_decoded = True
-            for ask, position in entry.awaiting:
-                if ask.client.open.get(ask.number) is not ask:
+        self.counts.decoded += len(task.views)
+        for i, view in enumerate(task.views):
+            view.is_decoded = True
+            for request, position in view.awaited_by:
+                if request.client.requests.get(request.number) is not request:
                     continue  # its client left
-                ask.num_pending -= 1
+                request.num_pending -= 1
                 if i in reasons:
-                    ask.entries[position] = None
-                    ask.reasons[position] = reasons[i]
-                    ask.client.num_lent -= 1
-                self._answer_if_whole(ask, now)
-            entry.awaiting = []
+                    request.views[position] = None
+                    request.reasons[position] = reasons[i]
+                    request.client.num_held -= 1
+                self._complete_if_answered(request, now)
+            view.awaited_by = []
             if i in reasons:
-                # Nobody holds it, and whoever asks next has it tried again.
-                entry.num_lent = 0
-                self._places.evict(entry)
+                # Not cached: the next request for it tries again.
+                view.num_holders = 0
+                self._evict(view)
                 continue
-            entry.stream.passed[entry.row] = True
-            if entry.stream.wanted[entry.row]:
-                entry.stream.kept[entry] = None
-            self._places.settle(entry)
+            view.stream.decoded[view.row] = True
+            if view.stream.wanted[view.row]:
+                view.stream.kept[view] = None
+            self._settle(view)
 
     def _hear(self, client: Client, now: float) -> None:
-        """Note a word from a client; one that had been silent takes part again."""
+        """Note a sign of life; a client that had been silent takes part again."""
         client.last_heard = now
         if client.is_silent:
             client.is_silent = False
@@ -258,181 +261,165 @@ class Window:
         if stream is None or counts is None or client.num_remaining == 0:
             return
         self._drop(client, stream)
-        here = [e for e in client.images.memo.values() if e.stream is stream]
-        num_missed = np.count_nonzero(stream.passed & (counts > 0)) - len({e.row for e in here})
-        client.is_late = int(num_missed) > self._places.capacity(client.images) // _LATE_SHARE
+        here = {view.row for view in self.views.values() if view.stream is stream}
+        num_missed = int(np.count_nonzero(stream.decoded & (counts > 0))) - len(here)
+        # Views kept for a client far behind would fill the slab, and the others would lose theirs.
+        client.is_late = num_missed > self.slab.num_slots // _LATE_SHARE
         if not client.is_late:
             self._want(client, stream, counts)
 
     def _want(self, client: Client, stream: Stream, counts: NDArray[np.uint8]) -> None:
-        """Count a client's rows among those wanted of a stream."""
+        """Add a client's rows to those wanted of a stream."""
         client.remaining[stream] = counts.copy()
         stream.wanted += counts
-        for entry in stream.images.memo.values():
-            if entry.stream is stream and entry.is_decoded and counts[entry.row]:
-                stream.kept[entry] = None
-                self._places.hold(entry)
+        for view in self.views.values():
+            if view.stream is stream and view.is_decoded and counts[view.row]:
+                stream.kept[view] = None
+                self._spare.pop(view, None)
 
     def _drop(self, client: Client, stream: Stream) -> bool:
-        """Count a client's rows no more; whether they had been."""
+        """Subtract a client's rows from those wanted of a stream; False if there were none."""
         counts = client.remaining.pop(stream, None)
         if counts is None:
             return False
         stream.wanted -= counts
-        for entry in [e for e in stream.kept if not stream.wanted[e.row]]:
-            self._places.settle(entry)
+        for view in [view for view in stream.kept if not stream.wanted[view.row]]:
+            self._settle(view)
         return True
 
     def _forget_demand(self, client: Client) -> bool:
-        """Keep nothing for a client any more; whether anything had been."""
+        """Stop keeping views for a client; False if none were kept."""
         dropped = [self._drop(client, stream) for stream in list(client.remaining)]
         self._close_streams()
         return any(dropped)
 
-    def _expect_cohorts(self) -> None:
-        """Keep views of a cohort's new stream also for its clients that are one stream behind.
-
-        They will want what they wanted of the last one, most likely.
-        """
-        for stream in self._streams.values():
-            for client in self.clients:
-                last = client.stream
-                if last is None or client.is_silent or stream in client.remaining:
-                    continue
-                if last.cohort is stream.cohort and last.ordinal == stream.ordinal - 1:
-                    assert client.announced is not None
-                    self._want(client, stream, client.announced)
-
     def _close_streams(self) -> None:
-        """Forget streams in which nobody is any more."""
+        """Forget streams that no client reads any more."""
         used = {client.stream for client in self.clients}
         for client in self.clients:
             used.update(client.remaining)
         self._streams = {key: s for key, s in self._streams.items() if s in used}
 
-    def _assign(self, client: Client, num_idle: int) -> list[Entry]:
-        """Hold what a client asked for, in order, as far as it is there or can be decoded now.
+    def _assign(self, client: Client, num_idle: int) -> list[CachedView]:
+        """Hold the views a client requested, in order, as far as they are there or can be decoded.
 
         Returns:
-            What is to be decoded, up to a chunk; nothing if no thread is idle.
+            What is to be decoded, up to one task; nothing if no thread is idle.
         """
-        misses: list[Entry] = []
-        memo = client.images.memo
-        most_lent = max(MOST_WANTED, self._places.capacity(client.images) // len(self.clients))
-        while client.asks and client.num_lent < most_lent:
-            ask = client.asks[0]
-            position = len(ask.entries)
-            key = ask.payload[position * WANTED.itemsize : (position + 1) * WANTED.itemsize]
-            entry = memo.get(key)
-            if entry is None:
-                if num_idle <= 0 or len(misses) == MOST_TOGETHER:
+        misses: list[CachedView] = []
+        max_held = max(MAX_REQUEST_VIEWS, self.slab.num_slots // len(self.clients))
+        while client.unassigned and client.num_held < max_held:
+            request = client.unassigned[0]
+            start = len(request.views) * REQUESTED.itemsize
+            key = request.payload[start : start + REQUESTED.itemsize]
+            view = self.views.get((client.images, key))
+            if view is None:
+                if num_idle <= 0 or len(misses) == MAX_TASK_VIEWS:
                     break
-                offset = self._place_for(client)
-                if offset is None:
+                view = self._add(client, key)
+                if view is None:
                     break
-                assert client.stream is not None
-                row = int.from_bytes(key[:8], "little")
-                entry = self._places.put(offset, key, row, client.stream, client)
-                misses.append(entry)
-            elif entry.client is not client:
+                misses.append(view)
+            elif view.client is not client:
                 client.num_shared += 1
-            self._lend(entry, ask)
+            self._hold(view, request)
         return misses
 
-    def _lend(self, entry: Entry, ask: Ask) -> None:
-        """Let an ask hold a view."""
-        if not entry.is_decoded:
-            entry.awaiting.append((ask, len(ask.entries)))
-            ask.num_pending += 1
-        elif entry.num_lent == 0:
-            self._places.hold(entry)
-        entry.num_lent += 1
-        ask.entries.append(entry)
-        ask.client.num_lent += 1
-        if ask.is_assigned:
-            ask.client.asks.popleft()
-            self._answer_if_whole(ask, ask.client.last_heard)
+    def _add(self, client: Client, key: bytes) -> CachedView | None:
+        """Give a view a slot: a free one, or that of a spare or else a kept view.
 
-    def _answer_if_whole(self, ask: Ask, now: float) -> None:
-        """Queue an ask for sending once all of its views are there, and count them as got."""
-        client = ask.client
-        if not ask.is_assigned or ask.num_pending or client.open.get(ask.number) is not ask:
+        Returns:
+            The view, to be decoded; None while requests hold all slots.
+        """
+        assert client.stream is not None
+        offset = self.slab.take()
+        if offset is None:
+            victim = next(iter(self._spare), None) or self._last_kept(client.stream)
+            if victim is None:
+                return None
+            self._evict(victim)
+            offset = self.slab.take()
+            assert offset is not None
+        row = int.from_bytes(key[:8], "little")
+        view = CachedView(key, row, client.stream, client, offset, self.slab.generation(offset))
+        self.views[client.images, key] = view
+        return view
+
+    def _hold(self, view: CachedView, request: Request) -> None:
+        """Let a request hold a view."""
+        if not view.is_decoded:
+            view.awaited_by.append((request, len(request.views)))
+            request.num_pending += 1
+        self._spare.pop(view, None)
+        view.num_holders += 1
+        request.views.append(view)
+        request.client.num_held += 1
+        if request.is_assigned:
+            request.client.unassigned.popleft()
+            self._complete_if_answered(request, request.client.last_heard)
+
+    def _complete_if_answered(self, request: Request, now: float) -> None:
+        """Queue a request for sending once all its views are there, and count them as received."""
+        client = request.client
+        if not request.is_answered or client.requests.get(request.number) is not request:
             return
-        self.answers.append(ask)
+        self.answered.append(request)
         client.last_heard = max(now, client.last_heard)
-        client.num_served += ask.num_views
-        self.num_served += ask.num_views
-        rows, counts = np.unique(np.frombuffer(ask.payload, WANTED)["row"], return_counts=True)
-        client.num_remaining = max(0, client.num_remaining - ask.num_views)
+        client.num_served += request.num_views
+        self.counts.served += request.num_views
+        client.num_remaining = max(0, client.num_remaining - request.num_views)
         assert client.stream is not None
         remaining = client.remaining.get(client.stream)
         if remaining is not None:
-            got = np.minimum(remaining[rows], counts).astype(np.uint8)
-            remaining[rows] -= got
-            client.stream.wanted[rows] -= got
+            requested = np.frombuffer(request.payload, REQUESTED)["row"]
+            rows, counts = np.unique(requested, return_counts=True)
+            # A client may request more than it announced; `wanted` must not fall below zero.
+            received = np.minimum(remaining[rows], counts).astype(np.uint8)
+            remaining[rows] -= received
+            client.stream.wanted[rows] -= received
 
-    def _revoke(self, client: Client, asks: Iterable[Ask]) -> None:
-        """Let asks hold nothing any more."""
-        for ask in list(asks):
-            del client.open[ask.number]
-            for entry in ask.entries:
-                if entry is not None:
-                    entry.num_lent -= 1
-                    client.num_lent -= 1
-                    self._places.settle(entry)
+    def _revoke(self, client: Client, requests: Iterable[Request]) -> None:
+        """Let requests hold nothing any more."""
+        for request in list(requests):
+            del client.requests[request.number]
+            for view in request.views:
+                if view is not None:
+                    view.num_holders -= 1
+                    client.num_held -= 1
+                    self._settle(view)
 
-    def _place_for(self, client: Client) -> int | None:
-        """A place for one more view, or None while a client has to wait for one."""
-        images = client.images
-        places, size = self._places, images.place_bytes
-        is_last = self._is_last(client)
-        is_led = self._pace == "together" and not is_last
-        if is_led and places.num_left(size) <= places.capacity(images) // _RESERVED_SHARE:
-            return None
-        if (offset := places.take(size)) is not None:
-            return offset
-        victim = places.oldest_spare(size)
-        if victim is None and (is_last or self._pace != "together"):
-            victim = self._last_kept(client)
-        if victim is None:
-            return None
-        places.evict(victim)
-        return places.slab.take(size)
+    def _settle(self, view: CachedView) -> None:
+        """Make a view spare if no client waits for it and no request holds it."""
+        if not view.is_decoded:
+            return
+        if not view.stream.wanted[view.row]:
+            view.stream.kept.pop(view, None)
+        if view.num_holders == 0 and view not in view.stream.kept:
+            self._spare[view] = None
 
-    def _last_kept(self, client: Client) -> Entry | None:
-        """The kept view that will be wanted last, of a cohort that has more than its share.
+    def _evict(self, view: CachedView) -> None:
+        """Forget a view, and give its slot back."""
+        assert view.num_holders == 0
+        assert view.is_decoded
+        del self.views[view.stream.images, view.key]
+        view.stream.kept.pop(view, None)
+        self._spare.pop(view, None)
+        self.slab.give_back(view.offset)
 
-        Cohorts share the places of one size equally; a client displaces views of its own cohort
-        unless another one has more than that.
+    def _last_kept(self, own: Stream) -> CachedView | None:
+        """Find the kept view that will be wanted last.
+
+        Streams share the slots equally: views of the client's own stream are displaced, unless
+        another stream keeps more than its share.
         """
-        size = client.images.place_bytes
-        streams = [s for s in self._streams.values() if s.kept and s.images.place_bytes == size]
-        assert client.stream is not None
-        own = client.stream.cohort
-        kept = Counter({own: 0})
-        for stream in streams:
-            kept[stream.cohort] += len(stream.kept)
-        richest = max(kept, key=kept.__getitem__)
-        if kept[richest] <= self._places.capacity(client.images) // len(kept) and kept[own]:
+        streams = [stream for stream in self._streams.values() if stream.kept]
+        richest = max(streams, key=lambda stream: len(stream.kept), default=own)
+        if own.kept and len(richest.kept) <= self.slab.num_slots // len(streams):
             richest = own
-        latest = sorted((s for s in streams if s.cohort is richest), key=lambda s: -s.ordinal)
-        entries = itertools.chain.from_iterable(reversed(s.kept) for s in latest)
-        return next((entry for entry in entries if entry.num_lent == 0), None)
-
-    def _is_last(self, client: Client) -> bool:
-        """Whether nobody that takes part in a client's cohort is further behind."""
-        assert client.stream is not None
-        cohort, position = client.stream.cohort, client.position
-        return all(
-            other.position >= position
-            for other in self.clients
-            if other.stream is not None
-            and other.stream.cohort is cohort
-            and not (other.is_silent or other.is_late)
-        )
+        return next((view for view in reversed(richest.kept) if view.num_holders == 0), None)
 
 
-def _precedence(client: Client) -> tuple[int, int, float]:
-    """Who goes first among those that ask."""
+def _precedence(client: Client) -> tuple[int, float]:
+    """Sort key: streams that waited longest first, then clients furthest behind."""
     assert client.stream is not None
-    return (client.stream.cohort.turn, *client.position)
+    return client.stream.last_turn, client.progress

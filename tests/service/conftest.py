@@ -45,9 +45,11 @@ class ServiceThread:
         )
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
         self._thread.start()
-        doors = self.server.doors
-        wait_for(lambda: path.exists() and not any(d.address.endswith(":0") for d in doors))
-        self.remote = doors[-1].address
+        listeners = self.server.listeners
+        wait_for(
+            lambda: path.exists() and not any(each.address.endswith(":0") for each in listeners)
+        )
+        self.remote = listeners[-1].address
 
     async def _serve(self):
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -86,10 +88,13 @@ def serve_process(tmp_path):
             options = ["--listen", f"grpc://127.0.0.1:{port}", *options]
         command = [sys.executable, "-m", "fastprune", "serve", *map(str, betons), "--listen"]
         command += [f"unix:{path}", "--memory", "64MiB", "--workers", "2", *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # Into a file: a pipe that no one reads would fill up with the log, and stop the server.
+        log = path.with_suffix(".log")
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file)
         started.append(process)
         wait_for(lambda: listens(path, port) or process.poll() is not None)
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, log.read_text()
         return process
 
     yield start
@@ -119,6 +124,12 @@ def certificates(tmp_path_factory) -> Path:
             command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
+
+
+def cached_views(service):
+    """All views in the windows of a service in a thread."""
+    windows = service.server.dispatcher.windows.values()
+    return [view for window in windows for view in window.views.values()]
 
 
 def listens(path, port=None):

@@ -11,9 +11,9 @@ import torch
 
 from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.loading.loader import Loader
-from fastprune.service import client as service_client
-from fastprune.service import unix_session as service_session
-from tests.service.conftest import NUM_ROWS, wait_for
+from fastprune.service import connection as service_connection
+from fastprune.service import failover
+from tests.service.conftest import NUM_ROWS, cached_views, wait_for
 
 SUBSET = np.arange(0, NUM_ROWS, 2)
 
@@ -45,10 +45,10 @@ def assert_equal(batches, others):
 def no_fallback(monkeypatch):
     """Decoding in the client fails the test."""
 
-    def refuse(engine, link, error):
+    def refuse(services, service, error):
         raise AssertionError(f"the service was not used: {error}")
 
-    monkeypatch.setattr(service_client.ServiceEngine, "_miss", refuse)
+    monkeypatch.setattr(failover.Services, "_lose", refuse)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_an_epoch_that_began_locally_is_resumed_through_the_service_and_back(
 
 
 def test_three_trainers_share_every_view(beton, serve, no_fallback):
-    service = serve(beton, pace="together")
+    service = serve(beton)
     loaders = [make_loader(beton, service.address, tail="exact") for _ in range(3)]
     for _ in range(2):
         iterators = [iter(loader) for loader in loaders]
@@ -152,15 +152,14 @@ def test_an_iterator_that_is_left_frees_what_it_held(beton, serve, no_fallback):
     for _ in range(5):
         next(iter(loader))
     wait_for(lambda: not service.server.status()["clients"])
-    entries = service.server.desk.window._places.entries.values()
-    assert not any(entry.num_lent for entry in entries)
+    assert not any(view.num_holders for view in cached_views(service))
 
 
 def test_several_betons_and_sizes_at_one_address(beton, serve, tmp_path, no_fallback):
     from fastprune.beton.compact import compact
 
     compact(beton, tmp_path / "half.beton", subset=SUBSET)
-    service = serve(beton, tmp_path / "half.beton")
+    service = serve(beton, tmp_path / "half.beton", num_sizes=2)
     for path in (beton, tmp_path / "half.beton"):
         for image_size in (32, 48):
             settings = {"image_size": image_size}
@@ -182,7 +181,7 @@ def test_a_service_is_refused_beside_another_engine(beton):
 
 
 def test_an_address_that_is_none_is_refused(beton):
-    with pytest.raises(InvalidValueError, match=r"'localhost:80' is no address.*unix:PATH"):
+    with pytest.raises(InvalidValueError, match=r"'localhost:80' is not an address.*unix:PATH"):
         make_loader(beton, "localhost:80")
 
 
@@ -193,7 +192,7 @@ def test_without_a_service_batches_are_decoded_locally_with_one_warning(beton, t
         for _ in range(2):
             assert_equal(loader, make_loader(beton, "", seed=0)) if _ == 0 else list(loader)
     (warning,) = caplog.records
-    assert "cannot be used: nobody listens there" in warning.getMessage()
+    assert "cannot be used: no server listens there" in warning.getMessage()
 
 
 def test_a_beton_that_is_not_served_is_decoded_locally(beton, serve, tmp_path, caplog):
@@ -206,12 +205,12 @@ def test_a_beton_that_is_not_served_is_decoded_locally(beton, serve, tmp_path, c
             make_loader(tmp_path / "half.beton", service.address),
             make_loader(tmp_path / "half.beton", ""),
         )
-    assert "the images are others than those served" in caplog.text
+    assert "the images are not those of a served beton" in caplog.text
 
 
 def test_a_beton_without_a_manifest_is_not_served(beton, tmp_path, serve):
     shutil.copy(beton, tmp_path / "bare.beton")
-    with pytest.raises(InvalidValueError, match="has no manifest to know its images by"):
+    with pytest.raises(InvalidValueError, match="has no manifest to identify its images by"):
         serve(tmp_path / "bare.beton")
 
 
@@ -230,7 +229,7 @@ def test_a_killed_server_changes_no_bit(beton, serve_process, tmp_path, caplog, 
 
 
 def test_a_stopped_server_is_given_up_on(beton, serve_process, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(service_session, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(service_connection, "SILENT_SECONDS", 0.5)
     process = serve_process(beton)
     loader = make_loader(beton, f"unix:{tmp_path}/service.sock")
     batches = iter(loader)
@@ -241,7 +240,7 @@ def test_a_stopped_server_is_given_up_on(beton, serve_process, tmp_path, monkeyp
 
 
 def test_a_restarted_server_is_used_again(beton, serve, monkeypatch):
-    monkeypatch.setattr(service_client, "_SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(failover, "_RETRY_SECONDS", 0.0)
     first = serve(beton)
     loader = make_loader(beton, first.address, batch_size=8)
     batches = iter(loader)

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from fastprune.service import wire
-from fastprune.service.slab import EXTENT_BYTES, Slab
-from fastprune.service.unix_session import Session
-from fastprune.service.wire import Kind, ServiceError
+from fastprune.service.address import parse_address
+from fastprune.service.connection import UnixConnection
+from fastprune.service.slab import Slab, slot_bytes
+from fastprune.service.wire import FrameKind, ServiceError
 from tests.service.test_bits import assert_equal, make_loader
 from tests.service.test_peers import mutated
+
+HELLO = wire.Hello(protocol=wire.PROTOCOL, decoder="", images="", image_size=8)
+SLAB_BYTES = 64 * slot_bytes(8)
 
 
 class Impostor:
@@ -21,8 +25,10 @@ class Impostor:
 
     def __init__(self, path, frames, greeting=None):
         self.address = f"unix:{path}"
-        self._greeting = greeting or wire.json_frame(Kind.WELCOME, {"slab_bytes": EXTENT_BYTES})
-        self._frames, self._slab = frames, Slab(EXTENT_BYTES)
+        self._greeting = greeting or wire.message_frame(
+            FrameKind.ACCEPTED, wire.Accepted(slab_bytes=SLAB_BYTES)
+        )
+        self._frames, self._slab = frames, Slab(SLAB_BYTES, 8)
         self._listening = socket.socket(socket.AF_UNIX)
         self._listening.bind(str(path))
         self._listening.listen()
@@ -52,38 +58,38 @@ def num_descriptors():
 
 
 def views_frame(number=0, offset=0, generation=0, count=2, reasons=b""):
-    places = np.full(count, 0, wire.PLACE)
+    places = np.full(count, 0, wire.SLOT)
     places["offset"], places["generation"] = offset, generation
-    return wire.frame(Kind.VIEWS, wire.NUMBER.pack(number), places.tobytes(), reasons)
+    return wire.frame(FrameKind.VIEWS, wire.NUMBER.pack(number), places.tobytes(), reasons)
 
 
 def take(address):
     """Take two views of 8 pixels."""
-    session = Session(address, {}, image_size=8, num_rows=10)
+    connection = UnixConnection(parse_address(address), HELLO, num_rows=10)
     try:
-        session.announce(b"0" * 16, np.arange(2), 1)
+        connection.announce(b"0" * 16, np.arange(2), 1)
         images = np.zeros((2, 8, 8, 3), np.uint8)
-        session.ask(np.zeros(2, wire.WANTED), images)
-        return session.wait()
+        connection.request(np.zeros(2, wire.REQUESTED), images)
+        return connection.wait()
     finally:
-        session.close()
+        connection.close()
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        wire.frame(Kind.VIEWS),
-        wire.frame(Kind.VIEWS, b"12"),
+        wire.frame(FrameKind.VIEWS),
+        wire.frame(FrameKind.VIEWS, b"12"),
         views_frame(number=7),
         views_frame(count=1),
-        views_frame(offset=EXTENT_BYTES - 64),
+        views_frame(offset=SLAB_BYTES - 64),
         views_frame(offset=2**63),
-        views_frame(offset=wire.NOWHERE),
-        views_frame(offset=wire.NOWHERE, reasons=b'{"1": "damaged"}'),
+        views_frame(offset=wire.NO_SLOT),
+        views_frame(offset=wire.NO_SLOT, reasons=b'{"1": "damaged"}'),
         views_frame(reasons=b"[]"),
         views_frame(reasons=b"\x80\x04N."),
-        wire.frame(Kind.WELCOME, b"{}"),
-        wire.HEADER.pack(Kind.VIEWS, 2**31),
+        wire.frame(FrameKind.ACCEPTED, b"{}"),
+        wire.HEADER.pack(FrameKind.VIEWS, 2**31),
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
         b"",
     ],
@@ -96,13 +102,13 @@ def test_an_answer_that_does_not_fit_is_refused(tmp_path, data):
 
 
 def test_a_view_that_lies_nowhere_has_its_reason(tmp_path):
-    frame = views_frame(offset=wire.NOWHERE, reasons=b'{"0": "damaged", "1": "torn", "x": "y"}')
+    frame = views_frame(offset=wire.NO_SLOT, reasons=b'{"0": "damaged", "1": "torn", "x": "y"}')
     impostor = Impostor(tmp_path / "s", [frame])
     assert take(impostor.address) == (0, {0: "damaged", 1: "torn"})
     impostor.close()
 
 
-@pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-x\r\n", wire.frame(Kind.WELCOME, b"{}")])
+@pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-x\r\n", wire.frame(FrameKind.ACCEPTED, b"{}")])
 def test_batches_are_decoded_here_where_something_else_listens(beton, tmp_path, greeting):
     impostor = Impostor(tmp_path / "s", [b""], greeting or b"\0")
     assert_equal(make_loader(beton, impostor.address), make_loader(beton, ""))
@@ -115,7 +121,11 @@ def test_batches_are_decoded_here_where_something_else_listens(beton, tmp_path, 
 )
 def test_mutated_answers_raise_nothing_but_what_a_loader_understands(tmp_path, num_frames):
     generator = np.random.default_rng(0)
-    frames = [views_frame(), wire.frame(Kind.ALIVE), views_frame(reasons=b'{"1": "damaged"}')]
+    frames = [
+        views_frame(),
+        wire.frame(FrameKind.HEARTBEAT),
+        views_frame(reasons=b'{"1": "damaged"}'),
+    ]
     conversations = [mutated(generator, frames) for _ in range(num_frames // len(frames))]
     impostor = Impostor(tmp_path / "s", conversations)
     before = num_descriptors()

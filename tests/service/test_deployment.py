@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.cli import main
-from fastprune.service.wire import socket_path
+from fastprune.service.address import parse_address
 
 yaml = pytest.importorskip("yaml")
 
@@ -34,7 +34,7 @@ def parse(words):
 def listens_at(words):
     """The folder in which a server makes its socket, and its address."""
     (address,) = parse(words)["listen"]
-    return str(Path(socket_path(address)).parent), address
+    return str(Path(parse_address(address).path).parent), address
 
 
 def test_compose_has_a_server_and_two_trainers_with_its_socket():
@@ -117,4 +117,4 @@ def test_the_slurm_script_serves_trains_and_ends_the_server(tmp_path):
         assert parse(shlex.split(serving))["listen"] == (address,)
         assert parse(shlex.split(serving))["betons"] == (Path("train.beton"), Path("val.beton"))
         assert [parse(shlex.split(words))["resume"] for words in training] == [True, True]
-        assert not Path(socket_path(address)).parent.exists()
+        assert not Path(parse_address(address).path).parent.exists()

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from fastprune.base.errors import InvalidValueError
 from fastprune.beton.opening import open_beton
 from fastprune.cli.service import serve as serve_command
-from fastprune.service.address import Address, Credentials, parse_address, parse_addresses
-from fastprune.service.flight import FlightPeer
-from fastprune.service.locks import Locks
+from fastprune.service.address import Address, parse_address, parse_addresses
+from fastprune.service.connection import ask_status
+from fastprune.service.credentials import ClientCredentials, ServerCredentials
+from fastprune.service.flight_listener import FlightChannel
 from fastprune.service.server import Server
-from fastprune.service.status import ask_status
 from tests.service.conftest import NUM_ROWS, free_port, listens, wait_for
 from tests.service.test_bits import SUBSET, assert_equal, make_loader, no_fallback  # noqa: F401
 
@@ -29,12 +29,12 @@ TLS = ("grpc+tls://127.0.0.1:0",)
 
 
 @pytest.fixture
-def locks(certificates):
-    """A function that makes the locks of a server with a certificate."""
+def credentials(certificates):
+    """A function that makes the credentials of a server with a certificate."""
 
     def make(**settings):
         files = [certificates / "server.pem", certificates / "server.key"]
-        return Locks(*[path.read_bytes() for path in files], **settings)
+        return ServerCredentials(*[path.read_bytes() for path in files], **settings)
 
     return make
 
@@ -80,8 +80,8 @@ def test_views_that_are_large_come_in_smaller_messages(beton, serve):
 
 
 @pytest.mark.usefixtures("no_fallback", "trusting")
-def test_an_epoch_is_resumed_with_another_transport(beton, serve, locks):
-    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+def test_an_epoch_is_resumed_with_another_transport(beton, serve, credentials):
+    service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     whole, state, given = list(make_loader(beton, "")), None, []
     for where in ("", service.address, service.remote, ""):
         loader = make_loader(beton, where, service_token=TOKEN)
@@ -97,7 +97,7 @@ def test_an_epoch_is_resumed_with_another_transport(beton, serve, locks):
 
 @pytest.mark.usefixtures("no_fallback")
 def test_trainers_of_both_transports_share_every_view(beton, serve):
-    service = serve(beton, beside=LOOPBACK, pace="together")
+    service = serve(beton, beside=LOOPBACK)
     loaders = [make_loader(beton, a, tail="exact") for a in (service.address, service.remote)]
     for one, other in zip(*loaders, strict=True):
         assert_equal([one], [other])
@@ -118,53 +118,58 @@ def test_views_that_were_displaced_before_they_were_sent_are_decoded_again(
     beton, serve, monkeypatch
 ):
     service = serve(beton, beside=LOOPBACK, memory_bytes=16 << 20)
-    gathered, displaced = FlightPeer._gathered, []
+    copied, displaced = FlightChannel._copy_views, []
 
-    def displace(peer, ask, size):
+    def displace(channel, request, slab, view_bytes):
         if len(displaced) < 3:
-            displaced.append(ask.number)
-            service.server.desk.slab.content[ask.entries[0].offset] ^= 1  # its generation
-        return gathered(peer, ask, size)
+            displaced.append(request.number)
+            slab.content[request.views[0].offset] ^= 1  # its generation
+        return copied(channel, request, slab, view_bytes)
 
-    monkeypatch.setattr(FlightPeer, "_gathered", displace)
-    # An entry whose generation is changed by force stays so: the slab's own number comes back.
-    restored = FlightPeer._took
+    monkeypatch.setattr(FlightChannel, "_copy_views", displace)
+    # A generation that was changed by force is restored, or the view would stay unusable.
+    restored = FlightChannel._release
 
-    def restore(peer, ask, is_whole):
+    def restore(channel, request, is_whole):
         if not is_whole:
-            service.server.desk.slab.content[ask.entries[0].offset] ^= 1
-        restored(peer, ask, is_whole)
+            (window,) = service.server.dispatcher.windows.values()
+            window.slab.content[request.views[0].offset] ^= 1
+        restored(channel, request, is_whole)
 
-    monkeypatch.setattr(FlightPeer, "_took", restore)
+    monkeypatch.setattr(FlightChannel, "_release", restore)
     assert_equal(make_loader(beton, service.remote), make_loader(beton, ""))
     assert len(displaced) == 3
 
 
 @pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("token", ["", "f" * 32])
-def test_a_wrong_token_is_refused_and_batches_are_decoded_here(beton, serve, locks, caplog, token):
-    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+def test_a_wrong_token_is_refused_and_batches_are_decoded_here(
+    beton, serve, credentials, caplog, token
+):
+    service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     with caplog.at_level(logging.DEBUG, "fastprune"):
         assert_equal(
             make_loader(beton, service.remote, service_token=token), make_loader(beton, "")
         )
-    assert "it refuses the token. Give its token as service_token" in caplog.text
+    assert "it refuses the token. Pass its token" in caplog.text
     assert "f" * 32 not in caplog.text
     assert service.server.status()["views_served"] == 0
 
 
 @pytest.mark.usefixtures("trusting", "no_fallback")
-def test_the_environment_names_address_and_token(beton, serve, locks, monkeypatch):
-    service = serve(beton, beside=TLS, locks=locks(tokens=("e" * 16, TOKEN)))
+def test_the_environment_names_address_and_token(beton, serve, credentials, monkeypatch):
+    service = serve(beton, beside=TLS, credentials=credentials(tokens=("e" * 16, TOKEN)))
     monkeypatch.setenv("FASTPRUNE_SERVICE", service.remote)
     monkeypatch.setenv("FASTPRUNE_SERVICE_TOKEN", TOKEN)
     assert_equal(make_loader(beton, None), make_loader(beton, ""))
 
 
 @pytest.mark.usefixtures("trusting")
-def test_client_certificates_are_asked_for(beton, serve, locks, certificates, monkeypatch, caplog):
+def test_client_certificates_are_asked_for(
+    beton, serve, credentials, certificates, monkeypatch, caplog
+):
     authorities = (certificates / "ca.pem").read_bytes()
-    service = serve(beton, beside=TLS, locks=locks(authorities=authorities))
+    service = serve(beton, beside=TLS, credentials=credentials(authorities=authorities))
     for name, served in {None: 0, "stranger": 0, "client": 112}.items():
         if name is not None:
             monkeypatch.setenv("FASTPRUNE_SERVICE_CERT", str(certificates / f"{name}.pem"))
@@ -175,26 +180,26 @@ def test_client_certificates_are_asked_for(beton, serve, locks, certificates, mo
 
 
 def test_a_server_of_another_authority_is_not_believed(
-    beton, serve, locks, certificates, monkeypatch, caplog
+    beton, serve, credentials, certificates, monkeypatch, caplog
 ):
     monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "other-ca.pem"))
-    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+    service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     assert_equal(make_loader(beton, service.remote, service_token=TOKEN), make_loader(beton, ""))
-    assert "does not believe the other's certificate" in caplog.text
+    assert "does not trust the other's certificate" in caplog.text
     assert service.server.status()["views_served"] == 0
 
 
 def test_the_systems_authorities_are_believed_without_others(
-    beton, serve, locks, certificates, monkeypatch
+    beton, serve, credentials, certificates, monkeypatch
 ):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
-    service = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+    service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     assert ask_status(service.remote, token=TOKEN)["views_served"] == 0
 
 
 @pytest.mark.usefixtures("trusting")
-def test_plain_text_and_tls_do_not_mix(beton, serve, locks, caplog):
-    closed = serve(beton, beside=TLS, locks=locks(tokens=(TOKEN,)))
+def test_plain_text_and_tls_do_not_mix(beton, serve, credentials, caplog):
+    closed = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     plain = serve(beton, name="plain.sock", beside=LOOPBACK)
     for address in (
         closed.remote.replace("grpc+tls", "grpc"),
@@ -213,7 +218,7 @@ def test_a_token_never_crosses_the_network_in_plain_text(beton, monkeypatch):
     monkeypatch.setenv("FASTPRUNE_SERVICE_TOKEN", TOKEN)
     with pytest.raises(InvalidValueError, match=r"Use grpc\+tls://host:8815"):
         make_loader(beton, "unix:/x.sock,grpc://host:8815")
-    assert TOKEN not in repr(Credentials(TOKEN))
+    assert TOKEN not in repr(ClientCredentials(TOKEN))
 
 
 @pytest.mark.parametrize("token", ["short", "with a space in it!!", "ümlaut" * 4, "a\nb" * 10])
@@ -229,15 +234,15 @@ def test_what_cannot_be_a_token_is_refused_without_being_shown(beton, token):
         ("grpc://0.0.0.0:8815", {}, "is plain text that others can read"),
         ("grpc://0.0.0.0:8815", {"tokens": (TOKEN,)}, "is plain text that others can read"),
         ("grpc+tls://0.0.0.0:8815", {}, "needs a certificate. Name --tls-cert"),
-        ("grpc+tls://0.0.0.0:8815", {"certificate": b"x"}, "would serve whoever reaches it"),
+        ("grpc+tls://0.0.0.0:8815", {"certificate": b"x"}, "would serve everyone who reaches it"),
         ("grpc+tls://host:8815/train.beton", {}, "clients name the beton"),
-        ("grpc://127.0.0.1:99999", {}, "is no address of a loading service"),
-        ("tcp://127.0.0.1:8815", {}, "is no address of a loading service"),
+        ("grpc://127.0.0.1:99999", {}, "is not an address of a loading service"),
+        ("tcp://127.0.0.1:8815", {}, "is not an address of a loading service"),
     ],
 )
 def test_an_address_that_is_open_to_anybody_is_refused(beton, serve, address, settings, cure):
     with pytest.raises(InvalidValueError, match=cure):
-        serve(beton, beside=[address], locks=Locks(**settings))
+        serve(beton, beside=[address], credentials=ServerCredentials(**settings))
 
 
 def test_certificates_that_are_none_are_refused(certificates, tmp_path):
@@ -249,13 +254,13 @@ def test_certificates_that_are_none_are_refused(certificates, tmp_path):
         [*pair, tmp_path / "none.pem"],
     ):
         with pytest.raises(InvalidValueError, match="is not PEM, or they do not belong together"):
-            Locks.read(*files, None)
+            ServerCredentials.read(*files, None)
 
 
 def test_insecure_addresses_can_be_asked_for():
-    Locks(insecure=True).require_closed(parse_address("grpc://0.0.0.0:8815"))
-    Locks().require_closed(parse_address("grpc://127.0.0.1:8815"))
-    Locks().require_closed(parse_address("grpc://[::1]:8815"))
+    ServerCredentials(insecure=True).require_closed(parse_address("grpc://0.0.0.0:8815"))
+    ServerCredentials().require_closed(parse_address("grpc://127.0.0.1:8815"))
+    ServerCredentials().require_closed(parse_address("grpc://[::1]:8815"))
 
 
 def test_addresses_are_read():
@@ -322,7 +327,8 @@ def test_the_command_serves_and_asks_over_tls(beton, serve_process, certificates
     assert refused.returncode == 1
     assert b"it refuses the token" in refused.stderr
     process.terminate()
-    output, errors = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=30)
+    errors = (tmp_path / "service.log").read_bytes()
     assert (process.returncode, output) == (0, b"decoded 0 views, served 0\n")
     assert b"ssl" not in errors
     assert TOKEN.encode() not in errors

@@ -17,13 +17,14 @@ import pytest
 from pyarrow import flight
 
 from fastprune.beton.opening import open_beton
-from fastprune.service import flight as service_side
-from fastprune.service import flight_session as service_flight
+from fastprune.service import connection as service_connection
+from fastprune.service import flight_listener as service_side
 from fastprune.service import wire
-from fastprune.service.address import Credentials, parse_address
-from fastprune.service.flight_session import FlightSession
-from fastprune.service.status import ask_status
-from fastprune.service.wire import Kind, ServiceError
+from fastprune.service.address import parse_address
+from fastprune.service.connection import ask_status
+from fastprune.service.credentials import ClientCredentials
+from fastprune.service.flight_connection import FlightConnection
+from fastprune.service.wire import FrameKind, ServiceError
 from tests.service.conftest import NUM_ROWS, free_port, wait_for
 from tests.service.test_bits import assert_equal, make_loader
 from tests.service.test_peers import EPOCH, HELLO, ask, mutated, start_trainer
@@ -53,11 +54,11 @@ class Raw:
             self.writer.write_metadata(frame)
 
     def answer(self):
-        """Kind and payload of the next frame that is no mere sign of life."""
+        """FrameKind and payload of the next frame that is no mere sign of life."""
         while True:
             data = self.reader.read_chunk().app_metadata.to_pybytes()
             kind, _ = wire.HEADER.unpack_from(data)
-            if kind != Kind.ALIVE:
+            if kind != FrameKind.HEARTBEAT:
                 return kind, data[wire.HEADER.size :]
 
     def leave(self):
@@ -91,20 +92,20 @@ def assert_serves(beton, address):
 @pytest.mark.parametrize(
     ("greeting", "reason"),
     [
-        (b"", "no JSON"),
-        (b"\x80\x04N.", "no JSON"),
-        (b"[" * 60_000, "no JSON"),
-        (b"{" + b" " * 100_000 + b"}", "a greeting of 100,002 bytes"),
-        (b"{}", "they must be the same for pixels to be equal"),
+        (b"", "is not understood"),
+        (b"\x80\x04N.", "is not understood"),
+        (b"[" * 60_000, "it is nested too deeply"),
+        (b"{" + b" " * 100_000 + b"}", "100,002 bytes is not understood"),
+        (b"{}", "it has no 'protocol'"),
     ],
     ids=["empty", "pickle", "deep", "long", "nobody"],
 )
 def test_whoever_does_not_greet_is_refused(beton, serve, connect, greeting, reason):
     service = serve(beton, beside=LOOPBACK)
     client = connect(service.remote, greeting)
-    client.say(wire.frame(Kind.ALIVE))
+    client.say(wire.frame(FrameKind.HEARTBEAT))
     kind, payload = client.answer()
-    assert kind == Kind.REFUSED
+    assert kind == FrameKind.REFUSED
     assert reason in json.loads(payload)["reason"]
     assert_serves(beton, service.remote)
 
@@ -114,24 +115,27 @@ def test_whoever_does_not_greet_is_refused(beton, serve, connect, greeting, reas
     [
         ([b"x"], "a frame of 1 bytes"),
         ([bytes(range(256)) * 9], "is not understood"),
-        ([wire.HEADER.pack(Kind.EPOCH, 2**31)], "2,147,483,648 bytes is not understood"),
-        ([wire.frame(Kind.TAKEN, wire.NUMBER.pack(0))], "is not understood"),
+        ([wire.HEADER.pack(FrameKind.EPOCH, 2**31)], "2,147,483,648 bytes is not understood"),
+        ([wire.frame(FrameKind.RELEASE, wire.NUMBER.pack(0))], "is not understood"),
         ([ask([0])], "before an epoch is announced"),
-        ([wire.frame(Kind.EPOCH, EPOCH[:-1])], "wrong length"),
-        ([wire.frame(Kind.EPOCH, EPOCH), ask([NUM_ROWS])], "row 120 is outside"),
-        ([wire.frame(Kind.EPOCH, EPOCH), ask([-1])], "row -1 is outside"),
-        ([wire.frame(Kind.EPOCH, EPOCH), ask([0], (0, 0, 9999, 9, 0, 0, 0))], "not lie inside"),
-        ([wire.frame(Kind.EPOCH, EPOCH), ask(range(65))], "is not understood"),
-        ([wire.frame(Kind.EPOCH, EPOCH), ask([0]) + b"0"], "is not understood"),
+        ([wire.frame(FrameKind.EPOCH, EPOCH[:-1])], "wrong length"),
+        ([wire.frame(FrameKind.EPOCH, EPOCH), ask([NUM_ROWS])], "row 120 is outside"),
+        ([wire.frame(FrameKind.EPOCH, EPOCH), ask([-1])], "row -1 is outside"),
+        (
+            [wire.frame(FrameKind.EPOCH, EPOCH), ask([0], (0, 0, 9999, 9, 0, 0, 0))],
+            "not lie inside",
+        ),
+        ([wire.frame(FrameKind.EPOCH, EPOCH), ask(range(65))], "is not understood"),
+        ([wire.frame(FrameKind.EPOCH, EPOCH), ask([0]) + b"0"], "is not understood"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_client_that_breaks_the_rules_is_refused(beton, serve, connect, frames, reason):
     service = serve(beton, beside=LOOPBACK)
     client = connect(service.remote, hello(beton))
-    client.say(wire.frame(Kind.ALIVE), *frames)
+    client.say(wire.frame(FrameKind.HEARTBEAT), *frames)
     kinds = []
-    while not kinds or kinds[-1] != Kind.REFUSED:
+    while not kinds or kinds[-1] != FrameKind.REFUSED:
         kind, payload = client.answer()
         kinds.append(kind)
     assert reason in json.loads(payload)["reason"]
@@ -145,14 +149,14 @@ def test_data_where_none_belongs_is_refused(beton, serve, connect):
     client.writer.begin(batch.schema)
     client.writer.write_batch(batch)
     kinds = [client.answer()[0] for _ in range(2)]
-    assert kinds == [Kind.WELCOME, Kind.REFUSED]
+    assert kinds == [FrameKind.ACCEPTED, FrameKind.REFUSED]
 
 
 def test_fewer_large_views_are_given_at_once(beton, serve, connect):
     service = serve(beton, beside=LOOPBACK, memory_bytes=256 << 20)
     client = connect(service.remote, hello(beton, image_size=1000))
-    client.say(wire.frame(Kind.ALIVE), wire.frame(Kind.EPOCH, EPOCH), ask(range(6)))
-    assert client.answer()[0] == Kind.WELCOME
+    client.say(wire.frame(FrameKind.HEARTBEAT), wire.frame(FrameKind.EPOCH, EPOCH), ask(range(6)))
+    assert client.answer()[0] == FrameKind.ACCEPTED
     assert b"more than 5 views" in client.answer()[1]
 
 
@@ -173,7 +177,7 @@ def test_a_client_that_never_reads_is_cut_off_and_holds_nobody_up(
 
     def flood():
         with contextlib.suppress(*LOST):
-            client.say(wire.frame(Kind.ALIVE), wire.frame(Kind.EPOCH, EPOCH))
+            client.say(wire.frame(FrameKind.HEARTBEAT), wire.frame(FrameKind.EPOCH, EPOCH))
             for number in range(2000):
                 client.say(ask(range(number % 50, number % 50 + 64), number=number))
 
@@ -192,7 +196,7 @@ def test_a_message_that_is_not_read_for_long_ends_its_call(beton, serve, connect
     monkeypatch.setattr(service_side, "_STUCK_SECONDS", 0.5)
     service = serve(beton, beside=LOOPBACK)
     client = connect(service.remote, hello(beton, image_size=256))
-    client.say(wire.frame(Kind.ALIVE), wire.frame(Kind.EPOCH, EPOCH))
+    client.say(wire.frame(FrameKind.HEARTBEAT), wire.frame(FrameKind.EPOCH, EPOCH))
     client.say(*[ask(range(64), number=number) for number in range(20)])
     wait_for(lambda: ask_status(service.remote)["clients"])
     wait_for(lambda: not ask_status(service.remote)["clients"])
@@ -213,7 +217,7 @@ def test_a_killed_server_changes_no_bit(beton, serve_process, caplog, num_before
 
 
 def test_a_stopped_server_is_given_up_on(beton, serve_process, monkeypatch, caplog):
-    monkeypatch.setattr(service_flight, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(service_connection, "SILENT_SECONDS", 0.5)
     process = serve_process(beton, port=(port := free_port()))
     batches = iter(make_loader(beton, f"grpc://127.0.0.1:{port}"))
     got = [next(batches)]
@@ -225,7 +229,7 @@ def test_a_stopped_server_is_given_up_on(beton, serve_process, monkeypatch, capl
 
 
 def test_a_client_that_is_killed_frees_what_it_held(beton, serve):
-    service = serve(beton, beside=LOOPBACK, pace="together")
+    service = serve(beton, beside=LOOPBACK)
     trainer = start_trainer(beton, service.remote, seconds=60)
     trainer.stdout.readline()
     trainer.kill()
@@ -296,7 +300,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(beton, serve_process):
 def test_mutated_frames_crash_nothing(beton, serve, num_frames):
     address = serve(beton, beside=LOOPBACK).remote
     generator = np.random.default_rng(0)
-    frames = [wire.frame(Kind.EPOCH, EPOCH), ask([1, 2, 3]), ask([4, 5], number=1)]
+    frames = [wire.frame(FrameKind.EPOCH, EPOCH), ask([1, 2, 3]), ask([4, 5], number=1)]
     frames += [ask([6], number=2), ask([7], number=3)]
     client = flight.FlightClient(address)
     for _ in range(num_frames // len(frames)):
@@ -318,6 +322,9 @@ def test_mutated_frames_crash_nothing(beton, serve, num_frames):
     wait_for(lambda: not ask_status(address)["clients"])
 
 
+GREETING = wire.Hello(protocol=wire.PROTOCOL, decoder="", images="", image_size=8)
+
+
 class Impostor(flight.FlightServerBase):
     """Greets as a service does, and then sends what it likes."""
 
@@ -329,7 +336,7 @@ class Impostor(flight.FlightServerBase):
         return iter(())
 
     def do_exchange(self, context, descriptor, reader, writer):
-        writer.write_metadata(wire.json_frame(Kind.WELCOME, {}))
+        writer.write_metadata(wire.message_frame(FrameKind.ACCEPTED, wire.Accepted()))
         if self._batch is not None:
             writer.begin(self._batch.schema)
             writer.write_with_metadata(self._batch, self._metadata)
@@ -348,7 +355,7 @@ def views_batch(num_views=2, size=192, *, schema=None, buffer=None):
 
 
 def views_frame(number=0, text=b""):
-    return wire.frame(Kind.VIEWS, wire.NUMBER.pack(number), text)
+    return wire.frame(FrameKind.VIEWS, wire.NUMBER.pack(number), text)
 
 
 @pytest.mark.parametrize(
@@ -370,21 +377,21 @@ def views_frame(number=0, text=b""):
 def test_a_client_believes_no_answer_that_does_not_fit(batch, metadata):
     server = Impostor(batch, metadata)
     address = parse_address(f"grpc://127.0.0.1:{server.port}")
-    session = FlightSession(address, {}, image_size=8, num_rows=10, credentials=Credentials())
-    session.ask(np.zeros(2, wire.WANTED), np.zeros((2, 8, 8, 3), np.uint8))
+    connection = FlightConnection(address, GREETING, num_rows=10, credentials=ClientCredentials())
+    connection.request(np.zeros(2, wire.REQUESTED), np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(ServiceError):
-        session.wait()
-    session.close()
+        connection.wait()
+    connection.close()
     server.shutdown()
 
 
 def test_a_client_takes_an_answer_that_fits():
     server = Impostor(views_batch(buffer=pa.py_buffer(bytes([7]) * 384)), views_frame())
     address = parse_address(f"grpc://127.0.0.1:{server.port}")
-    session = FlightSession(address, {}, image_size=8, num_rows=10, credentials=Credentials())
+    connection = FlightConnection(address, GREETING, num_rows=10, credentials=ClientCredentials())
     images = np.zeros((2, 8, 8, 3), np.uint8)
-    session.ask(np.zeros(2, wire.WANTED), images)
-    assert session.wait() == (0, {})
+    connection.request(np.zeros(2, wire.REQUESTED), images)
+    assert connection.wait() == (0, {})
     assert (images == 7).all()
-    session.close()
+    connection.close()
     server.shutdown()

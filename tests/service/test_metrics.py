@@ -19,8 +19,8 @@ def get(port, path):
 
 def test_metrics_and_health_are_served(beton, serve):
     service = serve(beton, metrics="127.0.0.1:0")
-    wait_for(lambda: service.server.monitor is not None)
-    port = service.server.monitor.port
+    wait_for(lambda: service.server.metrics is not None)
+    port = service.server.metrics.port
     loader = make_loader(beton, service.address)
     list(loader)
     lines = get(port, "/metrics").splitlines()

@@ -16,8 +16,9 @@ import pytest
 
 from fastprune.beton.opening import open_beton
 from fastprune.service import window, wire
-from fastprune.service.wire import Kind
-from tests.service.conftest import NUM_ROWS, wait_for
+from fastprune.service.address import parse_address
+from fastprune.service.wire import FrameKind
+from tests.service.conftest import NUM_ROWS, cached_views, wait_for
 from tests.service.test_bits import assert_equal, make_loader
 
 HELLO = {"protocol": wire.PROTOCOL, "image_size": 32, "name": "test"}
@@ -47,13 +48,17 @@ def start_trainer(beton, address, seconds=0.0):
 def connect(address):
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(10)
-    connection.connect(wire.socket_path(address))
+    connection.connect(parse_address(address).path)
     return connection
 
 
+def hello_payload(beton, **changes):
+    images = {"images": wire.images_digest(open_beton(beton))}
+    return json.dumps(HELLO | {"decoder": wire.decoder_name()} | images | changes).encode()
+
+
 def hello(beton, **changes):
-    fields = HELLO | {"decoder": wire.decoder_name()} | changes
-    return wire.json_frame(Kind.HELLO, {"images": wire.images_digest(open_beton(beton))} | fields)
+    return wire.frame(FrameKind.HELLO, hello_payload(beton, **changes))
 
 
 def answer(connection):
@@ -62,7 +67,7 @@ def answer(connection):
     while len(header := incoming.read(wire.HEADER.size)) == wire.HEADER.size:
         kind, length = wire.HEADER.unpack(header)
         body = incoming.read(length)
-        if kind != Kind.ALIVE:  # which comes while a slow machine still decodes
+        if kind != FrameKind.HEARTBEAT:  # which comes while a slow machine still decodes
             return kind, body
     return None
 
@@ -72,14 +77,14 @@ def greeted(beton, address):
     connection = connect(address)
     connection.sendall(hello(beton))
     kind, _ = answer(connection)
-    assert kind == Kind.WELCOME
+    assert kind == FrameKind.ACCEPTED
     return connection
 
 
 def ask(rows, view=(0, 0, 10, 10, 0, 0, 0), number=0):
-    wanted = np.zeros(len(rows), wire.WANTED)
+    wanted = np.zeros(len(rows), wire.REQUESTED)
     wanted["row"], wanted["view"] = rows, view
-    return wire.frame(Kind.ASK, wire.NUMBER.pack(number), wanted.tobytes())
+    return wire.frame(FrameKind.REQUEST, wire.NUMBER.pack(number), wanted.tobytes())
 
 
 def assert_serves(beton, address):
@@ -91,9 +96,9 @@ def assert_serves(beton, address):
 
 def status(address):
     with connect(address) as connection:
-        connection.sendall(wire.frame(Kind.STATUS))
+        connection.sendall(wire.frame(FrameKind.STATUS))
         kind, payload = answer(connection)
-        assert kind == Kind.STATUS
+        assert kind == FrameKind.STATUS
         return json.loads(payload)
 
 
@@ -102,14 +107,14 @@ def status(address):
     [
         (b"GET / HTTP/1.1\r\n\r\n", "is not understood"),
         (bytes(range(256)) * 10, "is not understood"),
-        (wire.HEADER.pack(Kind.HELLO, 2**31), "2,147,483,648 bytes is not understood"),
-        (wire.HEADER.pack(Kind.ASK, 4), "is not understood"),
+        (wire.HEADER.pack(FrameKind.HELLO, 2**31), "2,147,483,648 bytes is not understood"),
+        (wire.HEADER.pack(FrameKind.REQUEST, 4), "is not understood"),
         (wire.HEADER.pack(77, 0), "is not understood"),
-        (wire.frame(Kind.HELLO, b"\x80\x04N."), "no JSON"),
-        (wire.frame(Kind.HELLO, b"[" * 60_000), "no JSON"),
-        (wire.frame(Kind.HELLO, b"[]"), "no JSON object but list"),
-        (wire.frame(Kind.HELLO, b"{}"), "they must be the same for pixels to be equal"),
-        (wire.frame(Kind.HELLO), "no JSON"),
+        (wire.frame(FrameKind.HELLO, b"\x80\x04N."), "a message is not understood"),
+        (wire.frame(FrameKind.HELLO, b"[" * 60_000), "it is nested too deeply"),
+        (wire.frame(FrameKind.HELLO, b"[]"), "it is a list, but must be an object"),
+        (wire.frame(FrameKind.HELLO, b"{}"), "it has no 'protocol'; it speaks protocol 2"),
+        (wire.frame(FrameKind.HELLO), "a message is not understood"),
     ],
 )
 def test_whoever_does_not_greet_is_refused(beton, serve, first, reason):
@@ -117,7 +122,7 @@ def test_whoever_does_not_greet_is_refused(beton, serve, first, reason):
     with connect(service.address) as connection:
         connection.sendall(first)
         kind, payload = answer(connection)
-        assert kind == Kind.REFUSED
+        assert kind == FrameKind.REFUSED
         assert reason in json.loads(payload)["reason"]
         assert answer(connection) is None
     assert_serves(beton, service.address)
@@ -128,10 +133,12 @@ def test_whoever_does_not_greet_is_refused(beton, serve, first, reason):
     [
         ({"protocol": 99}, "they must be the same"),
         ({"decoder": "fastprune 0.0.0"}, "they must be the same"),
-        ({"images": "0" * 32}, "the images are others than those served"),
-        ({"image_size": 0}, "others than those served"),
-        ({"image_size": "32"}, "others than those served"),
-        ({"image_size": 10**9}, "too large for this service"),
+        ({"images": "0" * 32}, "the images are not those of a served beton"),
+        ({"image_size": 0}, "its 'image_size' is 0, but must be greater than or equal to 1"),
+        ({"image_size": "32"}, "its 'image_size' is '32', but must be an integer"),
+        ({"image_size": 10**9}, "but must be less than or equal to 16384"),
+        ({"image_size": 4000}, "are too small for 1 clients"),
+        ({"name": "x", "unknown": 1}, "its 'unknown' is unknown"),
     ],
 )
 def test_whoever_wants_what_is_not_served_is_refused(beton, serve, changes, reason):
@@ -139,7 +146,7 @@ def test_whoever_wants_what_is_not_served_is_refused(beton, serve, changes, reas
     with connect(service.address) as connection:
         connection.sendall(hello(beton, **changes))
         kind, payload = answer(connection)
-    assert kind == Kind.REFUSED
+    assert kind == FrameKind.REFUSED
     assert reason in json.loads(payload)["reason"]
 
 
@@ -147,20 +154,20 @@ def test_whoever_wants_what_is_not_served_is_refused(beton, serve, changes, reas
     ("frames", "reason"),
     [
         (ask([0]), "before an epoch is announced"),
-        (wire.frame(Kind.EPOCH, EPOCH[:-1]), "wrong length"),
-        (wire.HEADER.pack(Kind.EPOCH, 2**20), "is not understood"),
-        (wire.frame(Kind.EPOCH, EPOCH) + ask([NUM_ROWS]), "row 120 is outside"),
-        (wire.frame(Kind.EPOCH, EPOCH) + ask([-1]), "row -1 is outside"),
-        (wire.frame(Kind.EPOCH, EPOCH) + ask([2**62]), "is outside"),
-        (wire.frame(Kind.EPOCH, EPOCH) + ask([0], (0, 0, 9999, 9, 0, 0, 0)), "not lie inside"),
-        (wire.frame(Kind.EPOCH, EPOCH) + ask([0]) + ask([1]), "is open already"),
-        (wire.frame(Kind.EPOCH, EPOCH) + ask([]), "wrong length"),
-        (wire.frame(Kind.EPOCH, EPOCH) + ask(range(65)), "is not understood"),
+        (wire.frame(FrameKind.EPOCH, EPOCH[:-1]), "wrong length"),
+        (wire.HEADER.pack(FrameKind.EPOCH, 2**20), "is not understood"),
+        (wire.frame(FrameKind.EPOCH, EPOCH) + ask([NUM_ROWS]), "row 120 is outside"),
+        (wire.frame(FrameKind.EPOCH, EPOCH) + ask([-1]), "row -1 is outside"),
+        (wire.frame(FrameKind.EPOCH, EPOCH) + ask([2**62]), "is outside"),
+        (wire.frame(FrameKind.EPOCH, EPOCH) + ask([0], (0, 0, 9999, 9, 0, 0, 0)), "not lie inside"),
+        (wire.frame(FrameKind.EPOCH, EPOCH) + ask([0]) + ask([1]), "is open already"),
+        (wire.frame(FrameKind.EPOCH, EPOCH) + ask([]), "wrong length"),
+        (wire.frame(FrameKind.EPOCH, EPOCH) + ask(range(65)), "is not understood"),
         (
-            wire.frame(Kind.EPOCH, EPOCH) + wire.frame(Kind.ASK, b"0" * 41),
-            "an ask is of a wrong length",
+            wire.frame(FrameKind.EPOCH, EPOCH) + wire.frame(FrameKind.REQUEST, b"0" * 41),
+            "a request is of a wrong length",
         ),
-        (wire.frame(Kind.TAKEN, b"12"), "wrong length"),
+        (wire.frame(FrameKind.RELEASE, b"12"), "wrong length"),
         (hello.__name__.encode() * 10, "is not understood"),
     ],
 )
@@ -170,9 +177,9 @@ def test_a_client_that_breaks_the_rules_is_refused_and_others_are_served(
     service = serve(beton)
     with greeted(beton, service.address) as connection:
         connection.sendall(frames)
-        while (found := answer(connection))[0] == Kind.VIEWS:
+        while (found := answer(connection))[0] == FrameKind.VIEWS:
             pass
-        assert found[0] == Kind.REFUSED
+        assert found[0] == FrameKind.REFUSED
         assert reason in json.loads(found[1])["reason"]
         assert_serves(beton, service.address)
     wait_for(lambda: not status(service.address)["clients"])
@@ -182,7 +189,7 @@ def test_clients_that_stop_in_the_middle_of_a_frame_hold_nobody_up(beton, serve)
     service = serve(beton)
     halves = [connect(service.address), greeted(beton, service.address)]
     halves[0].sendall(hello(beton)[:20])
-    halves[1].sendall(wire.frame(Kind.EPOCH, EPOCH)[:30])
+    halves[1].sendall(wire.frame(FrameKind.EPOCH, EPOCH)[:30])
     assert_serves(beton, service.address)
     for connection in halves:
         connection.close()
@@ -192,7 +199,7 @@ def test_clients_that_stop_in_the_middle_of_a_frame_hold_nobody_up(beton, serve)
 def test_a_client_that_never_reads_holds_nobody_up(beton, serve):
     service = serve(beton)
     with greeted(beton, service.address) as connection:
-        connection.sendall(wire.frame(Kind.EPOCH, EPOCH))
+        connection.sendall(wire.frame(FrameKind.EPOCH, EPOCH))
         for number in range(1000):
             connection.sendall(ask(range(number % 50, number % 50 + 64), number=number))
         assert_serves(beton, service.address)
@@ -201,14 +208,14 @@ def test_a_client_that_never_reads_holds_nobody_up(beton, serve):
 
 
 def test_a_client_that_is_killed_frees_what_it_held(beton, serve):
-    service = serve(beton, pace="together")
+    service = serve(beton)
     trainer = start_trainer(beton, service.address, seconds=60)
     trainer.stdout.readline()
-    assert any(client.num_lent for client in service.server.desk.window.clients)
+    assert any(view.num_holders for view in cached_views(service))
     trainer.kill()
     trainer.communicate()
     wait_for(lambda: not status(service.address)["clients"])
-    assert not any(entry.num_lent for entry in service.server.desk.window._places.entries.values())
+    assert not any(view.num_holders for view in cached_views(service))
     assert_serves(beton, service.address)
 
 
@@ -218,13 +225,13 @@ def test_a_client_that_stood_still_gets_the_right_bits_though_its_views_were_dis
     monkeypatch.setattr(window, "SILENT_SECONDS", 0.3)
     local = start_trainer(beton, "")
     expected = local.communicate()[0].split("\n")[-2]
-    service = serve(beton, memory_bytes=16 << 20, pace="together")
+    service = serve(beton, memory_bytes=16 << 20)
     trainer = start_trainer(beton, service.address, seconds=0.01)
     trainer.stdout.readline()
     os.kill(trainer.pid, signal.SIGSTOP)
-    entries = service.server.desk.window._places.entries.values()
-    lent = {entry.offset: entry.generation for entry in entries if entry.num_lent}
-    assert lent
+    views = cached_views(service)
+    held = {view.offset: view.generation for view in views if view.num_holders}
+    assert held
     wait_for(lambda: status(service.address)["detached"] == 1)
     # Others need the memory in which its views lie.
     for seed in range(1, 4):
@@ -232,8 +239,8 @@ def test_a_client_that_stood_still_gets_the_right_bits_though_its_views_were_dis
         assert_equal(
             make_loader(beton, service.address, **settings), make_loader(beton, "", **settings)
         )
-    slab = service.server.desk.slab
-    assert any(slab.generation(offset) != generation for offset, generation in lent.items())
+    slab = service.server.dispatcher.windows[160].slab
+    assert any(slab.generation(offset) != generation for offset, generation in held.items())
     os.kill(trainer.pid, signal.SIGCONT)
     assert trainer.communicate()[0].split("\n")[-2] == expected
 
@@ -281,8 +288,13 @@ def test_mutated_frames_crash_nothing(beton, serve_process, tmp_path, num_frames
     process = serve_process(beton)
     address = f"unix:{tmp_path}/service.sock"
     generator = np.random.default_rng(0)
-    frames = [hello(beton), wire.frame(Kind.EPOCH, EPOCH), ask([1, 2, 3]), ask([4, 5], number=1)]
-    frames.append(wire.frame(Kind.TAKEN, wire.NUMBER.pack(0)))
+    frames = [
+        hello(beton),
+        wire.frame(FrameKind.EPOCH, EPOCH),
+        ask([1, 2, 3]),
+        ask([4, 5], number=1),
+    ]
+    frames.append(wire.frame(FrameKind.RELEASE, wire.NUMBER.pack(0)))
     for _ in range(num_frames // len(frames)):
         with connect(address) as connection:
             try:
@@ -342,10 +354,10 @@ def test_sigterm_answers_what_was_asked_and_ends_with_zero(beton, serve_process,
     process = serve_process(beton)
     address = f"unix:{tmp_path}/service.sock"
     with greeted(beton, address) as connection:
-        connection.sendall(wire.frame(Kind.EPOCH, EPOCH) + ask(range(64)))
+        connection.sendall(wire.frame(FrameKind.EPOCH, EPOCH) + ask(range(64)))
         wait_for(lambda: status(address)["clients"][0]["epochs"] == 1)
         process.send_signal(signal.SIGTERM)
-        assert answer(connection)[0] == Kind.VIEWS
+        assert answer(connection)[0] == FrameKind.VIEWS
         assert answer(connection) is None
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
@@ -369,7 +381,7 @@ def test_a_killed_servers_socket_is_replaced_and_a_running_ones_is_not(
     (tmp_path / "file").touch()
     command[-1] = f"unix:{tmp_path}/file"
     third = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "exists and is no socket" in third.stderr
+    assert "exists and is not a socket" in third.stderr
 
 
 def test_status_is_a_table_or_json(beton, serve_process, tmp_path):
@@ -391,6 +403,21 @@ def test_status_is_a_table_or_json(beton, serve_process, tmp_path):
 
 
 def test_the_layout_of_frames_is_as_documented():
-    assert wire.WANTED.itemsize == 36
-    assert wire.PLACE.itemsize == 16
-    assert wire.frame(Kind.TAKEN, wire.NUMBER.pack(7)) == struct.pack("<III", 6, 4, 7)
+    assert wire.REQUESTED.itemsize == 36
+    assert wire.SLOT.itemsize == 16
+    assert wire.frame(FrameKind.RELEASE, wire.NUMBER.pack(7)) == struct.pack("<III", 6, 4, 7)
+
+
+def test_a_second_image_size_needs_its_share_of_the_memory(beton, serve):
+    service = serve(beton)
+    with greeted(beton, service.address), connect(service.address) as connection:
+        connection.sendall(hello(beton, image_size=48))
+        kind, payload = answer(connection)
+        assert kind == FrameKind.REFUSED
+        assert "views of 32 pixels; start it with --sizes 2" in json.loads(payload)["reason"]
+    wait_for(lambda: not status(service.address)["clients"])
+    # Views of a size that no client takes make room.
+    assert_equal(
+        make_loader(beton, service.address, image_size=48), make_loader(beton, "", image_size=48)
+    )
+    assert list(service.server.dispatcher.windows) == [48]

@@ -14,9 +14,9 @@ from pyarrow import flight
 from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
-from fastprune.service import client as service_client
+from fastprune.service import failover
 from fastprune.service import served_beton as service_beton
-from fastprune.service.locks import Locks
+from fastprune.service.credentials import ServerCredentials
 from fastprune.service.served_beton import METADATA_KEY, SCHEMA, open_remote_beton
 from tests.service.conftest import NUM_ROWS, free_port
 from tests.service.test_bits import SUBSET, assert_equal, make_loader, no_fallback  # noqa: F401
@@ -28,7 +28,7 @@ TOKEN = "0123456789abcdef" * 2
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Few rows are enough for everybody to have a share."""
-    monkeypatch.setattr(service_client, "_ROWS_IN_BLOCK", 1)
+    monkeypatch.setattr(failover, "_ROWS_IN_BLOCK", 1)
 
 
 @pytest.fixture
@@ -87,24 +87,24 @@ def test_a_pickled_loader_opens_the_service_again(beton, serve):
 
 def test_token_and_certificate_are_asked_for(beton, serve, certificates, monkeypatch):
     files = [certificates / "server.pem", certificates / "server.key"]
-    locks = Locks(*[path.read_bytes() for path in files], tokens=(TOKEN,))
-    service = serve(beton, beside=["grpc+tls://127.0.0.1:0"], locks=locks)
+    credentials = ServerCredentials(*[path.read_bytes() for path in files], tokens=(TOKEN,))
+    service = serve(beton, beside=["grpc+tls://127.0.0.1:0"], credentials=credentials)
     monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "ca.pem"))
     url = f"{service.remote}/train.beton"
     assert_equal(make_loader(url, None, service_token=TOKEN), make_loader(beton, ""))
-    with pytest.raises(LoadingError, match=r"it refuses the token. Give its token as"):
+    with pytest.raises(LoadingError, match=r"it refuses the token. Pass its token to"):
         make_loader(url, None, service_token="f" * 32)
 
 
 def test_a_name_that_is_not_served_is_refused_at_once(beton, serve, tmp_path):
     service = serve(beton, beside=LOOPBACK)
-    with pytest.raises(LoadingError, match=r"no beton of the name 'other.beton', but train.beton"):
+    with pytest.raises(LoadingError, match=r"no beton named 'other.beton', but train.beton"):
         make_loader(f"{service.remote}/other.beton", None)
     (tmp_path / "copy").mkdir()
     for name in ("train.beton", "train.beton.manifest.parquet"):
         shutil.copy(beton.with_name(name), tmp_path / "copy" / name)
     twice = serve(beton, tmp_path / "copy" / "train.beton", name="2.sock", beside=LOOPBACK)
-    with pytest.raises(LoadingError, match="more than one beton of the name"):
+    with pytest.raises(LoadingError, match="more than one beton named"):
         make_loader(f"{twice.remote}/train.beton", None)
     assert len(make_loader(f"{twice.remote}/copy/train.beton", None)) == 7
 
@@ -114,7 +114,7 @@ def test_a_name_that_is_not_served_is_refused_at_once(beton, serve, tmp_path):
     [
         ("grpc://127.0.0.1:1", {}, "must name one beton"),
         ("grpc://127.0.0.1:1/a,grpc://127.0.0.1:2/b", {}, "must name one beton"),
-        ("grpc://127.0.0.1/a", {}, "is no address"),
+        ("grpc://127.0.0.1/a", {}, "is not an address"),
         ("grpc://127.0.0.1:1/a", {"cache": "here"}, "is for betons in object storage"),
     ],
 )
@@ -133,7 +133,9 @@ def test_no_other_service_can_be_named_beside_it(beton, serve):
 
 @pytest.mark.usefixtures("impatient")
 def test_without_a_service_an_error_names_address_and_cure():
-    with pytest.raises(LoadingError, match=r"grpc://127.0.0.1:1: nobody listens.*fastprune serve"):
+    with pytest.raises(
+        LoadingError, match=r"grpc://127.0.0.1:1: no server listens.*fastprune serve"
+    ):
         make_loader("grpc://127.0.0.1:1/train.beton", None)
 
 
@@ -143,7 +145,7 @@ def test_a_service_that_is_lost_for_good_ends_the_epoch(beton, serve):
     batches = iter(make_loader(f"{service.remote}/train.beton", None, batch_size=8))
     next(batches)
     service.stop()
-    with pytest.raises(LoadingError, match=r"no loading service gives it.*nobody listens there"):
+    with pytest.raises(LoadingError, match=r"no loading service gives it.*no server listens there"):
         list(batches)
 
 
@@ -159,7 +161,7 @@ def test_a_service_that_comes_back_in_time_changes_no_bit(beton, serve, caplog):
     again.join()
     assert_equal(got, make_loader(beton, "", batch_size=8))
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "It is looked for again" in warning.getMessage()
+    assert "It is tried again" in warning.getMessage()
 
 
 def test_a_damaged_row_is_found_where_the_file_is(beton, serve, tmp_path):
@@ -267,22 +269,22 @@ def test_the_others_decode_the_share_of_one_that_is_killed(beton, serve, serve_p
 @pytest.mark.usefixtures("small_blocks")
 def test_the_share_of_a_lost_service_alone_moves():
     from fastprune.service.address import parse_address
-    from fastprune.service.client import _Link, _shares
+    from fastprune.service.failover import Service, split_rows
 
-    links = [_Link(parse_address(f"grpc://host{i}:1")) for i in range(4)]
+    services = [Service(parse_address(f"grpc://host{i}:1")) for i in range(4)]
     rows = np.arange(40_000)
     owner = np.empty(len(rows), np.int64)
-    for link, share in _shares(rows, links).items():
-        owner[share] = links.index(link)
+    for service, share in split_rows(rows, services).items():
+        owner[share] = services.index(service)
     assert (np.abs(np.bincount(owner) / len(rows) - 0.25) < 0.05).all()
-    for link, share in _shares(rows, links[:3]).items():
-        kept = owner[share] == links.index(link)
+    for service, share in split_rows(rows, services[:3]).items():
+        kept = owner[share] == services.index(service)
         assert (kept | (owner[share] == 3)).all()
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_service_that_is_back_takes_its_share_in_the_next_epoch(beton, serve, monkeypatch):
-    monkeypatch.setattr(service_client, "_SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(failover, "_RETRY_SECONDS", 0.0)
     first, second = (serve(beton, name=f"{i}.sock", beside=LOOPBACK) for i in range(2))
     loader = make_loader(beton, f"{first.address},{second.remote}")
     local = make_loader(beton, "")

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastprune.distillation.trainer import distill
-from fastprune.service.locks import Locks
+from fastprune.service.credentials import ServerCredentials
 from fastprune.settings import make_recipe
 
 
@@ -83,10 +83,10 @@ def test_a_student_that_a_service_elsewhere_feeds_is_the_same_and_its_token_is_n
     token = "0123456789abcdef" * 2
     (tmp_path / "token").write_text(f"{token}\n")
     monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "ca.pem"))
-    locks = Locks.read(
+    credentials = ServerCredentials.read(
         certificates / "server.pem", certificates / "server.key", None, tmp_path / "token"
     )
-    service = serve(beton, beside=["grpc+tls://127.0.0.1:0"], locks=locks)
+    service = serve(beton, beside=["grpc+tls://127.0.0.1:0"], credentials=credentials)
     settings = {"epochs": 6, "pruning": {"rule": "infobatch", "skip_probability": 0.7}}
     local = train(beton, tmp_path / "local", service="", **settings)
     settings |= {"service_token_file": tmp_path / "token"}

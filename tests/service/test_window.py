@@ -1,13 +1,18 @@
-"""The window alone: what is decoded, kept, displaced and waited for."""
+"""The window alone: which views are decoded, kept and displaced."""
 
 import numpy as np
 import pytest
 
-from fastprune.base.errors import InvalidValueError
-from fastprune.service.demand import Images
-from fastprune.service.slab import EXTENT_BYTES, Slab
-from fastprune.service.window import MOST_TOGETHER, SILENT_SECONDS, Window
-from fastprune.service.wire import WANTED, ServiceError, ServiceRefusedError
+from fastprune.service.slab import Slab, slot_bytes
+from fastprune.service.streams import Images
+from fastprune.service.window import (
+    MAX_TASK_VIEWS,
+    SILENT_SECONDS,
+    Counts,
+    Window,
+    require_room,
+)
+from fastprune.service.wire import REQUESTED, ServiceError, ServiceRefusedError
 
 NUM_ROWS = 2000
 STREAM = b"0" * 16
@@ -15,7 +20,7 @@ NEXT_STREAM = b"1" * 16
 
 
 class Trainer:
-    """A client that asks for given rows in order, 16 at a time."""
+    """A client that requests given rows in order, 16 at a time."""
 
     def __init__(self, window, images, rows, *, stream=STREAM, side=10):
         self.window, self.images, self.side = window, images, side
@@ -32,34 +37,33 @@ class Trainer:
         return self.num_taken == len(self.rows)
 
     def step(self, now=0.0):
-        """Take what is there, in order, and ask for more; whether anything was taken."""
-        while self.num_asked < len(self.rows) and len(self.client.open) < 2:
+        """Release what is there, in order, and request more; False if nothing was there."""
+        while self.num_asked < len(self.rows) and len(self.client.requests) < 2:
             wanted = wanted_views(self.rows[self.num_asked : self.num_asked + 16], self.side)
-            self.window.ask(self.client, self.num_asked, wanted, now)
-            self.num_asked += len(wanted) // WANTED.itemsize
-        ask = self.client.open.get(self.num_taken)
-        if ask is None or not ask.is_assigned or ask.num_pending:
+            self.window.request(self.client, self.num_asked, wanted, now)
+            self.num_asked += len(wanted) // REQUESTED.itemsize
+        request = self.client.requests.get(self.num_taken)
+        if request is None or not request.is_answered:
             return False
-        self.window.take(self.client, self.num_taken, now)
-        self.num_taken += ask.num_views
+        self.window.release(self.client, self.num_taken, now)
+        self.num_taken += request.num_views
         return True
 
 
 def wanted_views(rows, side):
-    wanted = np.zeros(len(rows), WANTED)
+    wanted = np.zeros(len(rows), REQUESTED)
     wanted["row"] = rows
     wanted["view"][:, 2:4] = side
     return wanted.tobytes()
 
 
-def make_images(image_size=224):
+def make_images():
     sides = np.full(NUM_ROWS, 50, np.uint16)
-    return Images("train.beton", 0, sides, sides, image_size)
+    return Images("train.beton", 0, sides, sides, 224)
 
 
-def make_window(num_views=1000, pace="auto"):
-    per_extent = EXTENT_BYTES // make_images().place_bytes
-    return Window(Slab(-(-num_views // per_extent) * EXTENT_BYTES), pace=pace)
+def make_window(num_views=1000):
+    return Window(Slab(num_views * slot_bytes(224), 224), Counts())
 
 
 def decode(window, num_threads=2):
@@ -67,11 +71,11 @@ def decode(window, num_threads=2):
     tasks = window.advance(num_threads)
     assert len(tasks) <= num_threads
     for task in tasks:
-        assert len(task.entries) <= MOST_TOGETHER
+        assert len(task.views) <= MAX_TASK_VIEWS
         window.finish(task, {}, 0.0)
     window.advance(0)
-    window.answers.clear()
-    return sum(len(task.entries) for task in tasks)
+    window.answered.clear()
+    return sum(len(task.views) for task in tasks)
 
 
 def run(window, trainers, chances=None):
@@ -84,7 +88,7 @@ def run(window, trainers, chances=None):
         decode(window)
         if all(trainer.is_done for trainer in trainers):
             return
-    raise AssertionError("somebody starved")
+    raise AssertionError("a trainer starved")
 
 
 def nested(*shares):
@@ -94,77 +98,56 @@ def nested(*shares):
     return [order[rank[order] < share * NUM_ROWS] for share in shares]
 
 
-@pytest.mark.parametrize("pace", ["auto", "together", "free"])
-def test_equal_trainers_decode_each_view_once(pace):
-    window, images = make_window(pace=pace), make_images()
+def test_equal_trainers_decode_each_view_once():
+    window, images = make_window(), make_images()
     run(window, [Trainer(window, images, np.arange(NUM_ROWS)) for _ in range(3)])
-    assert window.num_decoded == NUM_ROWS
-    assert window.num_served == 3 * NUM_ROWS
+    assert window.counts.decoded == NUM_ROWS
+    assert window.counts.served == 3 * NUM_ROWS
 
 
 def test_nested_subsets_decode_their_union_once():
     window, images = make_window(), make_images()
     run(window, [Trainer(window, images, rows) for rows in nested(0.3, 0.5, 0.7)])
-    assert window.num_decoded == 0.7 * NUM_ROWS
+    assert window.counts.decoded == 0.7 * NUM_ROWS
 
 
-def test_together_leaders_wait_for_slow_trainers_and_no_view_is_decoded_twice():
-    window, images = make_window(300, pace="together"), make_images()
-    trainers = [Trainer(window, images, rows) for rows in nested(0.3, 0.5, 0.7)]
-    run(window, trainers, chances=[1.0, 0.3, 0.1])
-    assert window.num_decoded == 0.7 * NUM_ROWS
-
-
-def test_free_leaders_do_not_wait():
-    window, images = make_window(300, pace="free"), make_images()
+def test_leaders_do_not_wait():
+    window, images = make_window(300), make_images()
     fast, slow = (Trainer(window, images, np.arange(NUM_ROWS)) for _ in range(2))
     run(window, [fast])
     assert slow.num_taken == 0
     run(window, [slow])
-    assert NUM_ROWS < window.num_decoded <= 2 * NUM_ROWS
-
-
-def test_together_an_epochs_first_trainer_waits_for_those_who_still_are_in_the_last():
-    window, images = make_window(300, pace="together"), make_images()
-    first, second = (Trainer(window, images, np.arange(NUM_ROWS)) for _ in range(2))
-    run(window, [first, second])
-    first.announce(NEXT_STREAM, np.arange(NUM_ROWS))
-    for _ in range(1000):
-        first.step()
-        decode(window)
-    assert 0 < first.num_taken < 300
-    second.announce(NEXT_STREAM, np.arange(NUM_ROWS))
-    run(window, [first, second])
-    assert window.num_decoded == 2 * NUM_ROWS
+    assert NUM_ROWS < window.counts.decoded <= 2 * NUM_ROWS
 
 
 def test_a_trainer_that_leaves_is_waited_for_no_more():
-    window, images = make_window(300, pace="together"), make_images()
+    window, images = make_window(300), make_images()
     fast, gone = (Trainer(window, images, np.arange(NUM_ROWS)) for _ in range(2))
     gone.step()
     decode(window)
     window.leave(gone.client)
     run(window, [fast])
-    assert window.num_decoded == NUM_ROWS
+    assert window.counts.decoded == NUM_ROWS
 
 
-def test_a_silent_trainer_is_detached_and_takes_part_again_when_it_speaks():
-    window, images = make_window(300, pace="together"), make_images()
+def test_a_silent_trainer_is_detached_and_takes_part_again_when_it_sends():
+    window, images = make_window(300), make_images()
     fast, silent = (Trainer(window, images, np.arange(NUM_ROWS)) for _ in range(2))
     silent.step()
-    for _ in range(500):
-        fast.step()
-        decode(window)
-    assert not fast.is_done
-    assert fast.client.num_unanswered
-    detached = window.detach_silent(SILENT_SECONDS + 1)
-    assert detached == [silent.client]
-    assert silent.client.is_silent
+    decode(window)
     run(window, [fast])
-    # What it had been given was taken back; it asks again.
-    assert not silent.client.open
+    # What it requested is held for it, and much of what it announced is kept.
+    assert any(view.num_holders for view in window.views.values())
+    assert silent.client.stream.kept
+    detached = window.detach_silent(SILENT_SECONDS + 1)
+    assert silent.client in detached
+    assert silent.client.is_silent
+    assert not silent.client.requests
+    assert not silent.client.stream.kept
+    # It requests again what was taken back.
     silent.num_asked = silent.num_taken
     run(window, [silent])
+    assert not silent.client.is_silent
 
 
 def test_a_trainer_that_waits_for_us_is_not_silent():
@@ -175,7 +158,7 @@ def test_a_trainer_that_waits_for_us_is_not_silent():
 
 
 def test_a_late_trainer_makes_nobody_wait_until_the_next_epoch():
-    window, images = make_window(300, pace="together"), make_images()
+    window, images = make_window(300), make_images()
     early = Trainer(window, images, np.arange(NUM_ROWS))
     while early.num_taken < 1000:
         early.step()
@@ -187,21 +170,21 @@ def test_a_late_trainer_makes_nobody_wait_until_the_next_epoch():
     early.announce(NEXT_STREAM, np.arange(NUM_ROWS))
     late.announce(NEXT_STREAM, np.arange(NUM_ROWS))
     assert not late.client.is_late
-    before = window.num_decoded
+    before = window.counts.decoded
     run(window, [early, late])
-    assert window.num_decoded - before == NUM_ROWS
+    assert window.counts.decoded - before == NUM_ROWS
 
 
 def test_the_same_views_again_are_another_epoch():
-    window, images = make_window(300, pace="together"), make_images()
+    window, images = make_window(300), make_images()
     trainers = [Trainer(window, images, np.arange(NUM_ROWS)) for _ in range(2)]
     for _ in range(3):
-        run(window, trainers, chances=[1.0, 0.2])
+        run(window, trainers)
         for trainer in trainers:
             trainer.announce(STREAM, np.arange(NUM_ROWS))
             assert not trainer.client.is_late
     # Views of the epoch before may still be there.
-    assert window.num_decoded <= 3 * NUM_ROWS
+    assert window.counts.decoded <= 3 * NUM_ROWS
 
 
 def test_two_views_of_a_row_are_kept_until_both_are_taken():
@@ -209,18 +192,6 @@ def test_two_views_of_a_row_are_kept_until_both_are_taken():
     trainers = [Trainer(window, images, np.repeat(np.arange(500), 2)) for _ in range(2)]
     run(window, trainers)
     assert not any(stream.kept for stream in window._streams.values())
-
-
-@pytest.mark.parametrize("pace", ["auto", "together", "free"])
-def test_different_sizes_share_the_memory_and_nobody_starves(pace):
-    window = make_window(300, pace=pace)
-    large = Trainer(window, make_images(224), np.arange(NUM_ROWS))
-    run(window, [large])
-    large.announce(NEXT_STREAM, np.arange(NUM_ROWS))
-    small = Trainer(window, make_images(96), np.arange(NUM_ROWS))
-    run(window, [large, small])
-    assert window.num_decoded == 3 * NUM_ROWS
-    assert window.num_bytes <= window._places.slab.num_bytes
 
 
 def test_unrelated_trainers_take_turns():
@@ -237,18 +208,18 @@ def test_unrelated_trainers_take_turns():
     assert 100 <= other.num_taken <= ahead.num_taken - 1000 + 32
 
 
-def test_a_view_that_cannot_be_decoded_has_a_reason_and_no_place():
+def test_a_view_that_cannot_be_decoded_has_a_reason_and_no_slot():
     window, images = make_window(), make_images()
     trainer = Trainer(window, images, np.arange(16))
     trainer.step()
     (task,) = window.advance(1)
     window.finish(task, {3: "its bytes are damaged"}, 0.0)
-    (ask,) = window.answers
-    assert ask.reasons == {3: "its bytes are damaged"}
-    assert ask.entries[3] is None
-    assert window.num_views == 15
+    (request,) = window.answered
+    assert request.reasons == {3: "its bytes are damaged"}
+    assert request.views[3] is None
+    assert len(window.views) == 15
     assert trainer.step()
-    assert trainer.client.num_lent == 0
+    assert trainer.client.num_held == 0
 
 
 def test_a_client_that_leaves_while_its_views_are_decoded_leaves_nothing_held():
@@ -259,8 +230,8 @@ def test_a_client_that_leaves_while_its_views_are_decoded_leaves_nothing_held():
     window.leave(trainer.client)
     for task in tasks:
         window.finish(task, {0: "damaged"}, 0.0)
-    assert all(entry.num_lent == 0 for entry in window._places.entries.values())
-    assert not window.answers
+    assert all(view.num_holders == 0 for view in window.views.values())
+    assert not window.answered
 
 
 @pytest.mark.parametrize(
@@ -279,22 +250,34 @@ def test_a_client_that_leaves_while_its_views_are_decoded_leaves_nothing_held():
 def test_views_outside_the_images_are_refused_before_anything_is_kept(row, view, fault):
     window, images = make_window(), make_images()
     trainer = Trainer(window, images, np.arange(16))
-    wanted = np.zeros(1, WANTED)
+    wanted = np.zeros(1, REQUESTED)
     wanted["row"], wanted["view"] = row, view
     with pytest.raises(ServiceError, match=fault):
-        window.ask(trainer.client, 0, wanted.tobytes(), 0.0)
-    assert not trainer.client.open
+        window.request(trainer.client, 0, wanted.tobytes(), 0.0)
+    assert not trainer.client.requests
     assert window.advance(2) == []
 
 
-def test_more_clients_than_the_memory_can_serve_are_refused():
-    window, images = make_window(128), make_images()
-    Trainer(window, images, np.arange(16))
-    Trainer(window, images, np.arange(16))
-    with pytest.raises(ServiceRefusedError, match=r"too small for 3 clients; start it with --mem"):
-        window.join("third", images, 0.0)
+@pytest.mark.parametrize(("num_clients", "is_enough"), [(2, True), (3, False)])
+def test_more_clients_than_the_memory_can_serve_are_refused(num_clients, is_enough):
+    memory_bytes = 128 * slot_bytes(224)
+    if is_enough:
+        require_room(memory_bytes, 224, num_clients)
+    else:
+        with pytest.raises(ServiceRefusedError, match=r"too small for 3 clients.* larger --memory"):
+            require_room(memory_bytes, 224, num_clients)
 
 
-def test_a_memory_without_room_is_refused():
-    with pytest.raises(InvalidValueError, match="memory must be at least"):
-        Slab(1000)
+def test_views_of_an_epoch_are_kept_for_trainers_still_in_the_last():
+    window, images = make_window(), make_images()
+    first, second = (Trainer(window, images, np.arange(500)) for _ in range(2))
+    run(window, [first, second])
+    first.side = second.side = 20
+    first.announce(NEXT_STREAM, np.arange(500))
+    while first.num_taken < 100:
+        first.step()
+        decode(window)
+    assert len(first.client.stream.kept) >= 100
+    second.announce(NEXT_STREAM, np.arange(500))
+    run(window, [first, second])
+    assert window.counts.decoded == 1000
