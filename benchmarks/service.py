@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _consumers import CASES, Consumers, Process, ServiceProcess, share_of_rows
 from _harness import ratios, spread, write_result
 
 from fastprune.base.cpus import usable_cpus
 from fastprune.bench.peers import torchvision_loader
-from fastprune.bench.service import CASES, Consumers, Process, ServiceProcess, share_of_rows
 from fastprune.beton.beton import rows_of
 from fastprune.beton.convert.writer import convert
 from fastprune.beton.opening import open_beton
@@ -32,7 +32,6 @@ from fastprune.loading.loader import Loader
 from fastprune.networks.catalog import build_network
 
 SIZE, BATCH_SIZE = 224, 64
-PACES = ("auto", "together")
 STUDENTS = ("resnet8", "resnet20", "MobileNetV2")
 STUDENT_SIZE = 32
 
@@ -130,13 +129,13 @@ class Measurement:
         self._num_rows = open_beton(beton_path).num_rows
         self._consumers = Consumers(3)
         workers = {"memory_bytes": memory_bytes, "num_workers": usable_cpus()}
-        self._services = {pace: ServiceProcess(beton_path, **workers, pace=pace) for pace in PACES}
+        self._service = ServiceProcess(beton_path, **workers)
         script, path = str(Path(__file__).resolve()), str(beton_path)
         self._shared = Process(script, "--role", "shared", path)
         self._students = [Process(script, "--role", name, path) for name in STUDENTS]
         self._seed = 0
         self.rates: dict[str, dict[str, list[float]]] = {case: {} for case in CASES}
-        self.decoded: dict[str, dict[str, list[float]]] = {case: {} for case in CASES}
+        self.decoded: dict[str, list[float]] = {case: [] for case in CASES}
         self.server_cpu: list[float] = []
         self.seconds: dict[str, list[float]] = {"local": [], "service": []}
 
@@ -144,7 +143,7 @@ class Measurement:
         """One round of a case."""
         self._seed += 1
         shares = CASES[case]
-        for name, service in {"local": None, **self._services}.items():
+        for name, service in {"local": None, "service": self._service}.items():
             settings = {"batch_size": BATCH_SIZE, "image_size": SIZE, "num_workers": usable_cpus()}
             settings |= {"service": service.address if service else "", "seed": self._seed}
             # Before loaders get ready, for which the first batch is decoded.
@@ -156,7 +155,7 @@ class Measurement:
             if service:
                 num_decoded = service.num_decoded - before
                 num_wanted = self._epochs * len(share_of_rows(self._num_rows, max(shares)))
-                self.decoded[case].setdefault(name, []).append(num_decoded / num_wanted)
+                self.decoded[case].append(num_decoded / num_wanted)
                 self.server_cpu.append((service.cpu_seconds - cpu) / num_decoded)
 
     def share(self) -> None:
@@ -168,7 +167,7 @@ class Measurement:
     def train(self) -> None:
         """One round of three students."""
         self._seed += 1
-        for name, address in {"local": "", "service": self._services["auto"].address}.items():
+        for name, address in {"local": "", "service": self._service.address}.items():
             seconds = seconds_of_students(self._students, address, self._seed)
             self.seconds[name].append(seconds)
 
@@ -182,7 +181,7 @@ class Measurement:
 
     def close(self) -> None:
         """End all processes."""
-        for process in (self._consumers, self._shared, *self._students, *self._services.values()):
+        for process in (self._consumers, self._shared, *self._students, self._service):
             process.close()
 
     def result(self) -> dict[str, Any]:
@@ -194,16 +193,12 @@ class Measurement:
                 for case, found in self.rates.items()
             },
             "service_over_local": {
-                case: {pace: ratios(found[pace], found["local"]) for pace in PACES}
-                for case, found in self.rates.items()
+                case: ratios(found["service"], found["local"]) for case, found in self.rates.items()
             },
-            "service_over_shared_torchvision": {
-                pace: ratios(three[pace], three["shared torchvision"]) for pace in PACES
-            },
-            "decoded_over_union": {
-                case: {pace: spread(values) for pace, values in found.items()}
-                for case, found in self.decoded.items()
-            },
+            "service_over_shared_torchvision": ratios(
+                three["service"], three["shared torchvision"]
+            ),
+            "decoded_over_union": {case: spread(values) for case, values in self.decoded.items()},
             "server_cpu_seconds_per_decoded_view": spread(self.server_cpu),
             "students": {
                 "names": STUDENTS,

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _consumers import Consumers, ServiceProcess
 from _harness import ratios, spread, write_result
 from service import BATCH_SIZE, SIZE, converted
 
 from fastprune.base.cpus import usable_cpus
-from fastprune.bench.service import Consumers, ServiceProcess
 from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 
@@ -68,7 +68,6 @@ class Measurement:
         self._start: dict[str, Any] = {
             "memory_bytes": arguments.memory_mib << 20,
             "num_workers": usable_cpus(),
-            "pace": "auto",
         }
         self._options = options
         listen = [part for address in addresses.values() for part in ("--listen", address)]

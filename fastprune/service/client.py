@@ -5,7 +5,7 @@ same code. So no bit of a batch depends on which services were there, or on when
 """
 
 import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprune.base.run_ahead import run_ahead
 from fastprune.beton.beton import Beton
 from fastprune.decoding.cpu import CpuDecoder
 from fastprune.decoding.faults import ALTERED, ChangeDetector, RowFaults
@@ -24,7 +25,7 @@ from fastprune.service.failover import Service, Services, split_rows
 from fastprune.service.served_beton import Patience, ServedBeton, is_final, unavailable
 from fastprune.service.wire import ServiceError
 
-_BATCHES_AHEAD = 3  # as the CPU decoder
+_BATCHES_AHEAD = 4
 _PROBED_ROWS = 16
 
 DrawViews = Callable[[NDArray[np.int64]], NDArray[np.int32]]
@@ -169,25 +170,15 @@ class _Epoch:
         Raises:
             ServiceError: a service was lost.
         """
-        waiting: deque[_Batch] = deque()
         is_finished = False
         try:
             self._announce(batches, draw_views)
-            for rows in batches:
-                ready = []
-                if len(waiting) > _BATCHES_AHEAD:
-                    ready.append(self._finish(waiting.popleft()))
-                # Requested before the caller works on the batch that is ready.
+
+            def start(rows: NDArray[np.int64]) -> _Batch:
                 self._file.check()
-                waiting.append(self._start(rows, draw_views(rows)))
-                if ready:
-                    yield ready.pop()
-            while waiting:
-                ready = [self._finish(waiting.popleft())]
-                for service, connection in self._connections.items():
-                    with self._services.blaming(service):
-                        connection.flush()
-                yield ready.pop()
+                return self._start(rows, draw_views(rows))
+
+            yield from run_ahead(batches, start, self._finish, _BATCHES_AHEAD)
             is_finished = True
         finally:
             for service, connection in self._connections.items():
@@ -246,6 +237,11 @@ class _Epoch:
             request.batch.reasons.update(
                 {int(request.positions[i]): reason for i, reason in reasons.items()}
             )
+        if not self._requests:
+            # The epoch's last batch: no request follows that would carry the releases.
+            for service, connection in self._connections.items():
+                with self._services.blaming(service):
+                    connection.flush()
         if not isinstance(self._beton, ServedBeton):
             self._verify(batch)
         return self._faults.without_failed(batch.pixels, batch.rows, batch.reasons)

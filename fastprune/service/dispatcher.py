@@ -18,7 +18,7 @@ import numpy as np
 
 from fastprune import __version__
 from fastprune.base.checks import require_at_least
-from fastprune.base.errors import LoadingError
+from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.base.threads import WorkerThreads
 from fastprune.beton.beton import Beton
 from fastprune.decoding.cpu import stored_images
@@ -108,7 +108,10 @@ class Dispatcher:
         Raises:
             InvalidValueError: a beton has no manifest, or an argument is out of its range.
         """
-        require_at_least("memory_bytes", memory_bytes, _MIN_MEMORY_BYTES)
+        if memory_bytes < _MIN_MEMORY_BYTES:
+            raise InvalidValueError(
+                f"memory must be at least {_MIN_MEMORY_BYTES:,} bytes, not {memory_bytes:,}."
+            )
         require_at_least("num_sizes", num_sizes, 1)
         require_at_least("num_workers", num_workers, 1)
         self.betons = [Served(beton, wire.images_digest(beton)) for beton in betons]

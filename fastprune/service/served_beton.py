@@ -107,7 +107,6 @@ class ServedBeton(Beton):
 
     Attributes:
         url: as it was named.
-        service: addresses of the services, separated by commas.
         identity: fingerprint of the images, with their content.
         digest: by which services know the stored images.
         names: of the classes.
@@ -115,15 +114,10 @@ class ServedBeton(Beton):
     """
 
     url: str = ""
-    service: str = ""
     identity: Fingerprint | None = None
     digest: str = ""
     names: tuple[str, ...] | None = None
     is_labeled: bool = True
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Opened again, with the token of that process' environment: a pickle holds no secret.
-        return open_remote_beton, (self.url,)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

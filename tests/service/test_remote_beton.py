@@ -133,9 +133,7 @@ def test_no_other_service_can_be_named_beside_it(beton, serve):
 
 @pytest.mark.usefixtures("impatient")
 def test_without_a_service_an_error_names_address_and_cure():
-    with pytest.raises(
-        LoadingError, match=r"grpc://127.0.0.1:1: no server listens.*fastprune serve"
-    ):
+    with pytest.raises(LoadingError, match=r"127.0.0.1:1: no server listens.*fastprune serve"):
         make_loader("grpc://127.0.0.1:1/train.beton", None)
 
 

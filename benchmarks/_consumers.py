@@ -1,27 +1,23 @@
-"""What a loading service saves on this machine: trainers that decode for themselves, or through it.
+"""Processes of the service's benchmarks: a service, and consumers that take batches from it.
 
-Consumers are processes that take batches as fast as they come. They stay between measurements, so
-that a measurement is of loading alone, and take turns: for themselves, by the service.
+Consumers take batches as fast as they come. They live on between measurements, so that only loading
+is measured. Run as a script, this file is a consumer.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import FastpruneError
-from fastprune.beton.opening import open_beton
 from fastprune.service.connection import ask_status
 
 #: Shares of the rows that consumers take at the same time; rows of a smaller one are in a larger.
@@ -30,7 +26,6 @@ CASES: dict[str, tuple[float, ...]] = {
     "three equal": (1.0, 1.0, 1.0),
     "nested 30/50/70%": (0.3, 0.5, 0.7),
 }
-_CONSUMER = "from fastprune.bench.service import consume; consume()"
 
 
 class Process:
@@ -56,7 +51,7 @@ class Process:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise FastpruneError("a consumer died; its own message stands above.")
+            raise FastpruneError("a consumer died; its own message is above.")
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -76,7 +71,6 @@ class ServiceProcess:
         *,
         memory_bytes: int,
         num_workers: int,
-        pace: str,
         options: Sequence[str] = (),
     ):
         """Start it, and wait until it listens.
@@ -85,7 +79,6 @@ class ServiceProcess:
             beton_path: what it serves.
             memory_bytes: of its slab.
             num_workers: its decoding threads.
-            pace: of the service.
             options: further ones of `fastprune serve`, such as addresses beside the socket.
 
         Raises:
@@ -96,13 +89,18 @@ class ServiceProcess:
         self.address = f"unix:{path}"
         # The socket comes last: once it is there, every other address can be reached.
         command = [sys.executable, "-m", "fastprune", "serve", str(beton_path), *options]
-        command += ["--listen", self.address, "--memory", str(memory_bytes), "--pace", pace]
+        command += [
+            "--listen",
+            self.address,
+            "--memory",
+            str(memory_bytes),
+        ]
         command += ["--workers", str(num_workers)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while not path.exists():
             if self._process.poll() is not None:
                 self._folder.cleanup()
-                raise FastpruneError("the service did not start; its own message stands above.")
+                raise FastpruneError("the service did not start; its own message is above.")
             time.sleep(0.01)
 
     @property
@@ -117,7 +115,7 @@ class ServiceProcess:
         return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
-        """End it as nobody should."""
+        """Kill it."""
         self._process.kill()
 
     def close(self) -> None:
@@ -128,7 +126,7 @@ class ServiceProcess:
 
 
 def consume() -> None:
-    """Take batches as standard input says; what a consumer's process does."""
+    """Take batches as standard input asks."""
     import torch
 
     from fastprune.loading.loader import Loader
@@ -172,7 +170,7 @@ class Consumers:
     def __init__(self, number: int):
         """Start them."""
         self.cpu_seconds = 0.0
-        self._all = [Process("-c", _CONSUMER) for _ in range(number)]
+        self._all = [Process(str(Path(__file__).resolve())) for _ in range(number)]
         self._together: list[Process] = []
 
     def prepare(
@@ -213,101 +211,5 @@ class Consumers:
             consumer.close()
 
 
-@dataclass(frozen=True)
-class ServiceRate:
-    """What consumers got together, in one case.
-
-    Attributes:
-        case: one of `CASES`.
-        local: views per second where each decodes for itself, the median over the rounds.
-        service: views per second through the service, the median over the rounds.
-        speedup: the median of service / local, formed round by round.
-        decoded_share: views decoded / different views wanted, by the service in all rounds.
-    """
-
-    case: str
-    local: float
-    service: float
-    speedup: float
-    decoded_share: float
-
-
-def bench_service(
-    beton_path: str | Path,
-    *,
-    batch_size: int = 64,
-    image_size: int = 224,
-    num_workers: int | None = None,
-    memory_bytes: int = 1 << 30,
-    pace: str = "auto",
-    rounds: int = 3,
-    epochs: int = 1,
-) -> list[ServiceRate]:
-    """Measure what a service saves with your own beton: one consumer, three equal, three nested.
-
-    Args:
-        beton_path: the beton, with a manifest.
-        batch_size: rows per batch.
-        image_size: S, in pixels.
-        num_workers: decoding threads of each loader, and of the service; None is one per CPU.
-        memory_bytes: of the service.
-        pace: of the service.
-        rounds: counted, after one that is not.
-        epochs: of each consumer in a round.
-
-    Returns:
-        A rate per case.
-
-    Raises:
-        FastpruneError: the service does not start, or a consumer died.
-    """
-    num_workers = num_workers or usable_cpus()
-    settings: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size}
-    settings["num_workers"] = num_workers
-    num_rows = open_beton(beton_path).num_rows
-    service = ServiceProcess(
-        beton_path, memory_bytes=memory_bytes, num_workers=num_workers, pace=pace
-    )
-    consumers = Consumers(max(map(len, CASES.values())))
-    try:
-        return [
-            _rate_of(case, beton_path, consumers, service, rounds, epochs, num_rows, settings)
-            for case in CASES
-        ]
-    finally:
-        consumers.close()
-        service.close()
-
-
-def _rate_of(
-    case: str,
-    beton_path: str | Path,
-    consumers: Consumers,
-    service: ServiceProcess,
-    rounds: int,
-    epochs: int,
-    num_rows: int,
-    settings: dict[str, Any],
-) -> ServiceRate:
-    """Measure one case."""
-    shares, num_decoded = CASES[case], 0
-    rates: dict[str, list[float]] = {"": [], service.address: []}
-    for number in range(1 + rounds):
-        for address, kept in rates.items():
-            # Another seed each time, so that no view was seen before.
-            seen = {"service": address, "seed": 1000 * list(CASES).index(case) + number}
-            before = service.num_decoded  # the first batch is decoded while loaders get ready
-            consumers.prepare(beton_path, shares, epochs=epochs, settings=settings | seen)
-            rate = consumers.run()
-            if number > 0:
-                kept.append(rate)
-                num_decoded += service.num_decoded - before
-    local, remote = rates.values()
-    num_wanted = rounds * epochs * len(share_of_rows(num_rows, max(shares)))
-    return ServiceRate(
-        case,
-        statistics.median(local),
-        statistics.median(remote),
-        statistics.median(b / a for a, b in zip(local, remote, strict=True)),
-        num_decoded / num_wanted,
-    )
+if __name__ == "__main__":
+    consume()
