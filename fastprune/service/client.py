@@ -170,7 +170,7 @@ class _Epoch:
         Raises:
             ServiceError: a service was lost.
         """
-        is_finished = False
+        self._num_left = len(batches)
         try:
             self._announce(batches, draw_views)
 
@@ -179,12 +179,11 @@ class _Epoch:
                 return self._start(rows, draw_views(rows))
 
             yield from run_ahead(batches, start, self._finish, _BATCHES_AHEAD)
-            is_finished = True
         finally:
             for service, connection in self._connections.items():
                 # After an epoch that was left early, answers are still on their way: a service
                 # forgets them only with the connection.
-                if is_finished:
+                if self._num_left == 0:
                     service.idle.append(connection)
                 else:
                     connection.close()
@@ -237,8 +236,9 @@ class _Epoch:
             request.batch.reasons.update(
                 {int(request.positions[i]): reason for i, reason in reasons.items()}
             )
-        if not self._requests:
-            # The epoch's last batch: no request follows that would carry the releases.
+        self._num_left -= 1
+        if self._num_left == 0:
+            # No request follows that would carry the releases.
             for service, connection in self._connections.items():
                 with self._services.blaming(service):
                     connection.flush()
