@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastprune.beton.opening import open_beton
     from fastprune.beton.remote.stage import stage
     from fastprune.difficulty.kernels import centroid_distances
-    from fastprune.difficulty.teacher import score
+    from fastprune.difficulty.score import score
     from fastprune.distillation.learner import ProjectorEnsemble
     from fastprune.distillation.losses import (
         LogitReshaper,
@@ -78,7 +78,7 @@ _HOMES = {
     "distillation_loss": "fastprune.distillation.losses",
     "feature_loss": "fastprune.distillation.losses",
     "open_beton": "fastprune.beton.opening",
-    "score": "fastprune.difficulty.teacher",
+    "score": "fastprune.difficulty.score",
     "select_rows": "fastprune.selection.strategies",
     "stage": "fastprune.beton.remote.stage",
     "standardize_logits": "fastprune.distillation.losses",

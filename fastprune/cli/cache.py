@@ -67,7 +67,7 @@ def fill(
     torchrun ... -m fastprune cache fill ...
     """
     network = checked_teacher(beton, teacher, teacher_factory)
-    from fastprune.difficulty.cache import fill_cache
+    from fastprune.difficulty.fill_cache import fill_cache
 
     start = time.perf_counter()
     filled = fill_cache(beton, network, folder, **settings)

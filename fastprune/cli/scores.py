@@ -62,7 +62,7 @@ def score(
     torchrun ... -m fastprune score ...
     """
     network = checked_teacher(beton, teacher, teacher_factory)
-    from fastprune.difficulty.teacher import score
+    from fastprune.difficulty.score import score
 
     started = time.perf_counter()
     table = score(beton, network, out, resume=not restart, **settings)

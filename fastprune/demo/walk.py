@@ -18,7 +18,7 @@ from fastprune.beton.convert.writer import convert
 from fastprune.beton.opening import open_beton
 from fastprune.demo.images import prepare_images
 from fastprune.demo.pictures import WRONG_LABEL_SHARE
-from fastprune.difficulty.teacher import score
+from fastprune.difficulty.score import score
 from fastprune.distillation.trainer import distill
 from fastprune.networks import build_network
 from fastprune.report.comparison import Comparison

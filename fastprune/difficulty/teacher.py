@@ -1,344 +1,276 @@
-"""One pass of a teacher over a beton, and the score table made of it."""
+"""The teacher of a pass: network, weights and identity, and a batch through it."""
 
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.base.progress import track
-from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
-from fastprune.beton.beton import Beton
-from fastprune.beton.opening import open_beton
-from fastprune.difficulty.cache import fill_missing, open_cache, recurring_views
-from fastprune.difficulty.clusters import spherical_kmeans
-from fastprune.difficulty.forward import COLUMNS, Forward, ready_forward
-from fastprune.difficulty.journal import ROW_DTYPE, PassJournal
-from fastprune.difficulty.kernels import centroid_distances, centroid_median_distances
-from fastprune.difficulty.network import Teacher, ViewSpec, choose_view, make_teacher
-from fastprune.difficulty.reading import Reading
-from fastprune.loading.batch import choose_device
-from fastprune.loading.loader import Loader
-from fastprune.rows.cache_filler import CacheFiller
-from fastprune.rows.score_table import ScoreTable, require_parquet_name
-from fastprune.settings import ScoreSettings, takes_settings
-from fastprune.settings.score import CLUSTER_METRIC, LABEL_FREE_METRICS, LOGIT_METRICS
+from fastprune.difficulty.metrics import logit_metrics
+from fastprune.networks import (
+    FeatureNetwork,
+    PublishedView,
+    build_network,
+    load_weights,
+    network_in_metadata,
+    own_classes,
+    published_view,
+    published_weights,
+    weights_digest,
+    weights_metadata,
+)
+from fastprune.settings.score import LOGIT_METRICS
 
-# A killed pass loses at most this much; a commit flushes the whole map, so not every step.
-_COMMIT_SECONDS = 10.0
-_SIGN_OF_LIFE_SECONDS = 5.0
+# Metrics stay float64 until the table is made: class std is a mean over many rows.
+RECORD = np.dtype([*((name, "<f8") for name in LOGIT_METRICS), ("prediction", "<i8")])
+
+# Called with the rows (B,), the number k and the logits (B, C) float32 of a batch's view k.
+Keep = Callable[[Tensor, int, Tensor], None]
 
 
-@takes_settings(ScoreSettings)
-def score(
-    beton_path: str | Path,
+@dataclass(frozen=True)
+class Teacher:
+    """A network that scores.
+
+    Attributes:
+        network: maps (B, 3, S, S) images to (B, C) logits.
+        num_classes: C; 0 without a classifier, for features alone.
+        identity: network, checkpoint, published weights and digest of the weights, for the record.
+        image_size: side of the images it was trained on, in pixels; None if unknown.
+        published: size, mean and std that its weights were made for, if all are known.
+    """
+
+    network: nn.Module
+    num_classes: int
+    identity: dict[str, Any]
+    image_size: int | None = None
+    published: PublishedView | None = None
+
+
+def make_teacher(
     teacher: str | nn.Module | None,
-    out_path: str | Path,
     *,
-    settings: ScoreSettings,
-) -> ScoreTable:
-    """Score every row of a beton by one pass of a teacher.
-
-    The pass keeps its state in the folder `<out_path>.partial`. When it is killed, the same call
-    resumes it. Under torchrun, or in a process group of the caller's, the ranks share the work and
-    the first one writes.
+    num_classes: int | None,
+    checkpoint: str | Path | None = None,
+    weights: str | None = None,
+) -> Teacher:
+    """Build the teacher, or take the given network.
 
     Args:
-        beton_path: the images.
-        teacher: a network, which is moved to the device and left in the mode it was in; or a name
-            (see `fastprune.networks.build_network`); or None for the one that the checkpoint names.
-        out_path: the score table to write.
-        settings: the fields of `ScoreSettings`, as keywords.
-
-    Returns:
-        The table as written, on every rank.
+        teacher: a network, or the name of one (see `build_network`); None for the network that the
+            checkpoint names.
+        num_classes: C; None for the teacher's own number, or 0 if that is unknown.
+        checkpoint: its weights in a file.
+        weights: its published weights, by name; by default, without a checkpoint, the best ones.
 
     Raises:
-        InvalidValueError: an argument is outside its domain, the teacher's classes are not the
-            beton's, it returned a value that is not finite (the row is named), or the beton has no
-            labels and num_clusters is not given.
-        ArtifactMismatch: the cache is of something else; the difference is named.
-        ArtifactError: the checkpoint does not fit, or a file cannot be written.
-        BetonError: the beton cannot be read.
-        LoadingError: an image cannot be decoded.
+        InvalidValueError: the arguments contradict each other, or do not determine the network.
+        ArtifactError: the checkpoint cannot be read or does not fit.
     """
-    started = time.monotonic()
-    require_parquet_name(out_path)  # now, and not when the pass is done
-    out_path, beton = Path(out_path), open_beton(beton_path)
-    classes = _checked_classes(beton, settings.num_classes, settings.num_clusters)
-    made = make_teacher(
-        teacher, num_classes=classes, checkpoint=settings.checkpoint, weights=settings.weights
+    if isinstance(teacher, nn.Module):
+        if checkpoint is not None or weights is not None:
+            raise InvalidValueError(
+                "the teacher is a network, which has its weights; leave the checkpoint and the "
+                "weights out, or give its name."
+            )
+        return _identified(teacher, type(teacher).__name__, num_classes or 0)
+    if checkpoint is None:
+        return _published(teacher, weights, num_classes)
+    if weights is not None:
+        raise InvalidValueError(
+            f"both a checkpoint ({checkpoint}) and published weights ({weights}) were given for "
+            f"the teacher {teacher}. Leave one of them out."
+        )
+    metadata = weights_metadata(checkpoint)
+    name = teacher or network_in_metadata(metadata, checkpoint)
+    if name is None:
+        raise InvalidValueError(f"{checkpoint} does not name its network. Name it (--teacher).")
+    if num_classes is None:
+        num_classes = own_classes(name, checkpoint=checkpoint, weights=None)
+    network = build_network(name, num_classes=num_classes)
+    load_weights(network, checkpoint)
+    size = metadata.get("image_size")
+    published = None
+    # Students of `distill` carry all three in their safetensors header.
+    if {"image_size", "mean", "std"} <= metadata.keys():
+        mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
+        published = PublishedView(int(metadata["image_size"]), mean, std)
+    return _identified(
+        network,
+        name,
+        num_classes,
+        checkpoint=Path(checkpoint).name,
+        image_size=None if size is None else int(size),
+        published=published,
     )
-    cache = settings.cache
-    view = choose_view(
-        beton,
-        made,
-        image_size=settings.image_size,
-        mean=settings.mean,
-        std=settings.std,
-        views=settings.views,
-        seed=settings.seed,
-        augment=settings.augment,
-    )
-    recurring = (
-        0 if cache is None else recurring_views(cache, settings.num_views, scored=view.count)
-    )
-    if cache is not None and made.num_classes == 0:
+
+
+def _published(name: str | None, weights: str | None, num_classes: int | None) -> Teacher:
+    """Build a teacher with published weights, or call a factory, which brings its own."""
+    if name is None:
         raise InvalidValueError(
-            f"cache ({cache}) keeps logits, but the teacher has no classifier that makes some. "
-            "Leave it out, or take a teacher with classes (--teacher-classes)."
+            "there is no teacher. Name one (--teacher resnet50), or give a checkpoint "
+            "(--teacher-checkpoint)."
         )
-    with join_ranks() as ranks:
-        rank_device = device_of_rank(choose_device(settings.device))
-        reading = Reading(
-            beton,
-            view,
-            settings.batch_size,
-            rank_device,
-            settings.backend,
-            settings.num_workers,
-        )
-        with ready_forward(
-            made.network,
-            num_classes=made.num_classes,
-            feature_layer=settings.feature_layer,
-            image_size=view.image_size,
-            device=rank_device,
-            precision=settings.precision,
-            compile_network=settings.compile_teacher,
-            uses_labels=settings.num_clusters is None,
-        ) as forward:
-            # How the teacher is run decides its scores as much as its weights do.
-            run_as = {"feature_layer": settings.feature_layer, "dtype": str(forward.dtype)}
-            made = replace(made, identity=made.identity | run_as)
-            identity: dict[str, Any] = {
-                "images": beton.fingerprint.to_dict(),
-                "teacher": made.identity,
-                "view": view.to_dict(),
-            }
-            if settings.num_clusters is not None:
-                # Not their number: a killed pass may go on with another.
-                identity["labels"] = False
-            with ExitStack() as stack:
-                journal = filler = None
-                if ranks.is_first:
-                    files = PassJournal(
-                        out_path,
-                        num_rows=beton.num_rows,
-                        identity=identity,
-                        resume=settings.resume,
-                        started=started,
-                    )
-                    journal = stack.enter_context(files)
-                if cache is not None:
-                    loader = reading.open(np.arange(beton.num_rows), ranks)
-                    opened = open_cache(
-                        cache,
-                        loader,
-                        weights_digest=made.identity["weights_digest"],
-                        precision=forward.dtype,
-                        num_classes=forward.num_classes,
-                        num_views=recurring,
-                        dtype=settings.cache_dtype,
-                    )
-                    filler = stack.enter_context(CacheFiller(opened))
-                _run(reading, forward, journal, ranks, filler)
-                table = _tabulate(
-                    journal, beton, made, view, ranks, settings.num_clusters, settings.seed
-                )
-                if journal is not None and table is not None:
-                    table.save(out_path)
-                    if settings.keep_features:
-                        journal.keep_features(out_path.with_suffix(".features.npy"))
-                    journal.remove()
-                if filler is not None:
-                    _finish_cache(filler, loader, forward, ranks, num_slots=view.count)
-        return ranks.from_first(table)
+    weights = weights or published_weights(name)
+    if num_classes is None:
+        num_classes = own_classes(name, checkpoint=None, weights=weights)
+    network = build_network(name, num_classes=num_classes, weights=weights)
+    view = None if weights is None else published_view(name, weights)
+    return _identified(network, name, num_classes, weights=weights, published=view)
 
 
-def _checked_classes(beton: Beton, asked: int | None, num_clusters: int | None) -> int | None:
-    """Return the teacher's classes, None for its own; refuse labels that it does not know."""
-    if num_clusters is not None:
-        if 1 <= num_clusters <= beton.num_rows:
-            return asked
-        raise InvalidValueError(
-            f"num_clusters ({num_clusters:,}) must be from 1 to the number of rows of "
-            f"{beton.path}, {beton.num_rows:,}."
-        )
-    num_classes = beton.num_classes if asked is None else asked
-    if not beton.has_labels:
-        raise InvalidValueError(
-            f"{beton.path} was converted without labels, so no row has a class to be judged by. "
-            "Score it by clusters of the teacher's features: --unsupervised K (num_clusters)."
-        )
-    outside = (beton.labels < 0) | (beton.labels >= num_classes)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise InvalidValueError(
-            f"row {row:,} of {beton.path} has label {beton.labels[row]}, but the teacher's "
-            f"{num_classes:,} classes are 0 to {num_classes - 1:,}. Take a teacher that was "
-            "trained on these labels."
-        )
-    return num_classes
-
-
-def _run(
-    reading: Reading,
-    forward: Forward,
-    journal: PassJournal | None,
-    ranks: Ranks,
-    filler: CacheFiller | None,
-) -> None:
-    """Examine the remaining rows; the first rank collects and writes."""
-    num_rows, batch_size = reading.beton.num_rows, reading.batch_size
-    start = ranks.from_first(None if journal is None else journal.rows_done)
-    if start == num_rows:
-        return
-    batches = reading.batches(start, ranks)
-    keep = None if filler is None else partial(_keep, filler)
-    step_rows = batch_size * ranks.world
-    steps: range | Iterator[int] = range(-(-(num_rows - start) // step_rows))
-    if journal is not None:
-        steps = track(
-            steps, description="scoring", total=num_rows - start, unit="images", step=step_rows
-        )
-    for _ in steps:
-        views = next(batches, None)
-        if views is None:  # gather is collective: a rank without rows takes part too
-            features = torch.zeros(0, forward.width)
-            columns = torch.zeros(0, len(COLUMNS), dtype=torch.float64)
-        else:
-            features, columns = forward.examine(views, keep=keep)
-        all_features = ranks.gather(features, batch_size)
-        all_columns = ranks.gather(columns, batch_size)
-        if journal is not None:
-            _append(journal, torch.cat(all_features), torch.cat(all_columns))
-
-
-def _keep(filler: CacheFiller, rows: Tensor, slot: int, logits: Tensor) -> None:
-    """Put a view's logits into the cache, copied to the host on its thread."""
-    filler.put(rows.cpu().numpy(), slot, lambda: logits.cpu().numpy())
-
-
-def _finish_cache(
-    filler: CacheFiller, loader: Loader, forward: Forward, ranks: Ranks, *, num_slots: int
-) -> None:
-    """Put the last logits on the disk, and ask again for those that a killed pass lost."""
-    filler.flush()
-    # A disk that is full on one rank costs the cache, but not the scores.
-    if not any(ranks.all_gather(filler.has_failed)):
-        fill_missing(filler.cache, loader, forward, ranks, slots=range(num_slots))
-        if ranks.is_first:
-            filler.flush(seal=True)
-
-
-def _append(journal: PassJournal, features: Tensor, columns: Tensor) -> None:
-    """Write a step's rows in row order."""
-    # The sampler deals rows out to ranks in turn, so together they interleave.
-    order = columns[:, COLUMNS.index("row")].argsort()
-    features, columns = features[order], columns[order]
-    expected = torch.arange(journal.rows_done, journal.rows_done + len(columns))
-    assert torch.equal(columns[:, COLUMNS.index("row")].long(), expected)
-    records = np.zeros(len(columns), ROW_DTYPE)
-    for name in ROW_DTYPE.names or ():
-        records[name] = columns[:, COLUMNS.index(name)].numpy()
-    journal.append(features.numpy(), records)
-    journal.commit(older_than_seconds=_COMMIT_SECONDS)
-
-
-def _tabulate(
-    journal: PassJournal | None,
-    beton: Beton,
-    teacher: Teacher,
-    view: ViewSpec,
-    ranks: Ranks,
-    num_clusters: int | None,
-    seed: int,
-) -> ScoreTable | None:
-    """Make the table of the pass on the first rank, which has the journal."""
-    if num_clusters is None:
-        return None if journal is None else _make_table(journal, beton, teacher, view)
-    make = partial(_make_clustered_table, journal, beton, teacher, view, num_clusters, seed)
-    if ranks.world == 1:
-        return make()
-    # Clusters of millions of rows can take longer than a collective waits: there are several.
-    with ThreadPoolExecutor(1) as pool:
-        made = None if journal is None else pool.submit(make)
-        is_done = False
-        while not is_done:
-            if made is not None:
-                wait([made], timeout=_SIGN_OF_LIFE_SECONDS)
-            is_done = ranks.from_first(None if made is None else made.done())
-        return None if made is None else made.result()
-
-
-def _make_table(journal: PassJournal, beton: Beton, teacher: Teacher, view: ViewSpec) -> ScoreTable:
-    labels, rows, classes = beton.labels, journal.rows, teacher.num_classes
-    metrics = {
-        "centroid": centroid_distances(journal.features, labels, num_classes=classes),
-        "centroid_median": centroid_median_distances(journal.features, labels, num_classes=classes),
-        **{
-            name: np.array(rows[name], np.float32)
-            for name in LOGIT_METRICS
-            # The gradient of the last layer needs that layer's own input.
-            if name != "grand_last" or teacher.identity["feature_layer"] is None
-        },
+def _identified(
+    network: nn.Module,
+    name: str,
+    num_classes: int,
+    *,
+    checkpoint: str | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    published: PublishedView | None = None,
+) -> Teacher:
+    identity = {
+        "network": name,
+        "num_classes": num_classes,
+        "checkpoint": checkpoint,
+        "weights": weights,
+        # Of the weights themselves: a file can be renamed or overwritten.
+        "weights_digest": weights_digest(network),
     }
-    counts = np.bincount(labels, minlength=classes)
-    std_sums = np.bincount(labels, weights=rows["logit_std"], minlength=classes)
-    with np.errstate(invalid="ignore"):  # a class without rows has no std: 0 / 0 is NaN
-        class_std = std_sums / counts
-    return ScoreTable(
-        labels=np.array(labels, np.int64),
-        metrics=metrics,
-        predictions=np.array(rows["prediction"], np.int64),
-        class_std=class_std,
-        class_counts=counts.astype(np.int64),
-        fingerprint=beton.fingerprint,
-        teacher=teacher.identity,
-        view=view.to_dict(),
-        seconds=journal.seconds,
-    )
+    return Teacher(network, num_classes, identity, image_size, published)
 
 
-def _make_clustered_table(
-    journal: PassJournal | None,
-    beton: Beton,
+@dataclass(frozen=True)
+class Forward:
+    """The teacher, ready to run.
+
+    Attributes:
+        network: maps images to (features (B, D), logits (B, C)).
+        device: of the network's weights.
+        dtype: of its arithmetic: float32, or bfloat16 under autocast.
+        width: D.
+        num_classes: C; 0 for a teacher without a classifier.
+        uses_labels: whether metrics of labels are computed.
+    """
+
+    network: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    num_classes: int
+    uses_labels: bool = True
+
+    def examine(
+        self, views: Iterable[tuple[Tensor, ...]], *, keep: Keep | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[Any]]:
+        """Run one batch, in each of its views, and average.
+
+        Args:
+            views: per view the images (B, 3, S, S), labels (B,) and rows (B,), on the device. One
+                is held at a time.
+            keep: called with each view's rows, number and logits.
+
+        Returns:
+            Rows (B,), features (B, D), and records (B,) of RECORD: NaN for metrics that need labels
+            or logits the teacher does not have.
+
+        Raises:
+            InvalidValueError: a feature or a logit is not finite; the first such row is named.
+        """
+        features, metrics, probabilities = [], [], []
+        for number, (images, labels, rows) in enumerate(views):
+            hidden, logits = (
+                part.float() for part in run_network(self.network, images, self.dtype)
+            )
+            _refuse_bad_rows(hidden, logits, rows)
+            if keep is not None:
+                keep(rows, number, logits)
+            features.append(hidden)
+            metrics.append(logit_metrics(logits, labels if self.uses_labels else None, hidden))
+            probabilities.append(logits.softmax(dim=1))
+        unknown = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=rows.device)
+        columns = [_mean([m.get(name, unknown) for m in metrics]) for name in LOGIT_METRICS]
+        predictions = (
+            _mean(probabilities).argmax(dim=1) if self.uses_labels else torch.full_like(rows, -1)
+        )
+        # One transfer for all; classes are exact in float64.
+        columns = torch.stack([*columns, predictions.double()]).cpu().numpy()
+        records = np.empty(len(rows), RECORD)
+        for name, column in zip(RECORD.names or (), columns, strict=True):
+            records[name] = column
+        return rows.cpu().numpy(), _mean(features).cpu().numpy(), records
+
+
+@contextmanager
+def ready_forward(
     teacher: Teacher,
-    view: ViewSpec,
-    num_clusters: int,
-    seed: int,
-) -> ScoreTable:
-    """Group the rows by their features; labels, where the beton has some, are not looked at."""
-    assert journal is not None, "the first rank has one"
-    clusters = spherical_kmeans(journal.features, num_clusters, seed=seed)
-    has_logits = teacher.num_classes > 0
-    metrics = {name: np.array(journal.rows[name], np.float32) for name in LABEL_FREE_METRICS}
-    counts = np.bincount(beton.labels, minlength=beton.num_classes)
-    return ScoreTable(
-        labels=np.array(beton.labels, np.int64),
-        metrics={CLUSTER_METRIC: clusters.distances, **(metrics if has_logits else {})},
-        predictions=np.array(journal.rows["prediction"], np.int64),
-        class_std=np.full(len(counts), np.nan),
-        class_counts=counts.astype(np.int64),
-        fingerprint=beton.fingerprint,
-        teacher=teacher.identity,
-        view=view.to_dict(),
-        seconds=journal.seconds,
-        clusters=clusters.assignments,
-        clustering={
-            "num_clusters": num_clusters,
-            "seed": seed,
-            "iterations": clusters.iterations,
-            "converged": clusters.converged,
-            "mean_distance": clusters.inertia / beton.num_rows,
-        },
-    )
+    *,
+    feature_layer: str | None,
+    image_size: int,
+    device: torch.device,
+    precision: str,
+    compile_network: bool,
+    uses_labels: bool = True,
+) -> Iterator[Forward]:
+    """Put a teacher on the device in eval mode, hook its features, and try it on one image.
+
+    On leaving, the hook is removed and every module gets its mode back.
+
+    Raises:
+        InvalidValueError: the network returns another number of logits than C, or its features are
+            not found.
+    """
+    network, num_classes = teacher.network, teacher.num_classes
+    # Only CUDA devices are asked: torch emulates bfloat16 on CPUs that do not have it.
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    is_half = precision == "bf16" or (precision == "auto" and has_bfloat16)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    # The caller's network is borrowed: it must not come back in eval mode.
+    modes = [(module, module.training) for module in network.modules()]
+    network.to(device).to(memory_format=torch.channels_last).eval()
+    try:
+        with FeatureNetwork(network, num_classes=num_classes, feature_layer=feature_layer) as tap:
+            # One image shows the widths and finds a hook that does not fire, before hours of work.
+            image = torch.zeros(1, 3, image_size, image_size, device=device)
+            features, logits = run_network(tap, image, dtype)
+            if logits.ndim != 2 or logits.shape[1] != num_classes:
+                raise InvalidValueError(
+                    f"the teacher {type(network).__name__} returned logits of shape "
+                    f"{tuple(logits.shape)} for one image, but {num_classes:,} classes are wanted. "
+                    "Take a teacher of these classes, or tell their number (--teacher-classes)."
+                )
+            compiled: Any = torch.compile(tap) if compile_network else tap
+            yield Forward(compiled, device, dtype, features.shape[1], num_classes, uses_labels)
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+@torch.inference_mode()
+def run_network(network: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Run a batch, under autocast if the dtype is not float32: (features, logits)."""
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        features, logits = network(images)
+    return features, logits
+
+
+def _mean(views: list[Tensor]) -> Tensor:
+    return torch.stack(views).mean(dim=0)
+
+
+def _refuse_bad_rows(features: Tensor, logits: Tensor, rows: Tensor) -> None:
+    is_bad = ~(features.isfinite().all(dim=1) & logits.isfinite().all(dim=1))
+    if is_bad.any():
+        row = int(rows[is_bad].min())
+        raise InvalidValueError(
+            f"the teacher returned NaN or infinity for row {row:,}. Score in float32 "
+            "(--precision fp32), and check the teacher's weights."
+        )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastprune.base.errors import ArtifactError, RecipeError
-from fastprune.difficulty.cache import open_cache
+from fastprune.difficulty.fill_cache import open_cache
 from fastprune.distillation.compatibility import require_logits
 from fastprune.distillation.learner import Outputs
 from fastprune.distillation.objective import Objective

@@ -212,6 +212,10 @@ class RowStore:
         """The rows without values, sorted."""
         return np.flatnonzero(~self.has(slice(None)))
 
+    def done_rows(self) -> NDArray[np.int64]:
+        """The rows with values, sorted."""
+        return np.flatnonzero(self.has(slice(None)))
+
     def put(self, rows: ArrayLike, *values: NDArray[Any]) -> None:
         """Keep values; rows that have some stay as they are.
 

@@ -8,7 +8,7 @@ import torch
 
 from fastprune.rows.score_table import ScoreTable
 from tests.difficulty.betons import small_beton, small_teacher
-from tests.difficulty.test_teacher import run
+from tests.difficulty.test_score import run
 
 ROOT = Path(__file__).parents[2]
 

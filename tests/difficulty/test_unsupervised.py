@@ -13,7 +13,7 @@ from fastprune.networks import build_network, save_weights
 from fastprune.report.scores import report_scores
 from fastprune.selection.subsets import make_subset
 from tests.difficulty.betons import small_teacher
-from tests.difficulty.test_teacher import _Interrupted, _StopsAfter
+from tests.difficulty.test_score import _Interrupted, _StopsAfter
 from tests.images import write_image_folder
 
 SIDE = 32

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from fastprune import TeacherCache, score
 from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.beton.opening import open_beton
-from fastprune.difficulty.cache import fill_cache
+from fastprune.difficulty.fill_cache import fill_cache
 from fastprune.distillation.trainer import distill
 from fastprune.networks import save_weights
 from fastprune.rows.subset import Subset

@@ -13,9 +13,8 @@ from fastprune.base.progress import track
 from fastprune.base.ranks import Ranks, device_of_rank, join_ranks
 from fastprune.beton.beton import RowsLike, rows_of
 from fastprune.beton.opening import open_beton
-from fastprune.difficulty.forward import Forward, ready_forward, run_network
-from fastprune.difficulty.network import choose_view, make_teacher
-from fastprune.difficulty.reading import Reading
+from fastprune.difficulty.teacher import Forward, make_teacher, ready_forward, run_network
+from fastprune.difficulty.views import Reading, choose_view
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.rows.teacher_cache import TeacherCache
@@ -39,7 +38,7 @@ def fill_cache(
     Args:
         beton_path: the images.
         teacher: as for `score`.
-        cache_path: the folder; made where it is missing.
+        cache_path: the folder; made if it does not exist.
         subset: the rows to fill, which a new cache has room for: a file, a `Subset`, an array of
             rows, or None for all.
         settings: the fields of `FillSettings`, as keywords.
@@ -52,16 +51,16 @@ def fill_cache(
         ArtifactMismatch: the cache is of something else; the difference is named.
         ArtifactError: the disk is full, or a file cannot be read or written.
     """
-    num_views = recurring_views(cache_path, settings.num_views)
+    num_views = recurring_views(cache_path, settings.num_views, at_least=1)
     slots = range(num_views) if settings.slots is None else settings.slots
     for slot in slots:
-        if not 0 <= slot < num_views:
+        if slot >= num_views:
             raise InvalidValueError(
                 f"slot ({slot}) must be in [0, {num_views}), the cache's number of views."
             )
     beton = open_beton(beton_path)
     rows = rows_of(beton, subset)
-    # Images without labels say nothing of the teacher's classes, which are its own then.
+    # Unlabeled images do not determine the classes, which are the teacher's own then.
     known = beton.num_classes if beton.has_labels else None
     made = make_teacher(
         teacher,
@@ -71,36 +70,18 @@ def fill_cache(
     )
     if made.num_classes == 0:
         raise InvalidValueError(
-            "a teacher cache keeps logits, but the teacher has no classifier that makes some. Say "
-            "how many classes it has (--teacher-classes), or take another."
+            "a teacher cache keeps logits, but the teacher has no classifier. Tell how many "
+            "classes it has (--teacher-classes), or take another."
         )
-    view = choose_view(
-        beton,
-        made,
-        image_size=settings.image_size,
-        mean=settings.mean,
-        std=settings.std,
-        views=1,
-        seed=settings.seed,
-        augment=settings.augment,
-    )
+    view = choose_view(beton, made, settings, count=1)
     with join_ranks() as ranks:
-        rank_device = device_of_rank(choose_device(settings.device))
-        reading = Reading(
-            beton,
-            view,
-            settings.batch_size,
-            rank_device,
-            settings.backend,
-            settings.num_workers,
-        )
-        loader = reading.open(rows, ranks)
+        device = device_of_rank(choose_device(settings.device))
+        loader = Reading(beton, view, settings, device).open(rows, ranks)
         with ready_forward(
-            made.network,
-            num_classes=made.num_classes,
+            made,
             feature_layer=None,
             image_size=view.image_size,
-            device=rank_device,
+            device=device,
             precision=settings.precision,
             compile_network=settings.compile_teacher,
         ) as forward:
@@ -117,30 +98,25 @@ def fill_cache(
     return cache
 
 
-def recurring_views(path: str | Path, num_views: int | None, *, scored: int = 1) -> int:
-    """Return how many views recur: as is asked for, else as an existing cache has it.
+def recurring_views(path: str | Path, num_views: int | None, *, at_least: int) -> int:
+    """Return how many views recur: as asked for, else as an existing cache has it.
 
     Args:
         path: of the cache.
         num_views: K, or None.
-        scored: views that are put into it, the first ones; 0 for a center crop.
+        at_least: views that will be put into it, the first ones.
 
     Raises:
-        InvalidValueError: there is no such number, it is below `scored`, or that is 0.
+        InvalidValueError: there is no such number, or it is below `at_least`.
         ArtifactError: the cache is damaged.
     """
-    if scored == 0:
-        raise InvalidValueError(
-            "a teacher cache keeps training views, not the center crop. Score with views=1 "
-            "(--views train)."
-        )
     if num_views is None and not (Path(path) / "cache.json").exists():
         raise InvalidValueError(
             f"how many views recur in the training that {path} is for? Give num_views "
             "(--num-views), as data.num_views of its recipe."
         )
     chosen = TeacherCache.open(path).num_views if num_views is None else num_views
-    require_at_least("num_views", chosen, scored)
+    require_at_least("num_views", chosen, at_least)
     return chosen
 
 
@@ -183,7 +159,7 @@ def open_cache(
 
 def fill_missing(
     cache: TeacherCache, loader: Loader, forward: Forward, ranks: Ranks, *, slots: Iterable[int]
-) -> int:
+) -> None:
     """Ask the teacher for what a cache lacks of a loader's rows; a collective.
 
     Args:
@@ -193,15 +169,12 @@ def fill_missing(
         ranks: that share the work.
         slots: which views.
 
-    Returns:
-        Images that went through the teacher, on all ranks.
-
     Raises:
         InvalidValueError: a slot is out of range, the cache has no room for a row, or a logit
             cannot be kept.
         ArtifactError: the disk is full.
     """
-    wanted, asked = loader.rows, 0
+    wanted = loader.rows
     if not cache.holds(wanted).all():
         row = wanted[np.argmin(cache.holds(wanted))]
         raise InvalidValueError(
@@ -227,5 +200,3 @@ def fill_missing(
         ranks.all_gather(None)  # all have written
         if ranks.is_first:
             cache.commit(seal=True)
-        asked += len(missing)
-    return asked
