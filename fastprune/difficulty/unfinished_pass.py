@@ -110,6 +110,11 @@ class UnfinishedPass:
             write_text(self.folder / _HEADER_NAME, so_far.model_dump_json())
         self._committed_at = time.monotonic()
 
+    def check(self) -> Iterator[str]:
+        """Compare what is there with its checksums: a sentence for each fault."""
+        yield from self._store.check()
+        yield from self._wide.check()
+
     def features(self) -> NDArray[Any]:
         """(N, D) memory map: float16, or float32 if a row is beyond float16's range."""
         return self._features()[0]
@@ -148,9 +153,8 @@ class UnfinishedPass:
             if found := differences(ours, theirs):
                 logger.info("%s is of another pass and starts over: %s", self.folder, found[0])
                 return None
-            for store in (self._store, self._wide):
-                for fault in store.check():
-                    raise ArtifactError(fault)
+            for fault in self.check():
+                raise ArtifactError(fault)
             return earlier
         except ArtifactError as error:
             if not isinstance(error.__cause__, FileNotFoundError):

@@ -16,6 +16,7 @@ from fastprune import TeacherCache
 from fastprune.base.errors import ArtifactError
 from fastprune.rows import store as store_module
 from fastprune.rows.store import Marks, RowStore
+from tests.rows import pass_writer
 from tests.rows.cache_writer import ROWS, logits_of, make_cache
 from tests.rows.store_writer import FIELDS, NUM_ROWS, open_store, values_of
 
@@ -62,7 +63,30 @@ class Cache:
             assert np.array_equal(cache.logits(rows, slot), logits_of(rows, slot))
 
 
-@pytest.fixture(params=[PlainStore, Cache])
+class ScoringPass:
+    """The files of a scoring pass, whose features are in two stores."""
+
+    writer = "tests.rows.pass_writer"
+
+    def make(self, out_path):
+        with pass_writer.opened(out_path, 0):
+            pass
+
+    def faults(self, out_path):
+        with pass_writer.opened(out_path, 1) as unfinished:
+            return list(unfinished.check())
+
+    def require_intact(self, out_path, *, is_whole):
+        with pass_writer.opened(out_path, 0) as unfinished:
+            rows = np.setdiff1d(np.arange(pass_writer.NUM_ROWS), unfinished.missing())
+            assert not is_whole or len(rows) == pass_writer.NUM_ROWS
+            features, records = pass_writer.results_of(rows)
+            assert np.array_equal(unfinished.records[rows], records)
+            if is_whole:
+                assert np.array_equal(unfinished.features(), features)
+
+
+@pytest.fixture(params=[PlainStore, Cache, ScoringPass])
 def user(request):
     return request.param()
 
