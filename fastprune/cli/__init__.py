@@ -19,7 +19,6 @@ from fastprune.base.errors import FastpruneError, InvalidValueError
 from fastprune.cli import (
     beton,
     cache,
-    demo,
     machine,
     report,
     scores,
@@ -115,7 +114,6 @@ for _command in (
     *cache.COMMANDS,
     *service.COMMANDS,
     *report.COMMANDS,
-    *demo.COMMANDS,
     *machine.COMMANDS,
 ):
     main.add_command(_command)

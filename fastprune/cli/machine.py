@@ -1,4 +1,4 @@
-"""What works on this machine, and how fast it is."""
+"""The machine: a demo on it, its speed, and its health."""
 
 import json
 import sys
@@ -8,9 +8,35 @@ from typing import Any
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, device_option, json_option
+from fastprune.cli.options import COUNT, PATH, device_option, json_option, setting_options
+from fastprune.settings import DemoSettings
 
 _MARKS = {"good": "ok", "note": "note", "bad": "BAD"}
+
+
+# The recipe's head lists what comes after the teacher: scores, a subset, a student.
+_NEXT_STEPS = """
+The same with your own images, one folder per class in FOLDER/train and FOLDER/val:
+
+  fastprune convert FOLDER/train train.beton
+  fastprune convert FOLDER/val val.beton
+  fastprune train small_images_teacher    # what follows: fastprune recipes show small_images"""
+
+
+@click.command()
+@setting_options(DemoSettings)
+def demo(**settings: Any) -> None:
+    """Walk the whole way on small images: all rows, with and without a teacher cache, and halves.
+
+    Writes betons, scores, subsets, runs, result.json, report.html and scores.html to the folder of
+    --out, where an earlier demo is replaced.
+    """
+    from fastprune.demo.walk import run_demo
+
+    click.echo(run_demo(**settings))
+    written = ("result.json", "report.html", "scores.html")
+    click.echo(f"-> {', '.join(str(settings['out'] / name) for name in written)}")
+    click.echo(_NEXT_STEPS)
 
 
 @click.group()
@@ -110,4 +136,4 @@ def doctor(betons: tuple[Path, ...], required: tuple[str, ...], as_json: bool) -
     sys.exit(0 if healthy else 1)
 
 
-COMMANDS: tuple[click.Command, ...] = (bench, doctor)
+COMMANDS: tuple[click.Command, ...] = (demo, bench, doctor)

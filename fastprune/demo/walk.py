@@ -26,7 +26,7 @@ from fastprune.report.runs import Run
 from fastprune.report.scores import report_scores
 from fastprune.report.training import report_runs, summarize_runs
 from fastprune.selection.subsets import make_subset
-from fastprune.settings import Recipe, make_recipe
+from fastprune.settings import DemoSettings, Recipe, make_recipe, takes_settings
 
 logger = logging.getLogger(__name__)
 
@@ -87,39 +87,12 @@ _WRITTEN = (
 _LARGEST_VIEW = 32
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """The demo's settings.
-
-    Attributes:
-        images: ImageFolder to use; None draws pictures.
-        out: folder to write; an earlier demo in it is replaced.
-        keep: share of the rows that the pruned runs keep, in (0, 1].
-        epochs: passes of every student over its rows.
-        seeds: students per kind of run.
-        teacher: network of the teacher.
-        teacher_checkpoint: its weights; None trains it first.
-        teacher_epochs: passes of the teacher over all rows.
-        student: network of the students.
-        per_class: training images per class at most; None for all.
-        image_size: side of a view in pixels; None for the images' own, at most 32.
-    """
-
-    images: Path | None = None
-    out: Path = Path("demo")
-    keep: float = 0.5
-    epochs: int = 12
-    seeds: int = 1
-    teacher: str = "resnet20"
-    teacher_checkpoint: Path | None = None
-    teacher_epochs: int = 10
-    student: str = "resnet8"
-    per_class: int | None = None
-    image_size: int | None = None
-
-
-def run_demo(settings: DemoSettings) -> str:
+@takes_settings(DemoSettings)
+def run_demo(*, settings: DemoSettings) -> str:
     """Walk the whole way and write it all into a folder.
+
+    Args:
+        settings: the fields of `DemoSettings`, as keywords.
 
     Returns:
         A table of plain text: accuracy and cost of each kind of student, as in report.html and
@@ -254,12 +227,6 @@ def _run_fields(comparison: Comparison) -> list[dict[str, object]]:
 
 def _check(settings: DemoSettings) -> None:
     """Refuse settings that would only fail after minutes of work."""
-    if not 0 < settings.keep <= 1:
-        raise InvalidValueError(f"keep ({settings.keep}) must be in (0, 1].")
-    for name in ("epochs", "seeds", "teacher_epochs", "per_class", "image_size"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InvalidValueError(f"{name} ({value}) must be at least 1.")
     for name in (settings.teacher, settings.student):
         build_network(name, num_classes=2)
     _check_places(settings)

@@ -5,6 +5,7 @@ and the command line makes its options of them.
 """
 
 from fastprune.settings.convert import ConvertSettings, ImageSettings
+from fastprune.settings.demo import DemoSettings
 from fastprune.settings.domains import Settings
 from fastprune.settings.keywords import takes_settings
 from fastprune.settings.loader import LoaderSettings, OrderSettings, ViewSettings
@@ -25,6 +26,7 @@ from fastprune.settings.select import SelectSettings, StrategySettings
 __all__ = [
     "ConvertSettings",
     "DataSettings",
+    "DemoSettings",
     "FillSettings",
     "ImageSettings",
     "LoaderSettings",
