@@ -77,6 +77,18 @@ class PeerError(TrainingError):
     """Another process of the run failed; the text has its reason."""
 
 
+class ContentNotComparedWarning(UserWarning):
+    """Two artifacts agree in structure, but one of them has no content fingerprint to compare."""
+
+
+class ForeignManifestWarning(UserWarning):
+    """The manifest beside a beton is damaged or belongs to another beton, and is not used."""
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A checkpoint is not what was written; the one before it is tried."""
+
+
 @contextmanager
 def importing(package: str, *, extra: str, purpose: str) -> Iterator[None]:
     """Name a missing package, and the line that installs it, where an import in the block fails.

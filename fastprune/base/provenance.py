@@ -10,15 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from fastprune.base.errors import ArtifactMismatch, warn_user
+from fastprune.base.errors import ArtifactMismatch, ContentNotComparedWarning, warn_user
 from fastprune.base.headers import STRICT, describe
 
 _DIGEST_BYTES = 16
 _Digest = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$")]
-
-
-class ContentNotComparedWarning(UserWarning):
-    """Two artifacts agree in structure, but one of them has no content fingerprint to compare."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,9 @@
-"""Random numbers without state: SplitMix64's finalizer, for NumPy arrays and for Numba kernels."""
+"""All random numbers that decide what a batch is: pure functions of seed, epoch, row and slot.
+
+Two generators with published constants: SplitMix64's finalizer, also for Numba kernels, and
+Philox4x64-10 by NumPy. Only their raw streams are used: NumPy may change what `permutation` or
+`integers` make of a stream, but not the stream.
+"""
 
 from typing import Any
 
@@ -48,3 +53,25 @@ def row_keys(seed: int, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     start = mix64(np.array([seed % 2**64], np.uint64) + GOLDEN)
     keys: NDArray[np.uint64] = mix64(start + (rows.astype(np.uint64) + np.uint64(1)) * GOLDEN)
     return keys
+
+
+def epoch_stream(seed: int, epoch: int, count: int) -> NDArray[np.uint64]:
+    """Draw numbers from the stream of one epoch, which no other (seed, epoch) shares.
+
+    Args:
+        seed: in [0, 2**63).
+        epoch: in [0, 2**63).
+        count: numbers to draw; a longer draw begins with the same numbers.
+
+    Returns:
+        (count,) uint64, uniform.
+    """
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
+
+
+def view_number(seed: int, row: int, slot: int) -> int:
+    """Draw one uniform number in [0, 2**63) per (seed, row, slot), each in [0, 2**63)."""
+    # The last word of the counter keeps it apart from the streams of epochs, which start at 0.
+    counter = np.array([0, 0, slot, 1], np.uint64)
+    key = np.array([seed, row], np.uint64)
+    return int(np.random.Philox(key=key, counter=counter).random_raw(1)[0] >> np.uint64(1))

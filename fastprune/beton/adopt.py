@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastprune.base.errors import ArtifactError
+from fastprune.base.errors import ArtifactError, ForeignManifestWarning
 from fastprune.base.progress import track
 from fastprune.base.provenance import Fingerprint, content_digest
 from fastprune.beton.beton import Beton
 from fastprune.beton.convert.transcode import ACTIONS, FOUND
 from fastprune.beton.manifest import SCHEMA, Manifest, manifest_path, write_manifest
-from fastprune.beton.opening import ForeignManifestWarning, open_beton
+from fastprune.beton.opening import open_beton
 
 _MANIFEST_LINES = 1 << 16
 

@@ -9,9 +9,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprune.base.errors import ArtifactError, InvalidValueError, warn_user
-from fastprune.base.provenance import (
+from fastprune.base.errors import (
+    ArtifactError,
     ContentNotComparedWarning,
+    InvalidValueError,
+    warn_user,
+)
+from fastprune.base.provenance import (
     Fingerprint,
     require_same_images,
 )

@@ -10,10 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.base.cpus import usable_cpus
-from fastprune.base.errors import ArtifactError, BetonError, FastpruneError, JpegError
+from fastprune.base.errors import (
+    ArtifactError,
+    BetonError,
+    ContentNotComparedWarning,
+    FastpruneError,
+    JpegError,
+)
 from fastprune.base.progress import track
 from fastprune.base.provenance import (
-    ContentNotComparedWarning,
     Fingerprint,
     require_same_images,
     structure_digest,

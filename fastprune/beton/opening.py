@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprune.base.errors import BetonError, InvalidValueError, warn_user
+from fastprune.base.errors import BetonError, ForeignManifestWarning, InvalidValueError, warn_user
 from fastprune.base.provenance import structure_digest
 from fastprune.beton import layout
 from fastprune.beton.beton import Beton, BetonFile
@@ -27,10 +27,6 @@ MIRROR_NAME = "mirror.json"
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.*", re.DOTALL)
 _SERVICE_SCHEMES = ("grpc", "grpc+tls")
-
-
-class ForeignManifestWarning(UserWarning):
-    """The manifest beside a beton is damaged or belongs to another beton, and is not used."""
 
 
 def is_url(location: object) -> bool:

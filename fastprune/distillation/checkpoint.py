@@ -15,17 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune.base.errors import ArtifactError, RecipeError
+from fastprune.base.errors import ArtifactError, DamagedCheckpointWarning, RecipeError
 from fastprune.base.files import atomic_path, lock
 from fastprune.networks import save_weights
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
-
-
-class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint is not what was written; the one before it is tried."""
 
 
 class Checkpoints:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastprune.base.compiled import cached
 from fastprune.base.errors import InvalidValueError
+from fastprune.base.random_streams import view_number
 from fastprune.decoding.memory import BatchMemory
 from fastprune.loading.contrast import ContrastRows, contrast_batches
 from fastprune.loading.sending import Parts, one_ahead, send
@@ -264,8 +265,7 @@ def transformed(
     images = []
     with torch.random.fork_rng(devices):
         for row, image in zip(rows, pixels, strict=True):
-            # torch takes seeds of 63 bits.
-            number = int(_raw(seed, int(row), slot) >> np.uint64(1))
+            number = view_number(seed, int(row), slot)
             # Not torch.manual_seed, which reseeds every GPU, also those whose state is not kept.
             torch.default_generator.manual_seed(number)
             if pixels.is_cuda:
@@ -273,15 +273,6 @@ def transformed(
                     torch.cuda.manual_seed(number)
             images.append(transform(image.permute(2, 0, 1)))
     return torch.stack(images).permute(0, 2, 3, 1).contiguous()
-
-
-def _raw(seed: int, row: int, slot: int) -> np.uint64:
-    """Draw a random number that no other (seed, row, slot) shares."""
-    # The last counter word sets it apart from the orders' streams, which start at 0.
-    counter = np.array([0, 0, slot, 1], np.uint64)
-    key = np.array([seed, row], np.uint64)
-    number: np.uint64 = np.random.Philox(key=key, counter=counter).random_raw(1)[0]
-    return number
 
 
 def choose_device(name: str | torch.device) -> torch.device:

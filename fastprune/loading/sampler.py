@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError
+from fastprune.base.random_streams import epoch_stream
 from fastprune.beton.beton import Beton
 
 ORDERS = ("random", "sequential", "pages")
@@ -133,7 +134,7 @@ class EpochSampler:
         if self.order == "sequential":
             return self.rows
         if self.order == "random":
-            times: NDArray[Any] = _raw(self.num_rows, self.seed, epoch)
+            times: NDArray[Any] = epoch_stream(self.seed, epoch, self.num_rows)
         else:
             assert self.order == "pages" and self.pages is not None
             times = _page_times(self.pages, self.open_pages, self.seed, epoch)
@@ -250,15 +251,8 @@ def _page_times(
     _, page_of_row = np.unique(pages, return_inverse=True)
     num_pages = int(page_of_row.max()) + 1
     turn = np.empty(num_pages, np.int64)
-    turn[np.argsort(_raw(num_pages, seed, epoch), kind="stable")] = np.arange(num_pages)
+    turn[np.argsort(epoch_stream(seed, epoch, num_pages), kind="stable")] = np.arange(num_pages)
     # Draws behind those of the page order, so that the two are independent.
-    delay = _raw(num_pages + len(pages), seed, epoch)[num_pages:] * 2.0**-64
+    delay = epoch_stream(seed, epoch, num_pages + len(pages))[num_pages:] * 2.0**-64
     times: NDArray[np.float64] = turn[page_of_row] + open_pages * delay
     return times
-
-
-def _raw(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Draw uint64 numbers from a stream that no other (seed, epoch) shares."""
-    # The raw stream of Philox is fixed for all time, and so is what a stable sort makes of it;
-    # numpy reserves the right to change what `permutation` makes of a stream.
-    return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)

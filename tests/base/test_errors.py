@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from fastprune import Loader
-from fastprune.base.provenance import ContentNotComparedWarning, Fingerprint
+from fastprune.base.errors import ContentNotComparedWarning
+from fastprune.base.provenance import Fingerprint
 from fastprune.base.provenance import require_same_images as compare
 from tests.difficulty.betons import small_beton
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from fastprune import check_beton, convert, open_beton
-from fastprune.base.errors import ArtifactMismatch
+from fastprune.base.errors import ArtifactMismatch, ContentNotComparedWarning
 from fastprune.base.provenance import (
-    ContentNotComparedWarning,
     Difference,
     Fingerprint,
     content_digest,

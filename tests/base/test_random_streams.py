@@ -1,7 +1,7 @@
 import numba
 import numpy as np
 
-from fastprune.base.random_streams import mix64, row_keys
+from fastprune.base.random_streams import epoch_stream, mix64, row_keys, view_number
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -41,3 +41,11 @@ def test_compiled_finalizer_gives_the_bits_of_the_arrays():
 def test_finalizer_gives_the_published_numbers():
     states = np.arange(1, 6, dtype=np.uint64) * np.uint64(_GOLDEN)
     assert mix64(states).tolist() == list(splitmix64(0, 5))
+
+
+def test_streams_of_epochs_and_views_are_fixed_for_all_time():
+    first = epoch_stream(3, 1, 3)
+    assert first.tolist() == [0xBD76F44AD094DFFC, 0xD92D2F96858FD40B, 0xD039B8AD64C457AB]
+    assert np.array_equal(epoch_stream(3, 1, 9)[:3], first)
+    assert view_number(3, 5, 1) == 0x33CE355BEEEABEE6
+    assert len({view_number(3, row, slot) for row in range(9) for slot in range(9)}) == 81

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 
 from fastprune import Subset, check_beton, convert, open_beton
-from fastprune.base.errors import ArtifactError, BetonError, InvalidValueError
+from fastprune.base.errors import (
+    ArtifactError,
+    BetonError,
+    ForeignManifestWarning,
+    InvalidValueError,
+)
 from fastprune.base.provenance import Fingerprint
 from fastprune.beton import layout
 from fastprune.beton.adopt import adopt
 from fastprune.beton.compact import compact
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.manifest import manifest_path
-from fastprune.beton.opening import ForeignManifestWarning
 from tests.beton.damage import (
     array_arguments,
     column_offset,

@@ -8,10 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastprune import convert, open_beton
-from fastprune.base.errors import ArtifactError, ConversionError, InvalidValueError
+from fastprune.base.errors import (
+    ArtifactError,
+    ConversionError,
+    ForeignManifestWarning,
+    InvalidValueError,
+)
 from fastprune.beton.adopt import adopt
 from fastprune.beton.manifest import manifest_path
-from fastprune.beton.opening import ForeignManifestWarning
 from tests.images import jpeg_bytes, write_image_folder
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fastprune.base.errors import ArtifactError
-from fastprune.distillation.checkpoint import Checkpoints, DamagedCheckpointWarning
+from fastprune.base.errors import ArtifactError, DamagedCheckpointWarning
+from fastprune.distillation.checkpoint import Checkpoints
 
 
 def names(folder):

@@ -11,9 +11,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastprune.base.errors import ArtifactError, RecipeError, TrainingStopped
+from fastprune.base.errors import (
+    ArtifactError,
+    DamagedCheckpointWarning,
+    RecipeError,
+    TrainingStopped,
+)
 from fastprune.base.files import lock
-from fastprune.distillation.checkpoint import Checkpoints, DamagedCheckpointWarning
+from fastprune.distillation.checkpoint import Checkpoints
 from fastprune.distillation.trainer import distill
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastprune.base.errors import ArtifactMismatch, InvalidValueError, RecipeError
-from fastprune.base.provenance import ContentNotComparedWarning
+from fastprune.base.errors import (
+    ArtifactMismatch,
+    ContentNotComparedWarning,
+    InvalidValueError,
+    RecipeError,
+)
 from fastprune.beton.convert.writer import convert
 from fastprune.demo.pictures import write_demo_images
 from fastprune.distillation.evaluation import evaluate_checkpoint

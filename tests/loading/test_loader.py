@@ -15,11 +15,12 @@ from torchvision.transforms import v2
 
 from fastprune.base.errors import (
     ArtifactMismatch,
+    ContentNotComparedWarning,
     InvalidValueError,
     LoadingError,
     MissingDependencyError,
 )
-from fastprune.base.provenance import ContentNotComparedWarning, Fingerprint
+from fastprune.base.provenance import Fingerprint
 from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 from fastprune.rows.subset import Subset
