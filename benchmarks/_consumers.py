@@ -135,9 +135,9 @@ def consume() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         work = json.loads(line)
-        loader = Loader(
-            work["beton"], dtype=torch.uint8, device="cpu", tail="exact", **work["settings"]
-        )
+        settings = work["settings"]
+        beton = open_beton(work["beton"], service=settings.pop("service"))
+        loader = Loader(beton, dtype=torch.uint8, device="cpu", tail="exact", **settings)
         loader.set_rows(share_of_rows(loader.beton.num_rows, work["share"]))
         loader.warm_up()
         _say({})

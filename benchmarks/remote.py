@@ -247,7 +247,7 @@ def first_batches(
 
     def first(source: str | Path, cache: bool) -> None:
         mirror = folder / f"first-{next(numbers)}" if cache else None
-        batches = iter(Loader(source, half, cache=mirror, order="random", **settings))
+        batches = iter(Loader(open_beton(source, cache=mirror), half, order="random", **settings))
         next(batches)
         batches.close()
 

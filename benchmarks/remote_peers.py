@@ -178,12 +178,12 @@ def own_batches(rows, local):
     import numpy as np
     import torch
 
-    from fastprune import Loader
+    from fastprune import Loader, open_beton
 
     settings = {"batch_size": BATCH, "image_size": SIDE, "augment": "rrc", "dtype": torch.uint8}
     settings |= {"tail": "exact", "num_workers": WORKERS, "device": "cpu", "order": "random"}
     subset = None if rows is None else np.array(rows)
-    return lambda: Loader("s3://bucket/fastprune/", subset, cache=local, **settings)
+    return lambda: Loader(open_beton("s3://bucket/fastprune/", cache=local), subset, **settings)
 
 
 def views():

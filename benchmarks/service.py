@@ -89,8 +89,9 @@ def train_student(name: str, beton_path: str) -> None:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
     for line in sys.stdin:
         settings = json.loads(line)
+        beton = open_beton(beton_path, service=settings.pop("service"))
         loader = Loader(
-            beton_path, batch_size=BATCH_SIZE, image_size=STUDENT_SIZE, augment="rrc", **settings
+            beton, batch_size=BATCH_SIZE, image_size=STUDENT_SIZE, augment="rrc", **settings
         )
         loader.set_rows(share_of_rows(loader.beton.num_rows, 0.5))
         loader.warm_up()

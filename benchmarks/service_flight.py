@@ -117,8 +117,7 @@ class Measurement:
         ]
         addresses = ",".join(f"grpc+tls://127.0.0.1:{port}" for port in ports)
         loader = Loader(
-            self._beton_path,
-            service=addresses,
+            open_beton(self._beton_path, service=addresses),
             dtype=torch.uint8,
             device="cpu",
             seed=self._seed,

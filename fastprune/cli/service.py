@@ -57,7 +57,7 @@ def serve(
 ) -> None:
     """Decode the views of BETONS once for every trainer on this machine, or on others.
 
-    Trainers name the address: Loader(service="unix:PATH"), data.service in a recipe, or the
+    Trainers name the address: open_beton(service="unix:PATH"), data.service in a recipe, or the
     environment variable FASTPRUNE_SERVICE. SIGTERM ends it; trainers then decode by themselves.
     """
     if status is not None:

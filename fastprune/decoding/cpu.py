@@ -1,10 +1,11 @@
-"""The CPU engine: decode rows of the mapped file on threads, a few batches ahead of the caller."""
+"""Decodes rows of the mapped file on CPU threads, a few batches ahead of the caller."""
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.base.errors import LoadingError
+from fastprune.base.run_ahead import run_ahead
 from fastprune.base.threads import ThreadDiedError, WorkerThreads
 from fastprune.beton.beton import Beton
+from fastprune.decoding.decoder import Decoded, DrawViews
 from fastprune.decoding.faults import ALTERED, ChangeDetector, RowFaults
 from fastprune.decoding.memory import BatchMemory
 from fastprune.decoding.pixels import Outcome, RowDecoder, StoredImages
@@ -30,7 +33,7 @@ _SHARE_TO_WARN_OF = 0.01
 
 @dataclass
 class _Batch:
-    """A batch on its way: decoding threads fill it chunk by chunk."""
+    """A batch that decoding threads fill chunk by chunk."""
 
     rows: NDArray[np.int64]
     views: NDArray[np.int32]
@@ -40,7 +43,7 @@ class _Batch:
 
 
 class CpuDecoder:
-    """Decodes given rows of one beton with given views on CPU threads; see `engine.Engine`."""
+    """Decodes rows of a beton on CPU threads; see `decoder.Decoder`."""
 
     name = "cpu"
 
@@ -59,40 +62,31 @@ class CpuDecoder:
         self._pin_memory = pin_memory
         self._memory = BatchMemory()
         self._faults = faults
-        self._file = ChangeDetector(beton)
+        self._changes = ChangeDetector(beton)
         self._advice = Advice(beton.path)
         self._decoder = RowDecoder(image_size)
 
     def decode(
-        self,
-        batches: Sequence[NDArray[np.int64]],
-        draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
-    ) -> Generator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """See `engine.Engine.decode`."""
+        self, batches: Sequence[NDArray[np.int64]], draw_views: DrawViews
+    ) -> Generator[Decoded, None, None]:
+        """Decode batches in order; see `decoder.Decoder.decode`."""
+
+        def start(rows: NDArray[np.int64]) -> _Batch:
+            self._changes.check()
+            batch = _Batch(rows, draw_views(rows), self.new_pixels(len(rows)))
+            for part in chunks(len(rows), self._num_workers, self._image_size):
+                batch.chunks.append(threads.submit(self._decode_part, batch, part))
+            return batch
+
         # Threads of this iterator alone: leaving the loop ends them, and no epoch waits for
         # another one's batches.
         threads = WorkerThreads(self._num_workers, name="fastprune-decode")
-        waiting: deque[_Batch] = deque()
+        finish = partial(self._finish, threads)
         try:
-            for rows in batches:
-                self._file.check()
-                waiting.append(self._start(threads, rows, draw_views(rows)))
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield self._finished(waiting.popleft(), threads)
-            while waiting:
-                yield self._finished(waiting.popleft(), threads)
+            yield from run_ahead(self._beton.arriving(batches), start, finish, _BATCHES_AHEAD)
         finally:
             threads.close()
             self._advice.give()
-
-    def _start(
-        self, threads: WorkerThreads, rows: NDArray[np.int64], views: NDArray[np.int32]
-    ) -> _Batch:
-        """Hand a batch's chunks to the threads."""
-        batch = _Batch(rows, views, self.new_pixels(len(rows)))
-        for part in chunks(len(rows), self._num_workers, self._image_size):
-            batch.chunks.append(threads.submit(self._decode_part, batch, part))
-        return batch
 
     def new_pixels(self, num_rows: int) -> torch.Tensor:
         """Return memory for a batch of its own, so that a held batch is never overwritten."""
@@ -100,13 +94,6 @@ class CpuDecoder:
         if self._pin_memory:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         return self._memory.take(shape, torch.uint8)
-
-    def _decode_part(self, batch: _Batch, part: slice) -> None:
-        """Decode one chunk, in a decoding thread."""
-        outcome = self.decode_rows(batch.rows[part], batch.views[part], batch.pixels.numpy()[part])
-        # Both are safe from several threads at once: a single call each, under the GIL.
-        batch.outcome.faults.update({part.start + i: text for i, text in outcome.faults.items()})
-        batch.outcome.whole_kinds.extend(outcome.whole_kinds)
 
     def decode_rows(
         self, rows: NDArray[np.int64], views: NDArray[np.int32], images: NDArray[np.uint8]
@@ -117,9 +104,14 @@ class CpuDecoder:
             outcome.faults.setdefault(i, ALTERED)
         return outcome
 
-    def _finished(
-        self, batch: _Batch, threads: WorkerThreads
-    ) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    def _decode_part(self, batch: _Batch, part: slice) -> None:
+        """Decode one chunk, in a decoding thread."""
+        outcome = self.decode_rows(batch.rows[part], batch.views[part], batch.pixels.numpy()[part])
+        # Both are safe from several threads at once: a single call each, under the GIL.
+        batch.outcome.faults.update({part.start + i: text for i, text in outcome.faults.items()})
+        batch.outcome.whole_kinds.extend(outcome.whole_kinds)
+
+    def _finish(self, threads: WorkerThreads, batch: _Batch) -> Decoded:
         """Wait for a batch, and leave out the rows that cannot be used."""
         try:
             for chunk in batch.chunks:
@@ -148,7 +140,7 @@ def stored_images(beton: Beton, rows: NDArray[np.int64]) -> StoredImages:
 
 
 def chunks(num_rows: int, num_workers: int, image_size: int) -> list[slice]:
-    """Cut a batch into what one thread does at a time."""
+    """Cut a batch into pieces that a thread decodes at a time."""
     most, least = num_workers * _CHUNKS_PER_WORKER, num_workers
     worthwhile = -(-_MIN_CHUNK_PIXELS // image_size**2)
     size = max(-(-num_rows // most), min(-(-num_rows // least), worthwhile))
@@ -156,7 +148,7 @@ def chunks(num_rows: int, num_workers: int, image_size: int) -> list[slice]:
 
 
 class Advice:
-    """Says once of a loader how many images take the slow way, and what to do about it."""
+    """Logs, once for each loader, how many images take the slow way and how to avoid it."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -168,6 +160,7 @@ class Advice:
         """Count a batch."""
         self._num_views += num_views
         self._kinds.update(whole_kinds)
+        # Enough to know the share; a shorter epoch is reported at its end.
         if self._num_views >= _VIEWS_BEFORE_ADVICE:
             self.give()
 
@@ -184,8 +177,8 @@ class Advice:
             "%s: %s of the first %s views (%.1f%%) are of JPEGs that the view decoder does not "
             "know (%s). Pillow decodes them whole, which is slower. Make progressive files and "
             "those of several scans baseline without loss, `jpegtran -copy all -outfile NEW OLD`, "
-            "and convert the images again, which encodes CMYK, RGB, arithmetic and 12-bit ones "
-            "anew. Files of unusual sampling stay slow until they are encoded anew.",
+            "and convert the images again: that also re-encodes CMYK, RGB, arithmetic and 12-bit "
+            "ones. Files of unusual sampling stay slow until they are encoded again.",
             self._path,
             f"{count:,}",
             f"{self._num_views:,}",

@@ -6,7 +6,7 @@ The order and the boxes are ours: DALI is fed slices of the mapped file with a c
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from ctypes.util import find_library
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastprune.base.errors import BetonError, JpegError, LoadingError, MissingDependencyError
+from fastprune.base.run_ahead import run_ahead
 from fastprune.base.threads import ThreadDiedError, WorkerThreads
 from fastprune.beton.beton import Beton
 from fastprune.beton.layout import JPG
@@ -27,6 +28,7 @@ from fastprune.decoding.dali_pipeline import (
     Sample,
     sound_sample,
 )
+from fastprune.decoding.decoder import Decoded, DrawViews
 from fastprune.decoding.faults import ALTERED, ChangeDetector, RowFaults
 from fastprune.decoding.views import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.jpeg.headers import read_header
@@ -50,7 +52,7 @@ class _Fed:
 
 
 class DaliDecoder:
-    """Decodes given rows of one beton with given views by DALI; see `engine.Engine`."""
+    """Decodes given rows of one beton with given views by DALI; see `decoder.Decoder`."""
 
     name = "dali"
 
@@ -68,7 +70,7 @@ class DaliDecoder:
         self._num_workers = num_workers
         self._device = device
         self._faults = faults
-        self._file = ChangeDetector(beton)
+        self._changes = ChangeDetector(beton)
         self._header_was_read = np.zeros(beton.num_rows, np.bool_)
         # Kept for good, so that every epoch leaves out the same rows.
         self._broken: dict[int, str] = {}
@@ -78,11 +80,9 @@ class DaliDecoder:
             _require_gpu_decoding()
 
     def decode(
-        self,
-        batches: Sequence[NDArray[np.int64]],
-        draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
-    ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
-        """Decode batches in order, two ahead of the caller; see `engine.Engine.decode`."""
+        self, batches: Sequence[NDArray[np.int64]], draw_views: DrawViews
+    ) -> Iterator[Decoded]:
+        """Decode batches in order, two ahead of the caller; see `decoder.Decoder.decode`."""
         waiting = deque(batches)
         examined: set[int] = set()
         while waiting:
@@ -98,11 +98,8 @@ class DaliDecoder:
                 examined = rows
 
     def _run(
-        self,
-        waiting: deque[NDArray[np.int64]],
-        draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
-        fed: deque[_Fed],
-    ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
+        self, waiting: deque[NDArray[np.int64]], draw_views: DrawViews, fed: deque[_Fed]
+    ) -> Iterator[Decoded]:
         """Decode batches until one fails; those that the caller got are taken off `waiting`."""
         threads = WorkerThreads(self._num_workers, name="fastprune-inspect")
         samples = self._samples(list(waiting), draw_views, threads, fed)
@@ -121,7 +118,7 @@ class DaliDecoder:
     def _samples(
         self,
         batches: list[NDArray[np.int64]],
-        draw_views: Callable[[NDArray[np.int64]], NDArray[np.int32]],
+        draw_views: DrawViews,
         threads: WorkerThreads,
         fed: deque[_Fed],
     ) -> Iterator[Sample]:
@@ -137,11 +134,16 @@ class DaliDecoder:
     def _inspected(
         self, batches: list[NDArray[np.int64]], threads: WorkerThreads
     ) -> Iterator[NDArray[np.int64]]:
-        """Give the batches in order; threads look at the rows of the next ones meanwhile."""
-        started: deque[tuple[NDArray[np.int64], list[Future[None]]]] = deque()
+        """Yield the batches in order, while threads look at the rows of the next ones."""
+        started = tuple[NDArray[np.int64], list[Future[None]]]
 
-        def finished() -> NDArray[np.int64]:
-            rows, parts = started.popleft()
+        def start(rows: NDArray[np.int64]) -> started:
+            self._changes.check()
+            parts = np.array_split(np.unique(rows), min(self._num_workers, len(rows)))
+            return rows, [threads.submit(self._inspect, part) for part in parts]
+
+        def finish(inspected: started) -> NDArray[np.int64]:
+            rows, parts = inspected
             try:
                 for part in parts:
                     threads.wait(part)
@@ -149,14 +151,7 @@ class DaliDecoder:
                 raise self._failure("a thread that looked at rows was killed") from error
             return rows
 
-        for rows in batches:
-            self._file.check()
-            parts = np.array_split(np.unique(rows), min(self._num_workers, len(rows)))
-            started.append((rows, [threads.submit(self._inspect, part) for part in parts]))
-            if len(started) > BATCHES_AHEAD:
-                yield finished()
-        while started:
-            yield finished()
+        return run_ahead(self._beton.arriving(batches), start, finish, BATCHES_AHEAD)
 
     def _inspect(self, rows: NDArray[np.int64]) -> None:
         """Find the rows that no decoder should see; each header is read once."""

@@ -13,9 +13,10 @@ from torch.nn import functional
 from fastprune.base.checks import require_one_of
 from fastprune.base.errors import ArtifactMismatch, InvalidValueError
 from fastprune.base.ranks import Ranks
-from fastprune.loading.batch import IMAGENET_MEAN, IMAGENET_STD, choose_device
+from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader
 from fastprune.networks import build_network, load_weights, network_in_metadata, weights_metadata
+from fastprune.settings.domains import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """The loaders of a run, as its recipe names them."""
 
+from pathlib import Path
 from typing import Any
 
+from fastprune.beton.beton import Beton
+from fastprune.beton.opening import open_beton
 from fastprune.distillation.compatibility import (
     require_labels,
     require_same_classes,
@@ -29,7 +32,12 @@ def open_loaders(context: Context) -> tuple[Loader, Loader | None]:
         return train, None
     val_size = recipe.data.val_image_size or recipe.data.image_size
     # The default fields: validation needs images and labels, every row once, in any order.
-    val = Loader(recipe.data.val, train=False, image_size=val_size, **_loader_settings(context))
+    val = Loader(
+        _open(context, recipe.data.val),
+        train=False,
+        image_size=val_size,
+        **_loader_settings(context),
+    )
     require_labels(recipe, train, val)
     require_same_classes(train, val)
     require_teacher_fits(recipe, train)
@@ -42,7 +50,7 @@ def open_train_loader(context: Context, image_size: int) -> Loader:
     # With growing images, the kind of views is that of the last size.
     views = CropPolicy.make(data.augment, image_size=data.image_size, train=True)
     return Loader(
-        data.train,
+        _open(context, data.train),
         data.subset,
         train=True,
         augment=views.kind,
@@ -59,10 +67,15 @@ def data_seed(recipe: Recipe) -> int:
     return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
 
 
-def _loader_settings(context: Context) -> dict[str, Any]:
-    """What all loaders of a run have in common."""
-    names = ("batch_size", "backend", "mean", "std", "num_workers", "service")
+def _open(context: Context, path: Path) -> Beton:
+    """Open a beton, whose views the recipe's service decodes if it names one."""
     data = context.recipe.data
     token = None if data.service_token_file is None else read_tokens(data.service_token_file)[0]
-    settings = {"device": context.device, "service_token": token}
-    return settings | {name: getattr(data, name) for name in names}
+    return open_beton(path, service=data.service, token=token)
+
+
+def _loader_settings(context: Context) -> dict[str, Any]:
+    """Return the settings that all loaders of a run have in common."""
+    names = ("batch_size", "backend", "mean", "std", "num_workers")
+    settings = {name: getattr(context.recipe.data, name) for name in names}
+    return settings | {"device": context.device}

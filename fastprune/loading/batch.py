@@ -19,20 +19,6 @@ from fastprune.loading.contrast import ContrastRows, contrast_batches
 from fastprune.loading.sending import Parts, one_ahead, send
 from fastprune.rows.teacher_cache import TeacherCache
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# "host_rows" is for a trainer that looks rows up without waiting for the device.
-FIELDS = (
-    "images",
-    "labels",
-    "rows",
-    "teacher_logits",
-    "contrast_rows",
-    "second_images",
-    "host_rows",
-)
-
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -62,7 +48,7 @@ class Collate:
     """Puts the asked fields together; its methods are the stages behind the decoder.
 
     Attributes:
-        fields: of `FIELDS`, in the order of the batch's tuple.
+        fields: of `settings.LoaderSettings`, in the order of the batch's tuple.
         labels: (N,) int64, of every row of the beton.
         normalize: brings pixels to the device and normalizes them there.
         seed: of the transform and the contrast rows.

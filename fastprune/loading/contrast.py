@@ -1,8 +1,7 @@
 """Rows that contrastive distillation compares a row with, drawn ahead of the training loop."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 from fastprune.base import random_streams as splitmix
 from fastprune.base.compiled import cached
 from fastprune.base.errors import InvalidValueError
+from fastprune.base.run_ahead import ordered_ahead
+from fastprune.base.threads import WorkerThreads
 from fastprune.decoding.memory import BatchMemory
 
 _mix = njit(nogil=True)(splitmix.mix64)
@@ -97,15 +98,12 @@ def contrast_batches(
         epoch: in [0, 2**63).
         num_workers: threads; they end with the iterator.
     """
-    num_workers = min(num_workers, _MOST_AHEAD)
-    waiting, drawn = iter(batches), deque[Future[torch.Tensor]]()
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="contrast rows") as threads:
-        for rows in waiting:
-            drawn.append(threads.submit(contrast.draw, rows, labels[rows], epoch=epoch))
-            if len(drawn) > _MOST_AHEAD:
-                yield drawn.popleft().result()
-        while drawn:
-            yield drawn.popleft().result()
+
+    def draw(rows: NDArray[np.int64]) -> torch.Tensor:
+        return contrast.draw(rows, labels[rows], epoch=epoch)
+
+    with closing(WorkerThreads(min(num_workers, _MOST_AHEAD), name="contrast rows")) as threads:
+        yield from ordered_ahead(threads, draw, batches, _MOST_AHEAD)
 
 
 @cached(Path(__file__), Path(splitmix.__file__), nogil=True)

@@ -11,28 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastprune.base.checks import require_at_least, require_channels
+from fastprune.base.checks import require_at_least
 from fastprune.base.cpus import cpus_per_rank
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.beton import RowsLike, kept_rows, rows_of
-from fastprune.beton.opening import is_url, open_beton
-from fastprune.decoding.engine import decoder_identity, make_engine
+from fastprune.beton.beton import Beton, RowsLike, kept_rows, rows_of
+from fastprune.beton.opening import open_beton
+from fastprune.decoding.decoder import decoder_identity
 from fastprune.decoding.faults import RowFaults
-from fastprune.loading.arguments import require_arguments
-from fastprune.loading.batch import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Batch,
-    Collate,
-    Given,
-    Normalizer,
-    Transform,
-    choose_device,
-)
+from fastprune.loading.backend import make_decoder
+from fastprune.loading.batch import Batch, Collate, Given, Normalizer, Transform, choose_device
 from fastprune.loading.crops import CropPolicy, warn_of_enlarging
 from fastprune.loading.sampler import EpochSampler, KeptImages, NextEpoch, this_rank
 from fastprune.loading.state import make_state, read_state, require_same_batches
 from fastprune.rows.teacher_cache import TeacherCache
+from fastprune.settings import LoaderSettings, takes_settings
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,165 +51,86 @@ class Loader:
     collate_fn = None
     mixup_enabled = False
 
+    @takes_settings(LoaderSettings)
     def __init__(
         self,
-        beton: str | Path,
+        beton: str | Path | Beton,
         subset: RowsLike = None,
         *,
-        batch_size: int = 256,
-        train: bool = True,
-        backend: str = "auto",
-        device: str | torch.device = "auto",
-        image_size: int = 224,
-        augment: str | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        dtype: torch.dtype = torch.float32,
-        order: str | None = None,
-        seed: int = 0,
-        num_views: int | None = None,
+        settings: LoaderSettings,
         teacher_cache: str | Path | TeacherCache | None = None,
-        tail: str | None = None,
-        fields: Sequence[str] = ("images", "labels"),
         transform: Transform | None = None,
-        num_negatives: int = 16_384,
-        on_error: str = "raise",
-        verify_crc: bool | None = None,
-        open_pages: int = 64,
-        num_workers: int | None = None,
         distributed: str | tuple[int, int] | None = "auto",
-        service: str | None = None,
-        service_token: str | None = None,
-        cache: str | Path | None = None,
     ):
-        """Open the beton, check the subset against it, and start the engine.
+        """Check the subset against the beton, and make the decoder.
 
         Args:
-            beton: the file, the folder of a sharded beton, or the URL of either in object storage
-                or at a loading service ("grpc+tls://HOST:PORT/NAME", docs/service.md).
+            beton: an open beton; or what `open_beton` takes, opened with its defaults: a file, the
+                folder of a sharded beton, or the URL of a beton at a loading service.
             subset: the kept rows: a file, a `Subset`, an array of rows, or None for all rows.
-            batch_size: rows per batch and rank.
-            train: chooses the defaults of `augment`, `order` and `tail`.
-            backend: "cpu" (which "auto" is) decodes on the CPU; "dali" on the GPU if that is the
-                device, else on the CPU (docs/gpu.md). `fastprune bench loader` measures which is
-                faster. Both give the same rows and boxes; DALI's pixels differ by the decoders'
-                and filters' arithmetic.
-            device: where batches are delivered; "auto" is CUDA where it is there, else the CPU.
-            image_size: S, side of the square images in a batch, in pixels.
-            augment: "rrc" (RandomResizedCrop and flip; default for training above 64 pixels),
-                "pad_crop" (shift and flip; default for training up to 64 pixels), "center" (the
-                central square, 0.875 of the shorter side above 64 pixels, all of it up to there;
-                default for evaluation), or "none" (the whole image).
-            mean: per channel, of pixel values in [0, 1].
-            std: per channel, of pixel values in [0, 1].
-            dtype: of the images: torch.float32, torch.float16 or torch.bfloat16; torch.uint8 for
-                pixels in [0, 255], not normalized.
-            order: "random" (default for training), "sequential", or "pages" (random within a
-                sliding set of `open_pages` pages of the file, for storage that is read by page).
-            seed: of order and views.
-            num_views: K: a row's view in epoch e is that of slot e mod K, `transform` included, so
-                that K views of each row come again and again; None is a new view in each epoch,
-                or with a teacher cache the K of it.
+            **settings: of `LoaderSettings`.
             teacher_cache: the teacher's logits on these views, a folder or an open cache, for the
                 field "teacher_logits"; all of them must be there (`fastprune cache fill`).
-            tail: what becomes of rows that fill no batch: "drop" (default for training), "pad"
-                (repeats rows, see `num_repeated`) or "exact" (uneven last batches; the default for
-                evaluation).
-            fields: what a batch has a tensor of, in this order: "images" (B, 3, S, S); "labels" and
-                "rows" (B,) int64, of the beton; "teacher_logits" (B, C) float32; "contrast_rows"
-                (B, 1 + num_negatives) int64, first the row itself, then rows of other classes;
-                "second_images", another view of each row.
             transform: further augmentation of each (3, S, S) uint8 image on the device, such as
-                torchvision's v2.RandAugment(), seeded by (seed, slot, row); with "second_images" of
-                these alone.
-            num_negatives: contrast rows of other classes for each row.
-            on_error: "raise" a LoadingError for a row that cannot be decoded, or "skip" it: its
-                batch is smaller then, or missing (several ranks: an error); see `num_skipped`.
-            verify_crc: compare the bytes of a row with the manifest's CRC-32C: True whenever it is
-                read, False never, None the first time, where the beton has a manifest.
-            open_pages: pages that the order "pages" draws from at a time.
-            num_workers: decoding threads; None for one per CPU that affinity and cgroup quota leave
-                to this rank.
-            distributed: "auto" shares the epoch among torch.distributed's ranks when the process
-                group is there; (rank, world) names them; None gives this process all rows.
-            service: address of a loading service (`fastprune serve`, "unix:PATH" or
-                "grpc+tls://HOST:PORT") to take views from, or several with commas between them,
-                which share the rows; what they do not give is decoded here, equal to the bit. None
-                for that of the environment variable FASTPRUNE_SERVICE; "" for none.
-            service_token: what a service on another machine asks for; None for that of
-                FASTPRUNE_SERVICE_TOKEN (docs/service.md).
-            cache: for a URL: the folder on a local disk that gets the rows, ahead of the order;
-                processes share it, and later epochs and runs fetch nothing (docs/remote.md).
+                torchvision's v2.RandAugment(), seeded by (seed, slot, row); of the second images
+                alone if that field is asked for.
+            distributed: "auto" shares the epoch among torch.distributed's ranks if there is a
+                process group; (rank, world) names them; None gives this process all rows.
 
         Raises:
             BetonError: the beton is missing or damaged.
-            StorageError: the beton cannot be fetched.
-            LoadingError: no loading service gives the beton.
-            ArtifactMismatch: subset or teacher cache are of other images, or the cache of other
-                views.
-            InvalidValueError: an argument is outside its domain, or there is no full batch.
-            MissingDependencyError: the engine's package is not installed.
+            LoadingError: no loading service has the beton.
+            ArtifactMismatch: the subset or the teacher cache was made from other images, or the
+                cache from other views.
+            InvalidValueError: an argument is outside its domain, or no batch can be filled.
+            MissingDependencyError: the backend's package is not installed.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
-        require_arguments(given)
-        self._given = given
-        self.batch_size = batch_size
-        # Absolute, because the file is looked at again when the working folder may be another.
-        source = beton if is_url(beton) else Path(beton).absolute()
-        self.beton = open_beton(source, cache=cache, service=service, token=service_token)
-        self.device = choose_device(device)
-        self.num_workers = num_workers or cpus_per_rank(
+        self.beton = beton if isinstance(beton, Beton) else open_beton(beton)
+        self._settings = settings
+        self._distributed = distributed
+        self.batch_size = settings.batch_size
+        self.num_views = settings.num_views
+        self.device = choose_device(settings.device)
+        self.num_workers = settings.num_workers or cpus_per_rank(
             world=this_rank(distributed)[1], gpus=torch.cuda.device_count()
         )
-        self.num_views = num_views
         self._unranked = EpochSampler(
             rows=np.empty(0, np.int64),
             num_rows=self.beton.num_rows,
             pages=self.beton.offsets // self.beton.page_bytes,
-            batch_size=batch_size,
-            order=order or ("random" if train else "sequential"),
-            seed=seed,
-            tail=tail or ("drop" if train else "exact"),
-            open_pages=open_pages,
+            batch_size=settings.batch_size,
+            order=settings.order or ("random" if settings.train else "sequential"),
+            seed=settings.seed,
+            tail=settings.tail or ("drop" if settings.train else "exact"),
+            open_pages=settings.open_pages,
         )
-        warn_of_enlarging(self.beton, image_size)
-        self._image_size = image_size
-        self._num_negatives = num_negatives
-        self._seed = seed
-        self._distributed = distributed
-        self._policy = CropPolicy.make(augment, image_size=image_size, train=train)
+        warn_of_enlarging(self.beton, settings.image_size)
+        self._policy = CropPolicy.make(
+            settings.augment, image_size=settings.image_size, train=settings.train
+        )
+        dtype = getattr(torch, settings.dtype)
         self._collate = Collate(
-            fields=tuple(fields),
+            fields=settings.fields,
             labels=self.beton.labels,
-            normalize=Normalizer(
-                self.device,
-                require_channels("mean", mean),
-                require_channels("std", std, positive=True),
-                dtype,
-            ),
-            seed=seed,
+            normalize=Normalizer(self.device, settings.mean, settings.std, dtype),
+            seed=settings.seed,
             transform=transform,
         )
         # (epoch, batches consumed): where the next iterator begins, and where the last one was.
         self._next = self._position = (0, 0)
         self._rows_changed = False
-        self._faults = RowFaults(self.beton, skip=on_error == "skip", verify_crc=verify_crc)
-        self._engine = make_engine(
-            backend,
+        skip = settings.on_error == "skip"
+        self._faults = RowFaults(self.beton, skip=skip, verify_crc=settings.verify_crc)
+        self._decoder = make_decoder(
+            settings.backend,
             self.beton,
-            image_size=image_size,
+            image_size=settings.image_size,
             num_workers=self.num_workers,
             device=self.device,
             faults=self._faults,
-            service=service,
-            service_token=service_token,
-            is_mirrored=is_url(beton),
         )
-        if teacher_cache is not None or "teacher_logits" in fields:
-            asked = {} if num_views is None else {"num_views": num_views}
-            cache = _teacher_cache(
-                teacher_cache, self.view_identity() | asked, self._collate.fields
-            )
+        if teacher_cache is not None or "teacher_logits" in settings.fields:
+            cache = self._open_cache(teacher_cache)
             self.num_views, self._collate = cache.num_views, replace(self._collate, cache=cache)
         self._use(kept_rows(self.beton, subset))
 
@@ -229,7 +142,7 @@ class Loader:
     @property
     def backend(self) -> str:
         """The decoder at work: "cpu" or "dali"."""
-        return self._engine.name
+        return self._decoder.name
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -299,22 +212,24 @@ class Loader:
         """Rows left out so far because they could not be decoded; 0 but for on_error="skip"."""
         return self._faults.num_skipped
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        # As it was made: maps, threads and engines are no use to another process. The rows and not
-        # their file, which would be read and warned of again.
-        rows = None if len(self.rows) == self.beton.num_rows else self.rows
-        path = self._given["beton"] if is_url(self._given["beton"]) else self.beton.path
-        given = self._given | {"beton": path, "subset": rows}
-        if given["teacher_cache"] is not None:
-            # By its place, like the beton: an open cache has maps and locks of this process.
-            assert self._collate.cache is not None
-            given["teacher_cache"] = self._collate.cache.path
-        return given, self._next, self._rows_changed
+    def __getstate__(self) -> dict[str, Any]:
+        # As it was made: maps, threads and decoders are useless to another process. The rows and
+        # not their file, which would be read and warned of again.
+        cache = self._collate.cache
+        arguments = {
+            "beton": self.beton,
+            "subset": None if len(self.rows) == self.beton.num_rows else self.rows,
+            "teacher_cache": None if cache is None else cache.path,
+            "transform": self._collate.transform,
+            "distributed": self._distributed,
+            **self._settings.model_dump(),
+        }
+        return {"arguments": arguments, "next": self._next, "rows_changed": self._rows_changed}
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        given, position, rows_changed = state
-        self.__init__(**given)  # type: ignore[misc]
-        self._next, self._position, self._rows_changed = position, position, rows_changed
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state["arguments"])  # type: ignore[misc]
+        self._next = self._position = state["next"]
+        self._rows_changed = state["rows_changed"]
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -349,7 +264,7 @@ class Loader:
         collate, slot = self._collate, self.slot_of(epoch)
         views = partial(self._views_in_batch, slot=slot)
         tiled = [np.tile(rows, collate.views_per_row) for rows in batches]
-        pixels = self._engine.decode(tiled, views)
+        pixels = self._decoder.decode(tiled, views)
         columns = collate.columns(
             batches, pixels, epoch=epoch, first=first, num_workers=num_workers
         )
@@ -385,7 +300,7 @@ class Loader:
             rows,
             self.beton.widths[rows].astype(np.int64),
             self.beton.heights[rows].astype(np.int64),
-            seed=self._seed,
+            seed=self._settings.seed,
             slot=slot,
             k=k,
         )
@@ -397,8 +312,8 @@ class Loader:
         """
         view = self._collate.view_identity() | {
             "augment": asdict(self._policy),
-            "image_size": self._image_size,
-            "seed": self._seed,
+            "image_size": self._settings.image_size,
+            "seed": self._settings.seed,
         }
         decoder = decoder_identity(self.backend, self.device)
         return {"images": self.beton.fingerprint.to_dict(), "view": view, "decoder": decoder}
@@ -476,7 +391,7 @@ class Loader:
 
     def _use(self, rows: NDArray[np.int64]) -> None:
         """Make these the kept rows, or change nothing."""
-        collate = self._collate.keeping(rows, num_negatives=self._num_negatives)
+        collate = self._collate.keeping(rows, num_negatives=self._settings.num_negatives)
         unranked = replace(self._unranked, rows=rows)
         num_repeated = unranked.shared(self._distributed, self.beton.path).num_repeated()
         if num_repeated:
@@ -495,7 +410,7 @@ class Loader:
         """Return what besides the position decides which batches of these rows come."""
         return replace(self._sampler(), rows=rows).terms() | {
             "augment": self._policy.kind,
-            "image_size": self._image_size,
+            "image_size": self._settings.image_size,
             "decoder": decoder_identity(self.backend, self.device),
             "num_views": self.num_views,
             "images": self.beton.fingerprint.structure,
@@ -506,27 +421,27 @@ class Loader:
         parts = np.split(rows, self._collate.views_per_row)
         return np.concatenate([self.views(part, slot=slot, k=k) for k, part in enumerate(parts)])
 
+    def _open_cache(self, cache: str | Path | TeacherCache | None) -> TeacherCache:
+        """Open the teacher cache, and refuse one of other images or views.
 
-def _teacher_cache(
-    cache: str | Path | TeacherCache | None, identity: dict[str, Any], fields: tuple[str, ...]
-) -> TeacherCache:
-    """Open the cache of a loader, and refuse one of other images or views.
-
-    Raises:
-        InvalidValueError: the field "teacher_logits" has no cache, or the cache no field.
-        ArtifactMismatch: it is of other images or views; the difference is named.
-        ArtifactError: there is no cache, or it is damaged.
-    """
-    if cache is None:
-        raise InvalidValueError(
-            'the field "teacher_logits" needs teacher_cache, the folder of the teacher\'s logits. '
-            "Fill one: fastprune cache fill."
-        )
-    if "teacher_logits" not in fields:
-        raise InvalidValueError(
-            f'teacher_cache is for the field "teacher_logits", but fields are {fields!r}.'
-        )
-    if not isinstance(cache, TeacherCache):
-        return TeacherCache.open(cache, identity=identity)
-    cache.require(identity)
-    return cache
+        Raises:
+            InvalidValueError: the field "teacher_logits" has no cache, or the cache no field.
+            ArtifactMismatch: it was made from other images or views; the difference is named.
+            ArtifactError: there is no cache, or it is damaged.
+        """
+        if cache is None:
+            raise InvalidValueError(
+                'the field "teacher_logits" needs teacher_cache, the folder of the teacher\'s '
+                "logits. Fill one: fastprune cache fill."
+            )
+        if "teacher_logits" not in self.fields:
+            raise InvalidValueError(
+                f'teacher_cache is for the field "teacher_logits", but fields are {self.fields!r}.'
+            )
+        identity = self.view_identity()
+        if self.num_views is not None:
+            identity |= {"num_views": self.num_views}
+        if not isinstance(cache, TeacherCache):
+            return TeacherCache.open(cache, identity=identity)
+        cache.require(identity)
+        return cache

@@ -14,9 +14,6 @@ from fastprune.base.errors import InvalidValueError
 from fastprune.base.random_streams import epoch_stream
 from fastprune.beton.beton import Beton
 
-ORDERS = ("random", "sequential", "pages")
-TAILS = ("drop", "pad", "exact")
-
 
 @dataclass(frozen=True)
 class EpochSampler:
@@ -29,7 +26,7 @@ class EpochSampler:
         rows: (K,) int64, the subset, sorted and unique.
         num_rows: N, rows of the beton.
         batch_size: rows per batch and rank.
-        order: one of `ORDERS`.
+        order: "random", "sequential" or "pages".
         seed: of the order, in [0, 2**63).
         tail: what becomes of the rows that fill no batch: "drop" leaves them out (other ones in
             each epoch of a random order), "pad" repeats rows from the epoch's start until every

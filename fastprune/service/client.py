@@ -261,11 +261,3 @@ class _Epoch:
         if self._faults.verifies_always:
             for i in np.flatnonzero(self._faults.altered(batch.rows)).tolist():
                 batch.reasons.setdefault(i, ALTERED)
-
-
-def ServiceEngine(addresses, beton, *, credentials, image_size, local, faults):  # type: ignore[no-untyped-def] # noqa: N802
-    """Make a decoder, for callers that know the former name."""
-    service = ",".join(map(str, addresses))
-    return ServiceDecoder(
-        beton, service=service, token=credentials, image_size=image_size, local=local, faults=faults
-    )

@@ -20,7 +20,9 @@ from fastprune.settings.domains import (
     Threads,
 )
 
-BatchField = Literal["images", "labels", "rows", "teacher_logits", "contrast_rows", "second_images"]
+BatchField = Literal[
+    "images", "labels", "rows", "teacher_logits", "contrast_rows", "second_images", "host_rows"
+]
 
 
 class ViewSettings(Settings):
@@ -90,7 +92,7 @@ class LoaderSettings(ViewSettings, OrderSettings):
         description="tensors of a batch, in this order: images (B, 3, S, S); labels (B,); rows "
         "(B,), of the beton; teacher_logits (B, C) float32, from the teacher cache; contrast_rows "
         "(B, 1 + num_negatives), the row itself and rows of other classes; second_images, another "
-        "view of each row.",
+        "view of each row; host_rows, the rows on the host.",
     )
     num_negatives: Count = Field(
         16_384, description='rows of other classes for each row in "contrast_rows".'

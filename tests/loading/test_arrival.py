@@ -42,7 +42,9 @@ def epoch(loader):
 def test_batches_are_those_of_the_local_beton_and_the_second_epoch_fetches_nothing(
     server, train, tmp_path
 ):
-    loader = Loader("s3://bucket/train/", ROWS, cache=tmp_path / "mirror", tail="exact", **SETTINGS)
+    loader = Loader(
+        open_beton("s3://bucket/train/", cache=tmp_path / "mirror"), ROWS, tail="exact", **SETTINGS
+    )
     local = Loader(train, ROWS, tail="exact", **SETTINGS)
     assert epoch(loader) == epoch(local)
     num_requests = len(server.requests)
@@ -60,12 +62,17 @@ def test_every_engine_waits_for_its_rows(train, tmp_path, backend):
     settings = {**SETTINGS, "backend": backend}
     local = epoch(Loader(tmp_path / "one.beton", ROWS, **settings))
     url = f"file://{tmp_path}/one.beton"
-    assert epoch(Loader(url, ROWS, cache=tmp_path / "mirror", **settings)) == local
+    assert epoch(Loader(open_beton(url, cache=tmp_path / "mirror"), ROWS, **settings)) == local
 
 
 def test_ranks_share_a_mirror(train, tmp_path):
     loaders = [
-        Loader(f"file://{train}", ROWS, cache=tmp_path / "m", distributed=(rank, 2), **SETTINGS)
+        Loader(
+            open_beton(f"file://{train}", cache=tmp_path / "m"),
+            ROWS,
+            distributed=(rank, 2),
+            **SETTINGS,
+        )
         for rank in range(2)
     ]
     local = [Loader(train, ROWS, distributed=(rank, 2), **SETTINGS) for rank in range(2)]
@@ -87,7 +94,7 @@ def test_mirror_may_be_filled_while_a_loader_reads_it(train, tmp_path):
 
 
 def test_loader_left_early_leaves_no_threads(train, tmp_path):
-    loader = Loader(f"file://{train}", cache=tmp_path / "mirror", **SETTINGS)
+    loader = Loader(open_beton(f"file://{train}", cache=tmp_path / "mirror"), **SETTINGS)
     batches = iter(loader)
     next(batches)
     batches.close()
@@ -96,13 +103,13 @@ def test_loader_left_early_leaves_no_threads(train, tmp_path):
 
 
 def test_pickled_loader_reads_the_same_mirror(train, tmp_path):
-    loader = Loader(f"file://{train}", ROWS, cache=tmp_path / "mirror", **SETTINGS)
+    loader = Loader(open_beton(f"file://{train}", cache=tmp_path / "mirror"), ROWS, **SETTINGS)
     copy = pickle.loads(pickle.dumps(loader))
     assert epoch(copy) == epoch(Loader(train, ROWS, **SETTINGS))
 
 
 def test_object_that_fails_while_the_loader_waits_is_named(server, tmp_path):
-    loader = Loader("s3://bucket/train/", ROWS, cache=tmp_path / "mirror", **SETTINGS)
+    loader = Loader(open_beton("s3://bucket/train/", cache=tmp_path / "mirror"), ROWS, **SETTINGS)
     server.denied = True
     with pytest.raises(StorageError, match=r"access to s3://bucket/train/shard-0000.\.beton was"):
         list(loader)
@@ -124,8 +131,6 @@ def test_tampered_row_is_found_by_its_checksum(train, tmp_path):
 )
 def test_url_and_cache_come_together(train, tmp_path, url, cache, match):
     with pytest.raises(InvalidValueError, match=match):
-        Loader(
-            f"file://{train}" if url else train,
-            cache=tmp_path / "mirror" if cache else None,
-            **SETTINGS,
+        open_beton(
+            f"file://{train}" if url else train, cache=tmp_path / "mirror" if cache else None
         )

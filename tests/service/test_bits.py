@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastprune.base.errors import InvalidValueError, LoadingError
+from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
 from fastprune.service import connection as service_connection
 from fastprune.service import failover
@@ -25,7 +26,9 @@ def make_loader(path, service, subset=None, **settings):
         "augment": "rrc",
         "fields": ("images", "labels", "rows"),
     }
-    return Loader(path, subset, service=service, num_workers=1, **{**defaults, **settings})
+    token = settings.pop("token", None)
+    beton = open_beton(path, service=service, token=token)
+    return Loader(beton, subset, num_workers=1, **{**defaults, **settings})
 
 
 def tensors(batch):
@@ -255,8 +258,6 @@ def test_a_restarted_server_is_used_again(beton, serve, monkeypatch):
 
 @pytest.mark.parametrize("verify_crc", [None, True, False])
 def test_an_altered_row_is_judged_as_a_local_loader_would(beton, serve, tmp_path, verify_crc):
-    from fastprune.beton.opening import open_beton
-
     for name in ("train.beton", "train.beton.manifest.parquet"):
         shutil.copy(beton.with_name(name), tmp_path / name)
     path = tmp_path / "train.beton"
@@ -277,8 +278,6 @@ def test_an_altered_row_is_judged_as_a_local_loader_would(beton, serve, tmp_path
 
 
 def test_a_damaged_row_reaches_those_alone_who_ask_for_it(beton, serve, tmp_path):
-    from fastprune.beton.opening import open_beton
-
     for name in ("train.beton", "train.beton.manifest.parquet"):
         shutil.copy(beton.with_name(name), tmp_path / name)
     path = tmp_path / "train.beton"

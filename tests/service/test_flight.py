@@ -84,7 +84,7 @@ def test_an_epoch_is_resumed_with_another_transport(beton, serve, credentials):
     service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     whole, state, given = list(make_loader(beton, "")), None, []
     for where in ("", service.address, service.remote, ""):
-        loader = make_loader(beton, where, service_token=TOKEN)
+        loader = make_loader(beton, where, token=TOKEN)
         if state is not None:
             loader.load_state_dict(state)
         batches = iter(loader)
@@ -149,7 +149,7 @@ def test_a_wrong_token_is_refused_and_batches_are_decoded_here(
     service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     with caplog.at_level(logging.DEBUG, "fastprune"):
         assert_equal(
-            make_loader(beton, service.remote, service_token=token), make_loader(beton, "")
+            make_loader(beton, service.remote, token=token), make_loader(beton, "")
         )
     assert "it refuses the token. Pass its token" in caplog.text
     assert "f" * 32 not in caplog.text
@@ -184,7 +184,7 @@ def test_a_server_of_another_authority_is_not_believed(
 ):
     monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "other-ca.pem"))
     service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
-    assert_equal(make_loader(beton, service.remote, service_token=TOKEN), make_loader(beton, ""))
+    assert_equal(make_loader(beton, service.remote, token=TOKEN), make_loader(beton, ""))
     assert "does not trust the other's certificate" in caplog.text
     assert service.server.status()["views_served"] == 0
 
@@ -214,7 +214,7 @@ def test_a_token_never_crosses_the_network_in_plain_text(beton, monkeypatch):
     with pytest.raises(
         InvalidValueError, match=r"would cross the network to grpc://192\.0\.2\.1:8815"
     ):
-        make_loader(beton, "grpc://192.0.2.1:8815", service_token=TOKEN)
+        make_loader(beton, "grpc://192.0.2.1:8815", token=TOKEN)
     monkeypatch.setenv("FASTPRUNE_SERVICE_TOKEN", TOKEN)
     with pytest.raises(InvalidValueError, match=r"Use grpc\+tls://host:8815"):
         make_loader(beton, "unix:/x.sock,grpc://host:8815")
@@ -224,7 +224,7 @@ def test_a_token_never_crosses_the_network_in_plain_text(beton, monkeypatch):
 @pytest.mark.parametrize("token", ["short", "with a space in it!!", "ümlaut" * 4, "a\nb" * 10])
 def test_what_cannot_be_a_token_is_refused_without_being_shown(beton, token):
     with pytest.raises(InvalidValueError, match="the service token must be 16 to") as refused:
-        make_loader(beton, "grpc+tls://host:8815", service_token=token)
+        make_loader(beton, "grpc+tls://host:8815", token=token)
     assert token not in str(refused.value)
 
 

@@ -241,8 +241,9 @@ def test_a_client_that_is_killed_frees_what_it_held(beton, serve):
 def test_a_trainer_that_ends_in_the_middle_of_an_epoch_ends_quietly(beton, serve):
     service = serve(beton, beside=LOOPBACK)
     script = (
-        "import sys; from fastprune.loading.loader import Loader;"
-        "loader = Loader(sys.argv[1], batch_size=8, image_size=32, service=sys.argv[2]);"
+        "import sys; from fastprune import Loader, open_beton;"
+        "beton = open_beton(sys.argv[1], service=sys.argv[2]);"
+        "loader = Loader(beton, batch_size=8, image_size=32);"
         "batches = iter(loader); next(batches)"
     )
     command = [sys.executable, "-c", script, str(beton), service.remote]
@@ -254,8 +255,9 @@ def test_a_trainer_that_ends_in_the_middle_of_an_epoch_ends_quietly(beton, serve
 def test_a_forked_process_decodes_by_itself(beton, serve):
     service = serve(beton, beside=LOOPBACK)
     script = (
-        "import os, sys; from fastprune.loading.loader import Loader;"
-        "loader = Loader(sys.argv[1], batch_size=8, image_size=32, service=sys.argv[2]);"
+        "import os, sys; from fastprune import Loader, open_beton;"
+        "beton = open_beton(sys.argv[1], service=sys.argv[2]);"
+        "loader = Loader(beton, batch_size=8, image_size=32);"
         "list(loader); pid = os.fork();"
         "count = len(list(loader)); print(count, flush=True);"
         "os._exit(0) if pid == 0 else os.waitpid(pid, 0)"

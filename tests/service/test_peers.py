@@ -27,10 +27,11 @@ EPOCH = wire.EPOCH_HEAD.pack(b"0" * 16, 1) + b"\xff" * (NUM_ROWS // 8)
 # A trainer in a process: it prints a digest of an epoch's batches, and a line for each.
 TRAINER = """
 import hashlib, sys, time
-from fastprune.loading.loader import Loader
+from fastprune import Loader, open_beton
 beton, address, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
 digest = hashlib.blake2b()
-loader = Loader(beton, batch_size=8, image_size=160, service=address, num_workers=1,
+beton = open_beton(beton, service=address)
+loader = Loader(beton, batch_size=8, image_size=160, num_workers=1,
                 fields=("images", "labels", "rows"))
 for images, labels, rows in loader:
     digest.update(images.contiguous().numpy().tobytes() + rows.numpy().tobytes())

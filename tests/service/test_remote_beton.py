@@ -91,9 +91,9 @@ def test_token_and_certificate_are_asked_for(beton, serve, certificates, monkeyp
     service = serve(beton, beside=["grpc+tls://127.0.0.1:0"], credentials=credentials)
     monkeypatch.setenv("FASTPRUNE_SERVICE_CA", str(certificates / "ca.pem"))
     url = f"{service.remote}/train.beton"
-    assert_equal(make_loader(url, None, service_token=TOKEN), make_loader(beton, ""))
+    assert_equal(make_loader(url, None, token=TOKEN), make_loader(beton, ""))
     with pytest.raises(LoadingError, match=r"it refuses the token. Pass its token to"):
-        make_loader(url, None, service_token="f" * 32)
+        make_loader(url, None, token="f" * 32)
 
 
 def test_a_name_that_is_not_served_is_refused_at_once(beton, serve, tmp_path):
@@ -120,7 +120,7 @@ def test_a_name_that_is_not_served_is_refused_at_once(beton, serve, tmp_path):
 )
 def test_urls_that_name_no_beton_are_refused(url, settings, cure):
     with pytest.raises(InvalidValueError, match=cure):
-        Loader(url, **settings)
+        open_beton(url, **settings)
 
 
 def test_no_other_service_can_be_named_beside_it(beton, serve):

@@ -39,7 +39,7 @@ def test_objects_are_the_files_of_a_local_conversion(server, images, made, tmp_p
     put = [key for method, key, _ in server.requests if method == "PUT"]
     assert put[-1] == "bucket/train/manifest.json", "a reader begins with it"
     settings = {"batch_size": 4, "image_size": 16, "device": "cpu"}
-    assert len(list(Loader("s3://bucket/train", cache=tmp_path / "m", **settings))) == 5
+    assert len(list(Loader(open_beton("s3://bucket/train", cache=tmp_path / "m"), **settings))) == 5
 
 
 def test_tasks_of_an_array_make_a_shard_each(images, made, tmp_path):
