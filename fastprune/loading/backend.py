@@ -3,6 +3,7 @@
 import logging
 import os
 from importlib import import_module
+from typing import cast
 
 import torch
 
@@ -30,15 +31,14 @@ def make_decoder(
         InvalidValueError: a loading service decodes this beton, and gives other pixels.
         MissingDependencyError: the backend's package is not installed, or does not work here.
     """
-    # Imported by name: DALI and the service may be missing, and take seconds to import.
+    # DALI and the service are imported by name: they may be missing, and take seconds to import.
     if backend == "dali":
         _require_no_service(beton)
         place = "the GPU" if device.type == "cuda" else f"{num_workers} threads"
         _LOG.info("%s: decoding with DALI on %s", beton.path, place)
-        decoder: Decoder = import_module("fastprune.decoding.dali").DaliDecoder(
-            beton, image_size=image_size, num_workers=num_workers, device=device, faults=faults
-        )
-        return decoder
+        dali = import_module("fastprune.decoding.dali")
+        settings = {"image_size": image_size, "num_workers": num_workers, "device": device}
+        return cast(Decoder, dali.DaliDecoder(beton, faults=faults, **settings))
     _LOG.info("%s: decoding with the CPU decoder on %d threads", beton.path, num_workers)
     local = CpuDecoder(
         beton,
@@ -47,17 +47,14 @@ def make_decoder(
         pin_memory=device.type == "cuda",
         faults=faults,
     )
-    if beton.service:
-        decoder = import_module("fastprune.service.client").ServiceDecoder(
-            beton,
-            service=beton.service,
-            token=beton.token,
-            image_size=image_size,
-            local=local,
-            faults=faults,
-        )
-        return decoder
-    return local
+    if not beton.service:
+        return local
+    client = import_module("fastprune.service.client")
+    services = {"service": beton.service, "token": beton.token}
+    decoder = client.ServiceDecoder(
+        beton, image_size=image_size, local=local, faults=faults, **services
+    )
+    return cast(Decoder, decoder)
 
 
 def _require_no_service(beton: Beton) -> None:

@@ -52,7 +52,7 @@ class Loader:
     mixup_enabled = False
 
     @takes_settings(LoaderSettings)
-    def __init__(
+    def __init__(  # noqa: D417 - `takes_settings` puts the fields in their place
         self,
         beton: str | Path | Beton,
         subset: RowsLike = None,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastprune import Loader, convert
+from fastprune import Loader, convert, open_beton
 from fastprune.base.errors import ConversionError, InvalidValueError, StorageError
 from fastprune.beton.shards import SET_NAME, shard_name
 from tests.images import write_image_folder
