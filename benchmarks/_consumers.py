@@ -129,6 +129,7 @@ def consume() -> None:
     """Take batches as standard input asks."""
     import torch
 
+    from fastprune.beton.opening import open_beton
     from fastprune.loading.loader import Loader
 
     # As in a trainer of several on one machine, whose threads would get in each other's way.

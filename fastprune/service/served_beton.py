@@ -289,6 +289,3 @@ def _make_beton(
         names=None if names is None else tuple(names),
         is_labeled=header.has_labels,
     )
-
-
-RemoteBeton = ServedBeton

@@ -148,9 +148,7 @@ def test_a_wrong_token_is_refused_and_batches_are_decoded_here(
 ):
     service = serve(beton, beside=TLS, credentials=credentials(tokens=(TOKEN,)))
     with caplog.at_level(logging.DEBUG, "fastprune"):
-        assert_equal(
-            make_loader(beton, service.remote, token=token), make_loader(beton, "")
-        )
+        assert_equal(make_loader(beton, service.remote, token=token), make_loader(beton, ""))
     assert "it refuses the token. Pass its token" in caplog.text
     assert "f" * 32 not in caplog.text
     assert service.server.status()["views_served"] == 0

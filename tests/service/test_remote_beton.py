@@ -13,7 +13,6 @@ from pyarrow import flight
 
 from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.beton.opening import open_beton
-from fastprune.loading.loader import Loader
 from fastprune.service import failover
 from fastprune.service import served_beton as service_beton
 from fastprune.service.credentials import ServerCredentials
