@@ -100,7 +100,7 @@ class Reading:
     def open(self, rows: NDArray[np.int64], ranks: Ranks) -> Loader:
         """Open a loader of this rank's share of these rows, each once and in row order."""
         return Loader(
-            self.beton.path,
+            self.beton,
             rows,
             batch_size=self.settings.batch_size,
             train=self.view.count > 0,
