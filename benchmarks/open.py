@@ -19,7 +19,7 @@ from _harness import ratios, spread, write_result
 
 from fastprune.base.provenance import Fingerprint, content_digest
 from fastprune.beton import layout
-from fastprune.beton.adopt import found_lines
+from fastprune.beton.check import found_lines
 from fastprune.beton.convert.assembly import FIELDS
 from fastprune.beton.manifest import Manifest, manifest_path, write_manifest
 from fastprune.beton.opening import open_beton

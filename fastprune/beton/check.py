@@ -1,14 +1,19 @@
-"""Is a beton whole? The structure always, every image and checksum on request."""
+"""Check a beton: the structure always, every image and checksum on request.
+
+A beton of another writer can also get a manifest here, which gives its content a fingerprint.
+"""
 
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from fastprune.base.checksums import crc32c
 from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import (
     ArtifactError,
@@ -20,12 +25,25 @@ from fastprune.base.errors import (
 from fastprune.base.progress import track
 from fastprune.base.provenance import (
     Fingerprint,
+    content_digest,
     require_same_images,
     structure_digest,
 )
 from fastprune.beton import layout
-from fastprune.beton.manifest import Manifest, manifest_of
-from fastprune.beton.opening import image_and_label, open_beton, rows_present
+from fastprune.beton.beton import Beton
+from fastprune.beton.convert.transcode import ACTIONS, FOUND
+from fastprune.beton.manifest import (
+    SCHEMA,
+    Manifest,
+    manifest_of,
+    manifest_path,
+    write_manifest,
+)
+from fastprune.beton.opening import (
+    image_and_label,
+    open_beton,
+    rows_present,
+)
 from fastprune.beton.row_check import Placement, check_rows, label_faults
 from fastprune.beton.shards import read_set
 from fastprune.beton.structure import Fault, Tables, UnreadableBetonError, read_tables
@@ -34,6 +52,7 @@ from fastprune.rows.subset import Subset, checked_rows
 
 # A task's start costs a few microseconds, an image's check a millisecond.
 _ROWS_PER_TASK = 64
+_MANIFEST_LINES = 1 << 16
 
 
 def check_beton(
@@ -41,10 +60,8 @@ def check_beton(
 ) -> list[Fault]:
     """Find everything that is wrong with a beton.
 
-    The structure is checked always: header, fields, metadata, allocation table, and whether the
-    manifest beside the file belongs to it.
-
-    Of a mirror, `deep` looks at the rows that were fetched.
+    The structure is always checked: header, fields, metadata, allocation table, and whether the
+    manifest beside the file belongs to it. Of a mirror, `deep` reads the rows that were fetched.
 
     Args:
         path: the beton, ours or stock FFCV's, or the folder of a sharded one.
@@ -144,24 +161,24 @@ def _lines(manifest: Manifest) -> _Lines | Fault:
 
 
 def _subset_faults(subset_path: Path, path: Path, beton: Fingerprint) -> list[Fault]:
-    """Say why a subset cannot index this beton."""
+    """Find why a subset cannot index this beton."""
     try:
         subset = Subset.load(subset_path)
         checked_rows(subset.rows, name=str(subset_path), num_rows=beton.num_rows)
         if subset.fingerprint is not None:
-            # That contents were not compared is no fault of the subset.
             with warnings.catch_warnings():
+                # A beton without a manifest can be compared by its structure alone.
                 warnings.simplefilter("ignore", ContentNotComparedWarning)
                 require_same_images(
                     subset.fingerprint,
                     str(subset_path),
                     beton,
                     str(path),
-                    cure="Make a subset for this beton: "
-                    f"fastprune score {path} ... && fastprune select ...",
+                    cure=f"Make a subset for this beton: fastprune score {path} ... && "
+                    "fastprune select ...",
                 )
     except FastpruneError as error:
-        return [Fault("subset", str(error).replace("\n", " "))]
+        return [Fault("subset", str(error))]
     return []
 
 
@@ -178,14 +195,14 @@ def _image_faults(
         tables: the parts of the beton; other rows may be damaged.
         image: the index of the image field.
         placement: where the images lie.
-        crcs: row -> CRC-32C of its stored bytes; None where nobody knows them.
+        crcs: row -> CRC-32C of its stored bytes; None if there is no manifest.
         present: (N,) whether a row is there: a mirror lacks some.
 
     Returns:
         At most one fault per row, in row order.
     """
-    # Rows whose data lies inside the file, even where other rows' does not. The offsets are what
-    # the file says: the sums that are compared must not overflow.
+    # Rows whose data lies inside the file, even if other rows' does not. Offsets come from the file
+    # and may be anything, so no sum may overflow.
     offsets, sizes, end = placement.offsets, placement.sizes, tables.table_offset
     inside = present & (sizes > 0) & (offsets >= tables.data_offset) & (sizes <= end)
     rows = np.flatnonzero(inside & (offsets <= end - np.minimum(sizes, end)))
@@ -202,8 +219,8 @@ def _image_faults(
                 found.append(fault)
         return found
 
-    # Images are decoded without the interpreter's lock. PIL's warnings of metadata are no faults;
-    # they are silenced here, once, because doing so is not safe in the threads.
+    # Decoding releases the GIL. Pillow's warnings about metadata are not faults; they are silenced
+    # here, once, because threads cannot do that safely.
     with warnings.catch_warnings(), ThreadPoolExecutor(usable_cpus()) as pool:
         warnings.simplefilter("ignore")
         done = track(
@@ -218,8 +235,8 @@ def _image_faults(
 
 def _fault(row: int, stored: bytes, record: np.void, crcs: dict[int, int] | None) -> Fault | None:
     """Return the first thing that is wrong with one image."""
-    if crcs is not None and google_crc32c.value(stored) != crcs.get(row):
-        return Fault("crc", "its bytes are not those that were written (CRC-32C)", row)
+    if crcs is not None and crc32c(stored) != crcs.get(row):
+        return Fault("crc", "its bytes are not the ones that were written (CRC-32C)", row)
     if record["mode"] == layout.RAW:
         return None
     # Numba is loaded for a deep check alone.
@@ -230,9 +247,80 @@ def _fault(row: int, stored: bytes, record: np.void, crcs: dict[int, int] | None
         header = read_header(stored)
         if (header.width, header.height) != (width, height):
             actual = f"its JPEG has {header.width} x {header.height} pixels"
-            return Fault("extent", f"{actual}, but the metadata says {width} x {height}", row)
-        # Stricter than libjpeg, which makes up what is damaged: as the loader is.
+            return Fault("extent", f"{actual}, but in the metadata {width} x {height}", row)
+        # Stricter than libjpeg, which fills in what is damaged; as strict as the loader.
         require_whole(stored, height=height, width=width)
     except JpegError as error:
         return Fault("image", f"its image is damaged: {error}", row)
     return None
+
+
+def write_missing_manifest(path: str | Path) -> Manifest:
+    """Write a manifest for a beton of another writer, so that its contents have a fingerprint.
+
+    The CRC-32C of the stored bytes stands for the source's: the source checksums are unknown.
+
+    Args:
+        path: a whole beton without a manifest, or with one that is not its own.
+
+    Returns:
+        The manifest, written beside the beton.
+
+    Raises:
+        BetonError: the beton is damaged.
+        ArtifactError: it has its manifest already, or the manifest cannot be written.
+    """
+    with warnings.catch_warnings():
+        # A manifest of another beton is what this one replaces.
+        warnings.simplefilter("ignore", ForeignManifestWarning)
+        beton = open_beton(path)
+    if beton.manifest is not None:
+        raise ArtifactError(
+            f"{manifest_path(path)} belongs to {path} already, and has more in it than a new one "
+            "could. Remove it first if you want it made again."
+        )
+    rows = np.arange(beton.num_rows)
+    crcs = stored_crc32c(beton, rows)
+    manifest = Manifest(
+        path=manifest_path(path),
+        fingerprint=Fingerprint(beton.num_rows, beton.structure, content_digest(crcs)),
+        class_names=None,
+        counts={ACTIONS[FOUND]: beton.num_rows},
+    )
+    write_manifest(manifest, found_lines(beton, rows, crcs))
+    return manifest
+
+
+def stored_crc32c(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Compute the CRC-32C of the stored bytes of rows (K,); (K,) uint32."""
+    tracked = track(rows.tolist(), description="crc", total=len(rows), unit="rows")
+    return np.array([crc32c(beton.image_bytes(row)) for row in tracked], np.uint32)
+
+
+def found_lines(
+    beton: Beton, rows: NDArray[np.int64], crcs: NDArray[np.uint32]
+) -> Iterator[pa.RecordBatch]:
+    """Yield the manifest's lines of rows of unknown origin.
+
+    Args:
+        beton: has the images.
+        rows: (K,) int64.
+        crcs: (K,) CRC-32C of the stored bytes.
+    """
+    for start in range(0, len(rows), _MANIFEST_LINES):
+        piece = rows[start : start + _MANIFEST_LINES]
+        columns = {
+            "row": piece,
+            "label": beton.labels[piece],
+            "bytes": beton.sizes[piece],
+            "width": beton.widths[piece].astype(np.int32),
+            "height": beton.heights[piece].astype(np.int32),
+            "action": [ACTIONS[FOUND]] * len(piece),
+            "source_crc32c": crcs[start : start + len(piece)],
+            "stored_crc32c": crcs[start : start + len(piece)],
+        }
+        unknown = [None] * len(piece)
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(columns.get(entry.name, unknown), entry.type) for entry in SCHEMA],
+            schema=SCHEMA,
+        )

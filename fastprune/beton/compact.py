@@ -4,12 +4,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from fastprune.base.checks import MAX_CLASSES
+from fastprune.base.checksums import is_intact
 from fastprune.base.errors import BetonError, InvalidValueError
 from fastprune.base.files import destination, named_os_errors, sync, temporary_path
 from fastprune.base.progress import track
@@ -19,8 +19,8 @@ from fastprune.base.provenance import (
     structure_digest,
 )
 from fastprune.beton import layout
-from fastprune.beton.adopt import found_lines, stored_crc32c
 from fastprune.beton.beton import Beton, RowsLike, rows_of
+from fastprune.beton.check import found_lines, stored_crc32c
 from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, write_parquet
 from fastprune.beton.opening import image_and_label, open_beton, read_records
 from fastprune.beton.output import PageCursor, write_frame, write_images
@@ -95,7 +95,7 @@ def compact(
 
 
 def _lines_of(beton: Beton, rows: NDArray[np.int64]) -> pa.Table:
-    """Return the new manifest's lines; made up where the parent has no manifest."""
+    """Return the new manifest's lines; new ones if the parent has no manifest."""
     if beton.manifest is None:
         table = pa.Table.from_batches(found_lines(beton, rows, stored_crc32c(beton, rows)))
     else:
@@ -173,7 +173,7 @@ def _copy(
         path: the file to write.
 
     Raises:
-        BetonError: an image has not the bytes that were written once.
+        BetonError: an image does not have the bytes that were written once.
     """
     sources, sizes, targets = spans
     crcs = lines["stored_crc32c"].to_numpy()
@@ -188,11 +188,11 @@ def _copy(
             row_data = [
                 beton.content[start:end] for start, end in zip(sources[position], ends, strict=True)
             ]
-            # Damage must not be handed on with a manifest that vouches for it.
-            if google_crc32c.value(row_data[image].tobytes()) != crcs[position]:
+            # Damage must not be copied into a beton whose manifest vouches for it.
+            if not is_intact(row_data[image], crcs[position]):
                 raise BetonError(
                     f"{beton.path} is damaged: the image of row {row:,} "
-                    f"(from {lines['source'][position]}) has not the bytes that were written "
+                    f"(from {lines['source'][position]}) does not have the bytes that were written "
                     f"(CRC-32C). See all: fastprune check {beton.path} --deep; then convert again."
                 )
             data += row_data

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from fastprune import __version__
 from fastprune.base.errors import ArtifactError
 from fastprune.base.files import atomic_path, sync
+from fastprune.base.headers import Header, read_parquet_header
 from fastprune.base.provenance import Fingerprint
-from fastprune.base.untrusted import member, parquet_metadata
 from fastprune.beton.row_check import per_row
 from fastprune.beton.structure import Fault
 
@@ -39,6 +39,16 @@ SCHEMA = pa.schema(
         ("stored_crc32c", pa.uint32()),
     ]
 )
+
+
+class ManifestHeader(Header):
+    """The metadata of a manifest's Parquet file; see `Manifest`."""
+
+    fingerprint: Fingerprint
+    class_names: tuple[str, ...] | None = None
+    counts: dict[str, int]
+    settings: dict[str, Any]
+    version: str
 
 
 @dataclass(frozen=True)
@@ -130,9 +140,9 @@ def manifest_path(beton_path: str | Path) -> Path:
 def replace_pair(new_beton: Path, new_manifest: Path, path: Path) -> None:
     """Give a whole beton and its manifest their names; bring an older pair back if that fails.
 
-    The older pair is set aside first, the new beton gets its name last: no beton ever stands beside
-    the manifest of another. A process that is killed here leaves the older pair as
-    `<path>.replaced`, and the next one that comes to its end removes it.
+    The older pair is set aside first, and the new beton gets its name last, so no beton is ever
+    beside the manifest of another. A process that is killed here leaves the older pair as
+    `<path>.replaced`, and the next one that ends well removes it.
 
     Args:
         new_beton: flushed to the disk, in the folder of `path`.
@@ -153,8 +163,8 @@ def replace_pair(new_beton: Path, new_manifest: Path, path: Path) -> None:
         (new_beton, path),
     ]
     if manifest_path(aside).is_file():
-        # A process was killed between its renames: aside is the older pair, and what has the
-        # manifest's name is of a beton that never got its own.
+        # A process was killed between its renames: the older pair is aside, and the manifest here
+        # belongs to a beton that never got its name.
         del moves[1]
     # A folder in the way is not set aside but makes the renames below fail.
     moves = [move for move in moves if move[0].is_file()]
@@ -162,7 +172,7 @@ def replace_pair(new_beton: Path, new_manifest: Path, path: Path) -> None:
         for source, target in moves:
             source.replace(target)
     except BaseException:
-        # Ctrl-C can come behind a rename that was not noted yet, so the files are asked.
+        # Ctrl-C can come right after a rename, so look at the files instead of counting renames.
         for source, target in reversed(moves):
             if target.is_file() and not source.exists():
                 target.replace(source)
@@ -187,9 +197,8 @@ def manifest_of(
         structure: the digest of the first three.
 
     Returns:
-        The manifest, None if there is none of this beton; and the faults: of kind "manifest" where
-        the manifest is damaged or of another beton, of other kinds, with the row, where the beton
-        is damaged.
+        The manifest, None if this beton has none; and the faults: of kind "manifest" if the
+        manifest is damaged or of another beton, of other kinds, with the row, if the beton is.
     """
     beside = manifest_path(path)
     if not beside.exists():
@@ -206,8 +215,8 @@ def manifest_of(
         lines = {name: table[name].to_numpy() for name in columns}
         differs = {name: lines[name] != columns[name] for name in columns}
         is_equal = ~np.logical_or.reduce(list(differs.values()))
-        # A flipped bit differs in one value. No other beton has the same sizes in bytes, or
-        # agrees in half of its rows: with it, the manifest must not be made again.
+        # A flipped bit changes one value, while another beton has other sizes in bytes and differs
+        # in most rows. If the beton is damaged, its manifest must not be written again.
         if not differs["bytes"].any() or 2 * is_equal.sum() >= len(is_equal):
             return None, _differences(columns, lines, differs)
     return None, [
@@ -234,7 +243,7 @@ def _differences(
             kind,
             np.flatnonzero(differs[name]),
             lambda row, name=name: (  # type: ignore[misc]
-                f"its {name} is {columns[name][row]:,}, but the manifest says "
+                f"its {name} is {columns[name][row]:,}, but in the manifest it is "
                 f"{lines[name][row]:,}: one of them is damaged"
             ),
         )
@@ -277,27 +286,14 @@ def write_parquet(path: Path, manifest: Manifest, batches: Iterable[pa.RecordBat
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read what a manifest says of its beton; the lines stay on disk.
+    """Read the header of a manifest; the lines stay on disk.
 
     Raises:
-        ArtifactError: the file is missing, no Parquet, or no manifest.
+        ArtifactError: the file is missing, or not a manifest.
     """
     path = Path(path)
-    try:
-        metadata = parquet_metadata(path, _METADATA_KEY)
-        names = member(metadata, "class_names", list, None)
-        if names is not None and not all(isinstance(name, str) for name in names):
-            raise ValueError("its 'class_names' must be texts")
-        return Manifest(
-            path=path,
-            fingerprint=Fingerprint.from_dict(member(metadata, "fingerprint", dict)),
-            class_names=None if names is None else tuple(names),
-            counts=member(metadata, "counts", dict),
-            settings=member(metadata, "settings", dict),
-            version=member(metadata, "version", str),
-        )
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is no manifest of a beton ({error}). {_cure(path)}") from error
+    header = read_parquet_header(path, _METADATA_KEY, ManifestHeader, cure=_cure(path))
+    return Manifest(path, **dict(header))
 
 
 def _read_lines(path: Path, columns: list[str] | None) -> pa.Table:
@@ -310,6 +306,6 @@ def _read_lines(path: Path, columns: list[str] | None) -> pa.Table:
 
 
 def _cure(path: Path) -> str:
-    """Say what to run when a manifest is no good."""
+    """The command that writes a damaged manifest again."""
     beton = str(path).removesuffix(".manifest.parquet")
     return f"Make it again: fastprune check {beton} --deep --write-manifest"

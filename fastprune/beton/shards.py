@@ -5,20 +5,56 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import AfterValidator, model_validator
 
 from fastprune.base.errors import ArtifactError, BetonError
 from fastprune.base.files import write_text
+from fastprune.base.headers import Header, read_header
 from fastprune.base.provenance import Fingerprint, content_digest, structure_digest
-from fastprune.base.untrusted import member, read_json
-from fastprune.beton.manifest import Manifest, Part, manifest_path, read_manifest
+from fastprune.beton.manifest import (
+    Manifest,
+    ManifestHeader,
+    Part,
+    manifest_path,
+    read_manifest,
+)
 
 SET_NAME = "manifest.json"
 
-_FORMAT = 1
 _SHARD_NAME = re.compile(r"shard-\d+\.beton", re.ASCII)
+
+
+def _shard_file(name: str) -> str:
+    # Other names could leave the folder, or replace something else in it.
+    if not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"is {name!r}, which is not a shard's name")
+    return name
+
+
+class ListedShard(Header):
+    """An entry of manifest.json."""
+
+    file: Annotated[str, AfterValidator(_shard_file)]
+    fingerprint: Fingerprint
+
+
+class SetHeader(ManifestHeader):
+    """What manifest.json holds; the shards are in the order of their rows."""
+
+    format: Literal[1] = 1
+    shards: tuple[ListedShard, ...]
+
+    @model_validator(mode="after")
+    def _require_sum(self) -> Self:
+        num_rows = sum(shard.fingerprint.num_rows for shard in self.shards)
+        if num_rows != self.fingerprint.num_rows:
+            raise ValueError(
+                f"its shards have {num_rows:,} rows, but the whole {self.fingerprint.num_rows:,}"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -42,15 +78,15 @@ def shard_name(index: int) -> str:
 
 
 def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
-    """Read manifest.json and look for the shards, which are not opened.
+    """Read manifest.json, and make sure that the folder has its shards; they are not opened.
 
     Returns:
-        The manifest of the whole, whose lines are those of the shards' manifests, and the shards in
-        the order of their rows.
+        The manifest of the whole, which reads its lines from the shards' manifests, and the shards
+        in the order of their rows.
 
     Raises:
-        BetonError: there is none, it is damaged, lists a shard that is missing or one twice, or
-            there is a shard that it does not list.
+        BetonError: it is missing or damaged, lists a missing shard or one twice, or does not list a
+            shard that is there.
     """
     manifest, shards = read_listing(folder)
     _require_these_files(folder, shards)
@@ -60,43 +96,17 @@ def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
 def read_listing(folder: Path) -> tuple[Manifest, list[Shard]]:
     """Read manifest.json alone; see `read_set`."""
     path = folder / SET_NAME
-    try:
-        record = read_json(path)
-        if member(record, "format", int) != _FORMAT:
-            raise ValueError(f"its format is {record['format']}, but this version reads {_FORMAT}")
-        names = member(record, "class_names", list, None)
-        shards: list[Shard] = []
-        first_row = 0
-        for entry in member(record, "shards", list):
-            name = member(entry, "file", str)
-            # Names of other forms could leave the folder, or replace what else is in it.
-            if not _SHARD_NAME.fullmatch(name):
-                raise ValueError(f"it lists {name!r}, which is no shard's name")
-            fingerprint = Fingerprint.from_dict(member(entry, "fingerprint", dict))
-            shards.append(Shard(folder / name, first_row, fingerprint))
-            first_row += fingerprint.num_rows
-        manifest = Manifest(
-            path=path,
-            fingerprint=Fingerprint.from_dict(member(record, "fingerprint", dict)),
-            class_names=None if names is None else tuple(map(str, names)),
-            counts=member(record, "counts", dict),
-            settings=member(record, "settings", dict),
-            version=member(record, "version", str),
-            parts=tuple(Part(manifest_path(shard.path), shard.first_row) for shard in shards),
-        )
-        if manifest.fingerprint.num_rows != first_row:
-            raise ValueError(
-                f"its shards have {first_row:,} rows, but the whole "
-                f"{manifest.fingerprint.num_rows:,}"
-            )
-    except FileNotFoundError:
-        raise BetonError(_why_unfinished(folder)) from None
-    except (OSError, ValueError) as error:
-        raise BetonError(
-            f"{path} is no manifest of a sharded beton ({error}). Remove it, and make it again: "
-            f"fastprune convert IMAGES {folder} --shards N --resume"
-        ) from error
-    return manifest, shards
+    if not path.exists():
+        raise BetonError(_why_unfinished(folder))
+    cure = f"Remove it, and make it again: fastprune convert IMAGES {folder} --shards N --resume"
+    header = read_header(path, SetHeader, cure=cure, error=BetonError)
+    shards, first_row = [], 0
+    for listed in header.shards:
+        shards.append(Shard(folder / listed.file, first_row, listed.fingerprint))
+        first_row += listed.fingerprint.num_rows
+    known = {name: getattr(header, name) for name in ManifestHeader.model_fields}
+    parts = tuple(Part(manifest_path(shard.path), shard.first_row) for shard in shards)
+    return Manifest(path, **known, parts=parts), shards
 
 
 def _require_these_files(folder: Path, shards: list[Shard]) -> None:
@@ -119,7 +129,7 @@ def _require_these_files(folder: Path, shards: list[Shard]) -> None:
         )
     if foreign := sorted(present - listed.keys()):
         raise BetonError(
-            f"{folder / foreign[0]} is none of the {len(listed):,} shards that {SET_NAME} lists. "
+            f"{folder / foreign[0]} is not among the {len(listed):,} shards that {SET_NAME} lists. "
             "It is of another conversion, perhaps: move it away."
         )
 
@@ -177,7 +187,7 @@ def missing_shards(
 def write_set(folder: Path, num_shards: int, job: dict[str, Any]) -> Manifest:
     """Write manifest.json for shards that are all there.
 
-    Whoever writes it writes the same bytes, so several processes may.
+    Every process writes the same bytes, so several may at once.
 
     Args:
         folder: of the sharded beton.
@@ -199,17 +209,17 @@ def write_set(folder: Path, num_shards: int, job: dict[str, Any]) -> Manifest:
     whole = {name: np.concatenate(values) for name, values in columns.items()}
     structure = structure_digest(whole["label"], whole["width"], whole["height"])
     content = content_digest(whole["source_crc32c"])
-    record = {
-        "format": _FORMAT,
-        "fingerprint": Fingerprint(len(whole["label"]), structure, content).to_dict(),
-        "class_names": manifests[0].class_names,
-        "counts": {name: counts[name] for name in manifests[0].counts},
-        "settings": job,
-        "version": manifests[0].version,
-        "shards": [
-            {"file": shard_name(index), "fingerprint": manifest.fingerprint.to_dict()}
+    header = SetHeader(
+        fingerprint=Fingerprint(len(whole["label"]), structure, content),
+        class_names=manifests[0].class_names,
+        counts={name: counts[name] for name in manifests[0].counts},
+        settings=job,
+        version=manifests[0].version,
+        shards=tuple(
+            ListedShard(file=shard_name(index), fingerprint=manifest.fingerprint)
             for index, manifest in enumerate(manifests)
-        ],
-    }
+        ),
+    )
+    record = {"format": header.format, **header.model_dump(mode="json")}
     write_text(folder / SET_NAME, json.dumps(record, indent=1) + "\n")
     return read_listing(folder)[0]

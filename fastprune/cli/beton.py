@@ -76,8 +76,7 @@ def check(
     beton: Path, deep: bool, subset: Path | None, write_manifest: bool, as_json: bool
 ) -> None:
     """Check a beton: is every byte where it should be."""
-    from fastprune.beton.adopt import adopt
-    from fastprune.beton.check import check_beton
+    from fastprune.beton.check import check_beton, write_missing_manifest
     from fastprune.beton.opening import rows_present
 
     if write_manifest and not deep:
@@ -85,7 +84,7 @@ def check(
     start = time.monotonic()
     faults = check_beton(beton, deep=deep, subset=subset)
     if write_manifest and all(fault.kind == "manifest" for fault in faults):
-        manifest = adopt(beton)
+        manifest = write_missing_manifest(beton)
         click.echo(f"wrote {manifest.path}", err=True)
         faults = []
     where = ""

@@ -14,7 +14,7 @@ from fastprune.base.errors import (
 )
 from fastprune.base.provenance import Fingerprint
 from fastprune.beton import layout
-from fastprune.beton.adopt import adopt
+from fastprune.beton.check import write_missing_manifest
 from fastprune.beton.compact import compact
 from fastprune.beton.dali_index import write_dali_index
 from fastprune.beton.manifest import manifest_path
@@ -245,7 +245,7 @@ def test_a_flipped_bit_is_found_by_the_manifests_crc(ours):
     [fault] = check_beton(ours, deep=True)
     assert (fault.kind, fault.row, fault.source) == ("crc", 7, "class_01/003.jpg")
     assert str(fault) == (
-        "crc: row 7: its bytes are not those that were written (CRC-32C) (from class_01/003.jpg)"
+        "crc: row 7: its bytes are not the ones that were written (CRC-32C) (from class_01/003.jpg)"
     )
 
 
@@ -261,7 +261,7 @@ def test_damaged_images_are_found_without_a_manifest(plain):
         ("extent", 4),
     ]
     assert "its image is damaged: it does not start with a JPEG's marker" in faults[0].message
-    assert "its JPEG has 16 x 12 pixels, but the metadata says 9 x 12" in faults[2].message
+    assert "its JPEG has 16 x 12 pixels, but in the metadata 9 x 12" in faults[2].message
 
 
 def test_the_other_rows_are_decoded_even_when_one_has_a_broken_pointer(plain):
@@ -289,9 +289,9 @@ def test_a_manifest_of_another_beton_is_named_and_not_used(ours, plain):
 @pytest.mark.parametrize(
     ("field", "name", "content", "kind", "message"),
     [
-        (1, None, u64(5), "label", "its label is 5, but the manifest says 1"),
-        (0, "width", b"\xff\x01", "extent", "its width is 511, but the manifest says 47"),
-        (0, "height", b"\xff\x01", "extent", "its height is 511, but the manifest says 41"),
+        (1, None, u64(5), "label", "its label is 5, but in the manifest it is 1"),
+        (0, "width", b"\xff\x01", "extent", "its width is 511, but in the manifest it is 47"),
+        (0, "height", b"\xff\x01", "extent", "its height is 511, but in the manifest it is 41"),
     ],
 )
 def test_a_value_that_differs_from_the_manifest_is_named_and_refused(
@@ -301,7 +301,11 @@ def test_a_value_that_differs_from_the_manifest_is_named_and_refused(
     [fault] = check_beton(ours)
     assert (fault.kind, fault.row) == (kind, 5)
     assert message in fault.message
-    for use in (open_beton, adopt, lambda path: compact(path, tmp_path / "b.beton")):
+    for use in (
+        open_beton,
+        write_missing_manifest,
+        lambda path: compact(path, tmp_path / "b.beton"),
+    ):
         with pytest.raises(BetonError, match=f"is damaged: {kind}: row 5: {message}") as error:
             use(ours)
         assert "--write-manifest" not in str(error.value)
@@ -337,8 +341,8 @@ def test_a_damaged_manifest_is_named_and_not_used(ours):
     manifest_path(ours).write_bytes(b"PAR1")
     [fault] = check_beton(ours)
     assert fault.kind == "manifest"
-    assert "is no manifest of a beton" in fault.message
-    with pytest.warns(ForeignManifestWarning, match="is no manifest"):
+    assert "cannot be read: it is no Parquet file" in fault.message
+    with pytest.warns(ForeignManifestWarning, match="cannot be read: it is no Parquet"):
         assert open_beton(ours).class_names is None
 
 
@@ -352,7 +356,7 @@ def test_a_manifest_whose_lines_are_damaged_is_named(ours):
 
 
 def test_a_beton_of_another_writer_gets_a_manifest_and_a_content_fingerprint(plain):
-    manifest = adopt(plain)
+    manifest = write_missing_manifest(plain)
     beton = open_beton(plain)
     assert beton.fingerprint == manifest.fingerprint
     assert beton.fingerprint.content is not None
@@ -365,7 +369,7 @@ def test_a_beton_of_another_writer_gets_a_manifest_and_a_content_fingerprint(pla
 
 def test_a_manifest_that_knows_the_sources_is_not_overwritten(ours):
     with pytest.raises(ArtifactError, match=r"belongs to .*a\.beton already.*Remove it first"):
-        adopt(ours)
+        write_missing_manifest(ours)
 
 
 # Subsets

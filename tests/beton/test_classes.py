@@ -14,7 +14,7 @@ from fastprune.base.errors import (
     ForeignManifestWarning,
     InvalidValueError,
 )
-from fastprune.beton.adopt import adopt
+from fastprune.beton.check import write_missing_manifest
 from fastprune.beton.manifest import manifest_path
 from tests.images import jpeg_bytes, write_image_folder
 
@@ -112,7 +112,7 @@ def test_resume_with_other_names_is_refused(train, tmp_path):
 
 def test_a_manifest_without_names_cannot_number_classes(train, tmp_path):
     manifest_path(train).unlink()
-    adopt(train)
+    write_missing_manifest(train)
     folder = flat(tmp_path, ["class_02"])
     with pytest.raises(ArtifactError, match=r"has no class names.* Name a beton that"):
         convert(beton_path=tmp_path / "val.beton", classes_from=train, **folder)

@@ -193,7 +193,9 @@ def test_rows_are_staged_on_each_node(nodes, images, tmp_path):
     assert np.flatnonzero(open_beton(tmp_path / "mirror").present).tolist() == [1, 8, 19]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(ArtifactError, match=r"^node .*:\d+: .*/other holds files, but no mirror"):
+    with pytest.raises(
+        ArtifactError, match=r"^node .*:\d+: .*/other holds files, but not a mirror"
+    ):
         stage(url, None, tmp_path / "other", ray=nodes.address)
 
 

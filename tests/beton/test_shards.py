@@ -152,7 +152,7 @@ def test_missing_shard_is_named(folder):
 
 def test_foreign_shard_beside_the_others_is_named(folder, single):
     shutil.copy(single, folder / shard_name(3))
-    with pytest.raises(BetonError, match=r"shard-00003\.beton is none of the 3 shards"):
+    with pytest.raises(BetonError, match=r"shard-00003\.beton is not among the 3 shards"):
         open_beton(folder)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fastprune import convert, open_beton
 from fastprune.base.errors import ArtifactError, ArtifactMismatch, InvalidValueError
-from fastprune.beton.adopt import adopt
+from fastprune.beton.check import write_missing_manifest
 from fastprune.rows.score_table import ScoreTable
 from fastprune.rows.subset import Subset
 from fastprune.selection.exporters import export_subset
@@ -108,7 +108,7 @@ def test_names_need_a_manifest(tmp_path):
 
 def test_names_need_a_manifest_that_tells_them(beton, tmp_path):
     shutil.copy(beton.path, tmp_path / "found.beton")
-    adopt(tmp_path / "found.beton")
+    write_missing_manifest(tmp_path / "found.beton")
     found = open_beton(tmp_path / "found.beton")
     with pytest.raises(InvalidValueError, match=r"manifest of .* has none.*List rows"):
         import_subset(write(tmp_path / "n.txt", ["a.jpg"]), found)

@@ -193,7 +193,7 @@ def test_names_in_a_bucket_cannot_leave_the_mirror(copied, tmp_path, name):
     record = json.loads((copied / SET_NAME).read_text())
     record["shards"][0]["file"] = name
     (copied / SET_NAME).write_text(json.dumps(record))
-    with pytest.raises(BetonError, match="which is no shard's name"):
+    with pytest.raises(BetonError, match="which is not a shard's name"):
         stage(f"file://{copied}", ROWS, tmp_path / "inner" / "mirror")
     assert [path.name for path in (tmp_path / "inner").iterdir()] == ["mirror"]
 
