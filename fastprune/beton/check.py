@@ -18,8 +18,8 @@ from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import (
     ArtifactError,
     BetonError,
-    ContentNotComparedWarning,
     FastpruneError,
+    ForeignManifestWarning,
     JpegError,
 )
 from fastprune.base.progress import track
