@@ -18,6 +18,7 @@ from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import (
     ArtifactError,
     BetonError,
+    ContentNotComparedWarning,
     FastpruneError,
     ForeignManifestWarning,
     JpegError,
