@@ -36,18 +36,18 @@ class _InOrder(click.Group):
     """A group that lists its commands in the order of the pipeline and prints errors plainly."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order in which they were added."""
+        """List the commands in the order in which they were added."""
         del ctx
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find the command, and remember it for error messages."""
+        """Find the command, and keep it for error messages."""
         found = super().resolve_command(ctx, args)
         ctx.meta[_COMMAND] = found[1]
         return found
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a fault of the user's data or disk becomes one message and exit code 1."""
+        """Run a command; a fault of the user's data or disk is one message and exit code 1."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -56,7 +56,7 @@ class _InOrder(click.Group):
             click.echo(f"{signal.Signals(number).name} ended the command.", err=True)
             sys.exit(128 + number)
         except (FastpruneError, OSError) as error:
-            # Of a reader that has seen enough (`| head`), click ends the command quietly.
+            # click itself ends the command quietly when the reader is done (`| head`).
             is_closed_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE
             if ctx.params["debug"] or is_closed_pipe:
                 raise
@@ -68,18 +68,18 @@ class _InOrder(click.Group):
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """One plain line, without the place in our code that warns."""
+    """Print one plain line, without the line of code that warns."""
     click.echo(f"warning: {message}", err=True)
 
 
 def _open_closed_streams() -> None:
-    """Give closed standard streams (`2>&-`, some daemons) a file that takes everything."""
+    """Replace closed standard streams (`2>&-`, some daemons) by the null device."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # Open gives the lowest free number. Else the next file that is written would get it,
-            # and whatever a library prints would land in a beton.
+            # open() returns the lowest free number. Otherwise the next file would get it, and
+            # what a library prints would end up in a beton.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

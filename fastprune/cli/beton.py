@@ -75,7 +75,7 @@ def convert(
 def check(
     beton: Path, deep: bool, subset: Path | None, write_manifest: bool, as_json: bool
 ) -> None:
-    """Check a beton: is every byte where it should be."""
+    """Check that every byte of a beton is where it should be."""
     from fastprune.beton.check import check_beton, write_missing_manifest
     from fastprune.beton.opening import rows_present
 
@@ -157,8 +157,8 @@ def stage(
 ) -> None:
     """Fetch a subset's rows of a beton in object storage into a mirror on a local disk.
 
-    URL is that of a beton (s3://bucket/train.beton) or of a folder of shards (s3://bucket/train/);
-    SUBSET a subset's file, or the word "all". `open_beton(URL, cache=FOLDER)` and
+    URL names a beton (s3://bucket/train.beton) or a folder of shards (s3://bucket/train/); SUBSET
+    is a subset's file, or the word "all". `open_beton(URL, cache=FOLDER)` and
     `open_beton(FOLDER)` read the mirror.
     """
     from fastprune.beton.remote.stage import stage as stage_rows

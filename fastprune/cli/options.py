@@ -183,7 +183,7 @@ def teacher_options(command: _C) -> _C:
     return click.option(
         "--teacher",
         help="Network: one of torchvision, timm:NAME, or a small one such as resnet32x4; with its "
-        "published weights, or those of --teacher-checkpoint.",
+        "published weights, or the weights in --teacher-checkpoint.",
     )(command)
 
 

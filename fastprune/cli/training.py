@@ -1,4 +1,4 @@
-"""Subcommands around the student, and the recipes that come with fastprune."""
+"""Training and evaluation of students, and the recipes that come with fastprune."""
 
 import logging
 import os
@@ -7,19 +7,18 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from fastprune.cli.options import COUNT, PATH, Setting, device_option, json_option, show
-from fastprune.settings import RunSettings
+from fastprune.cli.options import PATH, json_option, setting_options, show
+from fastprune.settings import EvaluateSettings, find_recipe, load_recipe, packaged_recipes
 
 
 def _complete_recipe(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[str]:
     del context, parameter
-    from fastprune.settings import packaged_recipes
-
     return [name for name in packaged_recipes() if name.startswith(incomplete)]
 
 
@@ -30,7 +29,7 @@ def _complete_recipe(
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="Replace a setting of the recipe, or take it away (KEY=); may be given several times.",
+    help="Replace a setting of the recipe, or remove it (KEY=); may be given several times.",
 )
 @click.option(
     "--resume", is_flag=True, help="Resume from the newest checkpoint in the run's folder, if any."
@@ -51,7 +50,6 @@ def train(
     """
     from fastprune.base.errors import PeerError, TrainingStopped
     from fastprune.networks.names import require_known_network
-    from fastprune.settings import load_recipe
 
     if fixed_iterations:
         overrides = (*overrides, "schedule.fixed_iterations=true")
@@ -59,11 +57,11 @@ def train(
     for network in (settings.student, settings.teacher):
         if network is not None:
             require_known_network(network.network)
-    # What is wrong with the recipe is said before torch is imported, which takes seconds.
+    # A wrong recipe is refused before the import of torch, which takes seconds.
     from fastprune.distillation.trainer import distill
 
     is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:  # the first process speaks for all
+    if not is_first:  # the first process prints for all
         logging.getLogger("fastprune").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
     try:
@@ -93,31 +91,9 @@ def train(
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("beton", type=PATH)
-@click.option("--network", help="Name of the network, where the checkpoint does not name it.")
-@click.option(
-    "--image-size",
-    type=COUNT,
-    help="Side of the center crop, where the checkpoint does not name it.",
-)
-@click.option("--batch-size", type=COUNT, default=256, help="Images per step.")
-@device_option
-@click.option(
-    "--precision",
-    type=Setting(RunSettings.model_fields["precision"]),
-    default="auto",
-    help="Arithmetic of the network; auto is that of the checkpoint's own training.",
-)
+@setting_options(EvaluateSettings)
 @json_option
-def evaluate(
-    checkpoint: Path,
-    beton: Path,
-    network: str | None,
-    image_size: int | None,
-    batch_size: int,
-    device: str,
-    precision: str,
-    as_json: bool,
-) -> None:
+def evaluate(checkpoint: Path, beton: Path, as_json: bool, **settings: Any) -> None:
     """Measure the accuracy of CHECKPOINT on BETON."""
     from fastprune.beton.opening import open_beton
 
@@ -125,22 +101,14 @@ def evaluate(
         student = checkpoint / "student.safetensors"
         cure = f"Its student: {student}" if student.is_file() else "Name a file of weights in it."
         raise click.BadParameter(f"{checkpoint} is a folder. {cure}", param_hint="CHECKPOINT")
-    # Both would be found out after the import of torch, which takes seconds.
+    # Both are checked before the import of torch, which takes seconds.
     if not checkpoint.exists():
         raise click.BadParameter(f"{checkpoint} does not exist.", param_hint="CHECKPOINT")
     open_beton(beton)
     from fastprune.distillation.evaluation import evaluate_checkpoint
 
     started = time.perf_counter()
-    evaluation = evaluate_checkpoint(
-        checkpoint,
-        beton,
-        network=network,
-        image_size=image_size,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-    )
+    evaluation = evaluate_checkpoint(checkpoint, beton, **settings)
     seconds = time.perf_counter() - started
     show(
         f"top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f} "
@@ -157,8 +125,6 @@ def recipes(context: click.Context, as_json: bool) -> None:
     """List the recipes that come with fastprune: train takes their names."""
     if context.invoked_subcommand is not None:
         return
-    from fastprune.settings import packaged_recipes
-
     titles = {name: _title(path) for name, path in packaged_recipes().items()}
     lines = "\n".join(f"{name:40}  {title}" for name, title in titles.items())
     show(lines, titles, as_json=as_json)
@@ -168,8 +134,6 @@ def recipes(context: click.Context, as_json: bool) -> None:
 @click.argument("name", shell_complete=_complete_recipe)
 def show_recipe(name: str) -> None:
     """Print a recipe, to be saved and changed: recipes show NAME > recipe.toml."""
-    from fastprune.settings import find_recipe
-
     click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
 
 

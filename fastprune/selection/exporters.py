@@ -33,7 +33,7 @@ def export_subset(
         The files that were written.
 
     Raises:
-        InvalidValueError: the format is not known, or needs what is not given.
+        InvalidValueError: the format is not known, or needs more than is given.
         ArtifactMismatch: the beton holds other images than the subset was made from.
         ArtifactError: a file cannot be written.
     """
@@ -62,7 +62,7 @@ def kept_rows_of(subset: Subset, beton: Beton | None, file_format: str) -> NDArr
     """Return a subset's rows of a beton that has a manifest.
 
     Raises:
-        InvalidValueError: there is no beton, it has no manifest, or a row is beyond its end.
+        InvalidValueError: the beton is missing, it has no manifest, or a row is beyond its end.
         ArtifactMismatch: the beton holds other images than the subset was made from.
     """
     if beton is None or beton.manifest is None:

@@ -229,8 +229,8 @@ def _rows_of_names(path: Path, names: list[str], beton: Beton | None) -> Rows:
     """Look up the rows of the manifest's source files with these names."""
     if beton is None or beton.manifest is None:
         raise InvalidValueError(
-            f"{path} lists file names, but there is no manifest to look them up in. Name images "
-            "that fastprune converted (--beton), or list rows."
+            f"{path} lists file names, but without a manifest they cannot be looked up. Name "
+            "images that fastprune converted (--beton), or list rows."
         )
     lines = beton.manifest.table(["row", "source"]).to_pydict()
     rows = {

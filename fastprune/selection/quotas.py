@@ -14,20 +14,20 @@ QUOTAS = ("proportional", "equal")
 def class_quotas(
     counts: NDArray[np.int64], *, keep_ratio: float, quota: str = "proportional"
 ) -> NDArray[np.int64]:
-    """Share round(keep_ratio * N) rows out among the classes.
+    """Distribute round(keep_ratio * N) rows among the classes.
 
     Args:
         counts: (C,) rows per class, n_c; N is their sum.
         keep_ratio: r, in (0, 1].
         quota: `proportional` gives each class the largest-remainder rounding of r * n_c, equal
-            remainders going to the lower class; `equal` gives every class the same, or all it has
-            where that is less, and what is left over to the lowest classes.
+            remainders going to the lower class; `equal` gives every class the same number, or all
+            it has if that is less, and the remainder to the lowest classes.
 
     Returns:
         (C,) int64 rows to keep, k_c <= n_c; their sum is round(keep_ratio * N) exactly.
 
     Raises:
-        InvalidValueError: the ratio is outside (0, 1], or there is no such quota.
+        InvalidValueError: the ratio is outside (0, 1], or the quota is not known.
     """
     total = kept_total(int(counts.sum()), keep_ratio)
     if quota == "proportional":
@@ -63,7 +63,7 @@ def _proportional(counts: NDArray[np.int64], keep_ratio: float, total: int) -> N
 
 
 def _equal(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
-    """Give the same to all, filled like communicating vessels."""
+    """Give the same number to all that have it, by raising one level until the total is used up."""
     low, high = 0, int(counts.max(initial=0))
     while low < high:  # the highest level that the total can fill
         middle = (low + high + 1) // 2

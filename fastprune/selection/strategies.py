@@ -110,10 +110,10 @@ def _moderate(ascending: Rows, keep_ratio: float) -> Rows:
 
 
 def _ccs(scores: Scores, keep_ratio: float, drop_hardest: float, keys: NDArray[np.uint64]) -> Rows:
-    """Leave the hardest out, then draw from equal-width strata, each as evenly as it can give."""
+    """Leave the hardest out, then draw evenly from strata of equal width."""
     num_rows = len(scores)
     total = kept_total(num_rows, keep_ratio)
-    # Never so many that the keep ratio could not be met.
+    # The keep ratio comes first: fewer are dropped if it needs them.
     dropped = min(round(drop_hardest * num_rows), num_rows - total)
     rows = _ascending(scores)[: num_rows - dropped]
     if len(rows) == 0:
@@ -125,7 +125,7 @@ def _ccs(scores: Scores, keep_ratio: float, drop_hardest: float, keys: NDArray[n
     places = (values - values[0]) / span if span > 0 else np.zeros(len(values))
     strata = np.minimum((places * CCS_STRATA).astype(np.int64), CCS_STRATA - 1)
     counts = np.bincount(strata, minlength=CCS_STRATA)
-    # Water-filling from the smallest stratum: each gives its even share of what is still wanted.
+    # Water-filling from the smallest stratum: each gives an even share of what is still missing.
     budgets = np.zeros_like(counts)
     for position, stratum in enumerate(np.argsort(counts, kind="stable")):
         budgets[stratum] = min(counts[stratum], total // (len(counts) - position))
@@ -145,13 +145,13 @@ def _grouped(values: NDArray[Any], classes: Rows) -> _Groups:
     """Sort rows by (class, value, row)."""
     counts = np.bincount(classes)
     ascending = _ascending(values)
-    # numpy sorts 16-bit integers by radix, many times as fast.
+    # numpy uses radix sort for 16-bit integers, which is many times as fast.
     narrow = classes.astype(np.min_scalar_type(max(0, len(counts) - 1)))
     return _Groups(ascending[np.argsort(narrow[ascending], kind="stable")], counts)
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Scores, Rows]:
-    """Return scores and labels as arrays, if rows can be chosen by them."""
+    """Return scores and labels as arrays, or refuse them."""
     values, classes = np.asarray(scores), np.asarray(labels)
     if values.ndim != 1 or values.shape != classes.shape:
         raise InvalidValueError(

@@ -86,7 +86,7 @@ def make_subset(
 
 
 def _default_metric(table: ScoreTable, settings: SelectSettings) -> str:
-    """Choose the metric that the strategy's source ranks by, among those of the table."""
+    """Choose the metric that the strategy's source ranks by, among the table's metrics."""
     # An imported table has one metric, under any name.
     if len(table.metrics) == 1:
         return next(iter(table.metrics))

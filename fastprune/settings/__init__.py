@@ -20,13 +20,14 @@ from fastprune.settings.recipe import (
     ScheduleSettings,
     TeacherSettings,
 )
-from fastprune.settings.score import FillSettings, PassSettings, ScoreSettings
+from fastprune.settings.score import EvaluateSettings, FillSettings, PassSettings, ScoreSettings
 from fastprune.settings.select import SelectSettings, StrategySettings
 
 __all__ = [
     "ConvertSettings",
     "DataSettings",
     "DemoSettings",
+    "EvaluateSettings",
     "FillSettings",
     "ImageSettings",
     "LoaderSettings",

@@ -11,7 +11,7 @@ _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 
 
 class ImageSettings(Settings):
-    """What is done to an image; the same settings give the same bytes."""
+    """How an image is stored; the same settings give the same bytes."""
 
     jpeg: Literal["auto", "fast", "original"] = Field(
         "auto",

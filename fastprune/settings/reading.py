@@ -13,7 +13,7 @@ from fastprune.base.headers import parse_toml
 from fastprune.settings.keywords import faults
 from fastprune.settings.recipe import Recipe
 
-# The longest recipe that comes with fastprune has two kilobytes.
+# Far beyond the longest recipe that comes with fastprune, which has two kilobytes.
 _MAX_BYTES = 1 << 20
 
 
@@ -53,19 +53,19 @@ def find_recipe(name: str | Path) -> Path:
     packaged = packaged_recipes()
     if str(name) in packaged:
         return packaged[str(name)]
-    # A path is no misspelled name.
+    # The hint is for names; a path is not a misspelled one.
     is_name = path.name == str(name) and not path.suffix
     hint = did_you_mean(str(name), packaged if is_name else (), list_known=False)
     raise RecipeError(
-        f"{name} does not exist, and no recipe that comes with fastprune is named so.{hint} They "
-        "are listed by: fastprune recipes"
+        f"{name} does not exist, and no recipe that comes with fastprune has this name.{hint} List "
+        "them with: fastprune recipes"
     )
 
 
 def packaged_recipes() -> dict[str, Path]:
     """Map the names of the recipes that come with fastprune to their files, in order."""
     package = Path(__file__).parents[1]
-    # The wheel has them in the package; a checkout beside it.
+    # A wheel has them in the package, a checkout beside it.
     folders = (package / "recipes", package.parent / "recipes")
     return {file.stem: file for folder in folders[::-1] for file in sorted(folder.glob("*.toml"))}
 
@@ -90,20 +90,20 @@ def make_recipe(settings: dict[str, Any], *, name: str = "recipe") -> Recipe:
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a file's settings on top of the settings of the file it extends."""
     if path.resolve() in extending:
-        raise RecipeError(f"{path} extends itself, through other files perhaps. Break the circle.")
+        raise RecipeError(f"{path} extends itself, possibly through other files. Break the circle.")
     try:
         settings = parse_toml(read_text(path, max_bytes=_MAX_BYTES))
     except FileNotFoundError as error:
         raise RecipeError(f"{path} does not exist.") from error
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} is no TOML file: {error}.") from error
+        raise RecipeError(f"{path} is not a TOML file: {error}.") from error
     base = settings.pop("extends", None)
     if base is None:
         return settings
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends = {base!r} must be the name of a file beside it.")
     beside = path.parent / base
-    # A recipe that was copied out of the package (`recipes show`) still extends those in it.
+    # A recipe copied out of the package (`recipes show`) still extends the package's recipes.
     packaged = packaged_recipes().get(Path(base).stem)
     source = beside if beside.exists() or packaged is None else packaged
     extended = _read(source, (*extending, path.resolve()))
@@ -124,7 +124,7 @@ def _set(settings: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r} is not of the form section.key=value.")
     section = settings.setdefault(sections[0], {})
     if not isinstance(section, dict):
-        raise RecipeError(f"--set {override!r}: {sections[0]} is no section of the recipe.")
+        raise RecipeError(f"--set {override!r}: {sections[0]} is not a section of the recipe.")
     if text:
         section[sections[1]] = _parse(text)
     else:

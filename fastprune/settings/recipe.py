@@ -392,7 +392,7 @@ class Recipe(Settings):
         if self.data.num_views is None:
             raise ValueError(
                 "teacher.cache keeps the logits of views that recur, but data.num_views is "
-                "missing: say how many of each row do, such as 16"
+                "missing: set how many views of each row do, such as 16"
             )
         if self.loss.feature_weight > 0:
             raise ValueError(

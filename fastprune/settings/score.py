@@ -1,4 +1,4 @@
-"""Settings of a teacher's pass over the images: for scores, or to fill a teacher cache."""
+"""Settings of a network's pass over the images: for scores, a teacher cache, or an accuracy."""
 
 from typing import Annotated
 
@@ -108,8 +108,8 @@ class ScoreSettings(PassSettings):
     )
     views: Annotated[Integer, Field(ge=0, lt=2**31)] = Field(
         0,
-        description="training views that are averaged, view i being that of slot i in the training "
-        "to come; 0 for the center crop.",
+        description="training views that are averaged, view i being slot i of the training to "
+        "come; 0 for the center crop.",
     )
     cache: File | None = Field(
         None, description="teacher cache that keeps the logits of these views for the training."
@@ -133,4 +133,25 @@ class FillSettings(PassSettings):
     )
     slots: tuple[Annotated[Integer, Field(ge=0)], ...] | None = Field(
         None, description="views to fill, each in [0, num_views); by default all."
+    )
+
+
+class EvaluateSettings(Settings):
+    """How a trained network is evaluated."""
+
+    network: str | None = Field(
+        None, description="name of the network; by default as the checkpoint names it."
+    )
+    image_size: Pixels | None = Field(
+        None,
+        description="side of the center crop, in pixels; by default as the checkpoint names it.",
+    )
+    batch_size: Count = Field(256, description="images per step.")
+    device: Device = Field(
+        "auto", description='device of torch; "auto" is CUDA if it is available.'
+    )
+    precision: Precision = Field(
+        "auto",
+        description='arithmetic: "fp32", "bf16", or "auto", as in the validations of the '
+        "checkpoint's own training, fp32 if they are not recorded.",
     )

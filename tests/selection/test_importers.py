@@ -102,7 +102,7 @@ def test_names_need_a_manifest(tmp_path):
     write_image_folder(tmp_path / "images", classes=2, per_class=1)
     convert(tmp_path / "images", tmp_path / "train.beton")
     (tmp_path / "train.beton.manifest.parquet").unlink()
-    with pytest.raises(InvalidValueError, match=r"no manifest to look them up.*or list rows"):
+    with pytest.raises(InvalidValueError, match=r"without a manifest .*or list rows"):
         import_subset(write(tmp_path / "n.txt", ["a.jpg"]), open_beton(tmp_path / "train.beton"))
 
 

@@ -40,10 +40,10 @@ def test_every_shipped_recipe_is_valid(path):
 
 def test_recipe_that_never_ends_is_refused(tmp_path):
     os.mkfifo(tmp_path / "recipe.toml")
-    with pytest.raises(RecipeError, match=r"recipe\.toml is no TOML file: it is a FIFO"):
+    with pytest.raises(RecipeError, match=r"recipe\.toml is not a TOML file: it is a FIFO"):
         load_recipe(tmp_path / "recipe.toml")
     (tmp_path / "long.toml").write_bytes(b"#" * (2 << 20))
-    with pytest.raises(RecipeError, match=r"long\.toml is no TOML file: it has more than"):
+    with pytest.raises(RecipeError, match=r"long\.toml is not a TOML file: it has more than"):
         load_recipe(tmp_path / "long.toml")
 
 
@@ -55,7 +55,7 @@ def test_recipe_that_is_nested_too_deeply_is_refused(recipe_file):
         load_recipe(recipe_file, [f"data.mean={nested}"])
     assert len(str(error.value)) < 1000
     recipe_file.write_text(f"{RECIPE}\nseed = {nested}")
-    with pytest.raises(RecipeError, match="is no TOML file: it is nested"):
+    with pytest.raises(RecipeError, match="is not a TOML file: it is nested"):
         load_recipe(recipe_file)
 
 
@@ -207,7 +207,7 @@ def test_missing_recipe_is_named(tmp_path):
 def test_broken_toml_is_named(tmp_path):
     path = tmp_path / "broken.toml"
     path.write_text("[data")
-    with pytest.raises(RecipeError, match=r"broken\.toml is no TOML file"):
+    with pytest.raises(RecipeError, match=r"broken\.toml is not a TOML file"):
         load_recipe(path)
 
 
