@@ -34,36 +34,23 @@ Decoded = tuple[torch.Tensor, NDArray[np.int64]]
 
 @dataclass
 class _Batch:
-    """A batch on its way.
+    """A batch on its way."""
 
-    Attributes:
-        rows: (n,) of the batch.
-        views: (n, 7) of the rows.
-        pixels: (n, S, S, 3) uint8, being filled.
-        num_pending: requests that each service has not answered yet.
-        reasons: why a view cannot be decoded, by position in the batch.
-    """
-
-    rows: NDArray[np.int64]
-    views: NDArray[np.int32]
-    pixels: torch.Tensor
-    num_pending: Counter[Service] = field(default_factory=Counter)
-    reasons: dict[int, str] = field(default_factory=dict)
+    rows: NDArray[np.int64]  # (n,)
+    views: NDArray[np.int32]  # (n, 7)
+    pixels: torch.Tensor  # (n, S, S, 3) uint8, being filled
+    num_pending: Counter[Service] = field(default_factory=Counter)  # requests not yet answered
+    reasons: dict[int, str] = field(default_factory=dict)  # why views fail, by position
 
 
 @dataclass
 class _Request:
-    """Views of a batch that were requested together.
-
-    Attributes:
-        batch: that they belong to.
-        positions: (m,) of the views in the batch.
-        images: (m, S, S, 3) uint8, where they arrive: a slice of the batch's pixels, or a buffer
-            of its own if the positions lie apart.
-    """
+    """Views of a batch that were requested together."""
 
     batch: _Batch
-    positions: NDArray[np.int64]
+    positions: NDArray[np.int64]  # (m,) in the batch
+    # (m, S, S, 3), where they arrive: a slice of the batch's pixels, or a buffer of its own if the
+    # positions lie apart.
     images: NDArray[np.uint8]
 
 

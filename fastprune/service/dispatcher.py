@@ -71,22 +71,15 @@ class Channel(Protocol):
 
 @dataclass
 class Served:
-    """A beton that is served.
-
-    Attributes:
-        beton: open.
-        digest: by which clients know its images; empty once its file changed.
-        watch: detects that.
-        faults: compares checksums, once for all clients.
-    """
+    """A beton that is served."""
 
     beton: Beton
-    digest: str
-    watch: ChangeDetector = field(init=False)
-    faults: RowFaults = field(init=False)
+    digest: str  # by which clients know its images; "" once its file changed
+    changes: ChangeDetector = field(init=False)
+    faults: RowFaults = field(init=False)  # compares checksums, once for all clients
 
     def __post_init__(self) -> None:
-        self.watch = ChangeDetector(self.beton)
+        self.changes = ChangeDetector(self.beton)
         self.faults = RowFaults(self.beton, skip=True, verify_crc=None)
 
 
@@ -269,7 +262,7 @@ class Dispatcher:
         """Stop serving betons whose files changed since they were opened."""
         for served in self.betons:
             try:
-                served.watch.check()
+                served.changes.check()
             except LoadingError as error:
                 if served.digest:
                     _LOG.error("%s", error)

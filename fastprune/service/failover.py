@@ -36,23 +36,14 @@ _ROWS_IN_BLOCK = 16
 
 @dataclass(eq=False)
 class Service:
-    """One of the services, and whether it can be used.
-
-    Attributes:
-        address: where it is.
-        idle: connections between two epochs.
-        is_lost: whether it could not be used when last tried.
-        next_try: when it is tried again, in seconds of a steady clock.
-        pause: from that try to the one after it, in seconds.
-        error: why it could not be used when last tried.
-    """
+    """One of the services, and whether it can be used."""
 
     address: Address
-    idle: list[Connection] = field(default_factory=list)
-    is_lost: bool = False
-    next_try: float = 0.0
-    pause: float = field(default_factory=lambda: _RETRY_SECONDS)
-    error: ServiceError | None = None
+    idle: list[Connection] = field(default_factory=list)  # between two epochs
+    is_lost: bool = False  # whether it could not be used when last tried
+    next_try: float = 0.0  # in seconds of a steady clock
+    pause: float = field(default_factory=lambda: _RETRY_SECONDS)  # to the try after that
+    error: ServiceError | None = None  # why it could not be used when last tried
 
     @cached_property
     def seed(self) -> int:

@@ -14,7 +14,6 @@ import logging
 import os
 import queue
 import socket
-import stat
 import threading
 import time
 import urllib.parse
@@ -84,7 +83,7 @@ class FlightListener:
         self._watching = asyncio.create_task(self._watch())
 
     def stop_listening(self) -> None:
-        """Accept no more clients; calls that run go on."""
+        """Accept no more clients; calls in progress continue."""
         if self._ending is None:
             # It ends when the last call has.
             self._ending = asyncio.create_task(asyncio.to_thread(self._service.shutdown))
@@ -120,21 +119,31 @@ class FlightListener:
     def converse(self, peer: str, hello: bytes, reader: Any, writer: Any) -> None:
         """Serve a client until it leaves; runs in a thread of gRPC."""
         channel = FlightChannel(self, peer)
+        sending = threading.Thread(
+            target=channel.send_all, args=(writer,), name="fastprune-send", daemon=True
+        )
+        client = None
         self.in_loop(self._add, channel)
         try:
             try:
                 client = self.in_loop(self._admit, hello, channel)
-            except ServiceError as error:
-                _LOG.info("a client was refused: %s", error)
-                channel.refuse(str(error))
-                channel.end()
-                channel.send_all(writer)
-                _read_to_the_end(reader)
-            else:
-                self._serve(client, channel, reader, writer)
+            finally:
+                sending.start()
+            self._handle_messages(client, channel, reader)
+        except ServiceError as error:
+            _LOG.info("a client was refused: %s", error)
+            self.in_loop(self._remove, client)
+            self.in_loop(channel.refuse, str(error))
+            with contextlib.suppress(StopIteration, *_LOST):
+                # Until the client leaves: if the call ended now, the reason might be lost.
+                while True:
+                    reader.read_chunk()
         except _LOST:
             pass  # it left
         finally:
+            self.in_loop(self._remove, client)
+            channel.end()
+            sending.join()
             self.in_loop(self._channels.discard, channel)
 
     def _add(self, channel: "FlightChannel") -> None:
@@ -144,29 +153,14 @@ class FlightListener:
 
     def _admit(self, hello: bytes, channel: "FlightChannel") -> Client:
         wire.require_frame(FrameKind.HELLO, len(hello), (FrameKind.HELLO,))
-        return self.dispatcher.admit(hello, channel.peer, channel)
+        client = self.dispatcher.admit(hello, channel.peer, channel)
+        channel.slab = self.dispatcher.window_of(client).slab
+        channel.view_bytes = 3 * client.images.image_size**2
+        return client
 
-    def _serve(self, client: Client, channel: "FlightChannel", reader: Any, writer: Any) -> None:
-        """Have a second thread answer an admitted client, and handle its messages in this one."""
-        slab = self.in_loop(self.dispatcher.window_of, client).slab
-        sending = threading.Thread(
-            target=channel.send_all,
-            args=(writer, slab, client.images.image_size),
-            name="fastprune-send",
-            daemon=True,
-        )
-        sending.start()
-        try:
-            self._handle_messages(client, channel, reader)
-        except ServiceError as error:
-            _LOG.info("a client was refused: %s", error)
-            self.in_loop(self.dispatcher.leave, client)
-            self.in_loop(channel.refuse, str(error))
-            _read_to_the_end(reader)
-        finally:
-            self.in_loop(self.dispatcher.leave, client)
-            channel.end()
-            sending.join()
+    def _remove(self, client: Client | None) -> None:
+        if client is not None:
+            self.dispatcher.leave(client)
 
     def _handle_messages(self, client: Client, channel: "FlightChannel", reader: Any) -> None:
         """Have the event loop handle messages, to the end of the stream.
@@ -210,11 +204,15 @@ class FlightChannel:
     Attributes:
         peer: address of the client, as gRPC writes it.
         is_paused: whether its messages are ignored.
+        slab: where the views of an admitted client lie; None before.
+        view_bytes: of one view.
     """
 
     def __init__(self, listener: FlightListener, peer: str):
         self.peer = peer
         self.is_paused = False
+        self.slab: Slab | None = None
+        self.view_bytes = 0
         self._listener = listener
         # Bounded by the requests that a client may have open.
         self._outgoing: queue.SimpleQueue[Request | bytes | None] = queue.SimpleQueue()
@@ -256,12 +254,11 @@ class FlightChannel:
             refused is not None and now - refused > _FAREWELL_SECONDS
         )
 
-    def send_all(self, writer: Any, slab: Slab | None = None, image_size: int = 0) -> None:
-        """Send what is queued until `end`; a client with a slab was admitted."""
-        view_bytes = 3 * image_size**2
-        schema = wire.views_schema(view_bytes)
+    def send_all(self, writer: Any) -> None:
+        """Send what is queued, until `end`."""
+        schema = wire.views_schema(self.view_bytes)
         with contextlib.suppress(*_LOST):  # it left; the reading thread notices, too
-            if slab is not None:
+            if self.slab is not None:
                 accepted = wire.message_frame(FrameKind.ACCEPTED, wire.Accepted())
                 writer.write_metadata(accepted)
                 writer.begin(schema)
@@ -269,7 +266,7 @@ class FlightChannel:
                 self._writing_since = time.monotonic()
                 if isinstance(item, bytes):
                     writer.write_metadata(item)
-                elif (column := self._copy_views(item, slab, view_bytes)) is not None:
+                elif (column := self._copy_views(item)) is not None:
                     number, reasons = wire.NUMBER.pack(item.number), wire.pack_reasons(item.reasons)
                     writer.write_with_metadata(
                         pa.RecordBatch.from_arrays([column], schema=schema),
@@ -277,25 +274,26 @@ class FlightChannel:
                     )
                 self._writing_since = None
 
-    def _copy_views(self, request: Request, slab: Any, view_bytes: int) -> Any:
+    def _copy_views(self, request: Request) -> Any:
         """Copy a request's views, and release its slots; None if slots were reused before."""
-        buffer = pa.allocate_buffer(request.num_views * view_bytes)
-        pixels = np.frombuffer(buffer, np.uint8).reshape(request.num_views, view_bytes)
+        slab, size = self.slab, self.view_bytes
+        assert slab is not None
+        buffer = pa.allocate_buffer(request.num_views * size)
+        pixels = np.frombuffer(buffer, np.uint8).reshape(request.num_views, size)
         for image, view in zip(pixels, request.views, strict=True):
             if view is None:
                 image[:] = 0
             else:
                 start = view.offset + SLOT_HEADER_BYTES
-                image[:] = slab.content[start : start + view_bytes]
+                image[:] = slab.content[start : start + size]
         # Read after the copies: a generation changes before its slot is overwritten.
         views = [view for view in request.views if view is not None]
         is_whole = all(slab.generation(view.offset) == view.generation for view in views)
         self._listener.in_loop(self._release, request, is_whole)
         if not is_whole:
             return None
-        buffers = [None, buffer]
         return pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(view_bytes), request.num_views, buffers
+            pa.binary(size), request.num_views, [None, buffer]
         )
 
     def _release(self, request: Request, is_whole: bool) -> None:
@@ -308,7 +306,7 @@ class FlightChannel:
 
 
 class _FlightService(flight.FlightServerBase):
-    """What gRPC calls, each in a thread of its own."""
+    """Methods that gRPC calls, each call in a thread of its own."""
 
     def __init__(self, listener: FlightListener, address: Address, credentials: ServerCredentials):
         self._listener = listener
@@ -325,34 +323,24 @@ class _FlightService(flight.FlightServerBase):
         """Serve views."""
         self._listener.converse(context.peer(), descriptor.command or b"", reader, writer)
 
-    def get_flight_info(self, context: Any, descriptor: Any) -> Any:  # noqa: ARG002
-        """Describe the table of a beton."""
-        name = b"/".join(descriptor.path or []).decode(errors="replace")
-        table = self._table(name)
-        endpoints = [flight.FlightEndpoint(name.encode(), [])]
-        return flight.FlightInfo(
-            table.schema, descriptor, endpoints, table.num_rows, table.get_total_buffer_size()
-        )
-
     def do_get(self, context: Any, ticket: Any) -> Any:  # noqa: ARG002
-        """Send the table of a beton."""
-        table = self._table(ticket.ticket.decode(errors="replace"))
-        batches = table.to_batches(max_chunksize=_TABLE_ROWS)
-        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(table.schema, batches))
-
-    def _table(self, name: str) -> pa.Table:
+        """Send the table of a beton, which the ticket names."""
         try:
-            served = find_served(self._listener.dispatcher.betons, name)
-            return beton_table(served.beton, served.digest)
+            served = find_served(
+                self._listener.dispatcher.betons, ticket.ticket.decode(errors="replace")
+            )
         except ServiceError as error:
             raise flight.FlightUnauthorizedError(str(error)) from error
+        table = beton_table(served.beton, served.digest)
+        batches = table.to_batches(max_chunksize=_TABLE_ROWS)
+        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(table.schema, batches))
 
     def do_action(self, context: Any, action: Any) -> Iterator[bytes]:  # noqa: ARG002
         """Answer "status", and "ping" with nothing."""
         if action.type == "ping":
             return
         if action.type != "status":
-            raise flight.FlightServerError("there is no such action")
+            raise flight.FlightServerError("the action is unknown")
         status = self._listener.in_loop(self._listener.dispatcher.status)
         yield json.dumps(status).encode()
 
@@ -370,13 +358,6 @@ class _TokenCheck(flight.ServerMiddlewareFactory):
             raise flight.FlightUnauthenticatedError("the token is missing or not the service's")
 
 
-def _read_to_the_end(reader: Any) -> None:
-    """Wait until a refused client leaves: if the call ended at once, the reason might be lost."""
-    with contextlib.suppress(StopIteration):
-        while True:
-            reader.read_chunk()
-
-
 def _shut_down(port: int, peer: str | None = None) -> None:
     """Shut down the sockets that were accepted at a port: one peer's, or all.
 
@@ -384,28 +365,23 @@ def _shut_down(port: int, peer: str | None = None) -> None:
     down, the threads of gRPC that wait for it return.
     """
     for link in Path("/proc/self/fd").iterdir():
-        # A duplicate, because gRPC may close the descriptor, and another thread be given its
-        # number, between our look and the shutdown.
         with contextlib.suppress(OSError):
+            # A duplicate, because gRPC may close the descriptor, and another thread be given its
+            # number, between our look and the shutdown.
             descriptor = os.dup(int(link.name))
             try:
-                if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                    _shut_down_one(descriptor, port, peer)
-            finally:
-                os.close(descriptor)
-
-
-def _shut_down_one(descriptor: int, port: int, peer: str | None) -> None:
-    connection = socket.socket(fileno=descriptor)
-    try:
-        if connection.family not in (socket.AF_INET, socket.AF_INET6):
-            return
-        if connection.getsockname()[1] == port:
-            other = connection.getpeername()  # fails for the listening socket
-            if peer is None or _host_and_port(peer) == (_plain_host(other[0]), other[1]):
-                connection.shutdown(socket.SHUT_RDWR)
-    finally:
-        connection.detach()  # the caller closes the descriptor
+                connection = socket.socket(fileno=descriptor)
+            except OSError:
+                os.close(descriptor)  # not a socket
+                continue
+            with connection:
+                if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
+                if connection.getsockname()[1] != port:
+                    continue
+                other = connection.getpeername()  # fails for the listening socket
+                if peer is None or _host_and_port(peer) == (_plain_host(other[0]), other[1]):
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 def _host_and_port(peer: str) -> tuple[str, int]:

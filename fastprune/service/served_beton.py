@@ -38,24 +38,16 @@ METADATA_KEY = b"fastprune"
 
 _PATIENCE_SECONDS = 60.0
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.25, 4.0
-_INFO_SECONDS, _TABLE_SECONDS = 10.0, 60.0
+_TABLE_SECONDS = 60.0
 _MAX_MESSAGE_BYTES = 64 << 20  # the names of a million classes
 _MAX_ROWS = 1 << 28
 
 
 class TableHeader(Header):
-    """Metadata of the table.
+    """Metadata of the table."""
 
-    Attributes:
-        fingerprint: of the images, with their content.
-        digest: by which services know the stored images.
-        class_names: in the order of the labels; None if there are none.
-        has_labels: whether the labels are classes.
-        page_bytes: of the file.
-    """
-
-    fingerprint: dict[str, Any]
-    digest: str
+    fingerprint: Fingerprint
+    digest: str  # by which services know the stored images
     class_names: list[str] | None = Field(None, max_length=MAX_CLASSES)
     has_labels: bool
     page_bytes: int = Field(gt=0, lt=2**31)
@@ -86,7 +78,7 @@ def find_served(betons: Sequence[_Served], name: str) -> _Served:
 def beton_table(beton: Beton, digest: str) -> pa.Table:
     """Make the table of a beton: labels, sizes and pages of its rows, its names and identity."""
     header = TableHeader(
-        fingerprint=beton.fingerprint.to_dict(),
+        fingerprint=beton.fingerprint,
         digest=digest,
         class_names=None if beton.class_names is None else list(beton.class_names),
         has_labels=beton.has_labels,
@@ -103,20 +95,12 @@ def beton_table(beton: Beton, digest: str) -> pa.Table:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ServedBeton(Beton):
-    """A beton whose images stay with the services that have it; they decode all views.
+    """A beton whose images stay with the services that have it; they decode all views."""
 
-    Attributes:
-        url: as it was named.
-        identity: fingerprint of the images, with their content.
-        digest: by which services know the stored images.
-        names: of the classes.
-        is_labeled: whether the labels are classes.
-    """
-
-    url: str = ""
+    url: str = ""  # as it was named
     identity: Fingerprint | None = None
-    digest: str = ""
-    names: tuple[str, ...] | None = None
+    digest: str = ""  # by which services know the stored images
+    names: tuple[str, ...] | None = None  # of the classes
     is_labeled: bool = True
 
     @property
@@ -176,8 +160,7 @@ def open_remote_beton(url: str, token: str | None = None) -> ServedBeton:
         errors: dict[Address, ServiceError] = {}
         for address in addresses:
             try:
-                columns, metadata = _fetch_table(address, credentials)
-                return _make_beton(url, address, columns, metadata)
+                return _fetch(url, address, credentials)
             except ServiceError as error:
                 errors[address] = error
         if is_final(errors) or not patience.wait():
@@ -199,75 +182,73 @@ def unavailable(name: object, errors: dict[Address, ServiceError]) -> LoadingErr
     )
 
 
-def _fetch_table(
-    address: Address, credentials: ClientCredentials
-) -> tuple[dict[str, NDArray[Any]], bytes]:
-    """Fetch columns and metadata of a table.
+def _fetch(url: str, address: Address, credentials: ClientCredentials) -> ServedBeton:
+    """Open a beton at one service.
 
     Raises:
-        ServiceError: the service does not send it.
+        ServiceError: the service does not send its table, or the table contradicts itself.
     """
     from pyarrow import flight
 
     from fastprune.service.flight_connection import as_service_error, call_options, make_client
 
-    options = [call_options(credentials, seconds=s) for s in (_INFO_SECONDS, _TABLE_SECONDS)]
-    descriptor = flight.FlightDescriptor.for_path(address.beton)
+    options = call_options(credentials, seconds=_TABLE_SECONDS)
     with make_client(address, credentials, max_bytes=_MAX_MESSAGE_BYTES) as client:
         try:
-            info = client.get_flight_info(descriptor, options[0])
-            if not 0 < info.total_records <= _MAX_ROWS or len(info.endpoints) != 1:
-                raise ServiceError("its table is not understood")
-            return _read_columns(
-                client.do_get(info.endpoints[0].ticket, options[1]), info.total_records
+            reader = client.do_get(flight.Ticket(address.beton.encode()), options)
+            if not reader.schema.equals(SCHEMA, check_metadata=False):
+                raise ValueError("its columns are others")
+            header = read_message(
+                (reader.schema.metadata or {}).get(METADATA_KEY, b""), TableHeader
             )
-        except ServiceError:
-            raise
+            identity = Fingerprint.from_dict(header.fingerprint)
+            columns = _read_columns(reader, identity.num_rows)
+            return _make_beton(url, address, columns, header, identity)
+        except (ValueError, ServiceError) as error:
+            raise ServiceError(f"its table is not understood ({error})") from error
         except Exception as error:
             raise as_service_error(error) from error
 
 
-def _read_columns(reader: Any, num_rows: int) -> tuple[dict[str, NDArray[Any]], bytes]:
-    """Read a table of exactly as many rows as were announced; memory is bounded by these."""
-    if not reader.schema.equals(SCHEMA, check_metadata=False):
-        raise ServiceError("its table is not understood")
+def _read_columns(reader: Any, num_rows: int) -> dict[str, NDArray[Any]]:
+    """Read a table of exactly as many rows as its header announced, which bounds the memory.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if num_rows > _MAX_ROWS:
+        raise ValueError(f"it has {num_rows:,} rows")
     columns = {field.name: np.empty(num_rows, field.type.to_pandas_dtype()) for field in SCHEMA}
     num_read = 0
     for chunk in reader:
         batch = chunk.data
         batch.validate()
         if num_read + batch.num_rows > num_rows or any(c.null_count for c in batch.columns):
-            raise ServiceError("its table is not understood")
+            raise ValueError("it has more rows than announced, or lacks values")
         for name, column in zip(SCHEMA.names, batch.columns, strict=True):
             columns[name][num_read : num_read + batch.num_rows] = column.to_numpy()
         num_read += batch.num_rows
     if num_read < num_rows:
-        raise ServiceError("its table ends too soon")
-    return columns, (reader.schema.metadata or {}).get(METADATA_KEY, b"")
+        raise ValueError("it ends too soon")
+    return columns
 
 
 def _make_beton(
-    url: str, address: Address, columns: dict[str, NDArray[Any]], metadata: bytes
+    url: str, address: Address, columns: dict[str, NDArray[Any]], header: TableHeader
 ) -> ServedBeton:
     """Make the beton of a table.
 
     Raises:
-        ServiceError: the table contradicts itself.
+        ValueError: the table contradicts itself.
     """
     labels, widths, heights = (columns[name] for name in ("label", "width", "height"))
-    structure = structure_digest(labels, widths, heights)
-    try:
-        header = read_message(metadata, TableHeader)
-        identity = Fingerprint.from_dict(header.fingerprint)
-        names = header.class_names
-        if identity.structure != structure or identity.num_rows != len(labels):
-            raise ValueError("its fingerprint is another one's")
-        if labels.min() < 0 or label_faults(labels):
-            raise ValueError("a label is not a class")
-        if names is not None and int(labels.max()) >= len(names):
-            raise ValueError("it has fewer class names than labels")
-    except (ValueError, ServiceError) as error:
-        raise ServiceError(f"its table is not understood ({error})") from error
+    structure, names = structure_digest(labels, widths, heights), header.class_names
+    if header.fingerprint.structure != structure:
+        raise ValueError("its fingerprint is another one's")
+    if labels.min() < 0 or label_faults(labels):
+        raise ValueError("a label is not a class")
+    if names is not None and int(labels.max()) >= len(names):
+        raise ValueError("it has fewer class names than labels")
     return ServedBeton(
         path=Path(f"{address.host}:{address.port}/{address.beton}"),
         labels=labels,
@@ -284,7 +265,7 @@ def _make_beton(
         manifest=None,
         url=url,
         service=",".join(map(str, parse_addresses(url))),
-        identity=identity,
+        identity=header.fingerprint,
         digest=header.digest,
         names=None if names is None else tuple(names),
         is_labeled=header.has_labels,

@@ -16,21 +16,13 @@ from fastprune.service.wire import REQUESTED
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
-    """The images of one beton at one output size.
+    """The images of one beton at one output size."""
 
-    Attributes:
-        name: of the beton, for messages.
-        index: of the beton among those served.
-        widths: (N,) in pixels.
-        heights: (N,) in pixels.
-        image_size: S, side of a view in pixels.
-    """
-
-    name: str
-    index: int
-    widths: NDArray[np.uint16]
-    heights: NDArray[np.uint16]
-    image_size: int
+    name: str  # of the beton, for messages
+    index: int  # of the beton among those served
+    widths: NDArray[np.uint16]  # (N,) in pixels
+    heights: NDArray[np.uint16]  # (N,) in pixels
+    image_size: int  # S, side of a view in pixels
 
     @property
     def num_rows(self) -> int:
@@ -59,71 +51,44 @@ class Images:
 
 @dataclass(eq=False, repr=False)
 class Stream:
-    """The views of one epoch.
+    """The views of one epoch."""
 
-    Attributes:
-        name: given by the clients.
-        images: the images it draws views of.
-        wanted: (N,) uint16, views of each row that clients announced and have not received.
-        decoded: (N,) whether a view of the row was decoded before.
-        kept: decoded views that some client still waits for; the first decoded come first.
-        last_turn: when views were last decoded for it; streams take turns.
-    """
-
-    name: bytes
+    name: bytes  # given by the clients
     images: Images
-    wanted: NDArray[np.uint16]
-    decoded: NDArray[np.bool_]
+    wanted: NDArray[np.uint16]  # (N,) views of each row announced by clients and not yet received
+    decoded: NDArray[np.bool_]  # (N,) whether a view of the row was decoded before
+    # Decoded views that some client still waits for; the first decoded come first.
     kept: "dict[CachedView, None]" = field(default_factory=dict)
-    last_turn: int = 0
+    last_turn: int = 0  # when views were last decoded for it; streams take turns
 
 
 @dataclass(eq=False, repr=False, slots=True)
 class CachedView:
-    """A view in the slab, decoded or being decoded.
+    """A view in the slab, decoded or being decoded."""
 
-    Attributes:
-        key: its row and box, as they were sent.
-        row: its row.
-        stream: the stream for which it was decoded.
-        client: the client that requested it first.
-        offset: of its slot.
-        generation: of its slot.
-        num_holders: requests that hold it. While there is one, the slot is not reused.
-        is_decoded: whether its pixels are there.
-        awaited_by: requests that wait for its pixels, and its position in each.
-    """
-
-    key: bytes
+    key: bytes  # its row and box, as they were sent
     row: int
-    stream: Stream
-    client: "Client"
-    offset: int
-    generation: int
-    num_holders: int = 0
+    stream: Stream  # for which it was decoded
+    client: "Client"  # that requested it first
+    offset: int  # of its slot
+    generation: int  # of its slot
+    num_holders: int = 0  # requests that hold it: while there is one, the slot is not reused
     is_decoded: bool = False
+    # Requests that wait for its pixels, and its position in each.
     awaited_by: "list[tuple[Request, int]]" = field(default_factory=list)
 
 
 @dataclass(eq=False, repr=False)
 class Request:
-    """Views that a client requested together.
-
-    Attributes:
-        client: that requested them.
-        number: by which the client knows the request.
-        payload: the views, in the layout `REQUESTED`.
-        views: those found or being decoded so far; None for one that cannot be decoded.
-        reasons: why a view cannot be decoded, by position.
-        num_pending: views whose pixels are not there yet.
-    """
+    """Views that a client requested together."""
 
     client: "Client"
-    number: int
-    payload: bytes
+    number: int  # by which the client knows it
+    payload: bytes  # the views, in the layout `REQUESTED`
+    # The views found or being decoded so far, in order; None for one that cannot be decoded.
     views: list[CachedView | None] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    num_pending: int = 0
+    reasons: dict[int, str] = field(default_factory=dict)  # why it cannot be, by position
+    num_pending: int = 0  # views whose pixels are not there yet
 
     @property
     def num_views(self) -> int:
@@ -143,45 +108,27 @@ class Request:
 
 @dataclass(eq=False, repr=False)
 class Client:
-    """A trainer that takes views.
+    """A trainer that takes views."""
 
-    Attributes:
-        name: for people.
-        images: the images it takes views of.
-        joined: when it connected, in seconds of a steady clock.
-        last_heard: when it sent something or was last answered.
-        stream: the stream that it reads, or read last.
-        announced: (N,) uint8, views of each row that it announced for that stream.
-        remaining: per stream that views are kept for it in: the views of each row not yet received.
-        num_announced: sum of `announced`.
-        num_remaining: how many of these it has not received.
-        is_silent: not heard from for too long; nothing is kept for it until it sends something.
-        is_late: joined too far behind the others; nothing is kept for it in this epoch.
-        unassigned: requests of which some view has no slot yet, the oldest first.
-        requests: all requests whose views it has not released, by number.
-        num_held: views that these hold.
-        num_epochs: epochs announced.
-        num_served: views received.
-        num_shared: how many of these were decoded for another client.
-    """
-
-    name: str
+    name: str  # for people
     images: Images
-    joined: float
-    last_heard: float
-    stream: Stream | None = None
-    announced: NDArray[np.uint8] | None = None
+    joined: float  # in seconds of a steady clock
+    last_heard: float  # when it sent something or was last answered
+    stream: Stream | None = None  # that it reads, or read last
+    announced: NDArray[np.uint8] | None = None  # (N,) views of each row, for that stream
+    # Per stream in which views are kept for it: (N,) views of each row not yet received.
     remaining: dict[Stream, NDArray[np.uint8]] = field(default_factory=dict)
-    num_announced: int = 0
-    num_remaining: int = 0
-    is_silent: bool = False
-    is_late: bool = False
+    num_announced: int = 0  # sum of `announced`
+    num_remaining: int = 0  # how many of these it has not received
+    is_silent: bool = False  # too long: nothing is kept for it until it sends something
+    is_late: bool = False  # too far behind the others: nothing is kept for it in this epoch
+    # Requests of which some view has no slot yet, the oldest first.
     unassigned: deque[Request] = field(default_factory=deque)
-    requests: dict[int, Request] = field(default_factory=dict)
-    num_held: int = 0
-    num_epochs: int = 0
-    num_served: int = 0
-    num_shared: int = 0
+    requests: dict[int, Request] = field(default_factory=dict)  # not released, by number
+    num_held: int = 0  # views that these hold
+    num_epochs: int = 0  # announced
+    num_served: int = 0  # views received
+    num_shared: int = 0  # how many of these were decoded for another client
 
     @property
     def progress(self) -> float:

@@ -38,17 +38,11 @@ _LATE_SHARE = 4  # a client that missed more than 1/4 of a window's views is lat
 
 @dataclass
 class Counts:
-    """Totals since the server started.
+    """Totals since the server started."""
 
-    Attributes:
-        decoded: views decoded, and those that could not be.
-        served: views that clients received.
-        detached: how often a silent client was detached.
-    """
-
-    decoded: int = 0
-    served: int = 0
-    detached: int = 0
+    decoded: int = 0  # views, and those that could not be decoded
+    served: int = 0  # views that clients received
+    detached: int = 0  # how often a silent client was
 
 
 @dataclass(frozen=True)
@@ -110,13 +104,7 @@ class Window:
         self._forget_demand(client)
 
     def announce(self, client: Client, name: bytes, counts: NDArray[np.uint8], now: float) -> None:
-        """Begin an epoch of a client.
-
-        Args:
-            client: that begins it.
-            name: of the stream of views.
-            counts: (N,) how many views of each row it will request.
-            now: in seconds of a steady clock.
+        """Begin an epoch of a client, which will request `counts` (N,) views of each row.
 
         Raises:
             ServiceError: views of the last epoch were not released.
@@ -145,13 +133,7 @@ class Window:
         self._close_streams()
 
     def request(self, client: Client, number: int, payload: bytes, now: float) -> None:
-        """Queue a request for views.
-
-        Args:
-            client: that requests them.
-            number: by which it knows the request.
-            payload: the views, up to `MAX_REQUEST_VIEWS` of `REQUESTED`.
-            now: in seconds of a steady clock.
+        """Queue a request for up to `MAX_REQUEST_VIEWS` views in the layout `REQUESTED`.
 
         Raises:
             ServiceError: it cannot be answered, and was not queued.
@@ -203,11 +185,8 @@ class Window:
 
         Streams take turns; within a stream, the client furthest behind goes first.
 
-        Args:
-            num_idle: threads that could decode.
-
         Returns:
-            At most so many tasks.
+            At most `num_idle` tasks.
         """
         tasks: list[Task] = []
         waiting = [client for client in self.clients if client.unassigned]
@@ -218,13 +197,7 @@ class Window:
         return tasks
 
     def finish(self, task: Task, reasons: dict[int, str], now: float) -> None:
-        """Note that the views of a task are there.
-
-        Args:
-            task: from `advance`.
-            reasons: by position in the task, why a view could not be decoded.
-            now: in seconds of a steady clock.
-        """
+        """Note that the views of a task are there, or by position why one cannot be decoded."""
         self.counts.decoded += len(task.views)
         for i, view in enumerate(task.views):
             view.is_decoded = True

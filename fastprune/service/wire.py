@@ -93,33 +93,20 @@ class FrameKind(IntEnum):
 
 
 class Hello(Header):
-    """First message of a client.
+    """First message of a client."""
 
-    Attributes:
-        protocol: `PROTOCOL`.
-        decoder: `decoder_name`.
-        images: `images_digest` of its beton.
-        image_size: S, side of its views in pixels.
-        name: for people.
-        num_lost: how often it lost a service so far.
-    """
-
-    protocol: int
-    decoder: str
-    images: str
-    image_size: int = Field(ge=1, le=MAX_IMAGE_SIZE)
-    name: str = ""
-    num_lost: int = 0
+    protocol: int  # `PROTOCOL`
+    decoder: str  # `decoder_name`
+    images: str  # `images_digest` of its beton
+    image_size: int = Field(ge=1, le=MAX_IMAGE_SIZE)  # S, side of its views in pixels
+    name: str = ""  # for people
+    num_lost: int = 0  # how often it lost a service so far
 
 
 class Accepted(Header):
-    """Answer to a client that was admitted; over a Unix socket the slab's descriptor follows.
+    """Answer to a client that was admitted; over a Unix socket the slab's descriptor follows."""
 
-    Attributes:
-        slab_bytes: length of the slab; None where there is none to map.
-    """
-
-    slab_bytes: int | None = None
+    slab_bytes: int | None = None  # length of the slab; None where there is none to map
 
 
 class Refused(Header):
@@ -129,12 +116,7 @@ class Refused(Header):
 
 
 def max_payload_bytes(kind: int, num_rows: int = 0) -> int:
-    """Longest payload of a kind of frame; -1 for an unknown kind.
-
-    Args:
-        kind: as read from a header.
-        num_rows: of the beton that client and server agreed on; 0 before.
-    """
+    """Longest payload of a kind of frame; -1 for an unknown kind. `num_rows` is 0 before HELLO."""
     longest = {
         FrameKind.HELLO: _MAX_JSON_BYTES,
         FrameKind.ACCEPTED: _MAX_JSON_BYTES,
@@ -157,7 +139,7 @@ def frame(kind: FrameKind, *parts: bytes) -> bytes:
 
 
 def message_frame(kind: FrameKind, message: Header) -> bytes:
-    """Pack a frame of JSON."""
+    """Pack a message."""
     return frame(kind, message.model_dump_json().encode())
 
 

@@ -120,11 +120,11 @@ def test_views_that_were_displaced_before_they_were_sent_are_decoded_again(
     service = serve(beton, beside=LOOPBACK, memory_bytes=16 << 20)
     copied, displaced = FlightChannel._copy_views, []
 
-    def displace(channel, request, slab, view_bytes):
+    def displace(channel, request):
         if len(displaced) < 3:
             displaced.append(request.number)
-            slab.content[request.views[0].offset] ^= 1  # its generation
-        return copied(channel, request, slab, view_bytes)
+            channel.slab.content[request.views[0].offset] ^= 1  # its generation
+        return copied(channel, request)
 
     monkeypatch.setattr(FlightChannel, "_copy_views", displace)
     # A generation that was changed by force is restored, or the view would stay unusable.
@@ -132,8 +132,7 @@ def test_views_that_were_displaced_before_they_were_sent_are_decoded_again(
 
     def restore(channel, request, is_whole):
         if not is_whole:
-            (window,) = service.server.dispatcher.windows.values()
-            window.slab.content[request.views[0].offset] ^= 1
+            channel.slab.content[request.views[0].offset] ^= 1
         restored(channel, request, is_whole)
 
     monkeypatch.setattr(FlightChannel, "_release", restore)

@@ -12,6 +12,7 @@ import pytest
 from pyarrow import flight
 
 from fastprune.base.errors import InvalidValueError, LoadingError
+from fastprune.base.provenance import structure_digest
 from fastprune.beton.opening import open_beton
 from fastprune.service import failover
 from fastprune.service import served_beton as service_beton
@@ -179,15 +180,11 @@ def test_a_damaged_row_is_found_where_the_file_is(beton, serve, tmp_path):
 
 
 class Liar(flight.FlightServerBase):
-    """Gives a table that is none."""
+    """Sends a table that contradicts itself."""
 
-    def __init__(self, table, num_rows):
-        self._table, self._num_rows = table, num_rows
+    def __init__(self, table):
+        self._table = table
         super().__init__("grpc://127.0.0.1:0")
-
-    def get_flight_info(self, context, descriptor):
-        endpoints = [flight.FlightEndpoint(b"x", [])]
-        return flight.FlightInfo(self._table.schema, descriptor, endpoints, self._num_rows, 1)
 
     def do_get(self, context, ticket):
         return flight.RecordBatchStream(self._table)
@@ -199,31 +196,38 @@ def table(metadata=b"{}", **columns):
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({METADATA_KEY: metadata}))
 
 
-def metadata(**changes):
-    identity = {"num_rows": 2, "structure": "0" * 32, "content": "0" * 32}
-    return json.dumps({"fingerprint": identity, "class_names": None} | changes).encode()
+def metadata(num_rows=2, structure="0" * 32, **changes):
+    identity = {"num_rows": num_rows, "structure": structure, "content": "0" * 32}
+    fields = {"fingerprint": identity, "digest": "x", "has_labels": True, "page_bytes": 1 << 20}
+    return json.dumps(fields | changes).encode()
+
+
+STRUCTURE = structure_digest(np.array([0, 1]), *[np.array([8, 8], np.uint16)] * 2)
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    ("given", "num_rows"),
+    ("given", "reason"),
     [
-        (table(), 2),
-        (table(b"[" * 60_000), 2),
-        (table(metadata()), 2),
-        (table(metadata(class_names="x")), 2),
-        (table(metadata()), 1),
-        (table(metadata()), 3),
-        (table(metadata()), 0),
-        (table(metadata()), -1),
-        (table(metadata()), 2**62),
-        (pa.table({"label": [1]}), 1),
+        (table(), "it has no"),
+        (table(b"[" * 60_000), "it is nested too deeply"),
+        (table(metadata()), "its fingerprint is another one's"),
+        (table(metadata(class_names="x")), "its 'class_names' is 'x'"),
+        (table(metadata(page_bytes=0)), "its 'page_bytes' is 0"),
+        (table(metadata(more=0)), "its 'more' is unknown"),
+        (table(metadata(1)), "more rows than announced"),
+        (table(metadata(3)), "it ends too soon"),
+        (table(metadata(0)), "num_rows"),
+        (table(metadata(-1)), "num_rows"),
+        (table(metadata(2**62)), "4,611,686,018,427,387,904 rows"),
+        (table(metadata(structure=STRUCTURE, class_names=["a"])), "fewer class names than labels"),
+        (pa.table({"label": [1]}), "its columns are others"),
     ],
-    ids=range(10),
+    ids=range(13),
 )
-def test_a_table_that_contradicts_itself_is_not_believed(given, num_rows):
-    server = Liar(given, num_rows)
-    with pytest.raises(LoadingError, match="its table"):
+def test_a_table_that_contradicts_itself_is_not_believed(given, reason):
+    server = Liar(given)
+    with pytest.raises(LoadingError, match=f"its table is not understood.*{reason}"):
         open_remote_beton(f"grpc://127.0.0.1:{server.port}/x")
     server.shutdown()
 
