@@ -198,12 +198,10 @@ def _fetch(url: str, address: Address, credentials: ClientCredentials) -> Served
             reader = client.do_get(flight.Ticket(address.beton.encode()), options)
             if not reader.schema.equals(SCHEMA, check_metadata=False):
                 raise ValueError("its columns are others")
-            header = read_message(
-                (reader.schema.metadata or {}).get(METADATA_KEY, b""), TableHeader
-            )
-            identity = Fingerprint.from_dict(header.fingerprint)
-            columns = _read_columns(reader, identity.num_rows)
-            return _make_beton(url, address, columns, header, identity)
+            metadata = (reader.schema.metadata or {}).get(METADATA_KEY, b"")
+            header = read_message(metadata, TableHeader)
+            columns = _read_columns(reader, header.fingerprint.num_rows)
+            return _make_beton(url, address, columns, header)
         except (ValueError, ServiceError) as error:
             raise ServiceError(f"its table is not understood ({error})") from error
         except Exception as error:
