@@ -1,1 +1,1 @@
-"""What every station stands on: errors, files, checksums, random streams, ranks, progress."""
+"""The lowest floor: errors, files, headers, provenance, random streams, threads, progress."""

@@ -28,7 +28,7 @@ def require_at_least(name: str, value: int, least: int) -> None:
     """Refuse what is not an integer in [least, 2**63).
 
     Raises:
-        InvalidValueError: the value lies outside, or is no integer (True is none).
+        InvalidValueError: the value is not an integer (True is not one), or lies outside.
     """
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_integer or value < least:
@@ -44,8 +44,7 @@ def require_channels(
     """Return one finite number for each of red, green and blue.
 
     Raises:
-        InvalidValueError: there are not three finite numbers, or one is not positive where all
-            must be.
+        InvalidValueError: not three finite numbers, or, with `positive`, one that is not.
     """
     try:
         numbers = tuple(float(value) for value in values)

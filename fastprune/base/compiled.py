@@ -1,11 +1,11 @@
 """Compiled code, kept on disk for the next process.
 
 Numba's own cache notices edits of a function's file but not of what the function calls, has an
-index that processes write without a lock, and runs whatever lies in its folder. Here each compiled
-function is one file. Its name holds a digest of all that the code was made from, so that processes,
-versions and CPUs can share a folder and none finds another's code. Its content begins with a digest
-of the rest, so that damage is found before the code runs. And only folders are used that no other
-user can write to.
+index that processes write without a lock, and runs the code it finds in its folder. Here each
+compiled function is one file. Its name holds a digest of everything the code was made from, so that
+processes, versions and CPUs share a folder, and none finds another's code. Its content begins with
+a digest of the rest, so that damage is found before the code runs. And only folders are used that
+no other user can write to.
 """
 
 import contextlib
@@ -221,12 +221,12 @@ def _remove_unused(folder: Path, name: str) -> None:
 
 
 def writable_folder() -> Path | None:
-    """The folder that new compiled code goes to; None where there is none to be trusted."""
+    """The folder that new compiled code goes to; None where no folder can be trusted."""
     return next((folder for folder in _own_folders() if _make_private(folder)), None)
 
 
 def _readable_folders() -> Iterator[Path]:
-    """Trusted folders that may hold compiled code, also such as an image was built with."""
+    """Trusted folders that may hold compiled code, including the code of a container image."""
     if name := os.environ.get("NUMBA_CACHE_DIR"):
         yield from filter(_is_trusted, (Path(name), Path(name) / "fastprune-0"))
     yield from filter(_is_trusted, _own_folders())
@@ -235,7 +235,7 @@ def _readable_folders() -> Iterator[Path]:
 def _own_folders() -> Iterator[Path]:
     """Folders that compiled code may be kept in, the best first.
 
-    A named folder is taken as it is if nobody else can write to it, else a folder in it is ours.
+    A named folder is used itself if only we can write to it, else a private folder in it.
     """
     own = f"fastprune-{os.geteuid()}"
     if name := os.environ.get("NUMBA_CACHE_DIR"):
@@ -253,7 +253,7 @@ def _users_cache() -> str:
 
 
 def _make_private(folder: Path) -> bool:
-    """Make a folder where it is missing; whether it can be written, and by nobody else."""
+    """Make a folder where it is missing; whether we, and no other user, can write to it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -262,10 +262,10 @@ def _make_private(folder: Path) -> bool:
 
 
 def _is_trusted(folder: Path) -> bool:
-    """Whether nobody but root and this user can put files into a folder, or another in its place.
+    """Whether only root and this user can put files into a folder, or replace the folder.
 
-    Both what the path says and where its links lead are looked at. In a parent of root's with the
-    sticky bit, such as /tmp, others can make files but not replace ours.
+    Checks the literal path as well as the one its links lead to. In a parent that belongs to root
+    and has the sticky bit, such as /tmp, others can make files but not replace ours.
     """
     literal, real = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))  # noqa: PTH100
     for path in {literal, *literal.parents, real, *real.parents}:
@@ -285,18 +285,18 @@ def _is_trusted(folder: Path) -> bool:
 
 @functools.cache
 def _note_no_folder() -> None:
-    """Say once why every start compiles."""
+    """Warn once that every process compiles."""
     _LOG.warning(
         "compiled code cannot be kept, so each process compiles for some seconds. Name a folder in "
-        "NUMBA_CACHE_DIR that you own and that nobody else can write to."
+        "NUMBA_CACHE_DIR that you own and that no other user can write to."
     )
 
 
 def ensure_compile_cache() -> None:
-    """Give Numba's own cache, for functions that are not ours, a folder that it can use.
+    """Give Numba's own cache, for the functions of other libraries, a folder that it can use.
 
-    Numba runs what it finds in NUMBA_CACHE_DIR, whoever put it there, and refuses to compile where
-    neither that nor its usual folders can be written.
+    Numba runs the code it finds in NUMBA_CACHE_DIR, even if another user put it there, and refuses
+    to compile where neither that nor its usual folders can be written.
     """
     named = os.environ.get("NUMBA_CACHE_DIR")
     beside_source = Path(__file__).parents[1] / "__pycache__"
@@ -315,8 +315,8 @@ def _is_writable(folder: Path) -> bool:
 
 
 def scratch_folders() -> Iterator[Path]:
-    """The folders for temporary files that can be written here, the usual one first."""
-    # A container with a read-only root file system has a writable /dev/shm all the same.
+    """Writable folders for temporary files, the usual one first."""
+    # A container with a read-only root file system still has a writable /dev/shm.
     for name in (os.environ.get("TMPDIR") or "/tmp", "/dev/shm"):  # noqa: S108
         if os.access(name, os.W_OK | os.X_OK):
             yield Path(name)

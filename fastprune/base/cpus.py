@@ -23,8 +23,8 @@ def usable_cpus() -> int:
 def cpus_per_rank(*, world: int = 1, gpus: int = 0) -> int:
     """Return this process's share of the usable CPUs, where several share this machine.
 
-    torchrun, Slurm, Open MPI and MPICH say in the environment how many. `mp.spawn` and Lightning
-    say nothing: their ranks are one for each GPU, and without GPUs all on this machine.
+    torchrun, Slurm, Open MPI and MPICH put their number into the environment. `mp.spawn` and
+    Lightning do not: they start one rank per GPU, and without GPUs all ranks on this machine.
 
     Args:
         world: ranks of the process group.
@@ -51,7 +51,7 @@ def cpu_quota(*, process: Path = _PROCESS, mount: Path = _MOUNT) -> float | None
         mount: where the cgroup file systems are mounted.
 
     Returns:
-        CPUs, the least of the cgroup and of all above it; None where there is no limit.
+        CPUs, the least of the cgroup and of all above it; None without a limit.
     """
     quotas = [
         quota for folder in cgroup_folders("cpu", process, mount) for quota in _quotas(folder)

@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each text says what, which value, which file, and the cure."""
+"""The errors and warnings a user can cause; each text names value, file and cure."""
 
 import sys
 import warnings
@@ -38,7 +38,7 @@ class ConversionError(FastpruneError):
 
 
 class JpegError(FastpruneError):
-    """The bytes of an image are no whole JPEG."""
+    """The bytes of an image are not a whole JPEG."""
 
 
 class ArtifactMismatch(FastpruneError):  # noqa: N818 - the name is part of the public contract
@@ -113,8 +113,7 @@ def importing(package: str, *, extra: str, purpose: str) -> Iterator[None]:
 def warn_user(message: str, category: type[Warning]) -> None:
     """Warn about the line outside of fastprune that the current call came from.
 
-    How deep that is depends on the way through the package, so a fixed stack level would point
-    at a line of ours.
+    Its depth depends on the path through the package, so a fixed stack level could not point at it.
     """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):

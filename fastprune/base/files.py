@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all."""
+"""Files: written whole or not at all, locked, and read within bounds."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to `path` when the block succeeds.
 
     The data is fsynced before the rename and the folder after it. When the block fails, the
-    temporary file is removed and whatever stood at `path` before is untouched.
+    temporary file is removed and an earlier file at `path` is untouched.
 
     Args:
         path: the final name; its folder must exist.
@@ -56,7 +56,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_path(final: Path) -> Iterator[Path]:
-    """Give a hidden name beside a file; whatever has it in the end is removed."""
+    """Give a hidden name beside a file; a file that still has it at the end is removed."""
     # In the same folder, because a rename is atomic within one file system alone.
     temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
     try:
@@ -71,8 +71,8 @@ def destination(path: str | Path) -> Path:
     """Return where a file is written: links are followed, so that the data lands on their disk.
 
     Raises:
-        ArtifactError: something stands there that is no file: a rename would replace a device, a
-            FIFO or a socket without a word. (That of a folder fails by itself.)
+        ArtifactError: a device, a FIFO or a socket has this name: a rename would silently replace
+            it. (A rename onto a folder fails by itself.)
     """
     final = Path(path)
     if final.is_symlink():
@@ -80,7 +80,7 @@ def destination(path: str | Path) -> Path:
     try:
         mode = final.stat().st_mode
     except OSError:
-        return final  # nothing is there, or whoever opens it will say why not
+        return final  # missing, or opening it will raise
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ArtifactError(
             f"cannot write {path}: it is {kind_of_file(mode)}, which a file would replace. Name a "
@@ -150,7 +150,7 @@ def try_lock(file: int | IO[bytes] | IO[str]) -> bool:
 
 
 def _flock(file: int | IO[bytes] | IO[str], operation: int) -> bool:
-    """Return False if another process holds the lock; True also where there are no locks."""
+    """Return False if another process holds the lock; True also where locks are unsupported."""
     try:
         fcntl.flock(file, operation)
     except OSError as error:
@@ -229,7 +229,7 @@ def sync(path: Path) -> None:
 
 
 def kind_of_file(mode: int) -> str:
-    """Name what a file is by its mode: "a regular file", "a FIFO", ..."""
+    """Name the kind of a file by its mode: "a regular file", "a FIFO", ..."""
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "a regular file")
 
 
@@ -238,9 +238,9 @@ def open_regular(path: str | Path) -> BinaryIO:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is no regular file.
+        ValueError: it is not a regular file.
     """
-    # Opening a FIFO without O_NONBLOCK waits for a writer, perhaps for ever.
+    # Opening a FIFO without O_NONBLOCK waits for a writer, perhaps forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -254,7 +254,7 @@ def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, or larger than `max_bytes`.
+        ValueError: it is not a regular file, or larger than `max_bytes`.
     """
     with open_regular(path) as file:
         # One byte more than allowed: files in /proc have a size of 0, others may grow.
@@ -269,6 +269,6 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: as `read_bytes`, or it is no UTF-8.
+        ValueError: as `read_bytes`, or it is not UTF-8.
     """
     return read_bytes(path, max_bytes=max_bytes).decode("utf-8-sig")

@@ -259,7 +259,7 @@ def parquet_metadata(path: str | Path, key: bytes) -> bytes:
     try:
         metadata = pq.read_schema(path).metadata or {}
     except pa.ArrowException as error:
-        raise ValueError(f"it is no Parquet file ({error})") from None
+        raise ValueError(f"it is not a Parquet file ({error})") from None
     if key not in metadata:
         raise ValueError(f"it has no metadata {key.decode()!r}")
     value: bytes = metadata[key]
@@ -293,7 +293,7 @@ def read_npz_member(path: str | Path, name: str) -> NDArray[Any]:
     except KeyError:
         raise ValueError(f"it has no array {name!r}") from None
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"it is no .npz file ({error})") from None
+        raise ValueError(f"it is not a .npz file ({error})") from None
     if len(content) > MAX_BYTES:
         raise ValueError(f"its {name!r} has more than {MAX_BYTES:,} bytes")
     return _parse_npy(io.BytesIO(content), len(content))

@@ -33,10 +33,10 @@ class Interrupted(KeyboardInterrupt):
 def listen() -> None:
     """Let SIGINT and SIGTERM raise `Interrupted` in the main thread, and see that it arrives.
 
-    Python drops an exception that a signal raises inside of a callback from C, such as those of
-    llvmlite while Numba compiles, and any bare `except:` of a library eats it. So a signal is
-    remembered as well: what was dropped is raised again a moment later, and `check` raises what was
-    eaten. A program that was started with SIGINT ignored goes on ignoring it.
+    Python drops an exception that a signal raises inside a callback from C, as llvmlite makes them
+    while Numba compiles, and a library's bare `except:` swallows it. So signals are also noted: a
+    dropped one is raised again a moment later, and `check` raises a swallowed one. A program that
+    was started with SIGINT ignored still ignores it.
     """
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -45,14 +45,14 @@ def listen() -> None:
 
 
 def take() -> int:
-    """Return the number of the signal that came, 0 without one; the caller acts upon it."""
+    """Return the number of the noted signal, 0 without one, and forget it."""
     global _noted
     number, _noted = _noted, 0
     return number
 
 
 def check() -> None:
-    """Raise the signal that came: whoever is here still, has not heard of it.
+    """Raise a signal that came but was swallowed on its way to the caller.
 
     Raises:
         Interrupted: one came.
@@ -72,7 +72,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _raising_again(before: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A hook for exceptions that Python drops: those of signals are raised again."""
+    """A hook for exceptions that Python drops; a signal's is raised again."""
 
     def hook(dropped: Any) -> None:
         if not isinstance(dropped.exc_value, KeyboardInterrupt):

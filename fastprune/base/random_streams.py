@@ -27,8 +27,8 @@ def mix64(z: Any) -> Any:
     Returns:
         uint64, of the shape of `z`.
 
-    Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators"; the constants
-    are those of Stafford's Mix13, as in the published SplitMix64.
+    Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators"; with
+    the constants of Stafford's Mix13, as in the published SplitMix64.
     """
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

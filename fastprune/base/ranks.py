@@ -30,9 +30,8 @@ _joins = itertools.count()
 class Ranks:
     """This process among those that share a run.
 
-    What they exchange travels through the CPU (gloo): it is small beside the images, and every
-    backend and every number of nodes is served alike. Every method is a collective: all ranks call
-    it, in the same order.
+    They exchange values through the CPU (gloo), because these are small and gloo works for every
+    backend and number of nodes. Every method is a collective: all ranks call it, in the same order.
 
     Attributes:
         rank: this process, in [0, world).
@@ -121,7 +120,7 @@ def join_ranks(device: "torch.device | None" = None) -> Iterator[Ranks]:
 
     Raises:
         PeerError: another process failed first.
-        TrainingError: another process died without a word, or did not answer for
+        TrainingError: another process died silently, or did not answer for
             `TIMEOUT_MINUTES`.
     """
     from torch import distributed
@@ -169,10 +168,10 @@ def device_of_rank(device: "torch.device") -> "torch.device":
 
 
 class Agreement:
-    """What any process asks of all of them, agreed upon without waiting for one another.
+    """Requests of any process to all of them, agreed on without waiting for each other.
 
-    An answer is that of the step before, so it has arrived when it is read, and all processes act
-    upon it after the same step. One process alone has its answer at once.
+    `ask` returns the answer to the previous step's request, which has arrived by then, so all
+    processes act on it after the same step. A single process gets its answer at once.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -183,7 +182,7 @@ class Agreement:
         """Send a request to all processes, and return the one of the step before.
 
         Args:
-            request: 0 for nothing; of several requests the largest is heard.
+            request: 0 for none; the largest one of all processes wins.
         """
         if self._ranks.world == 1:
             return request
@@ -210,7 +209,7 @@ class Agreement:
 
 @contextmanager
 def _ending_together(ranks: Ranks, store: Any) -> Iterator[None]:
-    """Let the first process that fails give the reason, and the others end without one."""
+    """Let the first process that fails report the reason, and the others end quietly."""
     try:
         yield
     except TrainingStopped:
@@ -222,7 +221,9 @@ def _ending_together(ranks: Ranks, store: Any) -> Iterator[None]:
         if store is not None:
             first = store.compare_set(_FAILED, "", first).decode()
         if first != str(ranks.rank):
-            raise PeerError(f"rank {first} of the run failed first, and says why.") from error
+            raise PeerError(
+                f"rank {first} of the run failed first; its log has the reason."
+            ) from error
         if _is_lost_connection(error):
             raise TrainingError(
                 f"rank {ranks.rank} lost the other ranks: one of them died without a message, out "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastprune.base.checks import MAX_CLASSES, require_channels
 from fastprune.base.errors import ArtifactError
-from fastprune.base.untrusted import parse_json
+from fastprune.base.headers import parse_json
 
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
 _WRAPPERS = ("module.", "_orig_mod.")

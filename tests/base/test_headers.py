@@ -243,7 +243,7 @@ def test_npz_that_unpacks_to_more_than_the_bound_is_refused(tmp_path, monkeypatc
 def test_npz_that_was_cut_is_refused(tmp_path, cut):
     np.savez_compressed(tmp_path / "a.npz", indices=np.arange(300))
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-cut])
-    with pytest.raises(ValueError, match=r"no \.npz file"):
+    with pytest.raises(ValueError, match=r"not a \.npz file"):
         read_npz_member(tmp_path / "b.npz", "indices")
 
 
@@ -255,5 +255,5 @@ def test_parquet_without_the_metadata_is_refused(tmp_path):
 
 def test_file_that_is_no_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(ValueError, match="is no Parquet file"):
+    with pytest.raises(ValueError, match="is not a Parquet file"):
         parquet_metadata(tmp_path / "a.parquet", b"fastprune")
