@@ -3,19 +3,26 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fastprune.base.checks import MAX_CLASSES
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.base.files import atomic_path
-from fastprune.base.headers import require_unchanged, with_digest
+from fastprune.base.headers import (
+    Header,
+    NumberPerClass,
+    SealedHeader,
+    parquet_metadata,
+    read_parquet_header,
+    with_digest,
+)
 from fastprune.base.provenance import Fingerprint
-from fastprune.base.untrusted import member, numbers, parquet_metadata
 
 _METADATA_KEY = b"fastprune"
 _FIXED_COLUMNS = ("row", "label", "prediction", "cluster")
@@ -27,17 +34,16 @@ class ScoreTable:
 
     Attributes:
         labels: (N,) int64, label of every row, in row order.
-        metrics: name -> (N,) float32; larger is harder, except `logit_std`, which is no difficulty.
-        predictions: (N,) int64, the teacher's top-1 class; -1 where it is not known.
+        metrics: name -> (N,) float32; larger is harder (`logit_std` does not measure difficulty).
+        predictions: (N,) int64, the teacher's top-1 class; -1 if unknown.
         class_std: (C,) float64, mean over all rows of a class of the unbiased standard deviation
             of the teacher's logits; NaN for a class without rows.
         class_counts: (C,) int64, rows per class.
         fingerprint: the images that were scored.
         teacher: what identifies the teacher: network name, checkpoint, weights hash.
         view: what identifies the view that was scored: image size, augmentation, mean, std.
-        seconds: that the pass took, start-up included; None where nobody measured it.
-        clusters: (N,) int64 in [0, K), the cluster of every row, where rows were scored without
-            labels; else None.
+        seconds: that the pass took, start-up included; None if not measured.
+        clusters: (N,) int64 in [0, K), the cluster of every row scored without labels; else None.
         clustering: how the clusters were made: their number, seed, iterations, mean distance.
     """
 
@@ -60,7 +66,7 @@ class ScoreTable:
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """What rows are shared out among, (N,) int64: clusters where known, else labels."""
+        """The group of each row, (N,) int64, within which rows are ranked: cluster, else label."""
         return self.labels if self.clusters is None else self.clusters
 
     @property
@@ -118,91 +124,102 @@ class ScoreTable:
         """Read a table that `save` wrote.
 
         Raises:
-            ArtifactError: the file is missing, no Parquet, not a score table, or its lines are not
+            ArtifactError: the file is missing, not a score table, or damaged, or its lines are not
                 the beton's rows in their order.
         """
+        cure = f"Make it with: fastprune score train.beton -o {path} ..."
+        # First, so that other tables are not read whole.
+        header = read_parquet_header(path, _METADATA_KEY, _TableHeader, cure=cure)
         try:
-            # The metadata first: a file that is no score table is not read whole.
-            metadata = parquet_metadata(path, _METADATA_KEY)
             table = pq.read_table(path, page_checksum_verification=True)
-            return cls._from_file(table, metadata, path)
-        except FileNotFoundError as error:
-            raise ArtifactError(
-                f"{path} does not exist. Make it with: fastprune score train.beton -o {path} ..."
-            ) from error
+            return cls._checked(table, header, path)
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} is no score table of fastprune ({error}). "
-                f"Make it with: fastprune score train.beton -o {path} ..."
-            ) from error
+            raise ArtifactError(f"{path} cannot be read: {error}. {cure}") from error
 
     @classmethod
-    def _from_file(cls, table: pa.Table, metadata: Any, path: str | Path) -> Self:
-        """Make a table of a file's columns and metadata, each checked for type and size."""
-        fingerprint = Fingerprint.from_dict(member(metadata, "fingerprint", dict))
-        class_std = numbers(metadata, "class_std", max_count=MAX_CLASSES)
-        class_counts = numbers(metadata, "class_counts", max_count=MAX_CLASSES)
+    def _checked(cls, table: pa.Table, header: "_TableHeader", path: str | Path) -> Self:
+        """Make a table of a file's columns, each checked for type and range, and its header."""
         columns = {name: table[name].to_numpy() for name in table.column_names}
         # Arrays are indexed by row: a table that was sorted or filtered would be misread.
         if not np.array_equal(columns["row"], np.arange(table.num_rows)) or (
-            table.num_rows != fingerprint.num_rows
+            table.num_rows != header.fingerprint.num_rows
         ):
             raise ArtifactError(
-                f"{path} must have one line for each of the {fingerprint.num_rows:,} rows in "
-                "their order, but it was sorted or filtered. Sort it by the column row, or "
+                f"{path} must have one line for each of the {header.fingerprint.num_rows:,} rows "
+                "in their order, but it was sorted or filtered. Sort it by the column row, or "
                 "score again."
             )
-        labels = columns["label"]
         for name, values in columns.items():
             kinds = "iu" if name in _FIXED_COLUMNS else "f"
             if values.dtype.kind not in kinds:
                 raise ValueError(f"its column {name!r} holds {values.dtype}")
+        labels, class_counts = columns["label"], np.array(header.class_counts, np.int64)
         counts = np.bincount(labels.clip(0, MAX_CLASSES), minlength=len(class_counts))
         if labels.min() < 0 or not np.array_equal(counts, class_counts):
             raise ValueError("its 'class_counts' are not the numbers of its labels")
-        if len(class_std) != len(class_counts):
+        if len(header.class_std) != len(class_counts):
             raise ValueError(
-                f"its 'class_std' has {len(class_std):,} numbers, but it has "
+                f"its 'class_std' has {len(header.class_std):,} numbers, but it has "
                 f"{len(class_counts):,} classes"
             )
         clusters = columns.get("cluster")
-        clustering = member(metadata, "clustering", dict, None) or {}
         if clusters is not None:
-            num_clusters = member(clustering, "num_clusters", int)
+            num_clusters = header.clustering.num_clusters if header.clustering else 0
             # Counts are made for each: a number from a file must not choose how many.
-            if not 0 <= clusters.min() <= clusters.max() < num_clusters <= MAX_CLASSES:
+            if not 0 <= clusters.min() <= clusters.max() < num_clusters:
                 raise ValueError(f"its 'cluster' numbers are not in [0, {num_clusters:,})")
-        require_unchanged(metadata)
         return cls(
             labels=labels,
             metrics={n: c for n, c in columns.items() if n not in _FIXED_COLUMNS},
             predictions=columns["prediction"],
-            class_std=class_std,
-            class_counts=class_counts.astype(np.int64),
-            fingerprint=fingerprint,
-            teacher=member(metadata, "teacher", dict),
-            view=member(metadata, "view", dict),
-            seconds=member(metadata, "seconds", float, None),
+            class_std=np.array(header.class_std, np.float64),
+            class_counts=class_counts,
+            fingerprint=header.fingerprint,
+            teacher=header.teacher,
+            view=header.view,
+            seconds=header.seconds,
             clusters=clusters,
-            clustering=clustering,
+            clustering=header.clustering.model_dump() if header.clustering else {},
         )
 
 
+class _Clustering(Header):
+    """How the clusters of a table were made."""
+
+    num_clusters: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    seed: int
+    iterations: int
+    converged: bool
+    mean_distance: float
+
+
+class _TableHeader(SealedHeader):
+    """The JSON in the file's metadata; as the attributes of `ScoreTable`."""
+
+    fingerprint: Fingerprint
+    teacher: dict[str, Any]
+    view: dict[str, Any]
+    class_std: NumberPerClass
+    class_counts: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_CLASSES)]
+    seconds: float | None = None
+    clustering: _Clustering | None = None
+
+
 def require_parquet_name(path: str | Path) -> None:
-    """Refuse a name for a score table that its content would belie.
+    """Refuse a name for a score table with another suffix.
 
     Raises:
         InvalidValueError: the path does not end in .parquet.
     """
     if Path(path).suffix != ".parquet":
         raise InvalidValueError(
-            f"a score table is a .parquet file, but {path} is not named so. Name it "
+            f"a score table is a .parquet file, but {path} has another suffix. Name it "
             f"{Path(path).with_suffix('.parquet')}; pyarrow and pandas make it a .csv."
         )
 
 
 def is_score_table(path: str | Path) -> bool:
-    """Say whether a file is a Parquet file that `ScoreTable.save` wrote; no file is refused."""
+    """Whether a file is a Parquet file that `ScoreTable.save` wrote; False for any other file."""
     try:
         parquet_metadata(path, _METADATA_KEY)
     except (OSError, ValueError):

@@ -2,19 +2,25 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
 
 from fastprune.base.checks import MAX_CLASSES
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.base.files import atomic_path, write_text
-from fastprune.base.headers import require_unchanged, with_digest
+from fastprune.base.headers import (
+    NumberPerClass,
+    SealedHeader,
+    read_header,
+    read_npy,
+    with_digest,
+)
 from fastprune.base.provenance import Fingerprint
-from fastprune.base.untrusted import member, numbers, read_json, read_npy
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +31,14 @@ class Subset:
         rows: (K,) int64, sorted and unique.
         fingerprint: the images the subset was made for; None for a bare index file.
         keep_ratio: the share that was asked for, in (0, 1]; None for a bare index file.
-        metric: what the rows were ranked by.
+        metric: by which the rows were ranked.
         strategy: the rule that chose them.
         parameters: the rule's other settings, such as quota and quantile.
         seed: for the strategies that draw.
         class_counts: kept rows per class, C entries; per cluster of images without classes.
         class_std: (C,) float64, as in `ScoreTable.class_std`; None for a bare index file.
         command: the command that made it.
-        score_seconds: that the scoring pass behind it took; None where nobody measured it.
+        score_seconds: of the scoring pass behind it; None if not measured.
     """
 
     rows: NDArray[np.int64]
@@ -50,8 +56,7 @@ class Subset:
     def save(self, path: str | Path) -> None:
         """Write `path` (the bare rows) and, beside it, the sidecar with the suffix .json.
 
-        The sidecar holds a digest of the rows, so that a pair that does not belong together is
-        noticed when it is read.
+        The sidecar holds a digest of the rows, so that `load` detects a pair of different subsets.
 
         Raises:
             InvalidValueError: the path does not end in .npy.
@@ -59,7 +64,7 @@ class Subset:
         """
         final = Path(path)
         if final.suffix != ".npy":
-            raise InvalidValueError(f"a subset is a .npy file, but {final} is not named so.")
+            raise InvalidValueError(f"a subset is a .npy file, but {final} has another suffix.")
         with atomic_path(final) as temporary:
             with temporary.open("wb") as file:
                 np.save(file, self.rows, allow_pickle=False)
@@ -71,37 +76,41 @@ class Subset:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read the rows and, where it is there, the sidecar.
+        """Read the rows and the sidecar, if there is one.
 
         Raises:
-            ArtifactError: no such file, no .npy file, or the sidecar is of other rows.
+            ArtifactError: the file is missing, not a .npy file, or the sidecar is of other rows.
             InvalidValueError: the rows are not a one-dimensional, sorted, unique integer array.
         """
         path = Path(path)
+        make = f"Make it with: fastprune select scores.parquet -o {path}"
         try:
             rows = read_npy(path)
         except FileNotFoundError as error:
-            raise ArtifactError(
-                f"{path} does not exist. Make it with: fastprune select scores.parquet -o {path}"
-            ) from error
+            raise ArtifactError(f"{path} does not exist. {make}") from error
         except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} is no numpy index file: {error}. Make it with: fastprune select "
-                f"scores.parquet -o {path}"
-            ) from error
+            raise ArtifactError(f"{path} is not a numpy index file: {error}. {make}") from error
         sidecar_path = path.with_suffix(".json")
         if not sidecar_path.exists():
-            # Other code writes rows by class or by score. What matters is the set.
+            # Other code writes rows by class or by score. Their order does not matter.
             is_plain = rows.ndim == 1 and rows.dtype.kind in "iu"
             return cls(checked_rows(np.sort(rows) if is_plain else rows, name=str(path)))
         rows = checked_rows(rows, name=str(path))
-        try:
-            return cls._from_sidecar(rows, read_json(sidecar_path), path)
-        except (OSError, ValueError) as error:
+        sidecar = read_header(
+            sidecar_path,
+            _Sidecar,
+            cure="Remove it to use the bare rows, or make the subset again with `fastprune "
+            "select`.",
+        )
+        if sidecar.rows_digest != rows_digest(rows):
             raise ArtifactError(
-                f"{sidecar_path} is no sidecar of a subset ({error}). Remove it to use the bare "
-                "rows, or make the subset again with `fastprune select`."
-            ) from error
+                f"{sidecar_path} describes other rows than {path} holds: one of them was replaced. "
+                "Make both again with `fastprune select`."
+            )
+        known = {name: getattr(sidecar, name) for name in _SIDECAR_FIELDS}
+        if sidecar.class_std is not None:
+            known["class_std"] = np.array(sidecar.class_std, np.float64)
+        return cls(rows, **known)
 
     def _sidecar(self) -> dict[str, Any]:
         """Return everything but the rows, for JSON."""
@@ -125,52 +134,47 @@ class Subset:
             else [None if np.isnan(std) else float(std) for std in self.class_std],
         }
 
-    @classmethod
-    def _from_sidecar(cls, rows: NDArray[np.int64], sidecar: Any, path: Path) -> Self:
-        """Make a subset of its rows and what `_sidecar` returned."""
-        if member(sidecar, "rows_digest", str) != rows_digest(rows):
-            raise ArtifactError(
-                f"{path.with_suffix('.json')} describes other rows than {path} holds: one of them "
-                "was replaced. Make both again with `fastprune select`."
+
+class _Sidecar(SealedHeader):
+    """subset.json; most keys are the attributes of `Subset`."""
+
+    num_rows: int | None = None
+    kept_rows: int | None = None
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    keep_ratio_reached: float | None = None
+    metric: str | None = None
+    strategy: str | None = None
+    parameters: dict[str, Any]
+    seed: int | None = None
+    command: str | None = None
+    score_seconds: float | None = None
+    fingerprint: Fingerprint | None = None
+    rows_digest: str
+    class_counts: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_CLASSES)] | None
+    ) = None
+    class_std: NumberPerClass | None = None
+
+    @model_validator(mode="after")
+    def _counts_and_std_are_of_the_same_classes(self) -> Self:
+        counts, std = self.class_counts, self.class_std
+        if counts is not None and std is not None and len(counts) != len(std):
+            raise ValueError(
+                f"its 'class_std' has {len(std):,} numbers, but {len(counts):,} classes have counts"
             )
-        fingerprint = member(sidecar, "fingerprint", dict, None)
-        class_counts = member(sidecar, "class_counts", list, None)
-        class_std = member(sidecar, "class_std", list, None)
-        keep_ratio = member(sidecar, "keep_ratio", float, None)
-        if keep_ratio is not None and not 0 < keep_ratio <= 1:
-            raise ValueError(f"its 'keep_ratio' is {keep_ratio}, but must be in (0, 1]")
-        if class_counts is not None:
-            counts = numbers(sidecar, "class_counts", max_count=MAX_CLASSES)
-            if class_std is not None and len(class_std) != len(counts):
-                raise ValueError(
-                    f"its 'class_std' has {len(class_std):,} numbers, but {len(counts):,} classes "
-                    "have counts"
-                )
-        require_unchanged(sidecar)
-        return cls(
-            rows=rows,
-            fingerprint=None if fingerprint is None else Fingerprint.from_dict(fingerprint),
-            keep_ratio=keep_ratio,
-            metric=member(sidecar, "metric", str, None),
-            strategy=member(sidecar, "strategy", str, None),
-            parameters=member(sidecar, "parameters", dict),
-            seed=member(sidecar, "seed", int, None),
-            class_counts=class_counts,
-            class_std=None
-            if class_std is None
-            else numbers(sidecar, "class_std", max_count=MAX_CLASSES),
-            command=member(sidecar, "command", str, None),
-            score_seconds=member(sidecar, "score_seconds", float, None),
-        )
+        return self
+
+
+_SIDECAR_FIELDS = [f.name for f in fields(Subset) if f.name != "rows"]
 
 
 def checked_rows(rows: ArrayLike, *, name: str, num_rows: int | None = None) -> NDArray[np.int64]:
-    """Return the rows as int64 if they can index a beton, else say what is wrong with them.
+    """Return the rows as int64 if they can index a beton, else raise what is wrong with them.
 
     Args:
-        rows: what should be a one-dimensional, sorted, unique, non-empty integer array.
+        rows: must be a one-dimensional, sorted, unique, non-empty integer array.
         name: the file or argument, for the message.
-        num_rows: rows in the beton, where it is known.
+        num_rows: rows in the beton, if known.
 
     Returns:
         (K,) int64.

@@ -76,19 +76,19 @@ def test_damaged_sidecar_is_refused_with_the_cure(tmp_path, subset):
 
 def test_pickled_index_file_is_refused(tmp_path):
     np.save(tmp_path / "subset.npy", np.array([{"rows": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ArtifactError, match=r"subset\.npy is no numpy index file"):
+    with pytest.raises(ArtifactError, match=r"subset\.npy is not a numpy index file"):
         Subset.load(tmp_path / "subset.npy")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"[1, 2]"])
 def test_file_that_is_no_index_file_is_named(tmp_path, content):
     (tmp_path / "subset.npy").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"subset\.npy is no numpy index file"):
+    with pytest.raises(ArtifactError, match=r"subset\.npy is not a numpy index file"):
         Subset.load(tmp_path / "subset.npy")
 
 
 def test_subset_not_named_npy_is_refused(tmp_path, subset):
-    with pytest.raises(InvalidValueError, match=r"subset\.txt is not named so"):
+    with pytest.raises(InvalidValueError, match=r"subset\.txt has another suffix"):
         subset.save(tmp_path / "subset.txt")
     assert list(tmp_path.iterdir()) == []
 
