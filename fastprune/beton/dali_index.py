@@ -57,7 +57,7 @@ def write_dali_index(
         row = rows[np.argmax(unaligned)]
         raise _unfit(
             beton,
-            f"the image of row {row:,} starts at byte {beton.offsets[row]:,}, which is no multiple "
+            f"the image of row {row:,} starts at byte {beton.offsets[row]:,}, which is not a multiple "
             f"of {layout.ALIGNMENT}",
         )
     out = Path(index_path)
@@ -93,7 +93,7 @@ def _label_blocks(beton: Beton, file: BetonFile, rows: NDArray[np.int64]) -> NDA
     first = label_blocks_offset(end)
     # The last block must end before the table; a label beyond it has none.
     most = (tables.table_offset - 8 - first) // layout.ALIGNMENT
-    # Nothing in the file says where the blocks are: their content proves it.
+    # The format has no field for where the blocks are: their content proves it.
     for label in np.unique(beton.labels[rows]).tolist():
         block = first + layout.ALIGNMENT * label
         if not 0 <= label <= most or tables.content[block : block + 8].view("<i8")[0] != label:

@@ -34,9 +34,9 @@ HEADER = np.dtype(
         ("alloc_table_ptr", "<u8"),
     ]
 )
-# ffcv/types.py: a field's name and arguments have fixed room, whatever the type needs of it.
+# ffcv/types.py: a field's name and arguments have fixed room, however little of it the type needs.
 DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
-# Unsorted, and without a count: whatever is appended to a file becomes entries.
+# Unsorted, and without a count: bytes appended to a file become entries.
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])

@@ -1,4 +1,4 @@
-"""Files mapped into memory: one, or several side by side in one range of addresses."""
+"""Files mapped into memory: one, or several contiguously in one address range."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ from fastprune.beton import layout
 # Linux's, which the mmap module does not name: map at this very address, over what is there.
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
-_MOST_AHEAD_BYTES = 64 << 20  # more than the tables of any shard that anyone makes
+_MOST_AHEAD_BYTES = 64 << 20  # more than the tables of any shard seen so far
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,16 +60,16 @@ def map_contiguously(
 ) -> tuple[NDArray[np.uint8], list[int], list[os.stat_result]]:
     """Map files into one range of addresses, so that one array and one offset reach any byte.
 
-    A range is reserved without memory behind it, and each file mapped at its place in it. Every
-    consumer of a beton's content works on several files as on one, at the same speed.
+    An address range without backing memory is reserved, and each file is mapped at its place in it,
+    so consumers of a beton's content handle several files like one, at the same speed.
 
     Args:
         paths: the files.
 
     Returns:
         content: (range,) uint8, not writable. Bytes between the files must not be touched.
-        starts: where in it each file starts: multiples of all page sizes, so that no page number
-            stands for pages of two files.
+        starts: where each file starts in it: multiples of all page sizes, so that pages of two files
+            never share a page number.
         statuses: of the files, from the descriptors that were mapped.
 
     Raises:
@@ -83,7 +83,7 @@ def map_contiguously(
         with _opened(path) as file:
             sizes.append(os.fstat(file.fileno()).st_size)
             header = file.read(layout.HEADER.itemsize).ljust(layout.HEADER.itemsize, b"\0")
-            # Anything else than a page size is refused later, where the header is read with care.
+            # A bad page size is refused later, by the checks of `structure`.
             [(_, num_fields, page_bytes, num_rows, table_offset)] = np.frombuffer(
                 header, layout.HEADER
             ).tolist()
@@ -97,7 +97,7 @@ def map_contiguously(
         end += layout.align_up(max(size, 1), alignment)
     mapping = _Range(end)
     statuses = []
-    # Opened anew one by one: there may be more shards than a process may have files open.
+    # Opened again one by one: there may be more shards than a process may have files open.
     for path, start, size in zip(paths, starts, sizes, strict=True):
         with _opened(path) as file:
             statuses.append(os.fstat(file.fileno()))
@@ -109,8 +109,8 @@ def map_contiguously(
 
 
 def _read_ahead(file: BinaryIO, start: int, size: int) -> None:
-    """Have a range read while other files are looked at: one disk access after another is slow."""
-    # Numbers of a damaged header are passed over, and so are file systems that cannot.
+    """Start reading a range in the background: one disk access after another is slow."""
+    # Ignore numbers of a damaged header, and file systems without this call.
     with contextlib.suppress(OSError, OverflowError):
         os.posix_fadvise(
             file.fileno(), start, min(max(size, 1), _MOST_AHEAD_BYTES), os.POSIX_FADV_WILLNEED
@@ -125,7 +125,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 class _Range:
-    """A range of addresses that is given back with the last array that looks into it."""
+    """An address range, unmapped when the last array that views it is gone."""
 
     def __init__(self, num_bytes: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE

@@ -306,7 +306,7 @@ def image_and_label(fields: tuple[layout.Field, ...], path: Path) -> tuple[int, 
     """Return the indices of the image field and the label field.
 
     Raises:
-        BetonError: there is no such field.
+        BetonError: such a field is missing.
     """
     return _pick(fields, "image", "image", path), _pick(fields, "label", "int", path)
 

@@ -198,6 +198,6 @@ def per_row(kind: str, rows: NDArray[np.int64], describe: Callable[[int], str]) 
 
 
 def _rest(kind: str, count: int) -> Iterator[Fault]:
-    """Say how many more there are than were named."""
+    """Count the faults that were not named."""
     if count > _MOST_ROWS_NAMED:
         yield Fault(kind, f"and {count - _MOST_ROWS_NAMED:,} more rows with this fault")

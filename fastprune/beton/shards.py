@@ -42,7 +42,7 @@ class ListedShard(Header):
 
 
 class SetHeader(ManifestHeader):
-    """What manifest.json holds; the shards are in the order of their rows."""
+    """The content of manifest.json; the shards are in the order of their rows."""
 
     format: Literal[1] = 1
     shards: tuple[ListedShard, ...]

@@ -15,7 +15,7 @@ from fastprune.beton.mapping import map_file
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in a beton that is not as it must be.
+    """One thing that is wrong with a beton.
 
     Attributes:
         kind: a short name that does not change between versions, such as "unfinished".
@@ -114,7 +114,7 @@ class _Locator:
         header = self._header()
         fields = self._fields(int(header["num_fields"]))
         table_offset = int(header["alloc_table_ptr"])
-        # The header is written last; stock FFCV opens such a file without a word.
+        # The header is written last; stock FFCV opens such a file silently.
         if table_offset == 0:
             raise _BrokenError(
                 "unfinished", "the write was interrupted: the header names no allocation table"
@@ -184,12 +184,12 @@ class _Locator:
         self, offset: int, fields: tuple[layout.Field, ...], num_rows: int
     ) -> NDArray[np.void]:
         """Read the allocation table: whole entries up to the end of the file, as many as needed."""
-        # The table has no count: it reaches to the end of the file, whatever was appended.
+        # The table has no count: it reaches to the end of the file, with anything that was appended.
         table_bytes = len(self.content) - offset
         if table_bytes % layout.ALLOCATION.itemsize:
             raise _BrokenError(
                 "table",
-                f"the allocation table has {table_bytes:,} bytes, which is no multiple of "
+                f"the allocation table has {table_bytes:,} bytes, which is not a multiple of "
                 f"{layout.ALLOCATION.itemsize}: the file was cut, or something was appended",
             )
         table = np.frombuffer(self.content, layout.ALLOCATION, -1, offset)

@@ -25,7 +25,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ArtifactError: the file is missing, damaged, or something else; a `BetonError` for a beton.
-        InvalidValueError: a subset's rows are no rows.
+        InvalidValueError: a subset's rows are not valid rows.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -106,7 +106,7 @@ def _beton(path: Path) -> dict[str, Any]:
 
 
 def jpeg_layouts(manifest: Manifest) -> str:
-    """Say which JPEGs a conversion rewrote, and why not the others; for one made to rewrite."""
+    """Describe which JPEGs a conversion rewrote, and why not the others; one line."""
     table = manifest.table(["action", "reason"])
     # In numpy: the import of pyarrow.compute takes longer than this and all else of a small job.
     copied = table["action"].to_numpy() == ACTIONS[COPIED]

@@ -104,7 +104,7 @@ def test_a_file_cut_before_the_table(plain):
 
 def test_a_file_cut_inside_an_entry_of_the_table(plain):
     plain.write_bytes(plain.read_bytes()[:-10])
-    expect(plain, "table", "no multiple of 24: the file was cut, or something was appended")
+    expect(plain, "table", "not a multiple of 24: the file was cut, or something was appended")
 
 
 def test_a_file_cut_between_entries_of_the_table(plain):

@@ -6,8 +6,8 @@ from typing import Any, BinaryIO, Literal
 
 from fastprune.beton.remote.store import ListedObject, Store
 
-# Tars are listed by their headers, between which images lie: they are read whole, in such blocks,
-# unless an image is larger.
+# Listing a tar reads its headers, which lie between the images: the whole tar is read, in such
+# blocks, unless an image is larger.
 _BLOCK_BYTES = 4 << 20
 
 

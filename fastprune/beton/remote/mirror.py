@@ -69,7 +69,7 @@ class MirroredFile(Header):
 
 
 class MirrorHeader(Header):
-    """What mirror.json holds.
+    """The content of mirror.json.
 
     Attributes:
         format: of the mirror.

@@ -27,7 +27,7 @@ from fastprune.rows.subset import Subset
 
 @dataclass(frozen=True)
 class Staged:
-    """What `stage` did.
+    """Result of `stage`.
 
     Attributes:
         num_rows: rows of the subset, all of which are there now.

@@ -24,7 +24,7 @@ RETRY_SECONDS = 60.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 8.0
 _UPLOAD_BYTES = 8 << 20
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
-# How AWS's SDK and its answers call what no repetition mends.
+# Faults that repetition cannot cure, as AWS's SDK and answers name them.
 _DENIED = re.compile(
     r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY|InvalidAccessKey|SIGNATURE_DOES_NOT_MATCH|"
     r"SignatureDoesNotMatch|EXPIRED_TOKEN|ExpiredToken|HTTP status 40[13]|\(403\)|Forbidden"
@@ -83,7 +83,7 @@ class Store:
             retry_seconds: how long a request is repeated that fails or gives wrong bytes.
 
         Raises:
-            InvalidValueError: it is no such URL, or has credentials in it.
+            InvalidValueError: it is not such a URL, or has credentials in it.
         """
         self.url = url.rstrip("/")
         self._scheme, self._root = _parsed(self.url)
@@ -92,7 +92,7 @@ class Store:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process connects anew, with its own credentials."""
+        """Another process connects by itself, with its own credentials."""
         return partial(Store, retry_seconds=self._retry_seconds), (self.url,)
 
     def status(self, name: str) -> ObjectStatus:
@@ -119,7 +119,7 @@ class Store:
             start: of the range, in bytes.
             size: of the range, in bytes.
             require: raises a `BadBodyError` for bytes that cannot be right.
-            stop: set by another thread to repeat nothing any more.
+            stop: set by another thread to end the repetition.
 
         Raises:
             StorageError: as `status`, or the bytes are not right however often they are asked for.
@@ -278,7 +278,7 @@ class Store:
                 if time.monotonic() + pause > give_up or stop.wait(pause):
                     raise StorageError(
                         f"{where} could not be read or written in {number} attempts: {reason}. "
-                        "Repeat the command when the server is well: what is there stays."
+                        "Repeat the command when the server works again: what is there stays."
                     ) from None
         raise AssertionError("unreachable")
 
@@ -289,7 +289,7 @@ def _parsed(url: str) -> tuple[str, str]:
     scheme, rest = match.groups() if match else ("", "")
     if scheme not in SCHEMES:
         raise InvalidValueError(
-            f"{url.split('@')[-1]} is no URL of object storage. Name one such as "
+            f"{url.split('@')[-1]} is not a URL of object storage. Name one such as "
             "s3://bucket/train/, gs://bucket/train/ or file:///data/train."
         )
     # Not shown: what stands before the @ is a secret.
