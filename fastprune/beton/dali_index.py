@@ -57,8 +57,8 @@ def write_dali_index(
         row = rows[np.argmax(unaligned)]
         raise _unfit(
             beton,
-            f"the image of row {row:,} starts at byte {beton.offsets[row]:,}, which is not a multiple "
-            f"of {layout.ALIGNMENT}",
+            f"the image of row {row:,} starts at byte {beton.offsets[row]:,}, which is not a "
+            f"multiple of {layout.ALIGNMENT}",
         )
     out = Path(index_path)
     if len(beton.files) == 1:

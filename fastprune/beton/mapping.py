@@ -68,8 +68,8 @@ def map_contiguously(
 
     Returns:
         content: (range,) uint8, not writable. Bytes between the files must not be touched.
-        starts: where each file starts in it: multiples of all page sizes, so that pages of two files
-            never share a page number.
+        starts: where each file starts in it: multiples of all page sizes, so that pages of two
+            files never share a page number.
         statuses: of the files, from the descriptors that were mapped.
 
     Raises:

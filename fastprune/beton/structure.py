@@ -184,7 +184,7 @@ class _Locator:
         self, offset: int, fields: tuple[layout.Field, ...], num_rows: int
     ) -> NDArray[np.void]:
         """Read the allocation table: whole entries up to the end of the file, as many as needed."""
-        # The table has no count: it reaches to the end of the file, with anything that was appended.
+        # The table has no count: it reaches to the end of the file, with what was appended.
         table_bytes = len(self.content) - offset
         if table_bytes % layout.ALLOCATION.itemsize:
             raise _BrokenError(

@@ -27,7 +27,8 @@ from fastprune.rows.store import Marks
 
 _LOCK_NAME = "mirror.lock"
 _HEAD_BYTES = 16 << 10  # the descriptors of 15 fields
-_ATTEMPTS = 3
+# Tables have no checksum, so wrong bytes are noticed late, and several may come in a row.
+_ATTEMPTS = 8
 
 
 def open_mirrored(
