@@ -50,10 +50,7 @@ def make_decoder(
     if not beton.service:
         return local
     client = import_module("fastprune.service.client")
-    services = {"service": beton.service, "token": beton.token}
-    decoder = client.ServiceDecoder(
-        beton, image_size=image_size, local=local, faults=faults, **services
-    )
+    decoder = client.ServiceDecoder(beton, image_size=image_size, local=local, faults=faults)
     return cast(Decoder, decoder)
 
 

@@ -72,13 +72,3 @@ def parse_address(text: str) -> Address:
 def parse_addresses(text: str) -> tuple[Address, ...]:
     """Parse addresses separated by commas; raises as `parse_address`."""
     return tuple(parse_address(part) for part in _SEPARATOR.split(text.strip()))
-
-
-def names_remote_beton(beton: object) -> bool:
-    """Whether a beton is at a service: grpc+tls://HOST:PORT/NAME."""
-    return isinstance(beton, str) and beton.startswith(("grpc://", "grpc+tls://"))
-
-
-def find_credentials(token: str | None) -> str | None:
-    """Return the token, for callers that know the former function."""
-    return token

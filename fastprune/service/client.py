@@ -64,8 +64,6 @@ class ServiceDecoder:
         self,
         beton: Beton,
         *,
-        service: str,
-        token: str | None,
         image_size: int,
         local: CpuDecoder,
         faults: RowFaults,
@@ -73,9 +71,7 @@ class ServiceDecoder:
         """Prepare; services are connected when the first epoch begins.
 
         Args:
-            beton: the open beton.
-            service: addresses of services, separated by commas; they share the rows.
-            token: for services that ask for one; None for the environment's.
+            beton: the open beton; its `service` names the services, which share the rows.
             image_size: S, in pixels.
             local: decodes what no service decodes.
             faults: decides on rows that cannot be decoded.
@@ -85,9 +81,9 @@ class ServiceDecoder:
                 plain text.
         """
         self._services = Services(
-            parse_addresses(service),
+            parse_addresses(beton.service),
             beton,
-            credentials=ClientCredentials.find(token),
+            credentials=ClientCredentials.find(beton.token),
             image_size=image_size,
         )
         self._beton = beton
