@@ -133,7 +133,7 @@ class ServerCredentials:
                 f"({error}). Name a certificate, its key and a CA."
             ) from error
         lines = [] if tokens is None else read_tokens(tokens)
-        return cls(*content, tokens=tuple(lines), insecure=insecure)
+        return cls(content[0], content[1], content[2], tuple(lines), insecure)
 
     def require_closed(self, address: Address) -> None:
         """Refuse an address that would be open to everyone on the network.
