@@ -31,9 +31,10 @@ from _harness import ratios, spread, take_turns, write_result
 from epoch import make_beton
 
 from fastprune.base.ranks import Ranks
+from fastprune.distillation.context import Batch, Context
 from fastprune.distillation.losses import decoupled_distillation_loss, distillation_loss
 from fastprune.distillation.meters import PhaseTimer
-from fastprune.distillation.step import Batch, Context, Stepper, make_pair
+from fastprune.distillation.step import Stepper, make_pair
 from fastprune.distillation.teacher import Teacher, make_teacher
 from fastprune.loading.batch import choose_device
 from fastprune.loading.loader import Loader

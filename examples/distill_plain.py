@@ -2,9 +2,9 @@
 
     python examples/distill_plain.py images/train images/val --keep 0.5
 
-Both folders hold one folder of images per class. `fastprune train` does the same from a recipe, and
-resumes, logs, averages, checkpoints and runs on several processes besides; this is what it comes
-down to, and where to start when your loop is your own.
+Both folders hold one folder of images per class. `fastprune train` does the same from a recipe; it
+also resumes, logs, averages weights, and runs on several processes. Start here if you write your
+own training loop.
 """
 
 import argparse
@@ -30,14 +30,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(options: argparse.Namespace) -> float:
-    """Go the whole way; returns the student's top-1 accuracy in [0, 1]."""
-    # 1. Images become one file each, which is mapped and decoded crop by crop.
+    """Run all stations; returns the student's top-1 accuracy in [0, 1]."""
+    # 1. Each folder becomes one file, which is mapped into memory and decoded crop by crop.
     train_beton, val_beton = options.out / "train.beton", options.out / "val.beton"
     options.out.mkdir(parents=True, exist_ok=True)
     convert(options.train, train_beton)
     convert(options.val, val_beton)
 
-    # 2. A teacher, trained on the labels of all rows. Take a better one where you have it.
+    # 2. A teacher, trained on the labels of all rows. Use a better one if you have it.
     num_classes = Loader(val_beton, train=False, image_size=options.size).num_classes
     teacher = build_network("resnet20", num_classes=num_classes).to(DEVICE)
     fit(teacher, loader(options, train_beton), epochs=options.teacher_epochs)
@@ -76,10 +76,10 @@ def loader(
 def distill(
     student: nn.Module, teacher: nn.Module, table: ScoreTable, batches: Loader, *, epochs: int
 ) -> None:
-    """Train a student on what the teacher says of the kept rows.
+    """Train a student on the teacher's logits for the kept rows.
 
-    Pruning shifts the spread of the teacher's logits; the reshaper gives each row's logits the mean
-    spread of its class over all rows, kept or not.
+    Pruning changes the spread of the teacher's logits; the reshaper gives each row's logits the
+    mean spread of its class over all rows, kept or not.
     """
     reshape = LogitReshaper(table.class_std).to(DEVICE)
     teacher.eval()
@@ -120,7 +120,7 @@ def optimize(network: nn.Module, loss, batches: Loader, *, epochs: int) -> None:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, options: argparse.Namespace, beton: Path) -> float:
-    """Top-1 accuracy on all rows of a beton, each once and centrally cropped."""
+    """Top-1 accuracy on all rows of a beton, each once and center-cropped."""
     network.eval()
     batches = loader(options, beton, train=False)
     hits = [network(images).argmax(dim=1) == labels for images, labels in batches]
@@ -128,7 +128,7 @@ def accuracy(network: nn.Module, options: argparse.Namespace, beton: Path) -> fl
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("train", type=Path, help="folder of images to train on, a folder per class")
     parser.add_argument("val", type=Path, help="folder of images to validate on")

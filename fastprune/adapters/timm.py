@@ -1,4 +1,4 @@
-"""timm's distillation with class-wise logit reshaping, and without a teacher in memory."""
+"""timm's distillation with class-wise logit reshaping, with or without a teacher in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ __all__ = ["ReshapedDistillationTask"]
 
 
 class ReshapedDistillationTask(LogitDistillationTask):
-    """timm's `LogitDistillationTask`, whose teacher logits get the scale of the whole dataset.
+    """timm's `LogitDistillationTask`, with teacher logits reshaped to the whole dataset's scale.
 
     Everything else is timm's: weights of the losses, temperature, EMA, compiling, several
-    processes. With `teacher_model=None` there is no teacher in memory, and each call is given its
-    logits, such as those of a `Loader` with the field "teacher_logits".
+    processes. With `teacher_model=None` no teacher is in memory, and each call takes its
+    logits, such as the field "teacher_logits" of a `Loader`.
 
-    A soft target, as mixup and label smoothing make it, stands for its classes by their shares:
-    the logits of a mixed image get the mean of the classes' standard deviations, weighted by share.
+    For a soft target, as mixup and label smoothing make it, the class std is the mean over the
+    classes, weighted by their shares.
     """
 
     student_mean: Tensor
@@ -41,8 +41,8 @@ class ReshapedDistillationTask(LogitDistillationTask):
         """Make the task.
 
         Args:
-            student_model: a timm model (it knows its mean and std).
-            teacher_model: as timm takes it, or None where each call is given the logits.
+            student_model: a timm model, which carries its mean and std.
+            teacher_model: as timm takes it; None if each call passes the logits.
             class_std: (C,) mean standard deviation of the teacher's logits of each class, or the
                 subset that holds it (a `Subset` or its file); None to leave the logits as they are.
             options: timm's own: task_loss_weight, distill_loss_weight, temperature, criterion, …
@@ -79,14 +79,14 @@ class ReshapedDistillationTask(LogitDistillationTask):
             "loss", "output" (the student's logits), "task_loss" and "kd_loss", as timm's.
 
         Raises:
-            InvalidValueError: there is neither a teacher nor its logits, or the logits are of
-                unmixed images and the target of mixed ones.
+            InvalidValueError: neither a teacher nor its logits are given, or the logits are of
+                unmixed images and the target is of mixed ones.
         """
         if teacher_logits is None:
             teacher_logits = self._ask_teacher(input)
         elif target.ndim == 2:
-            # timm makes shares only where it mixes. Whether it did in this batch would have to be
-            # read from the device, in every step.
+            # timm makes shares only where it may mix. Whether it mixed this batch could only be
+            # read from the device, which would make every step wait.
             raise InvalidValueError(
                 "teacher_logits are of images that were not mixed, but the target is of mixed ones "
                 f"{tuple(target.shape)}. Train without mixup and cutmix, or with the teacher in "

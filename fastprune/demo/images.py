@@ -1,4 +1,4 @@
-"""The demo's images: drawn, or the user's, split in train and val."""
+"""The demo's images, drawn or the user's, split into train and val."""
 
 import os
 from pathlib import Path
@@ -22,8 +22,8 @@ def prepare_images(
     """Make two ImageFolders, one to train on and one to validate on.
 
     The user's images are linked, not copied. A folder that holds `train` and one of `val`,
-    `validation`, `test` is taken as split; else a tenth of every class is held out, of the classes
-    in `train` where that folder holds folders.
+    `validation`, `test` counts as split; else a tenth of every class is held out, of the classes in
+    `train` if that folder holds folders.
 
     Args:
         images: an ImageFolder; None draws pictures.
@@ -36,7 +36,7 @@ def prepare_images(
         The train folder and the val folder.
 
     Raises:
-        ConversionError: `images` is no folder, has no class folders, or a class is too small.
+        ConversionError: `images` is not a folder, has no class folders, or a class is too small.
     """
     train, val = root / "train", root / "val"
     if images is None:
@@ -48,7 +48,7 @@ def prepare_images(
     val_limit = None if per_class is None else max(per_class // 2, 1)
     given_train, given_val = _given_split(images)
     for name, files in _classes(given_train).items():
-        # Shuffled first, so that what is held out or left out is no run of similar files.
+        # Shuffled first: neighbors in a folder are often similar.
         files = [files[i] for i in generator.permutation(len(files))]
         if given_val is None:
             held_out = max(round(len(files) * _VAL_SHARE), 1)
@@ -73,7 +73,7 @@ def _given_split(images: Path) -> tuple[Path, Path | None]:
     if not train.is_dir():
         return images, None
     val = next((images / name for name in _VAL_NAMES if (images / name).is_dir()), None)
-    # A folder of files is no split but a class; trains are one of COCO's.
+    # A folder of files is a class, not a split; trains are one of COCO's.
     if val is None and not any(path.is_dir() for path in train.iterdir()):
         return images, None
     return train, val
@@ -82,7 +82,7 @@ def _given_split(images: Path) -> tuple[Path, Path | None]:
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Map class names to their images, at any depth below; every class must have some."""
     if not folder.is_dir():
-        raise ConversionError(f"{folder} is no folder. Name one that holds a folder per class.")
+        raise ConversionError(f"{folder} is not a folder. Name one that holds a folder per class.")
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:

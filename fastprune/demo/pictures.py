@@ -41,11 +41,7 @@ Points = list[tuple[float, float]]
 def write_demo_images(root: Path, *, train_per_class: int, val_per_class: int, seed: int) -> None:
     """Write root/train/<class>/*.jpg and root/val/<class>/*.jpg, 64×64 pixels.
 
-    Args:
-        root: folder to fill; made where it is missing.
-        train_per_class: training pictures per class, of which about 3% are another class's.
-        val_per_class: validation pictures per class, all rightly labelled.
-        seed: the same seed gives the same pixels.
+    About 3% of the training pictures have a wrong label. The same seed gives the same pixels.
     """
     jobs = [
         (split, label, number)
@@ -57,7 +53,7 @@ def write_demo_images(root: Path, *, train_per_class: int, val_per_class: int, s
         for name in CLASS_NAMES:
             (root / split / name).mkdir(parents=True, exist_ok=True)
     for split, label, number in track(jobs, description="draw", total=len(jobs), unit="pictures"):
-        # Every picture has a generator of its own: more of one class changes no other picture.
+        # A generator per picture, so that the number of pictures does not change the pixels.
         generator = np.random.default_rng([seed, split == "val", label, number])
         drawn = label
         if split == "train" and generator.random() < WRONG_LABEL_SHARE:

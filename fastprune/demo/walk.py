@@ -55,7 +55,7 @@ _EPOCHS_PER_VIEW = 3
 # Small, so that a few thousand images still give hundreds of steps.
 _BATCH_SIZE = 32
 
-# A folder is only cleared where this file says that a demo wrote it, and only of these names.
+# A folder is cleared only if it holds this file, which a demo wrote, and only of these names.
 _MARK = ".fastprune-demo"
 _BETON_SUFFIXES = (
     "",
@@ -83,7 +83,7 @@ _WRITTEN = (
     "scores-suspected.csv",
     "result.json",
 )
-# Keeps the demo within minutes on two cores, whatever the user's images are.
+# Keeps the demo within minutes on two cores.
 _LARGEST_VIEW = 32
 
 
@@ -247,7 +247,7 @@ def _check_places(settings: DemoSettings) -> None:
                 f"{what} {path} lies in the folder that the demo replaces. Name another --out, or "
                 f"copy the {what} away first."
             )
-    # With train/ in it, the folder's other children are no classes.
+    # With train/ in it, the folder's other children are not classes.
     if images is None or (images / "train").is_dir():
         return
     if out.parent == images.resolve():

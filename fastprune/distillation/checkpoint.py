@@ -1,7 +1,8 @@
-"""The run's folder and its checkpoints: whole or not there, checked by a digest in their names."""
+"""Checkpoints: the run's folder, the identity of a run, what is written and what is read back."""
 
 import hashlib
 import io
+import json
 import logging
 import pickle
 import re
@@ -17,11 +18,72 @@ from torch import Tensor, nn
 
 from fastprune.base.errors import ArtifactError, DamagedCheckpointWarning, RecipeError
 from fastprune.base.files import atomic_path, lock
-from fastprune.networks import save_weights
+from fastprune.base.provenance import differences
+from fastprune.distillation.objective import Objective
+from fastprune.loading.loader import Loader
+from fastprune.networks import save_weights, weights_digest
+from fastprune.settings import Recipe
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+# What may change between two parts of a run. Files may lie elsewhere: their contents are compared.
+_FREE = {
+    "data": {
+        "train",
+        "val",
+        "subset",
+        "num_workers",
+        "backend",
+        "service",
+        "service_token_file",
+    },
+    "teacher": {"checkpoint", "cache", "cache_dtype"},
+    "student": {"checkpoint"},
+    "run": {
+        "out",
+        "name",
+        "device",
+        "compile",
+        "log_every",
+        "validate_every",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+    },
+}
+
+
+def identity(
+    recipe: Recipe, train: Loader, val: Loader | None, objective: Objective, *, processes: int
+) -> dict[str, Any]:
+    """Return everything that decides which weights a run ends with, by name."""
+    # Through JSON, so that paths and tuples compare as they are stored in a checkpoint.
+    settings: dict[str, Any] = json.loads(recipe.model_dump_json(exclude=_FREE))
+    # The engine that "auto" chose, and contents in place of file names: they decide the pixels.
+    return settings | {
+        "data.backend": train.backend,
+        "the images of data.train": str(train.beton.fingerprint),
+        "the images of data.val": None if val is None else str(val.beton.fingerprint),
+        "the rows of data.subset": train.state_dict()["rows_digest"],
+        "the weights of the teacher and the class std": weights_digest(objective),
+        "teacher.cache": recipe.teacher is not None and recipe.teacher.cache is not None,
+        "processes": processes,
+    }
+
+
+def require_same_run(theirs: dict[str, Any], ours: dict[str, Any], *, folder: Path) -> None:
+    """Refuse to continue the run in a folder with other settings, by the `identity` of both.
+
+    Raises:
+        RecipeError: they differ; each difference is named.
+    """
+    differing = "; ".join(sorted(map(str, differences(ours, theirs))))
+    if differing:
+        raise RecipeError(
+            f"{folder} holds an unfinished run with other settings: {differing}. Continue it with "
+            "its own, or name another folder (run.out)."
+        )
 
 
 class Checkpoints:
@@ -32,28 +94,20 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """Look into a folder.
-
-        Args:
-            folder: the checkpoints' own; made when the first is saved.
-            keep: how many of the newest ones to keep.
-        """
+        """Use a folder of their own, made with the first; the newest `keep` ones stay."""
         self._folder = folder
         self._keep = keep
 
     def save(self, state: dict[str, Any], *, step: int) -> bool:
-        """Write a checkpoint, then remove those that are too many.
+        """Write a checkpoint, then remove the oldest beyond `keep`; returns whether it was written.
 
-        Where it cannot be written, a warning says so, the run continues, and the older ones stay.
+        A failed write, as on a full disk, is a warning: the run continues and the older ones stay.
 
         Args:
             state: tensors and plain values.
             step: optimizer steps done.
-
-        Returns:
-            Whether it was written.
         """
-        # In memory first: the name holds the digest, so it must be known before the file is made.
+        # In memory first: the name holds the digest of the bytes.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -68,19 +122,20 @@ class Checkpoints:
         except (ArtifactError, OSError) as error:
             kept = self._newest_first()
             logger.warning(
-                "NO CHECKPOINT at step %d: %s Training goes on; a resumed run would start from %s.",
+                "NO CHECKPOINT at step %d: %s Training continues; a resumed run would start "
+                "from %s.",
                 step,
                 error,
                 kept[0] if kept else "the beginning",
             )
             return False
-        # The old ones go only when the new one is on the disk.
+        # Only now that the new one is on the disk.
         for old in [old for old in self._newest_first() if old != path][self._keep - 1 :]:
             old.unlink(missing_ok=True)
         return True
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole, on the CPU; None without one.
+        """Read the newest checkpoint that is whole, onto the CPU; None if there is not any.
 
         Warns:
             DamagedCheckpointWarning: a newer one is damaged.
@@ -92,14 +147,14 @@ class Checkpoints:
         for path in found:
             try:
                 return _load(path)
-            # All that torch.load raises for bytes that are not what it wrote.
+            # All that torch.load raises for bytes that it did not write.
             except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-                # To begin anew by itself would throw away the run that --resume asked for.
+                # Starting over by itself would throw away the run that --resume asked for.
                 if path == found[-1]:
                     raise ArtifactError(
                         f"none of the {len(found)} checkpoints in {self._folder} is whole; the "
                         f"oldest, {path.name}, is damaged too ({error}). Remove {self._folder} to "
-                        "begin anew."
+                        "start over."
                     ) from error
                 warnings.warn(
                     f"the checkpoint {path} is damaged ({error}); the one before it is tried.",
@@ -113,7 +168,7 @@ class Checkpoints:
         return bool(self._newest_first())
 
     def remove(self) -> None:
-        """Remove them all; those of a finished run lead nowhere."""
+        """Remove them all: a finished run needs none."""
         for path in self._newest_first():
             path.unlink(missing_ok=True)
         self._sweep()
@@ -121,13 +176,13 @@ class Checkpoints:
             self._folder.rmdir()
 
     def _sweep(self) -> None:
-        """Remove what a kill in the midst of writing left behind."""
+        """Remove what a kill during a write left behind."""
         # Names of `atomic_path`; the folder is held by this process alone.
         for path in self._folder.glob(".step-*.tmp"):
             path.unlink(missing_ok=True)
 
     def _newest_first(self) -> list[Path]:
-        """The files that are checkpoints by name."""
+        """List the checkpoints, by name."""
         if not self._folder.is_dir():
             return []
         # A name counts by its pattern, so other people's files stay.
@@ -138,51 +193,66 @@ class Checkpoints:
 
 @contextmanager
 def hold_run_folder(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Make a run's folder where it is missing, and hold it against other processes.
+    """Make a run's folder where it is missing, and lock it against other processes.
 
-    Args:
-        folder: of the run.
-        resume: whether it may hold an unfinished run.
+    With `resume` it may hold an unfinished run.
 
     Raises:
         RecipeError: it cannot be made, or holds a run that this one would destroy.
-        ArtifactError: another process is at work in it.
+        ArtifactError: another process is writing into it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"run.out = {str(folder)!r} cannot be made: {error.strerror}.") from error
-    # Held until the run ends, and freed by the kernel if it is killed.
+    # Released by the kernel if the run is killed.
     with lock(folder / ".lock", wait=False):
-        # It is written last, so a run without one is unfinished.
+        # result.json is written last, so a run without one is unfinished.
         if (folder / "result.json").exists():
             raise RecipeError(
                 f"{folder} holds a finished run. Name another folder (run.out) or remove this one."
             )
         if not resume and Checkpoints(folder / "checkpoints", keep=1).exist():
             raise RecipeError(
-                f"{folder} holds an unfinished run. Go on with it (--resume), name another folder "
+                f"{folder} holds an unfinished run. Continue it (--resume), name another folder "
                 "(run.out), or remove this one."
             )
         yield
-        # Behind the result nobody may write here anyway, so the lock guards nothing.
+        # A folder with a result is refused above, so it needs no lock.
         (folder / ".lock").unlink()
+
+
+def student_metadata(
+    recipe: Recipe, loader: Loader, precision: str, *, num_classes: int
+) -> dict[str, str]:
+    """Return the header of the student's file: how to build it, feed it, and read its classes."""
+    metadata = {
+        "network": recipe.student.network,
+        "num_classes": str(num_classes),
+        "image_size": str(recipe.data.val_image_size or recipe.data.image_size),
+        "mean": json.dumps(recipe.data.mean),
+        "std": json.dumps(recipe.data.std),
+        "precision": precision,
+    }
+    if recipe.data.labels and loader.class_names is not None:
+        metadata["class_names"] = json.dumps(loader.class_names)
+    return metadata
 
 
 def save_student(
     network: nn.Module, path: Path, *, metadata: dict[str, str], has_checkpoint: bool
 ) -> None:
-    """Write the weights that a run was for; a full disk does not cost them.
+    """Write the student's weights into the run's folder; a full disk does not lose them.
 
     Args:
         network: the student.
         path: in the run's folder.
         metadata: texts for the file's header.
         has_checkpoint: whether the newest checkpoint is of this student, so that a resumed run
-            writes it. Without one it is put into the system's temporary folder.
+            can write it. Without one it goes into the system's temporary folder.
 
     Raises:
-        ArtifactError: it could not be written there; the text says where the weights are.
+        ArtifactError: it could not be written there; the text tells where the weights are.
     """
     try:
         with atomic_path(path) as temporary:
@@ -223,13 +293,13 @@ def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds; ValueError where its bytes are not those that were written."""
+    """Read a checkpoint; ValueError where its bytes do not have the digest in its name."""
     data = path.read_bytes()
     match = _NAME.fullmatch(path.name)
     # `_newest_first` lists no other names.
     assert match is not None
     if _digest(data) != match[2]:
-        raise ValueError(f"its {len(data):,} bytes have another digest than its name says")
+        raise ValueError(f"its {len(data):,} bytes have another digest than the one in its name")
     # From the bytes that were digested, not from the file again. No pickled code runs.
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state

@@ -21,7 +21,7 @@ from fastprune.settings.domains import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network reached on a set of images.
+    """The accuracy of a network on a set of images.
 
     Attributes:
         top1: share in [0, 1] of rows whose label is the network's first guess.
@@ -46,21 +46,21 @@ def evaluate_checkpoint(
     device: str = "auto",
     precision: str = "auto",
 ) -> Evaluation:
-    """Measure a network in a file on every row of a beton, centre-cropped.
+    """Measure a network in a file on every row of a beton, center-cropped.
 
     Args:
         checkpoint: weights; a student.safetensors of `distill` names its network, image size, mean
             and standard deviation (else ImageNet's are taken).
         beton: the images.
-        network: name of the network; None for what the checkpoint says.
-        image_size: side of the crop in pixels; None for what the checkpoint says.
+        network: name of the network; None for the one in the checkpoint.
+        image_size: side of the crop in pixels; None for the one in the checkpoint.
         batch_size: images per step.
-        device: where to; "auto" takes CUDA where it is there.
-        precision: "fp32", "bf16", or "auto" for that of the validations in the checkpoint's own
-            training, float32 where it does not say.
+        device: "auto" takes CUDA where it is available.
+        precision: "fp32", "bf16", or "auto" for the precision that the checkpoint was validated
+            in, float32 where it is not recorded.
 
     Raises:
-        InvalidValueError: network or image size are neither given nor in the checkpoint.
+        InvalidValueError: network or image size is neither given nor in the checkpoint.
         ArtifactError: the checkpoint cannot be read or does not fit the network.
         ArtifactMismatch: the beton has more classes than the checkpoint, or others.
         BetonError: the beton cannot be read.
@@ -71,7 +71,7 @@ def evaluate_checkpoint(
     size = metadata.get("image_size") if image_size is None else image_size
     for name, value in (("--network", network), ("--image-size", size)):
         if value is None:
-            raise InvalidValueError(f"{checkpoint} does not say its {name[2:]}; give {name}.")
+            raise InvalidValueError(f"{checkpoint} does not record its {name[2:]}; give {name}.")
     assert network is not None
     assert size is not None
     place = choose_device(device)
@@ -94,8 +94,8 @@ def evaluate_checkpoint(
         )
     if not loader.beton.has_labels:
         raise ArtifactMismatch(
-            f"{beton} was converted without labels, which top-1 is measured by. Convert the images "
-            "with them."
+            f"{beton} was converted without labels, and top-1 needs them. Convert the images with "
+            "labels."
         )
     # Fewer is fine: a validation set may lack the last classes.
     if loader.num_classes > num_classes:
@@ -107,13 +107,13 @@ def evaluate_checkpoint(
     names = json.loads(metadata.get("class_names", "null"))
     if names and loader.class_names and names[: loader.num_classes] != list(loader.class_names):
         raise ArtifactMismatch(
-            f"the classes of {beton} have other names or another order than those that "
-            f"{checkpoint} knows, so its labels mean something else. Evaluate on images of the "
-            "classes that it was trained on, none left out in the middle."
+            f"the classes of {beton} have other names or another order than the classes of "
+            f"{checkpoint}, so its labels have other meanings. Evaluate on images of the classes "
+            "that it was trained on, none left out in the middle."
         )
     model = build_network(network, num_classes=num_classes)
     load_weights(model, checkpoint)
-    # Else the accuracy here would not be the one that the training reported.
+    # In the same precision, so that the accuracy is the one that the training reported.
     with autocast(place, metadata.get("precision", "fp32") if precision == "auto" else precision):
         return evaluate(model.to(place), loader)
 
@@ -138,22 +138,22 @@ def evaluate(
         The shares and the mean loss; counted on the device, fetched once.
 
     Raises:
-        InvalidValueError: there is no batch.
+        InvalidValueError: the loader is empty.
     """
-    # Called in the midst of a training, whose mode comes back.
+    # The caller may be in the middle of training.
     was_training = model.training
     model.eval()
     try:
         # In float64: sums of 50,000 losses, and counts, stay exact.
         totals = torch.zeros(4, dtype=torch.float64)
         for images, labels in batches:
-            # The first sum takes the totals to the device; there they stay until the end.
+            # The first sum moves the totals to the device, where they stay until the end.
             totals = totals.to(labels.device) + _counts(model(images).float(), labels)
     finally:
         model.train(was_training)
     rows, top1, top5, loss = (ranks or Ranks()).all_sum(totals.cpu()).tolist()
     if rows == 0:
-        raise InvalidValueError("there is no batch to evaluate; the loader yields none.")
+        raise InvalidValueError("the loader yields no batch to evaluate.")
     return Evaluation(top1=top1 / rows, top5=top5 / rows, loss=loss / rows, rows=int(rows))
 
 

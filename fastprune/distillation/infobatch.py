@@ -1,4 +1,4 @@
-"""Dynamic pruning: rows that the student finds easy are skipped at random, anew in each epoch."""
+"""Dynamic pruning: each epoch skips at random rows that the student finds easy."""
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ def infobatch_weights(
     seed: int,
     epoch: int,
 ) -> NDArray[np.float32]:
-    """Which rows an epoch trains on, and how much the gradient of each counts.
+    """Choose the rows that an epoch trains on, and weigh their gradients.
 
-    Rows whose last loss is below the mean are skipped with a probability r; those among them that
-    are kept count 1 / (1 - r) times, so that the expected gradient is that of all rows.
+    A row whose last loss is below the mean is skipped with a probability r; if it is kept, it
+    counts 1 / (1 - r) times, so that the expected gradient equals the gradient of all rows.
 
     Args:
         losses: (K,) float32, of each row when it was last trained on; NaN if it never was, and such
@@ -40,25 +40,25 @@ def infobatch_weights(
     seen = losses[~np.isnan(losses)]
     # A loss that is NaN is below no mean.
     is_easy = losses < seen.mean(dtype=np.float64) if len(seen) else np.zeros(len(rows), bool)
-    # A key of the epoch's own, so that a row's luck changes from epoch to epoch.
+    # A key per epoch, so that other rows are skipped each time.
     epoch_seed = int(row_keys(seed, np.array([epoch]))[0])
-    # A row's key decides alone: any number of processes skips the same rows.
+    # The row's key alone decides, so any number of processes skips the same rows.
     is_unlucky = row_keys(epoch_seed, rows) < np.uint64(int(skip_probability * 2**64))
-    # Easy rows that stay stand for those that are skipped: the expected gradient is unchanged.
+    # Easy rows that stay also count for the skipped ones, which keeps the gradient unbiased.
     weights = np.where(is_easy, 1 / (1 - skip_probability), 1.0)
     return np.where(is_easy & is_unlucky, 0.0, weights).astype(np.float32)
 
 
 def is_pruned_epoch(epoch: int, *, epochs: int, full_share: float) -> bool:
-    """Whether an epoch may skip rows: the last `full_share` of the epochs train on all of them."""
+    """Whether an epoch may skip rows: the last `full_share` of the epochs train on all rows."""
     return epoch + 1 <= epochs * (1 - full_share)
 
 
 class InfoBatch:
-    """The last loss of every row, and the weights of the epoch that runs.
+    """The last loss of every row, and the weights of the current epoch.
 
-    All processes of a run hold the same losses when an epoch begins, so all of them choose the same
-    rows. In the midst of an epoch each knows those of its own batches.
+    When an epoch begins, all processes hold the same losses, so they choose the same rows. During
+    an epoch each process knows the new losses of its own batches only.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class InfoBatch:
             settings: how many rows are skipped, and when.
             rows: (K,) int64, sorted: the rows that the run trains on.
             epochs: of the run.
-            seed: of what is skipped.
-            min_rows: an epoch that would be left with fewer trains on all of them.
-            device: where batches are.
+            seed: of the draws.
+            min_rows: an epoch that would keep fewer trains on all rows.
+            device: of the batches.
             ranks: the processes that share an epoch; None for this one alone.
         """
         self._settings = settings
@@ -96,13 +96,10 @@ class InfoBatch:
         self._weights = torch.ones(places, device=device)
 
     def begin_epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Choose the rows of an epoch, by the losses of earlier epochs.
-
-        Args:
-            epoch: counted from 0.
+        """Choose the rows of an epoch, counted from 0, by the losses of earlier epochs.
 
         Returns:
-            The rows to train on: sorted int64, a part of the run's.
+            The rows to train on: sorted int64, some of the run's.
         """
         weights = np.ones(len(self._rows), np.float32)
         settings = self._settings
@@ -123,44 +120,44 @@ class InfoBatch:
         return self._rows[weights > 0]
 
     def weigh(self, losses: Tensor, rows: Tensor) -> Tensor:
-        """Note the losses of a batch, and weigh them.
+        """Record the losses of a batch, and weigh them.
 
         Args:
             losses: (B,) float32, with a gradient.
             rows: (B,) int64, on the device.
 
         Returns:
-            (B,) float32; its mean is what the step minimises.
+            (B,) float32; the step minimizes its mean.
         """
-        # On the device; the host learns of it at the end of the epoch.
+        # On the device: the host reads it at the end of the epoch.
         self._fresh[rows] = losses.detach()
         return losses * self._weights[rows]
 
     def end_epoch(self) -> None:
-        """Share what the processes noted; rows that were skipped keep the loss they had."""
+        """Share the losses among processes; rows that were skipped keep the loss they had."""
         fresh = self._shared()
         self._losses = np.where(np.isnan(fresh), self._losses, fresh)
         self._fresh.fill_(torch.nan)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is needed to go on; every process must ask for it, in the midst of an epoch too."""
+        """Return the losses, also during an epoch; a collective."""
         return {
             "losses": torch.from_numpy(self._losses.copy()),
             "fresh": torch.from_numpy(self._shared()),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was asked; a half-done epoch is begun again first."""
+        """Restore from `state_dict`; call `begin_epoch` again for an epoch that was half done."""
         self._losses = state["losses"].numpy().copy()
-        # The first process keeps what all of them noted, lest it be added up.
+        # The first process alone holds the sum, so that it is not counted twice.
         if self._ranks.is_first:
             self._fresh.copy_(state["fresh"])
 
     def _shared(self) -> NDArray[np.float32]:
-        """The losses that any process noted in this epoch; NaN where none did."""
+        """Return the losses that any process recorded in this epoch; NaN where none did."""
         fresh = self._fresh.cpu()
-        # NaN cannot be summed: losses and whether they are there travel apart.
-        noted = torch.stack([fresh.nan_to_num(nan=0.0), (~fresh.isnan()).float()])
-        total, count = self._ranks.all_sum(noted).numpy()
+        # NaN cannot be summed: losses and their presence travel separately.
+        recorded = torch.stack([fresh.nan_to_num(nan=0.0), (~fresh.isnan()).float()])
+        total, count = self._ranks.all_sum(recorded).numpy()
         shared: NDArray[np.float32] = np.where(count > 0, total, np.float32(np.nan))
         return shared

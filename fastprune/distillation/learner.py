@@ -1,6 +1,6 @@
-"""What is trained: the student, and what learns beside it and is thrown away afterwards."""
+"""The learner: the student, and the projectors that learn beside it and are dropped afterwards."""
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from fastprune.networks import FeatureNetwork
 
 
 class Outputs(NamedTuple):
-    """What a learner or a teacher says of a batch.
+    """Features and logits of a learner or a teacher for a batch.
 
     Attributes:
         features: (B, D) floating, in the teacher's space; D is 0 where no loss looks at them.
@@ -64,17 +64,11 @@ class ProjectorEnsemble(nn.Module):
 class Learner(nn.Module):
     """The student network, and the projectors that compare its features with the teacher's.
 
-    This is what the optimizer trains and what distributed training wraps. Only `student` is kept.
+    The optimizer trains it and distributed training wraps it. Only `student` is kept.
     """
 
     def __init__(self, network: FeatureNetwork, projectors: nn.Module | None = None) -> None:
-        """Put together what is trained.
-
-        Args:
-            network: the student.
-            projectors: maps the student's features (B, D_s) to the teacher's (B, D_t); None
-                without a feature loss.
-        """
+        """Combine a student with its projectors, (B, D_s) -> (B, D_t), or None."""
         super().__init__()
         self.network = network
         self.projectors = projectors
@@ -91,12 +85,8 @@ class Learner(nn.Module):
     ) -> Self:
         """Make a learner whose features are compared with a teacher's penultimate ones.
 
-        Args:
-            student: maps (B, 3, H, W) images to (B, C) logits.
-            teacher: hooked at the input of its classifier, or without one.
-            num_classes: C of the student; 0 where it has no classifier.
-            image_size: side of the images, in pixels.
-            projectors: maps in the ensemble.
+        `num_classes` is the student's C, or 0 where it has no classifier; `image_size` is in
+        pixels; `projectors` is the number of maps.
 
         Raises:
             InvalidValueError: the student has no linear layer that makes its logits.
@@ -108,10 +98,25 @@ class Learner(nn.Module):
     @property
     def student(self) -> nn.Module:
         """The student alone: maps (B, 3, H, W) images to (B, C) logits."""
-        # Without the hook's wrapper, so that names in its file are those of the network.
+        # Without the hook's wrapper, so that its file has the network's own names.
         return self.network.network
 
     def forward(self, images: Tensor) -> Outputs:
         """(B, 3, H, W) images -> features, projected where they are compared, and logits."""
         features, logits = self.network(images)
         return Outputs(features if self.projectors is None else self.projectors(features), logits)
+
+
+def require_logits(name: str, logits: Any, *, rows: int, num_classes: int) -> None:
+    """Refuse a network whose output for a batch is not (rows, num_classes).
+
+    Raises:
+        InvalidValueError: it is something else; `name` is the network's, for the message.
+    """
+    # A factory may return anything: tuples, dicts, feature maps.
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (rows, num_classes):
+        raise InvalidValueError(
+            f"the {name} returned {shape} for {rows} images, not logits of shape "
+            f"({rows}, {num_classes}). Take a network with an output for each class."
+        )

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher, row by row, and what is done to logits beforehand."""
+"""Distances between student and teacher, row by row, and changes of logits before them."""
 
 import torch
 from numpy.typing import ArrayLike
@@ -11,7 +11,7 @@ from fastprune.base.errors import InvalidValueError
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
 ) -> Tensor:
-    """How far the student's softened distribution is from the teacher's.
+    """Distance of the student's softened distribution from the teacher's.
 
     Args:
         student_logits: (B, C) floating.
@@ -39,12 +39,11 @@ def decoupled_distillation_loss(
     target_weight: float = 1.0,
     others_weight: float = 8.0,
 ) -> Tensor:
-    """How far the student is from the teacher, in two parts that are weighted apart.
+    """Distance of the student from the teacher, in two parts that are weighted separately.
 
-    The first part compares how sure both are of the label (the label against all other classes
-    together), the second how they share what is left among the other classes. In
-    `distillation_loss` the second is weighted by the teacher's doubt, so that a sure teacher
-    hardly teaches it.
+    The first part compares the probability of the label against all other classes together, the
+    second the distribution among the other classes. In `distillation_loss` the second is weighted
+    by the teacher's doubt, so that a confident teacher hardly teaches it.
 
     Args:
         student_logits: (B, C) floating, C >= 2.
@@ -69,7 +68,7 @@ def decoupled_distillation_loss(
 
 
 def feature_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """How far the direction of the student's features is from that of the teacher's.
+    """Distance between the directions of the student's and the teacher's features.
 
     Args:
         student_features: (B, D) floating, in the teacher's space (see `ProjectorEnsemble`).
@@ -92,7 +91,7 @@ class LogitReshaper(nn.Module):
 
     Pruning shifts the distribution of the teacher's logits; this shifts their scale back:
     z' = z · class_std[y] / std(z), with the unbiased standard deviation over the C logits and no
-    centring. A row of constant logits, whose standard deviation is zero, stays as it is.
+    centering. A row of constant logits, whose standard deviation is zero, stays as it is.
 
     Args:
         class_std: (C,) mean standard deviation of the logits of each class, finite and >= 0 (NaN

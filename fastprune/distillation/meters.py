@@ -1,4 +1,4 @@
-"""What a run measures of itself: seconds of phases and parts, losses, and how far it has come."""
+"""Meters of a run: seconds of steps, phases and parts; losses; progress."""
 
 import time
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ PARTS = ("wait", "teacher", "student", "optimizer")
 
 
 class StepTimer:
-    """Seconds of each step, from the end of the one before it, waiting for its batch included.
+    """Seconds of each step, from the end of the one before it, including the wait for its batch.
 
-    Steps of one kind (`Batch.kind`) do the same work, so they are kept apart by it. On CUDA a step
-    ends when the device has done it; nothing waits for that but `read`.
+    Steps of one kind (`Batch.kind`) do the same work, so each kind has a list of its own. On CUDA a
+    step ends when the device has done it; only `read` waits for that.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Begin without a step."""
+        """Start without a step."""
         self._is_cuda = device.type == "cuda"
         self._seconds: dict[str, list[float]] = {}
         self._counts: dict[str, int] = {}
@@ -38,7 +38,7 @@ class StepTimer:
         self._last = self._now()
 
     def pause(self) -> None:
-        """Leave out the time until `start`: a validation is no part of a step."""
+        """Leave out the time until `start`, such as a validation."""
         self._last = None
 
     def lap(self, kind: str) -> None:
@@ -59,7 +59,7 @@ class StepTimer:
         return event
 
     def read(self) -> None:
-        """Bring the seconds of finished steps to the host."""
+        """Read the seconds of finished steps from the device."""
         for kind, begin, end in self._events:
             end.synchronize()
             self._seconds.setdefault(kind, []).append(begin.elapsed_time(end) / 1000)
@@ -86,7 +86,7 @@ class PhaseTimer:
 
     One phase runs at any time, beginning with "startup"; on CUDA a phase ends when the device has
     done its work. Parts run within the phase "train". On CUDA they are timed by events in the
-    device's stream, so that no step waits for it; `read` adds up those that are over.
+    device's stream, so that no step waits for the device; `read` adds up the finished ones.
 
     Attributes:
         seconds: of each of `PHASES` and `PARTS`.
@@ -94,12 +94,7 @@ class PhaseTimer:
     """
 
     def __init__(self, device: torch.device, *, began: float) -> None:
-        """Start the first phase.
-
-        Args:
-            device: where the parts run.
-            began: when the first phase did, by `time.perf_counter`.
-        """
+        """Start the first phase, which began at `began` by `time.perf_counter`."""
         self.seconds = dict.fromkeys((*PHASES, *PARTS), 0.0)
         self.steps = StepTimer(device)
         self._device = device
@@ -128,7 +123,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Run a phase in the midst of another one, which stands still meanwhile."""
+        """Run a phase within another one, whose clock stops meanwhile."""
         outer = self.switch(name)
         try:
             yield
@@ -151,12 +146,12 @@ class PhaseTimer:
         self._events.append((name, begin, end))
 
     def forget_parts(self) -> None:
-        """Start the parts anew: compilation and autotuning in the warm-up are no part of a step."""
+        """Reset the parts after the warm-up, whose compilation and autotuning do not count."""
         self._events.clear()
         self.seconds.update(dict.fromkeys(PARTS, 0.0))
 
     def waiting_share(self) -> float:
-        """Share in [0, 1] of the time for training, up to now, that was spent waiting."""
+        """Return the share in [0, 1] of the time for training so far that was spent waiting."""
         # The running phase is not in `seconds` until it ends.
         running = time.perf_counter() - self._since if self._phase == "train" else 0.0
         return self.seconds["wait"] / max(self.seconds["train"] + running, 1e-9)
@@ -167,7 +162,7 @@ class PhaseTimer:
 
     def read(self) -> None:
         """Add up the parts so far; call it where the host has waited for the device anyway."""
-        # Every event lies behind work that the host has waited for, so this returns at once.
+        # The host has waited for all of these events already, so this returns at once.
         for name, begin, end in self._events:
             end.synchronize()
             self.seconds[name] += begin.elapsed_time(end) / 1000
@@ -179,7 +174,7 @@ class PhaseTimer:
         return {"seconds": dict(self.seconds), "steps": self.steps.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add the seconds of the run so far to those of this process."""
+        """Add the seconds of the run so far."""
         # Added, not set: this process's start-up has been paid on top.
         for name, seconds in state["seconds"].items():
             self.seconds[name] += seconds
@@ -207,8 +202,8 @@ class StepLosses(NamedTuple):
 class LossMeter:
     """The losses since the last line of the log.
 
-    They stay on the device until a line is due, and come to the host together, where it would wait
-    for the device anyway. Only then can a loss that is no number be noticed, steps later.
+    They stay on the device until a line is due and then come to the host together, so that the host
+    waits for the device once. A loss that is not finite is therefore noticed some steps later.
 
     Attributes:
         means: of the fetched steps since the last line, over all processes.
@@ -222,7 +217,7 @@ class LossMeter:
         self._pending: list[StepLosses] = []
 
     def add(self, step: StepLosses) -> None:
-        """Keep what a step gave."""
+        """Keep the losses of a step."""
         self._pending.append(step)
 
     def fetch(self) -> StepLosses | None:
@@ -238,7 +233,7 @@ class LossMeter:
         # One copy to the host for all steps; in float64, as are the sums over processes.
         means = torch.stack([step.losses.mean() for step in self._pending]).double().cpu()
         means = self._ranks.all_sum(means) / self._ranks.world
-        # Of the mean over processes: one bad process is bad news on all of them.
+        # By the mean over processes, so that all of them notice the bad loss of one.
         bad = (~means.isfinite()).nonzero()
         if len(bad):
             return self._pending[int(bad[0])]
@@ -248,24 +243,17 @@ class LossMeter:
         return None
 
     def pop_mean(self) -> float:
-        """Return the mean loss of the fetched steps, of which there are some, and forget them."""
+        """Return the mean loss of the fetched steps, at least one, and forget them."""
         value = sum(self.means) / len(self.means)
         self.means.clear()
         return value
 
 
 class ProgressMeter:
-    """Hands out the batches of each pass, and shows how far the run has come."""
+    """Yields the batches of each pass, and shows the progress of the run."""
 
     def __init__(self, timer: PhaseTimer, losses: LossMeter, ranks: Ranks, *, epochs: int) -> None:
-        """Begin with no pass.
-
-        Args:
-            timer: counts the waiting.
-            losses: their latest mean is shown.
-            ranks: the first process shows the bar.
-            epochs: passes of the run.
-        """
+        """Start before the first of `epochs` passes; the first of `ranks` shows the bar."""
         self._timer = timer
         self._losses = losses
         self._ranks = ranks
@@ -276,14 +264,8 @@ class ProgressMeter:
     def over(
         self, loader: Loader | GrowingLoader, *, epoch: int, first: int
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the batches of a pass that are left.
-
-        Args:
-            loader: gives them.
-            epoch: counted from 0.
-            first: batches of it that were done before.
-        """
-        # Taken anew each epoch: epochs that skip rows are shorter than was thought.
+        """Yield the batches that are left of a pass, of which `first` were done before."""
+        # Counted again in each epoch: epochs that skip rows are shorter.
         self._steps_left = len(loader) * (self._epochs - epoch) - first
         batches = self._timed(loader)
         if not self._ranks.is_first:
@@ -301,8 +283,8 @@ class ProgressMeter:
         )
 
     def _timed(self, loader: Loader | GrowingLoader) -> Iterator[tuple[Tensor, ...]]:
-        """Batches; the time until each arrives is waiting time."""
-        # Between two `next` lies the step; its launches are no waiting.
+        """Yield the batches; the time until each arrives counts as waiting."""
+        # The step runs between two `next`, and does not count.
         asked = time.perf_counter()
         for batch in loader:
             self._timer.add_wait(time.perf_counter() - asked)
@@ -312,11 +294,11 @@ class ProgressMeter:
             self._steps += 1
             self._steps_left -= 1
             asked = time.perf_counter()
-        # The end of the epoch is waited for, too.
+        # The host waits for the end of the epoch, too.
         self._timer.add_wait(time.perf_counter() - asked)
 
     def _seconds_left(self) -> float | None:
-        """Estimate the time to the run's end, by the steps after the first, which compiles."""
+        """Estimate the time to the run's end by the steps after the first, which compiles."""
         if self._steps < 2:
             return None
         seconds_per_step = (time.monotonic() - self._first_step_ended) / (self._steps - 1)

@@ -1,4 +1,4 @@
-"""What the student minimizes: cross-entropy, and the distance from what a teacher says."""
+"""The loss that the student minimizes: cross-entropy, and the distance from the teacher."""
 
 from typing import Self
 
@@ -21,9 +21,8 @@ from fastprune.settings import LossSettings
 class Objective(nn.Module):
     """The loss of every row: weighted cross-entropy, distillation and feature loss.
 
-    Reshaping a teacher's answer (`reshape`) and comparing with it (`forward`) are calls of their
-    own; who answers is a `Teacher`. Nothing in here is trained, and the teacher's network is frozen
-    and stays in eval mode.
+    The answers come from a `Teacher`; `reshape` changes them, and `forward` compares with them.
+    Nothing in here is trained: the teacher's network is frozen and stays in eval mode.
     """
 
     def __init__(
@@ -39,10 +38,9 @@ class Objective(nn.Module):
         Args:
             settings: weights, temperature and reshaping.
             teacher: sees the same view as the student. None minimizes the cross-entropy alone,
-                whatever its weight.
+                regardless of its weight.
             reshaper: applied to the teacher's logits; None leaves them.
-            keep_ratio: share of the rows that is trained on, which `distillation_weight` may depend
-                on.
+            keep_ratio: share of the rows trained on, which `distillation_weight` may depend on.
         """
         super().__init__()
         self.settings = settings
@@ -55,7 +53,7 @@ class Objective(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever is asked: a teacher in training mode would change."""
+        """Stay in eval mode: in training mode the teacher's running statistics would change."""
         del mode
         return super().train(False)
 
@@ -67,7 +65,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def reshape(self, answer: Outputs | None, labels: Tensor) -> Outputs | None:
-        """Return a teacher's answer with logits as the recipe wants them; labels (B,) int64."""
+        """Reshape the logits in a teacher's answer where the recipe asks for it."""
         if answer is None or self.reshaper is None:
             return answer
         return answer._replace(logits=self.reshaper(answer.logits, labels))
@@ -99,7 +97,7 @@ class Objective(nn.Module):
             return cross_entropy
         loss = settings.cross_entropy_weight * cross_entropy
         weight = self.distillation_weight * self._share
-        # A term of weight zero costs time, and NaN times zero is NaN.
+        # A term of weight zero would cost time, and NaN times zero is NaN.
         if weight > 0:
             loss = loss + weight * self._distillation(outputs, targets, labels)
         if settings.feature_weight > 0:
@@ -107,7 +105,7 @@ class Objective(nn.Module):
         return loss
 
     def _distillation(self, outputs: Outputs, targets: Outputs, labels: Tensor) -> Tensor:
-        """The distance between the logits that the recipe chooses: (B,)."""
+        """Compute the distance between the logits that the recipe asks for: (B,)."""
         settings, student, teacher = self.settings, outputs.logits, targets.logits
         # Here and not in `reshape`: the student's logits are standardized as well.
         if settings.reshaping == "zscore":

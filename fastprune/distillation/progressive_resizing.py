@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_sizes(first: int, last: int, *, step: int) -> tuple[int, ...]:
-    """The sizes that a run goes through.
+    """List the image sizes of a run, in pixels.
 
     >>> image_sizes(128, 192, step=32)
     (128, 160, 192)
@@ -25,20 +25,15 @@ def image_sizes(first: int, last: int, *, step: int) -> tuple[int, ...]:
 
 
 def training_sizes(data: DataSettings) -> tuple[int, ...]:
-    """The sides of the images that a run goes through, in pixels and in their order."""
+    """List the image sizes that a recipe asks for, in pixels."""
     first = data.image_size if data.first_image_size is None else data.first_image_size
     return image_sizes(first, data.image_size, step=data.image_size_step)
 
 
 def size_at(epoch: int, sizes: tuple[int, ...], *, epochs: int) -> int:
-    """The side of the images of an epoch, in pixels: each size has an equal part of the epochs.
+    """Return the image size of an epoch in [0, epochs): each has an equal share of the epochs.
 
     The last epoch always has the last size.
-
-    Args:
-        epoch: in [0, epochs).
-        sizes: in their order.
-        epochs: of the run.
 
     >>> [size_at(epoch, (128, 160, 192), epochs=8) for epoch in range(8)]
     [128, 128, 160, 160, 160, 192, 192, 192]
@@ -49,8 +44,8 @@ def size_at(epoch: int, sizes: tuple[int, ...], *, epochs: int) -> int:
 class GrowingLoader:
     """A loader whose images grow with the epochs.
 
-    It is a `Loader` at a time, the one of the epoch's size, and does what a training loop needs of
-    one. Order and crops of an epoch are those that a plain loader has in it.
+    It wraps the `Loader` of the current size and has the methods that a training loop needs. Order
+    and crops of an epoch are the same as a plain loader's.
 
     Attributes:
         batch_size: rows per batch and rank.
@@ -59,13 +54,7 @@ class GrowingLoader:
     def __init__(
         self, make: Callable[[int], Loader], sizes: tuple[int, ...], *, epochs: int
     ) -> None:
-        """Begin at the size of the first epoch.
-
-        Args:
-            make: opens a loader for an image size.
-            sizes: in their order.
-            epochs: of the run; an iterator behind them has the last size.
-        """
+        """Start at the size of the first epoch; `make` opens a loader for an image size."""
         self._make = make
         self._sizes = sizes
         self._epochs = epochs
@@ -74,7 +63,7 @@ class GrowingLoader:
         self.batch_size = self._loader.batch_size
 
     def __len__(self) -> int:
-        """Batches of this rank in an epoch."""
+        """Count the batches of this rank in an epoch."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
@@ -91,23 +80,23 @@ class GrowingLoader:
         self._loader.set_rows(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is; see `Loader`."""
+        """Return the position; see `Loader`."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another loader of the same sizes was; see `Loader`."""
+        """Restore from `state_dict`; see `Loader`."""
         self._grow(state["epoch"])
         # Between two epochs, the state is of a loader of the size before.
         self._loader.load_state_dict(state | {"image_size": self._size})
 
     def _grow(self, epoch: int) -> None:
-        """Take a loader of the epoch's size."""
-        # A state taken behind the last epoch names the one after it.
+        """Switch to a loader of the epoch's size."""
+        # A state taken after the last epoch names the one after it.
         size = size_at(min(epoch, self._epochs - 1), self._sizes, epochs=self._epochs)
         if size == self._size:
             return
         logger.info("from epoch %d on, images have %d pixels", epoch + 1, size)
-        # Dynamic pruning has changed the rows of the old loader.
+        # Dynamic pruning may have changed the rows of the old loader.
         rows = self._loader.rows
         # The old loader's threads and buffers end with its last reference.
         self._loader, self._size = self._make(size), size

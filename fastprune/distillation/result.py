@@ -1,4 +1,4 @@
-"""What a run cost and what it reached, as a record and as result.json."""
+"""Cost and accuracy of a run, as a record and as result.json."""
 
 import json
 import resource
@@ -11,8 +11,10 @@ import torch
 
 from fastprune.base.environment import describe_machine, describe_versions
 from fastprune.base.files import write_text
-from fastprune.distillation.costs import Steps, StepSeconds
+from fastprune.distillation.context import Context
+from fastprune.distillation.costs import Steps
 from fastprune.distillation.evaluation import Evaluation
+from fastprune.distillation.teacher import Teacher
 from fastprune.loading.loader import Loader
 from fastprune.rows.subset import Subset
 from fastprune.settings import Recipe
@@ -20,21 +22,19 @@ from fastprune.settings import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run cost and what it reached.
+    """Cost and accuracy of a run.
 
-    Seconds are the first process's. Those of a run that was resumed are added up over its
-    processes; what a kill undid counts as it was done again, once.
+    Seconds are the first process's, added up over the parts of a resumed run; steps that a kill
+    undid count once.
 
     Attributes:
         name: of the run.
         seed: of the student's weights, the order and the views.
         rows: rows of the subset.
-        keep_ratio: share in (0, 1] of the beton's rows: as the subset was asked for, where it
-            says, else as it is.
-        metric: what the subset's rows were ranked by; None where nothing says.
-        strategy: the rule that chose them; None where nothing says.
-        images_per_epoch: images of an epoch, on average where epochs skip rows; the last few rows,
-            drawn anew, fill no batch.
+        keep_ratio: share in (0, 1] of the beton's rows: as asked for, where the subset records it.
+        metric: difficulty that the subset's rows were ranked by; None where it is not recorded.
+        strategy: rule that chose them; None where it is not recorded.
+        images_per_epoch: images in the full batches of an epoch; a mean, where epochs skip rows.
         epochs: passes over them.
         steps: optimizer steps.
         batch_size: images per step, over all processes.
@@ -46,32 +46,31 @@ class Result:
         startup_seconds: opening files, compiling the decoder, loading the teacher.
         train_seconds: the epochs, without validation, checkpoints and compilation.
         wait_seconds: the part of train_seconds in which the host waited for a batch.
-        teacher_seconds: the part in which the device ran the teacher.
+        teacher_seconds: the part for the teacher.
         student_seconds: the part for the student's forward and backward pass and the loss.
         optimizer_seconds: the part for the optimizer, clipping and averaging of weights.
         validation_seconds: all validations.
         checkpoint_seconds: writing checkpoints.
         total_seconds: everything that the caller waited for.
-        step_seconds_p10: what a tenth of the steps stayed below, waiting included.
+        step_seconds_p10: a tenth of the steps took less, waiting included.
         step_seconds_p50: their median.
-        step_seconds_p90: what a tenth of the steps went beyond.
+        step_seconds_p90: a tenth of the steps took more.
         steps_by_kind: kind (images of one size, with the teacher asked or not) -> its steps, and
             their median seconds.
         steady_train_seconds: the steps, each with the median of its kind: train_seconds on an
             otherwise idle machine.
-        disturbed: whether step_seconds_p90 is more than 1.3 times the median, among the steps of
-            one kind: something else ran on the machine.
-        peak_device_bytes: the most memory that torch held of the CUDA device; None on the CPU.
-        peak_host_bytes: the most memory that the process held, since it began.
+        disturbed: whether, among steps of one kind, the ninth decile is more than 1.3 times the
+            median: something else ran on the machine.
+        peak_device_bytes: most memory that torch reserved on the CUDA device; None on the CPU.
+        peak_host_bytes: most memory of the process since it started.
         data_wait_share: wait_seconds as a share in [0, 1] of train_seconds.
-        teacher_forwards: images that went through the teacher, on all processes; the empty ones of
-            the warm-up do not count.
+        teacher_forwards: images that went through the teacher, on all processes, without warm-up.
         teacher_forwards_saved: images whose logits a teacher cache had.
-        cache_bytes: that the teacher cache takes on the disk at the end; 0 without one.
-        cache_fill_seconds: the first process spent on writing it, beside the training.
-        top1_last: top-1 accuracy in [0, 1] on the validation set after the last epoch; None of a
-            run without labels, and so are the next two.
-        top1_best: the best of all validations; chosen on the validation set, so it flatters.
+        cache_bytes: size of the teacher cache on disk at the end; 0 without one.
+        cache_fill_seconds: that the first process spent on writing it, beside the training.
+        top1_last: accuracy in [0, 1] on the validation set after the last epoch; None without
+            labels, like the next two.
+        top1_best: best of all validations; chosen on the validation set, so it flatters.
         top5_last: top-5 accuracy in [0, 1] after the last epoch.
         curve: one dict per validation: epoch, train_seconds so far, top1, val_loss.
         student: file with the student's weights.
@@ -127,49 +126,33 @@ class Result:
 
 
 def make_result(
-    recipe: Recipe,
+    context: Context,
     loader: Loader,
+    teacher: Teacher,
     *,
-    seconds: dict[str, float],
-    step_seconds: StepSeconds,
-    teacher_forwards: int,
-    teacher_forwards_saved: int,
-    cache_bytes: int,
-    cache_fill_seconds: float,
     rows: int,
     epochs: int,
     steps: int,
-    processes: int,
     evaluations: Sequence[Evaluation],
     curve: list[dict[str, float]],
     student: Path,
 ) -> Result:
-    """Put together what a run cost and what it reached.
+    """Collect the cost and accuracy of a run; a collective.
 
-    Args:
-        recipe: its settings.
-        loader: of the rows it trained on.
-        seconds: of its phases and parts, and in total.
-        step_seconds: of its steps.
-        teacher_forwards: images that went through the teacher.
-        teacher_forwards_saved: images whose logits a cache had.
-        cache_bytes: that it takes on the disk.
-        cache_fill_seconds: spent on writing it.
-        rows: rows of the subset.
-        epochs: passes over them.
-        steps: optimizer steps.
-        processes: how many trained together.
-        evaluations: in their order; none without labels.
-        curve: one dict per evaluation.
-        student: file with the student's weights.
+    The phases of the context's timer are over, and the teacher has counted its images; the other
+    arguments are as in `Result`.
     """
+    recipe, timer = context.recipe, context.timer
     subset = Subset.load(recipe.data.subset) if recipe.data.subset else None
-    # 0.5 and not 0.4995: reports group runs by what was asked for.
+    # 0.5 and not 0.4995: reports name runs by what was asked for.
     asked = subset.keep_ratio if subset else None
-    images_per_step = loader.batch_size * processes
-    # "closing" is in the total alone.
-    costs: dict[str, Any] = {
-        f"{name}_seconds": value for name, value in seconds.items() if name != "closing"
+    images_per_step = loader.batch_size * context.ranks.world
+    step_seconds, counts = timer.steps.summary(), teacher.state_dict()
+    seconds: dict[str, Any] = {
+        # "closing" is in the total alone.
+        f"{name}_seconds": value
+        for name, value in (timer.seconds | {"total": timer.total}).items()
+        if name != "closing"
     }
     return Result(
         name=recipe.run.name or recipe.run.out.resolve().name,
@@ -182,11 +165,11 @@ def make_result(
         epochs=epochs,
         steps=steps,
         batch_size=images_per_step,
-        processes=processes,
+        processes=context.ranks.world,
         backend=loader.backend,
         device=loader.device.type,
         score_seconds=_score_seconds(recipe, subset),
-        **costs,
+        **seconds,
         step_seconds_p10=step_seconds.p10,
         step_seconds_p50=step_seconds.p50,
         step_seconds_p90=step_seconds.p90,
@@ -198,11 +181,11 @@ def make_result(
         ),
         # Linux counts in KiB.
         peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        data_wait_share=seconds["wait"] / seconds["train"],
-        teacher_forwards=teacher_forwards,
-        teacher_forwards_saved=teacher_forwards_saved,
-        cache_bytes=cache_bytes,
-        cache_fill_seconds=cache_fill_seconds,
+        data_wait_share=timer.seconds["wait"] / timer.seconds["train"],
+        teacher_forwards=counts["num_forwards"],
+        teacher_forwards_saved=counts["num_saved"],
+        cache_bytes=teacher.cache_bytes,
+        cache_fill_seconds=counts["fill_seconds"],
         top1_last=evaluations[-1].top1 if evaluations else None,
         top1_best=max((evaluation.top1 for evaluation in evaluations), default=None),
         top5_last=evaluations[-1].top5 if evaluations else None,

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl for programs, TensorBoard events for people."""
+"""The log of a run: metrics.jsonl for programs, TensorBoard events for people."""
 
 import json
 import logging
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 class RunLog:
     """Numbers over steps, written as they come.
 
-    Every line of metrics.jsonl is a JSON object with `step`, `epoch`, `seconds` since the run was
-    begun or gone on with, and the metrics. A disk that is full ends the log, not the run.
+    Every line of metrics.jsonl is a JSON object with `step`, `epoch`, `seconds` since the run
+    started or resumed, and the metrics. A full disk ends the log, not the run.
 
     Attributes:
         num_bytes: of metrics.jsonl so far.
     """
 
     def __init__(self, folder: Path, *, num_bytes: int = 0, step: int = 0) -> None:
-        """Open the log, cut back to where a run goes on.
+        """Open the log, cut back to where a run resumes.
 
         Args:
             folder: an existing folder.
-            num_bytes: of metrics.jsonl that stay; 0 begins it anew.
-            step: the last one whose events stay.
+            num_bytes: of metrics.jsonl to keep.
+            step: the last one whose events to keep.
         """
         with importing("tensorboard", extra="train", purpose="a training run"):
             from torch.utils.tensorboard import SummaryWriter
@@ -36,9 +36,9 @@ class RunLog:
         self._start = time.perf_counter()
         path = folder / "metrics.jsonl"
         path.touch()
-        # A file that lost its end with the power must not be filled up with zeros.
+        # A file that lost its end in a power failure must not be extended with zeros.
         self.num_bytes = min(num_bytes, path.stat().st_size)
-        # In place and not appended: what lies behind the checkpoint is written again.
+        # In place and not appended: lines after the checkpoint are written again.
         self._lines = path.open("r+b")
         self._lines.truncate(self.num_bytes)
         self._lines.seek(self.num_bytes)
@@ -48,15 +48,16 @@ class RunLog:
                 old.unlink()
         self._is_full = False
         self._earlier_hook = threading.excepthook
-        threading.excepthook = self._hear_of_thread
-        self._events: Any = None  # a SummaryWriter, where the disk took one
-        # It leaves out what an interrupted run wrote at or behind this step.
+        threading.excepthook = self._on_thread_error
+        # A SummaryWriter, unless the disk is full.
+        self._events: Any = None
+        # TensorBoard drops what an interrupted run wrote at or after this step.
         purge_step = step + 1 if step else None
         try:
-            # Its first event goes to the disk at once.
+            # Writes its first event at once, which a full disk refuses.
             self._events = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
         except OSError as error:
-            self._tell(error)
+            self._warn_once(error)
 
     def __enter__(self) -> Self:
         return self
@@ -67,16 +68,16 @@ class RunLog:
             if self._events is not None:
                 self._events.close()
         except OSError as full:
-            self._tell(full)
+            self._warn_once(full)
         threading.excepthook = self._earlier_hook
 
     def write(self, *, step: int, epoch: int, **metrics: float) -> None:
-        """Write one line and one event per metric.
+        """Write one line, and one event per metric.
 
         Args:
             step: optimizer steps done.
-            epoch: passes over the data that are complete.
-            metrics: name -> value; a slash in TensorBoard's sense groups them.
+            epoch: complete passes over the data.
+            metrics: name -> value.
         """
         seconds = round(time.perf_counter() - self._start, 4)
         line = json.dumps({"step": step, "epoch": epoch, "seconds": seconds, **metrics}) + "\n"
@@ -90,16 +91,16 @@ class RunLog:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
         except OSError as error:
-            self._tell(error)
+            self._warn_once(error)
 
-    def _hear_of_thread(self, fault: threading.ExceptHookArgs) -> None:
-        """Let no traceback be printed of TensorBoard's thread, whose fault comes up in `write`."""
+    def _on_thread_error(self, fault: threading.ExceptHookArgs) -> None:
+        """Silence the traceback of TensorBoard's thread, whose error reappears in `write`."""
         is_writer = type(fault.thread).__module__.startswith("tensorboard.")
         if not (is_writer and isinstance(fault.exc_value, OSError)):
             self._earlier_hook(fault)
 
-    def _tell(self, error: OSError) -> None:
+    def _warn_once(self, error: OSError) -> None:
         """Warn once that the log ends here."""
         if not self._is_full:
-            logger.warning("the log of the run ends here: %s. Training goes on.", error)
+            logger.warning("the log of the run ends here: %s. Training continues.", error)
         self._is_full = True

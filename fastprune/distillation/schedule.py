@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate from step to step, the passes of a run, averaged weights."""
+"""The optimizer, the learning rate of a step, the passes of a run, averaged weights."""
 
 import copy
 import math
@@ -30,32 +30,21 @@ def make_optimizer(model: nn.Module, settings: ScheduleSettings) -> SGD:
 class WeightAverage:
     """An exponential moving average of weights and running statistics.
 
-    torch's AveragedModel counts its updates in a tensor, which makes the host wait for a CUDA
-    device at each of them; here the caller passes the step.
+    torch's AveragedModel counts its updates in a tensor, so that each makes the host wait for a
+    CUDA device; here the caller passes the step.
 
     Attributes:
         student: a network with the averaged weights, without gradients, in eval mode.
     """
 
     def __init__(self, student: nn.Module, *, decay: float) -> None:
-        """Start from the student's weights.
-
-        Args:
-            student: what is averaged.
-            decay: share in (0, 1) that the average keeps at each step.
-        """
+        """Start from the student's weights; the average keeps a share `decay` in (0, 1) a step."""
         self.student = copy.deepcopy(student).eval().requires_grad_(False)
         self._decay = decay
 
     @torch.no_grad()
     def update(self, student: nn.Module, *, step: int) -> None:
-        """Move the average towards the student.
-
-        Args:
-            student: as it is after the step.
-            step: steps done, >= 1; the average follows faster in the first ones, by
-                min(decay, (1 + step) / (10 + step)), lest it remember untrained weights.
-        """
+        """Move the average towards the student, `step` >= 1 steps done."""
         # All tensors in one fused call, instead of a kernel launch for each.
         averages, values = [], []
         state = student.state_dict()
@@ -66,21 +55,22 @@ class WeightAverage:
                 values.append(state[name])
             else:
                 average.copy_(state[name])
+        # Faster in the first steps, so that the average forgets the untrained weights.
         decay = min(self._decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(averages, values, step)
 
 
 def num_passes(settings: ScheduleSettings, *, steps_of_pass: int, steps_of_all: int) -> int:
-    """How often a run sees the rows that it trains on.
+    """Return how many passes a run makes over the rows that it trains on.
 
     Args:
-        settings: epochs, and whether their steps are fixed.
+        settings: epochs, and whether the number of steps is fixed.
         steps_of_pass: batches of these rows.
         steps_of_all: batches of all rows of the beton.
 
     Returns:
-        The epochs; with fixed iterations the whole number of passes whose steps are nearest to
-        those of as many epochs over all rows.
+        The epochs; with fixed iterations the whole number of passes that comes nearest to the
+        steps of as many epochs over all rows.
     """
     if not settings.fixed_iterations:
         return settings.epochs
@@ -89,7 +79,7 @@ def num_passes(settings: ScheduleSettings, *, steps_of_pass: int, steps_of_all: 
 
 
 def learning_rate(settings: ScheduleSettings, progress: float) -> float:
-    """The learning rate of a step; it depends on nothing else, so there is no state to keep.
+    """Return the learning rate of a step, a pure function without state to save.
 
     Args:
         settings: policy, milestones and warm-up.
@@ -99,12 +89,12 @@ def learning_rate(settings: ScheduleSettings, progress: float) -> float:
 
 
 def _factor(settings: ScheduleSettings, progress: float) -> float:
-    """What the recipe's rate is multiplied by."""
+    """Return the factor of the recipe's rate."""
     if settings.policy == "one_cycle":
         return _rise_and_fall(progress, settings.warmup_share)
     if settings.policy == "cosine":
         return _rise_and_fall(progress, settings.warmup_epochs / settings.epochs)
-    # In the recipe's epochs, also where fixed iterations make more passes of them.
+    # In the recipe's epochs, even where fixed iterations stretch them over more passes.
     epoch = progress * settings.epochs + _TOLERANCE
     if epoch < settings.warmup_epochs:
         return _rise(epoch / settings.warmup_epochs)

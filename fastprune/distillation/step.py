@@ -1,137 +1,55 @@
 """One optimizer step: the teacher, the student there and back, the optimizer."""
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastprune.base.errors import RecipeError
+from fastprune.base.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.base.ranks import Ranks
-from fastprune.distillation.compatibility import (
-    explain_missing_features,
-    read_class_std,
-    require_logits,
-)
-from fastprune.distillation.evaluation import autocast
+from fastprune.distillation.context import Batch, Context
 from fastprune.distillation.infobatch import InfoBatch
-from fastprune.distillation.learner import Learner, Outputs
+from fastprune.distillation.learner import Learner, Outputs, require_logits
 from fastprune.distillation.losses import LogitReshaper
-from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.schedule import WeightAverage, make_optimizer
-from fastprune.distillation.teacher import Holes, Teacher
+from fastprune.distillation.teacher import Teacher
 from fastprune.networks import FeatureNetwork, build_network, load_weights
+from fastprune.rows.subset import Subset
 from fastprune.settings import NetworkSettings, Recipe
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all parts of a run work with.
-
-    Attributes:
-        recipe: settings, validated.
-        ranks: the processes that train together.
-        device: of this process.
-        timer: where the time of this process goes.
-    """
-
-    recipe: Recipe
-    ranks: Ranks
-    device: torch.device
-    timer: PhaseTimer
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """The order in memory of networks and images."""
-        return torch.channels_last if self.recipe.run.channels_last else torch.contiguous_format
-
-    @property
-    def precision(self) -> str:
-        """Arithmetic of both networks: "bf16" or "fp32".
-
-        bf16 where the recipe asks for it, or leaves it open and CUDA has it.
-        """
-        asked = self.recipe.run.precision
-        # Emulated bf16 is slower than float32, so "auto" takes it only where the card has it.
-        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        return "bf16" if asked == "bf16" or (asked == "auto" and has_bf16) else "fp32"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """`precision` as a dtype."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Compute in `precision`."""
-        return autocast(self.device, self.precision)
-
-
-class Batch(NamedTuple):
-    """What the loader gives for a step, on the device.
-
-    Attributes:
-        images: (B, 3, S, S) floating.
-        labels: (B,) int64.
-        rows: (B,) int64, of the beton.
-        host_rows: the same on the host, for a teacher cache.
-        teacher_logits: (B, C) float32, zeros where there are none; None without a teacher cache.
-        holes: which of them are missing, on the host; None without a teacher cache.
-    """
-
-    images: Tensor
-    labels: Tensor
-    rows: Tensor
-    host_rows: Tensor | None = None
-    teacher_logits: Tensor | None = None
-    holes: Holes | None = None
-
-    @property
-    def kind(self) -> str:
-        """What a step's time depends on: the images' side, and of how many the teacher is asked."""
-        if self.holes is None:
-            share = "each"
-        else:
-            num_holes = len(self.holes.rows)
-            share = "each" if num_holes == len(self.images) else "some" if num_holes else "none"
-        return f"{self.images.shape[-1]} pixels, teacher asked of {share}"
 
 
 def make_pair(
     context: Context, *, num_classes: int, keep_ratio: float, teacher_classes: int | None = None
 ) -> tuple[Learner, Objective]:
-    """Build what a recipe trains and what it minimizes.
+    """Build the networks and the loss of a recipe.
 
     The student's weights depend on torch's generator alone: nothing is drawn before them.
 
     Args:
-        context: networks, losses and memory format of the recipe, and the device.
-        num_classes: C of the student: the beton's; 0 for none but features.
+        context: of the run.
+        num_classes: C of the student; 0 if it gives features alone.
         keep_ratio: share of the beton's rows that is trained on.
         teacher_classes: C of the teacher; None for the student's.
 
-    Returns:
-        The learner, with projectors where features are compared, and the objective with its
-        teacher.
-
     Raises:
-        RecipeError: the subset carries no class std, or a network has no features, and the loss
-            asks for them.
+        RecipeError: the loss needs class std that the subset lacks, or features that a network
+            lacks.
         ArtifactMismatch: the class std are of other classes.
         ArtifactError: a checkpoint cannot be read or does not fit its network.
     """
     recipe = context.recipe
-    # Without a feature loss any classifier will do, also one whose features no hook finds.
+    # Without a feature loss any classifier will do, even one whose features cannot be hooked.
     takes_features = recipe.loss.feature_weight > 0
     # First, so that no other network's random weights come before the student's.
     student, teacher = _build(recipe.student, num_classes), None
-    with explain_missing_features(recipe):
+    with _explaining_missing_features(recipe):
         if recipe.teacher is not None:
             teacher_classes = num_classes if teacher_classes is None else teacher_classes
             network = _build(recipe.teacher, teacher_classes)
@@ -151,7 +69,7 @@ def make_pair(
             learner = Learner(
                 FeatureNetwork(student, num_classes=num_classes, takes_features=False)
             )
-    class_std = read_class_std(recipe, num_classes)
+    class_std = _read_class_std(recipe, num_classes)
     reshaper = None if class_std is None else LogitReshaper(class_std)
     objective = Objective(recipe.loss, teacher, reshaper, keep_ratio=keep_ratio)
     # Beside a cache the teacher stays on the CPU until its logits are missing.
@@ -164,8 +82,52 @@ def make_pair(
     return learner, objective
 
 
+@contextmanager
+def _explaining_missing_features(recipe: Recipe) -> Iterator[None]:
+    """Turn a network without features into an error that names the setting that needs them.
+
+    Raises:
+        RecipeError: a network has no layer that makes its logits.
+    """
+    try:
+        yield
+    except InvalidValueError as error:
+        # Then the error is about something else.
+        if recipe.loss.feature_weight == 0:
+            raise
+        raise RecipeError(
+            f"loss.feature_weight = {recipe.loss.feature_weight} compares penultimate features, "
+            f"the inputs of the classifiers, but {str(error).partition('. ')[0]}. Take other "
+            "networks, or set loss.feature_weight to 0."
+        ) from error
+
+
+def _read_class_std(recipe: Recipe, num_classes: int) -> NDArray[np.float64] | None:
+    """Return the (C,) class std of the subset; None where the recipe does not reshape by it.
+
+    Raises:
+        RecipeError: the subset has none.
+        ArtifactMismatch: they are of a different number of classes.
+    """
+    if recipe.loss.reshaping != "class_std":
+        return None
+    assert recipe.data.subset is not None, "the recipe is validated"
+    class_std = Subset.load(recipe.data.subset).class_std
+    if class_std is None:
+        raise RecipeError(
+            f"loss.reshaping = 'class_std', but {recipe.data.subset} carries no class std. "
+            "Make the subset with `fastprune select`, or set loss.reshaping to 'none'."
+        )
+    if len(class_std) != num_classes:
+        raise ArtifactMismatch(
+            f"{recipe.data.subset} has the class std of {len(class_std)} classes, but "
+            f"{recipe.data.train} has {num_classes}. Select again from scores of this beton."
+        )
+    return class_std
+
+
 def _build(settings: NetworkSettings, num_classes: int) -> nn.Module:
-    """A network, with published weights or its checkpoint where it has any."""
+    """Build a network, with published weights or its checkpoint if it has any."""
     network = build_network(settings.network, num_classes=num_classes, weights=settings.weights)
     if settings.checkpoint is not None:
         load_weights(network, settings.checkpoint)
@@ -173,7 +135,7 @@ def _build(settings: NetworkSettings, num_classes: int) -> nn.Module:
 
 
 class Stepper:
-    """Takes optimizer steps; nothing in them makes the host wait for the device."""
+    """Takes optimizer steps, in which the host never waits for the device."""
 
     def __init__(
         self,
@@ -183,17 +145,12 @@ class Stepper:
         teacher: Teacher,
         pruning: InfoBatch | None = None,
     ) -> None:
-        """Wrap what is trained as the recipe says.
+        """Wrap the learner for training: batch normalization, compilation, processes.
 
-        Args:
-            context: of the run.
-            learner: trained in place.
-            objective: what is minimized.
-            teacher: answers to each batch.
-            pruning: weighs the losses of rows; None lets each count once.
+        With `pruning` the losses of rows are weighed; without it each counts once.
 
         Raises:
-            RecipeError: run.sync_batchnorm away from CUDA.
+            RecipeError: run.sync_batchnorm on several processes without CUDA.
         """
         recipe = context.recipe
         self._context = context
@@ -210,34 +167,29 @@ class Stepper:
         self._learner = learner
         # DDP last: it registers the parameters that the learner has by then.
         self._wrapped = distribute(learner, context.ranks, context.device)
-        # Of the learner, projectors included; the teacher's parameters ask for no gradient.
+        # Includes the projectors; the teacher's parameters are frozen.
         self._optimizer = make_optimizer(learner, recipe.schedule)
         decay = recipe.schedule.ema_decay
         self._average = None if decay is None else WeightAverage(learner.student, decay=decay)
 
     @property
     def student(self) -> nn.Module:
-        """What is evaluated and kept: the average of the weights where there is one."""
+        """The network to evaluate and keep: the average of the weights if there is one."""
         return self._learner.student if self._average is None else self._average.student
 
     def begin_epoch(self, epoch: int) -> None:
-        """Put the learner into training mode, and the loss into its weights of an epoch."""
+        """Put the learner into training mode, and set the loss weights of an epoch."""
         self._wrapped.train()
         self._objective.begin_epoch(epoch)
 
     def update(self, batch: Batch, *, step: int, learning_rate: float) -> Tensor:
-        """Take a step.
-
-        Args:
-            batch: of this process.
-            step: optimizer steps done, this one included.
-            learning_rate: of this step.
+        """Take a step; `step` counts this one.
 
         Returns:
             (B,) float32 on the device: the loss of every row, detached.
         """
         schedule = self._context.recipe.schedule
-        # Gradients are those of the mean over all processes when this returns (DDP).
+        # DDP has averaged the gradients over all processes when this returns.
         losses = self._backward(batch, self._teacher.answer)
         with self._context.timer.part("optimizer"):
             # Clipped by the norm of the averaged gradient, the same on every process.
@@ -255,9 +207,9 @@ class Stepper:
     def _backward(
         self, batch: Batch, ask: Callable[[Batch], Outputs | None], *, is_counted: bool = True
     ) -> Tensor:
-        """The gradients of the batch; returns the loss of every row, not weighed."""
+        """Compute the gradients of a batch; returns the loss of every row, not weighed."""
         context = self._context
-        # Loaders give channels_last; nothing is copied where that is asked for.
+        # Loaders give channels_last, so this copies only if the recipe wants another format.
         images = batch.images.contiguous(memory_format=context.memory_format)
         batch = batch._replace(images=images)
         with context.autocast(), context.timer.part("teacher"):
@@ -267,24 +219,19 @@ class Stepper:
                 losses: Tensor = self._objective(self._wrapped(images), targets, batch.labels)
             weighed = losses
             if self._pruning is not None and is_counted:
-                # Rows that stand for skipped ones count more; what is logged stays unweighed.
+                # Rows that stand for skipped ones count more; the log shows unweighed losses.
                 weighed = self._pruning.weigh(losses, batch.rows)
             weighed.mean().backward()
-        # The graph would be kept alive until the next line of the log.
+        # Detached: the graph would stay alive until the next line of the log.
         return losses.detach()
 
     def warm_up(
         self, *, num_classes: int, image_sizes: Sequence[int], teacher_classes: int | None = None
     ) -> None:
-        """Run steps on empty images and undo them, so that no clock counts what happens once.
-
-        Args:
-            num_classes: C of the student.
-            image_sizes: sides of the images that the run has, in pixels; a step for each.
-            teacher_classes: C of the teacher; None for the student's.
+        """Run a step on empty images of each size and undo it, so that start-up is not timed.
 
         Raises:
-            InvalidValueError: a network gives no logits of these classes.
+            InvalidValueError: a network's output does not have these classes.
         """
         context = self._context
         asked = num_classes if teacher_classes is None else teacher_classes
@@ -295,7 +242,7 @@ class Stepper:
         for size in image_sizes:
             images = torch.zeros((rows, 3, size, size), device=context.device)
             images = images.contiguous(memory_format=context.memory_format)
-            # A whole batch: a single image would have the compiled networks compiled twice.
+            # A whole batch: for a single image, compiled networks would be compiled twice.
             with torch.no_grad(), context.autocast():
                 _, logits = self._learner.network.eval()(images)
             require_logits("student", logits, rows=rows, num_classes=num_classes)
@@ -307,12 +254,12 @@ class Stepper:
                 is_counted=False,
             )
         self._optimizer.zero_grad(set_to_none=True)
-        # Running statistics have seen empty images, though the weights are untouched.
+        # The weights are untouched, but running statistics have seen empty images.
         self._learner.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, momentum and average."""
-        # Of the learner and not of its DDP wrapper: any number of processes has these names.
+        # Of the learner and not of its DDP wrapper, so that names do not depend on processes.
         average = None if self._average is None else self._average.student.state_dict()
         return {
             "learner": self._learner.state_dict(),
@@ -321,7 +268,7 @@ class Stepper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Restore from `state_dict`."""
         self._learner.load_state_dict(state["learner"])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
@@ -329,7 +276,7 @@ class Stepper:
 
 
 def synchronize_batchnorm(learner: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """Let batch normalization see the batches of all processes.
+    """Make batch normalization use the batches of all processes.
 
     Raises:
         RecipeError: there are several processes, but not on CUDA.
@@ -346,20 +293,20 @@ def synchronize_batchnorm(learner: nn.Module, ranks: Ranks, device: torch.device
 
 
 def distribute(learner: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """Wrap what is trained, so that every process steps along the mean of all gradients."""
+    """Wrap the learner, so that every process steps along the mean of all gradients."""
     if ranks.world == 1:
         return learner
     return DistributedDataParallel(
         learner,
         device_ids=[device] if device.type == "cuda" else None,
-        # Gradients live in the buckets that are sent: one copy of the weights' size less.
+        # Gradients live in the buckets that are sent, which saves a copy of the weights' size.
         gradient_as_bucket_view=True,
     )
 
 
 def share_buffers(network: nn.Module, ranks: Ranks) -> None:
-    """Give every process the first one's running statistics, which differ after a step."""
+    """Give every process the first one's running statistics, which differ between processes."""
     if ranks.world > 1:
-        # Integers (batch counters) too: the first process's file is the run's.
+        # Integers (batch counters) too: the first process writes the student.
         for buffer in network.buffers():
             distributed.broadcast(buffer, src=0)

@@ -1,8 +1,8 @@
-"""Where a teacher's answers come from: the network, or a cache that the network fills."""
+"""The source of a teacher's logits: its network, or a cache that the network fills."""
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastprune.base.errors import ArtifactError, RecipeError
-from fastprune.difficulty.fill_cache import open_cache
-from fastprune.distillation.compatibility import require_logits
-from fastprune.distillation.learner import Outputs
+from fastprune.distillation.context import Batch, Context, Holes
+from fastprune.distillation.learner import Outputs, require_logits
 from fastprune.distillation.objective import Objective
 from fastprune.distillation.progressive_resizing import size_at
 from fastprune.loading.loader import Loader
@@ -20,25 +19,7 @@ from fastprune.networks import weights_digest
 from fastprune.rows.cache_filler import CacheFiller
 from fastprune.rows.teacher_cache import TeacherCache
 
-if TYPE_CHECKING:
-    from fastprune.distillation.step import Batch, Context
-
-
 logger = logging.getLogger(__name__)
-
-
-class Holes(NamedTuple):
-    """Which rows of a batch have no cached logits; on the host, where no step waits for them.
-
-    Attributes:
-        slot: of the views in the batch.
-        positions: (m,) int64, in the batch.
-        rows: (m,) int64, of the beton.
-    """
-
-    slot: int
-    positions: NDArray[np.int64]
-    rows: NDArray[np.int64]
 
 
 class Teacher:
@@ -50,28 +31,22 @@ class Teacher:
         fill_seconds: spent on writing a cache, beside the training.
     """
 
-    def __init__(self, context: "Context", network: nn.Module | None) -> None:
-        """Take over a network.
-
-        Args:
-            context: of the run.
-            network: gives (features, logits); frozen, in eval mode, on the device; None for a run
-                without a teacher.
-        """
+    def __init__(self, context: Context, network: nn.Module | None) -> None:
+        """Use a frozen network in eval mode on the device; None for a run without a teacher."""
         self._context = context
         self.network = network
         self.num_forwards = self.num_saved = 0
         self.fill_seconds = 0.0
 
-    def look_up(self, batch: "Batch") -> "Batch":
-        """Put the logits that a cache has beside a batch."""
+    def look_up(self, batch: Batch) -> Batch:
+        """Add the logits that a cache has to a batch."""
         return batch
 
     def begin_epoch(self, slot: int) -> None:
         """Prepare for the views of a slot."""
 
     @torch.no_grad()
-    def answer(self, batch: "Batch") -> Outputs | None:
+    def answer(self, batch: Batch) -> Outputs | None:
         """Return features and logits of a batch; None without a teacher."""
         if self.network is None:
             return None
@@ -80,11 +55,7 @@ class Teacher:
 
     @torch.no_grad()
     def warm_up(self, images: Tensor, num_classes: int) -> Outputs | None:
-        """Answer to empty images, which count nowhere.
-
-        Raises:
-            InvalidValueError: these are no logits of these classes.
-        """
+        """Answer empty images without counting them; refuse an output of other classes."""
         if self.network is None:
             return None
         answer = Outputs(*self.network(images))
@@ -92,11 +63,11 @@ class Teacher:
         return answer
 
     def flush(self, *, is_epoch_done: bool = False) -> None:
-        """Put on the disk what was learned from the teacher; a collective."""
+        """Write the teacher's logits to the cache; a collective."""
 
     @property
     def cache_bytes(self) -> int:
-        """What the cache takes on the disk; 0 without one."""
+        """Size of the cache on disk; 0 without one."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,30 +86,26 @@ class Teacher:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Let go of files and threads."""
+        """Release files and threads."""
 
 
 class CachedTeacher(Teacher):
     """Takes logits from a cache, and asks the network for those that are missing, once.
 
-    The network is moved to the device when a slot with missing
-    logits begins, and off it when a whole one does.
+    The network moves to the device when a slot with missing logits begins, and off it when a
+    complete one does.
     """
 
     def __init__(
         self,
-        context: "Context",
+        context: Context,
         network: nn.Module,
         cache: TeacherCache,
         rows: NDArray[np.int64],
     ) -> None:
-        """Take over a network on the CPU.
+        """Use a cache, and a frozen network in eval mode on the CPU.
 
-        Args:
-            context: of the run.
-            network: gives (features, logits); frozen, in eval mode, on the CPU.
-            cache: of this teacher on these views.
-            rows: that are trained on, on all processes.
+        `rows` are trained on, over all processes.
         """
         super().__init__(context, None)
         self._asleep: nn.Module | None = network
@@ -148,9 +115,9 @@ class CachedTeacher(Teacher):
         self._is_compiled = False
         self._earlier_seconds = 0.0
 
-    def look_up(self, batch: "Batch") -> "Batch":
-        """Put the logits that the cache has beside a batch; zeros stand where it has none."""
-        # Just before the step: the one before may have put a row that comes twice.
+    def look_up(self, batch: Batch) -> Batch:
+        """Add the logits that the cache has to a batch, zeros where it has none."""
+        # Right before the step: the step before may have filled a row that comes twice.
         assert batch.host_rows is not None
         rows = batch.host_rows.numpy()
         found, is_found = self._cache.lookup(rows, self._slot)
@@ -171,8 +138,8 @@ class CachedTeacher(Teacher):
             self._wake()
 
     @torch.no_grad()
-    def answer(self, batch: "Batch") -> Outputs:
-        """Return the logits of a batch, rounded as the cache keeps them; there are no features.
+    def answer(self, batch: Batch) -> Outputs:
+        """Return the logits of a batch, rounded as the cache keeps them, without features.
 
         Raises:
             ArtifactError: the cache lost logits that it had when the epoch began.
@@ -191,20 +158,20 @@ class CachedTeacher(Teacher):
             is_all = len(holes.rows) == len(batch.images)
             places = torch.from_numpy(holes.positions).to(logits.device, non_blocking=True)
             images = batch.images if is_all else batch.images[places]
-            # What a replay will see is what this step sees.
+            # Rounded, so that this step sees the same logits as every later one.
             rounded = self._put(holes.rows, holes.slot, self.network(images)[1].float())
             logits = rounded if is_all else logits.index_copy(0, places, rounded)
         return Outputs(logits.new_empty(len(logits), 0), logits)
 
     def _put(self, rows: NDArray[np.int64], slot: int, logits: Tensor) -> Tensor:
-        """Keep logits, and return them as they will come back."""
-        # A subset that grew has rows that the cache has no room for: they are asked for again.
+        """Store logits, and return them as the cache will give them back."""
+        # The cache has no room for rows that a grown subset added: the teacher answers them again.
         held = self._cache.holds(rows)
-        # As they are: `put` refuses a logit beyond the dtype's range, and names it.
+        # Not rounded: `put` refuses a logit beyond the dtype's range, and names it.
         copy = _host_copy(logits)
         self._filler.put(rows[held], slot, copy if held.all() else lambda: copy()[held])
         if self._cache.dtype == "uint8":
-            # Rounded on the host, by the code that reads: the step waits for it while it fills.
+            # Rounded on the host by the reading code, so steps that fill wait for the device.
             rounded = self._cache.round_trip(logits.cpu().numpy(), rows)
             return torch.from_numpy(rounded).to(logits.device)
         # As numpy does, round to nearest even.
@@ -212,18 +179,19 @@ class CachedTeacher(Teacher):
 
     @property
     def cache_bytes(self) -> int:
-        """What the cache takes on the disk."""
+        """Size of the cache on disk."""
         return self._cache.disk_bytes
 
     def warm_up(self, images: Tensor, num_classes: int) -> Outputs:
-        """Answer zeros: the network is warmed up when it is needed."""
+        """Answer zeros: the network is warmed up when it is first needed."""
         return Outputs(images.new_empty(len(images), 0), images.new_zeros(len(images), num_classes))
 
     def flush(self, *, is_epoch_done: bool = False) -> None:
-        """Put on the disk what was learned from the teacher; a collective."""
+        """Write the teacher's logits to the cache; a collective."""
         self._filler.flush()
         if is_epoch_done:
-            self._context.ranks.all_gather(None)  # all have written
+            # All have written once this returns.
+            self._context.ranks.all_gather(None)
             if self._context.ranks.is_first:
                 self._filler.flush(seal=True)
         self.fill_seconds = self._earlier_seconds + self._filler.seconds
@@ -234,11 +202,11 @@ class CachedTeacher(Teacher):
         self._earlier_seconds = self.fill_seconds
 
     def __exit__(self, *exception: object) -> None:
-        """Write what was put, and end the thread that writes."""
+        """Write the rest, and end the writing thread."""
         self._filler.close()
 
     def _wake(self) -> None:
-        """Move the network to the device, and let it do once what it does once."""
+        """Move the network to the device, compile it and warm it up."""
         if self.network is not None:
             return
         context = self._context
@@ -264,7 +232,7 @@ class CachedTeacher(Teacher):
 
 
 def make_teacher(
-    context: "Context",
+    context: Context,
     objective: Objective,
     loader: Loader,
     *,
@@ -272,19 +240,19 @@ def make_teacher(
     epochs: int,
     sizes: tuple[int, ...],
 ) -> Teacher:
-    """Let the network answer, or the cache that the recipe names, made where it is missing.
+    """Make the source of logits: the network, or the recipe's cache, created if it is missing.
 
     Args:
         context: of the run.
-        objective: holds the network; beside a cache it gives it away.
+        objective: holds the network, which a cached teacher takes out of it.
         loader: of the views.
         num_classes: C.
         epochs: of the run.
-        sizes: of the images that it goes through, the last one being the loader's.
+        sizes: of its images; the last one is the loader's.
 
     Raises:
         RecipeError: the cache cannot hold logits of images of these sizes.
-        ArtifactMismatch: the cache is of something else; the difference is named.
+        ArtifactMismatch: the cache was made from something else, which the error names.
         ArtifactError: the cache is damaged, or its folder cannot be written.
     """
     settings = context.recipe.teacher
@@ -300,13 +268,17 @@ def make_teacher(
             f"it, but data.first_image_size = {sizes[0]} lets images grow to {sizes[-1]}. Train at "
             "one size, or take data.augment = 'rrc', whose boxes are the same at every size."
         )
-    cache = open_cache(
+    # The same record as `difficulty.cache` writes: either may fill the cache of the other.
+    teacher = {
+        "weights_digest": weights_digest(network.network),
+        "precision": context.precision,
+    }
+    cache = TeacherCache.open_or_create(
         settings.cache,
-        loader,
-        weights_digest=weights_digest(network.network),
-        precision=context.dtype,
+        rows=loader.rows,
         num_classes=num_classes,
         num_views=loader.num_views,
+        identity=loader.view_identity() | {"teacher": teacher},
         dtype=settings.cache_dtype,
     )
     for epoch in range(epochs):
@@ -321,8 +293,8 @@ def make_teacher(
     num_outside = int((~cache.holds(loader.rows)).sum())
     if num_outside:
         logger.warning(
-            "%s was made for %s rows, and has no room for %s of those that are trained on: the "
-            "teacher is asked for them in every epoch",
+            "%s was made for %s rows, and has no room for %s of the rows trained on: the teacher "
+            "is asked for them in every epoch",
             settings.cache,
             f"{len(cache.rows):,}",
             f"{num_outside:,}",
@@ -331,7 +303,7 @@ def make_teacher(
 
 
 def _host_copy(logits: Tensor) -> Callable[[], NDArray[np.float32]]:
-    """Begin a copy to the host, and return what waits for it."""
+    """Start a copy to the host; returns a function that waits for it and gives it."""
     if not logits.is_cuda:
         return logits.numpy
     host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)

@@ -19,13 +19,13 @@ __all__ = ["Finding", "diagnose"]
 
 
 def diagnose(betons: Sequence[str | Path] = ()) -> list[Finding]:
-    """Look at this machine, and decode an image with every engine.
+    """Check this machine, and decode an image with every engine.
 
     Args:
-        betons: files to be trained on, whose size is held against the page cache.
+        betons: files to train on, whose size is compared with the page cache.
 
     Returns:
-        The findings; those with the verdict "bad" keep fastprune from working.
+        The findings; a verdict "bad" is a fault that keeps fastprune from working.
 
     Raises:
         BetonError: one of the betons is missing or damaged.

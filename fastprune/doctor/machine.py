@@ -1,4 +1,4 @@
-"""Packages, GPUs, CPUs, memory, files and folders of this machine or container."""
+"""Checks of packages, GPUs, CPUs, memory, files and folders of this machine or container."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ _ENOUGH_FILES = 1024
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written
 _DEVICES = Path("/dev")
-_PAIR = "Install torch and torchvision as a pair, such as those of constraints.txt."
+_PAIR = "Install torch and torchvision as a pair, such as the pair in constraints.txt."
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Finding:
 
     Attributes:
         topic: subject of the check, such as "engine dali, cpu".
-        verdict: "good"; "note" for what could be better or is not there; "bad" for what keeps
-            fastprune from working.
-        found: the state of things, in words.
+        verdict: "good"; "note" for something that is absent or could be better; "bad" for a fault
+            that keeps fastprune from working.
+        found: the state, in words.
         advice: the cure; empty where nothing needs to change.
     """
 
@@ -46,23 +46,14 @@ def check_packages() -> Finding:
 
 
 def check_cuda(*, devices: Path = _DEVICES) -> Finding:
-    """Check whether torch works, and which GPUs it sees.
-
-    Args:
-        devices: the folder of device files.
-    """
+    """Check whether torch works, and which GPUs it sees; `devices` holds the device files."""
     topic = "torch and CUDA"
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Finding(
-            topic,
-            "bad",
-            f"torch cannot be imported: {error}",
-            _PAIR,
-        )
+        return Finding(topic, "bad", f"torch cannot be imported: {error}", _PAIR)
     try:
-        # Wheels of another build load, and fail at the first operator that both register.
+        # Wheels of another build load, but fail at the first operator that both register.
         import torchvision  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
@@ -76,7 +67,7 @@ def check_cuda(*, devices: Path = _DEVICES) -> Finding:
         return Finding(topic, "note", "torch was built without CUDA: training runs on the CPU")
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return Finding(topic, "note", "CUDA_VISIBLE_DEVICES is empty: training runs on the CPU")
-    # Device files without a usable driver: the commonest fault of a fresh GPU machine.
+    # Device files without a usable driver: the most common fault of a fresh GPU machine.
     if any(devices.glob("nvidia[0-9]*")):
         major = str(torch.version.cuda).partition(".")[0]
         return Finding(
@@ -119,7 +110,7 @@ def check_cpus() -> Finding:
         return Finding(
             "CPUs",
             "note",
-            f"{found}; torch does not look at quotas and starts {affinity} threads",
+            f"{found}; torch ignores quotas and starts {affinity} threads",
             f"Set OMP_NUM_THREADS={usable}.",
         )
     return Finding("CPUs", "good", found)
@@ -147,11 +138,11 @@ def check_page_cache(betons: Sequence[Path]) -> Finding:
 
 
 def cacheable_bytes() -> int:
-    """Measure free memory and page cache, within the cgroup's limit, in bytes."""
+    """Return free memory and page cache in bytes, within the cgroup's limit."""
     with Path("/proc/meminfo").open(encoding="utf-8") as lines:
         sizes = dict(line.split(":") for line in lines)
     available = 1024 * int(sizes["MemAvailable"].split()[0])
-    # A cgroup's limit covers its page cache too; the host's free memory does not show it.
+    # A cgroup's limit includes its page cache; the host's free memory does not show it.
     limits = [
         int(text)
         for folder in cgroup_folders("memory")
@@ -196,7 +187,7 @@ def check_caches() -> Finding:
             "caches",
             "note",
             "compiled code cannot be kept: each process compiles for some seconds",
-            "Name a folder in NUMBA_CACHE_DIR that you own and that nobody else can write to; in a "
+            "Name a folder in NUMBA_CACHE_DIR that you own and others cannot write to; in a "
             "container, mount one.",
         )
     return Finding("caches", "good", f"compiled code is kept in {folder}")

@@ -112,7 +112,7 @@ class Comparison:
         return steps + run.score_seconds + (run.number("startup_seconds") or 0.0)
 
     def costs(self, group: Group) -> list[float | None]:
-        """Return the cost of each run: over that of the baseline, in seconds without one.
+        """Return the cost of each run over the baseline's, in seconds without one.
 
         A run is held against the baseline's run of the same seed; where the two share no seed,
         against the baseline's mean.

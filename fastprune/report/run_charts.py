@@ -2,65 +2,38 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastprune.base.errors import importing
 from fastprune.report.charts import add_legend, colors, new_figure, plain, png_of
 from fastprune.report.comparison import Comparison, Group, half_width
 from fastprune.report.runs import Run
 
-with importing("matplotlib", extra="report", purpose="a report"):
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.ticker import MaxNLocator
 
-CONVERSION, SCORING = "conversion", "scoring"
-_WAITING, _REST_OF_TRAINING, _REST = "waiting for data", "training, other", "other"
-_STEP_NAMES = {
-    "teacher_seconds": "teacher",
-    "student_seconds": "student",
-    "optimizer_seconds": "optimizer",
-}
-_AROUND = {
-    "startup_seconds": "start-up",
-    "validation_seconds": "validation",
-    "checkpoint_seconds": "checkpoints",
-}
-
-PARTS = (
-    CONVERSION,
-    SCORING,
-    _AROUND["startup_seconds"],
-    _WAITING,
-    *_STEP_NAMES.values(),
-    _REST_OF_TRAINING,
-    _AROUND["validation_seconds"],
-    _AROUND["checkpoint_seconds"],
-    _REST,
-)
-
-# A part has the same color on every page. Okabe and Ito's colors, which the color-blind can tell
-# apart; grays for the remainders.
+# The uses of a run's seconds, each with the same color on every page: Okabe and Ito's, which the
+# color-blind can tell apart, and grays for the remainders.
 PART_COLORS = {
-    CONVERSION: "#999999",
-    SCORING: "#e69f00",
-    _AROUND["startup_seconds"]: "#555555",
-    _WAITING: "#d55e00",
-    _STEP_NAMES["teacher_seconds"]: "#0072b2",
-    _STEP_NAMES["student_seconds"]: "#56b4e9",
-    _STEP_NAMES["optimizer_seconds"]: "#009e73",
-    _REST_OF_TRAINING: "#b8c4cc",
-    _AROUND["validation_seconds"]: "#cc79a7",
-    _AROUND["checkpoint_seconds"]: "#f0e442",
-    _REST: "#dddddd",
+    "conversion": "#999999",
+    "scoring": "#e69f00",
+    "start-up": "#555555",
+    "waiting for data": "#d55e00",
+    "teacher": "#0072b2",
+    "student": "#56b4e9",
+    "optimizer": "#009e73",
+    "training, other": "#b8c4cc",
+    "validation": "#cc79a7",
+    "checkpoints": "#f0e442",
+    "other": "#dddddd",
 }
 
 _BAR_INCHES = 0.34
 
 
 def time_parts(run: Run, *, convert_seconds: float | None) -> Mapping[str, float]:
-    """Split a run's seconds by use, in the order of `PARTS`.
+    """Split a run's seconds by use, in the order of `PART_COLORS`.
 
     Args:
         run: a finished run.
@@ -71,22 +44,29 @@ def time_parts(run: Run, *, convert_seconds: float | None) -> Mapping[str, float
         the sum is what the run cost. Where the host waited for data while the device was at work,
         the device's work is shown.
     """
-    train, total = run.number("train_seconds") or 0.0, run.number("total_seconds") or 0.0
-    steps = {name: run.number(key) or 0.0 for key, name in _STEP_NAMES.items()}
-    around = {name: run.number(key) or 0.0 for key, name in _AROUND.items()}
+
+    def seconds(name: str) -> float:
+        return run.number(f"{name}_seconds") or 0.0
+
+    work = sum(map(seconds, ("teacher", "student", "optimizer")))
+    around = sum(map(seconds, ("startup", "validation", "checkpoint")))
     # Device clocks may overlap host waits by a little; a share is never negative.
-    idle = max(0.0, train - sum(steps.values()))
-    waiting = min(run.number("wait_seconds") or 0.0, idle)
+    idle = max(0.0, seconds("train") - work)
+    waiting = min(seconds("wait"), idle)
     parts = {
-        CONVERSION: convert_seconds or 0.0,
-        SCORING: run.score_seconds or 0.0,
-        _WAITING: waiting,
-        _REST_OF_TRAINING: idle - waiting,
-        _REST: max(0.0, total - train - sum(around.values())),
-        **steps,
-        **around,
+        "conversion": convert_seconds or 0.0,
+        "scoring": run.score_seconds or 0.0,
+        "start-up": seconds("startup"),
+        "waiting for data": waiting,
+        "teacher": seconds("teacher"),
+        "student": seconds("student"),
+        "optimizer": seconds("optimizer"),
+        "training, other": idle - waiting,
+        "validation": seconds("validation"),
+        "checkpoints": seconds("checkpoint"),
+        "other": max(0.0, seconds("total") - seconds("train") - around),
     }
-    return {name: parts[name] for name in PARTS if parts[name] > 0}
+    return {name: value for name, value in parts.items() if value > 0}
 
 
 def cost_png(comparison: Comparison) -> bytes | None:
@@ -147,7 +127,7 @@ def accuracy_png(groups: Sequence[Group]) -> bytes:
     over_time.set_xlabel("seconds of scoring and training")
     over_time.set_ylabel("top-1 on the validation set, %")
     over_epochs.set_xlabel("epochs")
-    over_epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    over_epochs.locator_params(axis="x", integer=True)
     for axes in (over_time, over_epochs):
         axes.set_xlim(left=0)
         # From zero: a cut axis makes a fraction of a point look like a victory.
@@ -167,7 +147,7 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
     figure = new_figure(11, 1.9 + _BAR_INCHES * len(groups))
     axes = figure.subplots()
     spent = [_mean_parts(group, convert_seconds) for group in groups]
-    shown = [name for name in PARTS if any(name in parts for parts in spent)]
+    shown = [name for name in PART_COLORS if any(name in parts for parts in spent)]
     left = np.zeros(len(groups))
     for name in shown:
         widths = np.array([parts.get(name, 0.0) for parts in spent])
@@ -185,7 +165,7 @@ def seconds_png(groups: Sequence[Group], *, convert_seconds: float | None) -> by
     return png_of(figure)
 
 
-def draw_group(axes: Axes, group: Group, color: object, *, by_epoch: bool) -> None:
+def draw_group(axes: "Axes", group: Group, color: object, *, by_epoch: bool) -> None:
     """Draw a group's runs, and their mean over the validations that all of them have."""
     runs = [run for run in group.runs if run.curve]
     style = "-" if group.is_finished else "--"

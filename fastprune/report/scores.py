@@ -105,8 +105,8 @@ def report_scores(
     Raises:
         ArtifactError: a file cannot be read or written.
         ArtifactMismatch: scores, subset and beton are not of the same images.
-        InvalidValueError: there is no such metric, the subset is not of the table's rows, or fewer
-            than one class or image is asked for.
+        InvalidValueError: the metric is not in the table, the subset is not of the table's rows, or
+            fewer than one class or image is asked for.
         BetonError: the beton cannot be read.
     """
     for name, count in (("num_classes", num_classes), ("per_strip", per_strip)):

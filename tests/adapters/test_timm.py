@@ -139,7 +139,7 @@ def test_given_logits_take_the_place_of_a_teacher(networks, batch):
 
 
 def test_without_a_teacher_logits_are_demanded(networks, batch):
-    with pytest.raises(InvalidValueError, match=r"no teacher.*layout=\"xyit\""):
+    with pytest.raises(InvalidValueError, match=r"no teacher.*field \"teacher_logits\""):
         make(networks, with_teacher=False)(*batch)
 
 

@@ -62,7 +62,7 @@ def test_train_that_is_stopped_exits_with_the_signal_and_goes_on(recipe_file, mo
     monkeypatch.setenv("SMALL_SIGNAL", "SIGTERM:3")
     stopped = CliRunner().invoke(main, words)
     assert stopped.exit_code == 143
-    assert stopped.stderr.endswith("step 2. Go on from there with --resume.\n")
+    assert stopped.stderr.endswith("step 2. Continue from there with --resume.\n")
     monkeypatch.delenv("SMALL_SIGNAL")
     resumed = CliRunner().invoke(main, [*words, "--resume"])
     assert resumed.exit_code == 0, resumed.output

@@ -74,7 +74,7 @@ def test_pictures_are_drawn_where_no_folder_is_given(tmp_path):
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(ConversionError, match=r"nowhere is no folder"):
+    with pytest.raises(ConversionError, match=r"nowhere is not a folder"):
         prepare_images(tmp_path / "nowhere", tmp_path / "images", per_class=None)
 
 

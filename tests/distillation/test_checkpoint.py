@@ -53,7 +53,7 @@ def test_no_whole_one_is_an_error_and_no_new_beginning(tmp_path):
         checkpoints.save({"step": step}, step=step)
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"x")
-    message = r"none of the 2 checkpoints in .* step-000000001-.* Remove .*checkpoints to begin"
+    message = r"none of the 2 checkpoints in .* step-000000001-.* Remove .*checkpoints to start"
     with (
         pytest.warns(DamagedCheckpointWarning, match="step-000000002-.*the one before it is tried"),
         pytest.raises(ArtifactError, match=message),

@@ -42,7 +42,7 @@ def test_evaluation_without_batches_is_refused():
 
 def test_checkpoint_that_does_not_tell_its_network_asks_for_it(tmp_path, betons):
     torch.save({}, tmp_path / "weights.pt")
-    with pytest.raises(InvalidValueError, match=r"weights\.pt does not say its network; give"):
+    with pytest.raises(InvalidValueError, match=r"weights\.pt does not record its network; give"):
         evaluate_checkpoint(tmp_path / "weights.pt", betons / "val.beton")
 
 

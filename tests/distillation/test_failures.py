@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from fastprune.base.errors import ArtifactError, InvalidValueError, TrainingError, TrainingStopped
 from fastprune.base.ranks import Ranks
 from fastprune.distillation.checkpoint import save_student
-from fastprune.distillation.failures import bad_loss_error, naming_memory
+from fastprune.distillation.context import Batch, Context
+from fastprune.distillation.endings import bad_loss_error, naming_memory
 from fastprune.distillation.meters import LossMeter, PhaseTimer, StepLosses
-from fastprune.distillation.step import Batch, Context
 from fastprune.distillation.trainer import distill
 from fastprune.networks import load_weights
 
@@ -118,7 +118,7 @@ def test_full_disk_costs_the_checkpoint_and_not_the_run(recipe, monkeypatch, cap
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (old.stat().st_size // 2, before[1]))
     try:
-        with pytest.raises(TrainingStopped, match=r"step 10\. Go on from the last checkpoint"):
+        with pytest.raises(TrainingStopped, match=r"step 10\. Continue from the last checkpoint"):
             distill(settings, resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

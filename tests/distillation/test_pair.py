@@ -4,8 +4,9 @@ from torch import nn
 
 from fastprune.base.errors import ArtifactMismatch, InvalidValueError, RecipeError
 from fastprune.base.ranks import Ranks
+from fastprune.distillation.context import Context
 from fastprune.distillation.meters import PhaseTimer
-from fastprune.distillation.step import Context, make_pair
+from fastprune.distillation.step import make_pair
 from fastprune.distillation.trainer import distill
 from fastprune.networks import build_network, load_weights
 

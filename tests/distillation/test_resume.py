@@ -154,13 +154,13 @@ def test_resume_without_a_checkpoint_begins_the_run(long_recipe):
 
 
 def test_unfinished_run_is_not_begun_anew_by_mistake(stopped):
-    with pytest.raises(RecipeError, match=r"holds an unfinished run\. Go on with it \(--resume\)"):
+    with pytest.raises(RecipeError, match=r"holds an unfinished run\. Continue it \(--resume\)"):
         distill(stopped)
 
 
 def test_other_settings_are_refused_and_the_difference_is_named(stopped, long_recipe):
     changed = long_recipe("stopped", schedule={"learning_rate": 0.01}, run={"log_every": 1})
-    message = r"other settings: schedule\.learning_rate \(0\.05 there, 0\.01 here\)\. Go on"
+    message = r"other settings: schedule\.learning_rate \(0\.05 there, 0\.01 here\)\. Continue"
     before = (stopped.run.out / "recipe.json").read_bytes()
     with pytest.raises(RecipeError, match=message):
         distill(changed, resume=True)

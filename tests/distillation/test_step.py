@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fastprune.base.ranks import Ranks
+from fastprune.distillation.context import Batch, Context
 from fastprune.distillation.meters import PhaseTimer
-from fastprune.distillation.step import Batch, Context, Stepper, make_pair
+from fastprune.distillation.step import Stepper, make_pair
 from fastprune.distillation.teacher import Teacher
 
 CPU = torch.device("cpu")

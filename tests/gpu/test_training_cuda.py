@@ -12,10 +12,11 @@ from fastprune.base.ranks import Ranks
 from fastprune.beton.convert.writer import convert
 from fastprune.beton.opening import open_beton
 from fastprune.demo.pictures import write_demo_images
+from fastprune.distillation.context import Batch, Context
 from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.losses import LogitReshaper
 from fastprune.distillation.meters import PhaseTimer
-from fastprune.distillation.step import Batch, Context, Stepper, make_pair
+from fastprune.distillation.step import Stepper, make_pair
 from fastprune.distillation.trainer import distill
 from fastprune.networks import build_network, save_weights
 from fastprune.rows.subset import Subset

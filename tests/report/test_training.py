@@ -12,7 +12,7 @@ from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.cli import main
 from fastprune.report.comparison import Comparison, group_runs
 from fastprune.report.run_charts import (
-    PARTS,
+    PART_COLORS,
     accuracy_png,
     cost_png,
     draw_group,
@@ -162,7 +162,7 @@ def test_broken_formula_in_a_name_is_drawn_as_text(tmp_path):
 def test_parts_add_up_to_what_the_run_cost(tmp_path):
     (run,) = read_runs([write_run(tmp_path / "run")])
     parts = time_parts(run, convert_seconds=3.0)
-    assert list(parts) == [part for part in PARTS if part in parts]
+    assert list(parts) == [part for part in PART_COLORS if part in parts]
     assert sum(parts.values()) == pytest.approx(14.0 + 3.0)
     assert parts["teacher"] == 3.0
     assert parts["training, other"] == pytest.approx(0.4)

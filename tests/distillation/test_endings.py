@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fastprune.base.errors import TrainingStopped
-from fastprune.distillation.preemption import Signals
+from fastprune.distillation.endings import Signals
 from fastprune.distillation.trainer import distill
 
 NETWORKS = "tests.distillation.networks"
@@ -25,7 +25,7 @@ def interruptible():
 def test_signal_stops_the_run_with_a_checkpoint(recipe, monkeypatch, name, exit_code):
     settings = recipe(student={"network": f"{NETWORKS}:signalled"}, schedule={"epochs": 3})
     monkeypatch.setenv("SMALL_SIGNAL", f"{name}:3")
-    message = f"{name} stopped the run after step 2. Go on from there with --resume"
+    message = f"{name} stopped the run after step 2. Continue from there with --resume"
     with pytest.raises(TrainingStopped, match=message) as stop:
         distill(settings)
     assert stop.value.exit_code == exit_code
@@ -63,7 +63,7 @@ def test_signal_in_a_validation_stops_the_run_which_goes_on_from_the_end_of_the_
 ):
     settings = recipe(student={"network": f"{NETWORKS}:signalled"}, schedule={"epochs": 2})
     monkeypatch.setenv("SMALL_SIGNAL_IN_VALIDATION", "SIGTERM:2")  # number 1 is the rehearsal's
-    with pytest.raises(TrainingStopped, match=r"after step 4\. Go on from there"):
+    with pytest.raises(TrainingStopped, match=r"after step 4\. Continue from there"):
         distill(settings)
     monkeypatch.delenv("SMALL_SIGNAL_IN_VALIDATION")
     result = distill(settings, resume=True)
