@@ -17,6 +17,7 @@ from fastprune.distillation.infobatch import InfoBatch
 from fastprune.distillation.losses import LogitReshaper
 from fastprune.distillation.meters import PhaseTimer
 from fastprune.distillation.step import Stepper, make_pair
+from fastprune.distillation.teacher import Teacher
 from fastprune.distillation.trainer import distill
 from fastprune.networks import build_network, save_weights
 from fastprune.rows.subset import Subset
@@ -117,7 +118,8 @@ def test_no_step_waits_for_the_device(recipe, tmp_path, sections):
             ranks=Ranks(),
         )
         pruning.begin_epoch(0)
-    stepper = Stepper(context, learner, objective, pruning)
+    teacher = Teacher(context, objective.teacher)
+    stepper = Stepper(context, learner, objective, teacher, pruning)
     stepper.warm_up(num_classes=10, image_sizes=(32,))
     images = torch.randn(20, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.arange(20, device=device) % 10
