@@ -285,7 +285,8 @@ def profile(step: Callable[..., None], batches: Iterator[Any], device: str) -> d
             step(*next(batches))
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    on_device = [e for e in profiler.events() if e.device_type == cuda]
     copies = [e for e in on_device if e.name.startswith(("Memcpy", "Memset"))]
     kernels = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
     busy = covered([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e6

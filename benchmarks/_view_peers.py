@@ -98,7 +98,9 @@ def pillow(files: list[bytes], boxes: np.ndarray) -> Run:
 
 def dali(files: list[bytes], boxes: np.ndarray, threads: int) -> Run:
     """DALI on the CPU, with the decoder that leaves out what the box does not show."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def, types  # type: ignore[attr-defined]
+
+    rgb = types.RGB  # type: ignore[attr-defined]
 
     batches = range(0, len(files), BATCH_SIZE)
     arrays = [np.frombuffer(content, np.uint8) for content in files]
@@ -112,7 +114,7 @@ def dali(files: list[bytes], boxes: np.ndarray, threads: int) -> Run:
     def pipeline():
         jpegs, corners, shapes = fn.external_source(batch, num_outputs=3, batch_info=False)
         images = fn.decoders.image_slice(
-            jpegs, corners, shapes, axes=[0, 1], output_type=types.RGB, adjust_orientation=False
+            jpegs, corners, shapes, axes=[0, 1], output_type=rgb, adjust_orientation=False
         )
         return fn.resize(images, size=[SIZE, SIZE])
 

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -180,11 +181,14 @@ def candidates(
 ) -> dict[str, Callable[[], None]]:
     """What runs one epoch of each loader; made once, so that start-up is not in it."""
     beton, small = open_beton(betons["original"]), open_beton(betons["q90-500"])
-    common = {"augment": "rrc", "dtype": torch.uint8, "tail": "exact", **settings}
-    ours = partial(Loader, subset=rows, **common)
+    common: dict[str, Any] = {"augment": "rrc", "dtype": torch.uint8, "tail": "exact", **settings}
+
+    def ours(path: Path, backend: str) -> Loader:
+        return Loader(path, rows, backend=backend, **common)
+
     loaders = {
-        **{f"ours {name}": ours(path, backend="cpu") for name, path in betons.items()},
-        "ours dali": ours(beton.path, backend="dali"),
+        **{f"ours {name}": ours(path, "cpu") for name, path in betons.items()},
+        "ours dali": ours(beton.path, "dali"),
         "our decoder in ffcv": our_decoder_in_ffcv(beton, rows, **settings),
         "stock ffcv": stock_ffcv(beton, rows, **settings),
         "stock ffcv q90-500": stock_ffcv(small, rows, **settings),
@@ -227,7 +231,7 @@ def dali_index_reader(beton: Path, index: Path):
         paths=[str(beton)],
         index_paths=[str(index)],
         ext=["jpg"],
-        dtypes=[types.UINT8],
+        dtypes=[types.UINT8],  # type: ignore[attr-defined]
         missing_component_behavior="error",
         random_shuffle=True,
     )
@@ -235,12 +239,14 @@ def dali_index_reader(beton: Path, index: Path):
 
 def dali_views(reader: Callable, num_rows: int, settings: dict) -> None:
     """One epoch of a reader of DALI's with its own random crop, on the CPU."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def, types  # type: ignore[attr-defined]
+
+    rgb = types.RGB  # type: ignore[attr-defined]
 
     @pipeline_def
     def pipeline():
         images = fn.decoders.image_random_crop(
-            reader(), random_area=[0.08, 1.0], adjust_orientation=False, output_type=types.RGB
+            reader(), random_area=[0.08, 1.0], adjust_orientation=False, output_type=rgb
         )
         images = fn.resize(images, size=[SIZE, SIZE])
         return fn.flip(images, horizontal=fn.random.coin_flip())

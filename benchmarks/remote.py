@@ -249,7 +249,7 @@ def first_batches(
         mirror = folder / f"first-{next(numbers)}" if cache else None
         batches = iter(Loader(open_beton(source, cache=mirror), half, order="random", **settings))
         next(batches)
-        batches.close()
+        batches.close()  # type: ignore[attr-defined]
 
     return take_turns(
         {

@@ -175,7 +175,7 @@ class Measurement:
     def forget(self) -> None:
         """Drop what was measured so far: a first round warms up."""
         for found in (*self.rates.values(), *self.decoded.values()):
-            found.clear()
+            found.clear()  # type: ignore[attr-defined]
         self.server_cpu.clear()
         for seconds in self.seconds.values():
             seconds.clear()
@@ -183,7 +183,7 @@ class Measurement:
     def close(self) -> None:
         """End all processes."""
         for process in (self._consumers, self._shared, *self._students, self._service):
-            process.close()
+            process.close()  # type: ignore[attr-defined]
 
     def result(self) -> dict[str, Any]:
         """What was measured, to be written."""

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,7 +25,7 @@ def picture(seed: int, *, width: int = 64, height: int = 48, mode: str = "RGB") 
     return image.convert(mode)
 
 
-def jpeg_bytes(seed: int, *, quality: int = 90, **kwargs: object) -> bytes:
+def jpeg_bytes(seed: int, *, quality: int = 90, **kwargs: Any) -> bytes:
     """A baseline JPEG of `picture(seed)`; further arguments go to `picture`."""
     buffer = io.BytesIO()
     picture(seed, **kwargs).save(buffer, "JPEG", quality=quality)

@@ -19,7 +19,7 @@ def small_teacher(*, num_classes=3, seed=0, name="resnet8"):
     torch.manual_seed(seed)
     network = build_network(name, num_classes=num_classes)
     with torch.no_grad():
-        network.fc.weight *= 20
+        network.get_parameter("fc.weight").mul_(20)
     return network
 
 
