@@ -160,7 +160,7 @@ def test_a_subset_that_grows_is_asked_for_what_it_lacks(cached, half, caplog):
     grown = distill(cached("all"))
     # There is no room for the other half, which is asked for in every epoch.
     assert asked() == grown.teacher_forwards == 4 * 40
-    assert "was made for 40 rows, and has no room for 40 of those" in caplog.text
+    assert "was made for 40 rows, and has no room for 40 of the rows" in caplog.text
 
 
 def test_pruning_while_training_leaves_holes_that_are_known(cached):
