@@ -1,26 +1,19 @@
-"""The subcommand that draws: training runs, or a score table."""
+"""Pages about training runs, or about a score table."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fastprune.cli.options import COUNT, PATH
+from fastprune.cli.options import COUNT, PATH, flags_of
 
 _SECONDS = click.FloatRange(min=0)
 _SUFFIXES = (".parquet", ".npy")
-_OF_SCORES = ("beton", "metric", "num_classes", "classes", "per_strip")
 _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
 
 
 @click.command()
-@click.argument(
-    "paths",
-    nargs=-1,
-    required=True,
-    metavar="RUN... | SCORES [SUBSET]",
-    type=PATH,
-)
+@click.argument("paths", nargs=-1, required=True, metavar="RUN... | SCORES [SUBSET]", type=PATH)
 @click.option(
     "-o",
     "--out",
@@ -28,18 +21,12 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
     type=PATH,
     help="Page to write.  [default: named after what is reported on, such as runs-report.html]",
 )
-@click.option("--reference", help="Runs: name that ratios are of.  [default: those on all rows]")
-@click.option("--convert-seconds", type=_SECONDS, help="Runs: count so many seconds of conversion.")
+@click.option("--reference", help="Runs: name that ratios refer to.  [default: runs on all rows]")
+@click.option("--convert-seconds", type=_SECONDS, help="Runs: count this many of conversion.")
 @click.option(
-    "--score-seconds",
-    type=_SECONDS,
-    help="Runs: seconds of scoring, where a subset does not record them.",
+    "--score-seconds", type=_SECONDS, help="Runs: count this many, if a subset records none."
 )
-@click.option(
-    "--beton",
-    type=PATH,
-    help="Scores: images, for contact sheets of the classes.",
-)
+@click.option("--beton", type=PATH, help="Scores: images, for contact sheets of the classes.")
 @click.option(
     "--metric",
     help="Scores: difficulty to show.  [default: the one SUBSET was made by, or centroid]",
@@ -53,13 +40,11 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
     multiple=True,
     help="Scores: class with a sheet, by name or number; may be given several times.",
 )
-@click.option(
-    "--images",
-    "per_strip",
-    type=COUNT,
-    help="Scores: images in each strip of a sheet.  [default: 8]",
-)
-def report(paths: tuple[Path, ...], out: Path | None, **options: Any) -> None:
+@click.option("--images", "per_strip", type=COUNT, help="Scores: images in a strip.  [default: 8]")
+@click.pass_context
+def report(
+    context: click.Context, paths: tuple[Path, ...], out: Path | None, **options: Any
+) -> None:
     """Draw training runs, or a score table, as an HTML page.
 
     RUN is a folder that `train` wrote, or one with such folders in it: accuracy over time and over
@@ -67,16 +52,14 @@ def report(paths: tuple[Path, ...], out: Path | None, **options: Any) -> None:
     beside the page too. SCORES is a score table: what is easy, what SUBSET keeps, what is hard.
     """
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    # A name of its own: the page of another report is not overwritten.
+    # Named after its subject, so that the page of another report is not overwritten.
     out = out or Path(f"{'-'.join(path.resolve().stem for path in paths[:2])}-report.html")
     of_scores = any(path.is_file() or path.suffix in _SUFFIXES for path in paths)
-    foreign = [name for name in given if name not in (_OF_SCORES if of_scores else _OF_RUNS)]
-    if foreign:
-        kind = "runs" if of_scores else "score tables"
-        option = {"num_classes": "classes", "classes": "class", "per_strip": "images"}.get(
-            foreign[0], foreign[0]
-        )
-        raise click.UsageError(f"--{option.replace('_', '-')} is for {kind}. Leave it out.")
+    for name in given:
+        if (name in _OF_RUNS) == of_scores:
+            kind = "runs" if of_scores else "score tables"
+            flag = flags_of(context.command)[name]
+            raise click.UsageError(f"{flag} is for {kind}. Leave it out.")
     if of_scores:
         _report_scores(paths, out, given)
     else:
