@@ -164,8 +164,8 @@ def ray_option(what: str) -> Any:
 
 SIZE = Size()
 # FieldInfo makes a field of a bare type.
-SHARE = Setting(FieldInfo.from_annotation(Share))  # type: ignore[arg-type]
-SHARES = Setting(FieldInfo.from_annotation(tuple[Share, ...]))  # type: ignore[arg-type]
+SHARE = Setting(FieldInfo.from_annotation(Share))
+SHARES = Setting(FieldInfo.from_annotation(tuple[Share, ...]))
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 device_option = click.option(

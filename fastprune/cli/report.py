@@ -43,7 +43,7 @@ _OF_RUNS = ("reference", "convert_seconds", "score_seconds")
 @click.option("--images", "per_strip", type=COUNT, help="Scores: images in a strip.  [default: 8]")
 @click.pass_context
 def report(
-    context: click.Context, paths: tuple[Path, ...], out: Path | None, **options: Any
+    context: click.Context, /, paths: tuple[Path, ...], out: Path | None, **options: Any
 ) -> None:
     """Draw training runs, or a score table, as an HTML page.
 

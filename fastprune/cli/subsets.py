@@ -92,7 +92,8 @@ def select(
     table = ScoreTable.load(scores) if opened is None else import_scores(scores, opened)
     excluded = None if exclude is None else read_excluded(exclude, table.num_rows, beton=opened)
     written = []
-    for ratio in dict.fromkeys(sweep or (keep_ratio,)):
+    ratios = (keep_ratio,) if keep_ratio is not None else sweep or ()
+    for ratio in dict.fromkeys(ratios):
         subset = make_subset(
             table,
             keep_ratio=ratio,

@@ -278,7 +278,8 @@ def _read_issues(path: Path, num_rows: int) -> Rows:
     if rows is None:
         _require_marks(path, len(marks), num_rows)
         return np.flatnonzero(marks)
-    return rows[marks.astype(bool)]
+    marked: Rows = rows[marks.astype(bool)]
+    return marked
 
 
 def _filled(path: Path, table: pa.Table, name: str) -> NDArray[Any]:

@@ -321,7 +321,7 @@ class Recipe(Settings):
     schedule: ScheduleSettings
     run: RunSettings
     teacher: TeacherSettings | None = None
-    loss: LossSettings = LossSettings()
+    loss: LossSettings = LossSettings.model_validate({})
     pruning: PruningSettings | None = None
 
     @model_validator(mode="after")
