@@ -153,7 +153,7 @@ def parse_model(text: str | bytes, model: type[Model]) -> Model:
     except ValidationError as error:
         raise ValueError(describe(error)) from None
     if issubclass(model, SealedHeader):
-        require_unchanged(record)
+        _require_unchanged(record)
     return parsed
 
 
@@ -186,7 +186,7 @@ def with_digest(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"digest": _record_digest(record)}
 
 
-def require_unchanged(record: dict[str, Any]) -> None:
+def _require_unchanged(record: dict[str, Any]) -> None:
     """Refuse a record whose values are not the ones `with_digest` saw.
 
     Raises:
