@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fastprune.base.errors import ConversionError
-from fastprune.beton.convert.sources.folder import EXTENSIONS
+from fastprune.beton.convert.folders import EXTENSIONS
 from fastprune.demo.pictures import write_demo_images
 
 # CIFAR's folders have `test`, ImageNet's `val`.

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from fastprune import convert, open_beton
 from fastprune.base.errors import ConversionError, InvalidValueError
-from fastprune.beton.convert.sources.parquet import ParquetSource
+from fastprune.beton.convert.parquet import ParquetSource
 from tests.images import jpeg_bytes, picture, write_image_folder
 
 
@@ -146,7 +146,7 @@ def test_a_dangling_link_is_named(tmp_path):
 def test_a_pipe_named_like_an_image_is_refused_instead_of_waited_for(tmp_path):
     root = write_image_folder(tmp_path / "images")
     os.mkfifo(root / "class_01" / "pipe.jpg")
-    refused(r"class_01/pipe.jpg is no file. Remove", root, tmp_path)
+    refused(r"class_01/pipe.jpg is not a regular file. Remove", root, tmp_path)
 
 
 @pytest.mark.full
@@ -377,7 +377,7 @@ def test_parquet_files_are_read_in_order_with_their_class_names(tmp_path):
 
 def test_parquet_tells_about_how_large_images_are_so_that_no_worker_holds_too_many(tmp_path):
     write_parquet(tmp_path / "a.parquet", range(20), row_group_size=10)
-    sizes = ParquetSource([tmp_path / "a.parquet"]).list_images().source_bytes
+    sizes = ParquetSource([tmp_path / "a.parquet"]).list_images().sizes
     mean_bytes = np.mean([len(jpeg_bytes(number)) for number in range(20)])
     assert sizes.shape == (20,)
     assert mean_bytes <= sizes.mean() < 2 * mean_bytes  # labels and names count, too

@@ -1,10 +1,9 @@
-"""A beton in the making: where every image goes, and the frame around the pages in the end."""
+"""A beton in the making: where every image goes, and at the end the frame around the pages."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,25 +13,13 @@ from fastprune.base.checks import MAX_CLASSES
 from fastprune.base.errors import ConversionError
 from fastprune.base.provenance import Fingerprint, content_digest, structure_digest
 from fastprune.beton import layout
-from fastprune.beton.convert.journal import Journal
-from fastprune.beton.convert.sources.listing import Listing
+from fastprune.beton.convert.journal import RECORD
+from fastprune.beton.convert.listing import Listing
 from fastprune.beton.convert.transcode import ACTIONS, SKIPPED
-from fastprune.beton.convert.workers import (
-    CHUNKS_PER_WORKER,
-    RECORD,
-    Prepared,
-    WorkerError,
-    WorkerPool,
-)
 from fastprune.beton.manifest import SCHEMA
 from fastprune.beton.output import PageCursor, write_frame
 
 FIELDS = (layout.Field("image", "image"), layout.Field("label", "int"))
-
-# One chunk of work: small enough to share the tail of a job out, large enough that messages cost
-# nothing. Neither number changes a byte of the result.
-_CHUNK_IMAGES = 64
-_CHUNK_BYTES = 4 << 20
 
 _MANIFEST_LINES = 1 << 16
 
@@ -88,13 +75,7 @@ def row_order(count: int, shuffle_seed: int | None) -> NDArray[np.int64]:
 
 
 def start_assembly(listing: Listing, order: NDArray[np.int64], page_bytes: int) -> Assembly:
-    """Return an assembly without an image yet; its first page leaves room for the metadata.
-
-    Args:
-        listing: the images.
-        order: (N,) their order in the file.
-        page_bytes: the page size to begin with.
-    """
+    """Return an assembly without images; its first page leaves room for the metadata."""
     count = len(order)
     # Room for every image: how many will be skipped is known only in the end.
     metadata_bytes = count * layout.metadata_dtype(FIELDS).itemsize
@@ -113,7 +94,7 @@ def place(assembly: Assembly, records: NDArray[np.void], reasons: dict[int, str]
     """Give the next images their offsets in the file.
 
     Args:
-        assembly: takes them up.
+        assembly: takes them in.
         records: (n,) of dtype `RECORD`.
         reasons: by position in `records`.
 
@@ -121,100 +102,38 @@ def place(assembly: Assembly, records: NDArray[np.void], reasons: dict[int, str]
         n file offsets, -1 for skipped images.
 
     Raises:
-        WorkerError: a label is no class, or an image is too large for a page.
+        ConversionError: a label is outside the classes, or an image is too large for a page.
     """
     first = assembly.num_placed
-    positions = slice(first, first + len(records))
     names = assembly.listing.class_names
     limit = MAX_CLASSES if names is None else len(names)
-    assembly.records[positions] = records
-    for position, record in enumerate(records, first):
-        if record["action"] == SKIPPED:
+    offsets = [-1] * len(records)
+    columns = zip(*(records[name].tolist() for name in ("action", "label", "size")), strict=True)
+    for index, (action, label, size) in enumerate(columns):
+        if action == SKIPPED:
             continue
-        if not 0 <= record["label"] < limit:
-            raise WorkerError(
-                f"its label is {record['label']:,}, but labels must lie in [0, {limit:,}). Number "
-                "the classes from 0",
-                position,
-            )
         try:
-            assembly.offsets[position] = assembly.cursor.place(int(record["size"]))
+            if not 0 <= label < limit:
+                raise ConversionError(
+                    f"its label is {label:,}, but labels must lie in [0, {limit:,}). Number the "
+                    "classes from 0"
+                )
+            offsets[index] = assembly.cursor.place(size)
         except ConversionError as error:
-            raise WorkerError(str(error), position) from error
+            where = assembly.listing.where(int(assembly.order[first + index]))
+            raise ConversionError(f"{where}: {error}.") from error
+    positions = slice(first, first + len(records))
+    assembly.records[positions], assembly.offsets[positions] = records, offsets
     assembly.reasons.update({first + index: reason for index, reason in reasons.items()})
     assembly.num_placed += len(records)
-    offsets: list[int] = assembly.offsets[positions].tolist()
     return offsets
 
 
-def fill(
-    assembly: Assembly,
-    pool: WorkerPool,
-    journal: Journal,
-    fetched: Generator[list[bytes | None]] | None = None,
-) -> Iterator[int]:
-    """Have the workers prepare and write all images that have no offset yet.
-
-    An image's offset depends on the sizes before it, so a worker reports sizes, keeps the data, and
-    writes when its turn has come; meanwhile it prepares the next chunk.
-
-    Args:
-        assembly: says which.
-        pool: of the workers.
-        journal: takes a line for each chunk in the file.
-        fetched: the images of each chunk of `chunks`; None where workers read them.
-
-    Yields:
-        The number of further images that are in the file, as it grows without gaps.
-    """
-    to_send = enumerate(chunks(assembly))
-    sent: dict[int, range] = {}
-    prepared: dict[int, Prepared] = {}
-    written: set[int] = set()
-    load = [0] * len(pool)
-    next_placed = next_written = 0
-    reasons: dict[int, dict[int, str]] = {}
-    while True:
-        # The least loaded worker gets the next chunk, so that a slow one does not hold the rest up.
-        while min(load) < CHUNKS_PER_WORKER and (chunk := next(to_send, None)):
-            number, positions = chunk
-            sent[number] = positions
-            worker = load.index(min(load))
-            items = [_item(assembly, position) for position in positions]
-            if fetched is None:
-                pool.prepare(worker, number, items)
-            else:
-                pool.prepare_fetched(worker, number, items, next(fetched))
-            load[worker] += 1
-        if not any(load):
-            return
-        for report in pool.reports():
-            if isinstance(report, Prepared):
-                prepared[report.chunk] = report
-            else:
-                written.add(report.chunk)
-                load[report.worker] -= 1
-        # Offsets are given in the order of the rows, whatever the order of the reports.
-        while ready := prepared.pop(next_placed, None):
-            offsets = place(assembly, ready.records, ready.reasons)
-            pool.write(ready.worker, ready.chunk, offsets)
-            reasons[next_placed] = ready.reasons
-            next_placed += 1
-        # The journal has no gaps either: its lines are the first images of the file.
-        while next_written in written:
-            positions = sent.pop(next_written)
-            records = assembly.records[positions.start : positions.stop]
-            journal.add(records, reasons.pop(next_written))
-            written.remove(next_written)
-            next_written += 1
-            yield len(positions)
-
-
 def frame_pages(assembly: Assembly, path: Path) -> Fingerprint:
-    """Write what stands around the pages: metadata, label blocks, table, and the header last.
+    """Write metadata, label blocks and table around the pages, and the header last.
 
     Returns:
-        The fingerprint of the finished beton, which is on the disk then.
+        The fingerprint of the finished beton, which has been flushed to the disk.
     """
     kept = assembly.kept
     records, offsets = assembly.records[kept], assembly.offsets[kept]
@@ -285,30 +204,3 @@ def _lines(
 def _utf8(name: str) -> str:
     """Return a file name as text; bytes that are no UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def chunks(assembly: Assembly) -> Iterator[range]:
-    """Cut the positions without an offset so that a chunk has not too many images nor bytes."""
-    start, total = assembly.num_placed, 0
-    sizes = assembly.listing.source_bytes
-    for position in range(start, len(assembly.order)):
-        total += int(sizes[assembly.order[position]])
-        if position + 1 - start == _CHUNK_IMAGES or total >= _CHUNK_BYTES:
-            yield range(start, position + 1)
-            start, total = position + 1, 0
-    if start < len(assembly.order):
-        yield range(start, len(assembly.order))
-
-
-def locations(assembly: Assembly) -> Iterator[list[Any]]:
-    """Yield where the images of each chunk are in the source."""
-    for positions in chunks(assembly):
-        yield [assembly.listing.locate(index) for index in assembly.order[positions].tolist()]
-
-
-def _item(assembly: Assembly, position: int) -> tuple[int, object, int]:
-    """Return what a worker needs for one image: position, location, label (-1 if unknown)."""
-    index = int(assembly.order[position])
-    labels = assembly.listing.labels
-    label = -1 if labels is None else int(labels[index])
-    return position, assembly.listing.locate(index), label

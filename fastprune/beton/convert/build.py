@@ -1,8 +1,10 @@
-"""One beton, from a listing to its name: a partial file, its journal, workers, and the frame."""
+"""One beton, from a listing to its final name: a partial file, its journal, and the frame."""
 
+import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,15 @@ from fastprune.base.progress import track
 from fastprune.beton import layout
 from fastprune.beton.convert.assembly import (
     Assembly,
-    fill,
     frame_pages,
-    locations,
     manifest_lines,
     place,
     row_order,
     start_assembly,
 )
-from fastprune.beton.convert.journal import Journal, intact_rows
-from fastprune.beton.convert.sources.bucket import fetched_ahead
-from fastprune.beton.convert.sources.listing import FetchedSource, Listing, Source
+from fastprune.beton.convert.journal import AtWork, Journal, crashed_at, intact_rows
+from fastprune.beton.convert.listing import Listing, Source
+from fastprune.beton.convert.stages import fill
 from fastprune.beton.convert.transcode import (
     ACTIONS,
     COPIED,
@@ -35,80 +35,51 @@ from fastprune.beton.convert.transcode import (
     SKIPPED,
     TRANSCODED,
 )
-from fastprune.beton.convert.workers import Task, WorkerError, WorkerPool
 from fastprune.beton.manifest import Manifest, manifest_path, replace_pair, write_parquet
-from fastprune.settings import ImageSettings
+from fastprune.settings import ConvertSettings, ImageSettings
+
+_log = logging.getLogger(__name__)
 
 _DONE = (COPIED, REWRITTEN, TRANSCODED, SKIPPED)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all betons of a conversion have in common.
-
-    Attributes:
-        source: of the images.
-        settings: what is done to them.
-        on_error: "stop" or "skip".
-        shuffle_seed: of the order; None for the listing's.
-        num_workers: processes.
-        resume: whether partial files are continued.
-        keep_partial: whether a partial file is left when the conversion fails.
-        unlabeled: whether the images have no classes; their labels are 0 then.
-    """
+    """What all betons of a conversion share."""
 
     source: Source
-    settings: ImageSettings
-    on_error: str
-    shuffle_seed: int | None
-    num_workers: int
-    resume: bool
-    keep_partial: bool
-    unlabeled: bool = False
+    settings: ConvertSettings
+    num_threads: int
 
     @property
     def choices(self) -> dict[str, Any]:
         """The settings that determine a beton's bytes."""
-        own: dict[str, Any] = {"on_error": self.on_error, "shuffle_seed": self.shuffle_seed}
-        if self.unlabeled:
-            own["labels"] = False
-        return {**self.settings.model_dump(include=set(ImageSettings.model_fields)), **own}
+        settings = self.settings
+        own = {"on_error": settings.on_error, "shuffle_seed": settings.shuffle_seed}
+        labels = {"labels": False} if settings.unlabeled else {}
+        return {**settings.model_dump(include=set(ImageSettings.model_fields)), **own, **labels}
 
 
 def build_beton(
-    job: Job,
-    path: Path,
-    list_images: Callable[[], Listing],
-    *,
-    shard: dict[str, Any] | None = None,
+    job: Job, path: Path, listing: Listing, *, shard: dict[str, Any] | None = None
 ) -> Manifest:
     """Write one beton and its manifest.
 
     Args:
         job: the settings.
         path: of the beton.
-        list_images: lists the images, when the workers are started; those of a shard in the order
-            of their rows.
-        shard: what the manifest's settings say of the shard; None for a beton that is the whole.
-
-    Returns:
-        The manifest.
+        listing: the images; of a shard, in the order of their rows.
+        shard: the manifest's settings of a shard; None for a whole beton.
 
     Raises:
         ConversionError: as `convert`.
     """
     path, partial = _destinations(path)
-    task = Task(job.source, job.settings, job.on_error == "skip", partial)
-    with (
-        Journal(_journal_path(partial)) as journal,
-        # Forked before the images are listed: the list would be copied into every worker.
-        WorkerPool(job.num_workers, task) as pool,
-    ):
-        listing = list_images()
-        order = row_order(len(listing), job.shuffle_seed if shard is None else None)
+    with Journal(_journal_path(partial)) as journal:
+        order = row_order(len(listing), job.settings.shuffle_seed if shard is None else None)
         assembly = start_assembly(listing, order, layout.DEFAULT_PAGE_BYTES)
         choices = {**job.choices, **(shard or {})}
-        # What must be the same for a later run to resume the partial file of this one.
+        # A later run can resume this one's partial file only if all of this is equal.
         identity = {
             "images": listing.identity,
             "settings": choices,
@@ -116,13 +87,13 @@ def build_beton(
             "pillow": PIL.__version__,
         }
         try:
-            _start_partial(assembly, partial, journal, identity, resume=job.resume)
-            _fill(assembly, job.source, pool, journal, partial)
+            _start_partial(assembly, partial, journal, identity, resume=job.settings.resume)
+            _fill(assembly, job, partial, journal)
             manifest = _finish(assembly, partial, path, choices)
         except BaseException:
             manifest_path(partial).unlink(missing_ok=True)
-            # What is framed took its time and is whole: only its name is missing.
-            if not (job.keep_partial or job.resume or assembly.is_framed):
+            # A framed file is complete but for its name, and took a long time to make.
+            if not (job.settings.keep_partial or job.settings.resume or assembly.is_framed):
                 partial.unlink(missing_ok=True)
                 journal.remove()
             raise
@@ -135,7 +106,7 @@ def _destinations(path: Path) -> tuple[Path, Path]:
     try:
         path = destination(path)
         partial = path.with_name(f"{path.name}.partial")
-        for other in (partial, _journal_path(partial), manifest_path(path)):
+        for other in (partial, _journal_path(partial), _at_work_path(partial), manifest_path(path)):
             destination(other)
     except ArtifactError as error:
         raise ConversionError(str(error)) from None
@@ -145,9 +116,9 @@ def _destinations(path: Path) -> tuple[Path, Path]:
 
 
 def discard_partial(path: Path) -> None:
-    """Remove what a killed conversion left of a beton; wait for its workers to see its end."""
+    """Remove the files that a killed conversion left of a beton."""
     partial = path.with_name(f"{path.name}.partial")
-    leftovers = (partial, manifest_path(partial), _journal_path(partial))
+    leftovers = (partial, manifest_path(partial), _at_work_path(partial), _journal_path(partial))
     if any(leftover.exists() for leftover in leftovers):
         with suppress(ConversionError), Journal(_journal_path(partial)):
             for leftover in leftovers:
@@ -156,6 +127,10 @@ def discard_partial(path: Path) -> None:
 
 def _journal_path(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.journal")
+
+
+def _at_work_path(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.at_work")
 
 
 def _start_partial(
@@ -173,9 +148,10 @@ def _start_partial(
                 if earlier.get(key) != value:
                     raise ConversionError(
                         f"{partial} cannot be resumed: its {key} were {earlier.get(key)}, and now "
-                        f"are {value}. Repeat the command as it was, or start anew without "
+                        f"are {value}. Repeat the command as it was, or start over without "
                         "--resume."
                     )
+            _warn_of_crash(assembly, partial)
             # Offsets follow from the sizes, so the journal need not hold them.
             cursor = replace(assembly.cursor)
             offsets = [
@@ -190,31 +166,45 @@ def _start_partial(
         journal.add(assembly.records[:count], assembly.reasons)
         partial.touch()
         with partial.open("r+b") as file:
-            # Zeros where the frame will be written, and nothing behind the last intact image.
+            # Zeros where the frame will be written, and nothing after the last intact image.
             file.truncate(assembly.cursor.offset if count else 0)
             file.write(bytes(assembly.first_page))
 
 
-def _fill(
-    assembly: Assembly, source: Source, pool: WorkerPool, journal: Journal, partial: Path
-) -> None:
-    """Run the workers; name the image at which one failed."""
-    total = len(assembly.order)
-    done = assembly.num_placed
-    try:
-        with _named_write_errors(partial), ExitStack() as stack:
-            fetched = None
-            if isinstance(source, FetchedSource):
-                fetched = stack.enter_context(closing(fetched_ahead(source, locations(assembly))))
-            counts = fill(assembly, pool, journal, fetched)
-            rows = (row for count in counts for row in range(count))
-            for _ in track(rows, description="convert", total=total - done, unit="images"):
-                pass
-    except WorkerError as error:
-        if error.item is None:
-            raise ConversionError(f"{error}.") from error
-        where = assembly.listing.where(int(assembly.order[error.item]))
-        raise ConversionError(f"{where}: {error}.") from error
+def _warn_of_crash(assembly: Assembly, partial: Path) -> None:
+    """Name the images that the earlier run was working on when its process ended."""
+    positions = sorted(set(crashed_at(_at_work_path(partial))))
+    images = [int(assembly.order[at]) for at in positions if at < len(assembly.order)]
+    if images:
+        _log.warning(
+            "the run before this one was killed or crashed while it was working on %s. If this one "
+            "crashes there too, remove the image: a library cannot read it",
+            " and ".join(assembly.listing.where(image) for image in images),
+        )
+
+
+def _fill(assembly: Assembly, job: Job, partial: Path, journal: Journal) -> None:
+    """Prepare and write the images that are missing."""
+    missing = len(assembly.order) - assembly.num_placed
+    with _named_write_errors(partial), warnings.catch_warnings():
+        # Pillow warns of large images and odd metadata; what it cannot read it refuses.
+        warnings.simplefilter("ignore")
+        with closing(AtWork(_at_work_path(partial), job.num_threads)) as at_work:
+            counts = fill(
+                assembly,
+                job.source.reader,
+                job.settings,
+                partial,
+                journal,
+                num_threads=job.num_threads,
+                skip_errors=job.settings.on_error == "skip",
+                at_work=at_work,
+            )
+            # Closed before `at_work`, so that no thread is left to use it.
+            with closing(counts):
+                rows = (row for count in counts for row in range(count))
+                for _ in track(rows, description="convert", total=missing, unit="images"):
+                    pass
 
 
 def _finish(assembly: Assembly, partial: Path, path: Path, settings: dict[str, Any]) -> Manifest:

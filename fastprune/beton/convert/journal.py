@@ -1,50 +1,60 @@
-"""The journal of an unfinished conversion: what is in the partial file so far."""
+"""The journal of an unfinished conversion: which images are in the partial file, and its lock."""
 
 import contextlib
 import json
+import mmap
 import os
-import time
+import threading
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprune.base.checksums import is_intact
 from fastprune.base.errors import ConversionError
 from fastprune.base.files import try_lock
 from fastprune.base.progress import track
 from fastprune.beton.convert.transcode import SKIPPED
-from fastprune.beton.convert.workers import RECORD
 
-# A killed run's workers hold its lock until they see their pipes closed.
-_SECONDS_TO_LOCK = 5.0
-_SECONDS_BETWEEN_TRIES = 0.05
 # Bounds the memory of json.loads when a journal of millions of images is read.
 _RECORDS_PER_LINE = 4096
+
+RECORD = np.dtype(
+    [
+        ("size", "<i8"),
+        ("source_bytes", "<i8"),
+        ("label", "<i8"),
+        ("source_crc32c", "<u4"),
+        ("stored_crc32c", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("action", "u1"),
+    ]
+)
 
 
 class Journal:
     """The lock on a conversion and the record of its progress, one JSON line per chunk.
 
-    The first line has the settings and the identity of the source; each further line
-    [records, reasons] of the next images. The file is locked as long as the conversion or one of
-    its workers lives (they inherit the descriptor), so that no two write the same file.
+    The first line holds the settings and the identity of the source; each further line
+    [records, reasons] of the next images. The file is locked while the conversion runs, so that two
+    never write the same beton.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = self._open()
-        # Whoever held the lock may have removed the file meanwhile: lock the one that is there.
-        while not self._lock_is_on_the_path():
+        self._file = self._open_locked()
+        # The process that held the lock may have removed the file: lock the one on the path.
+        while not self._is_on_the_path():
             self._file.close()
-            self._file = self._open()
+            self._file = self._open_locked()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # An empty journal is that of a run that failed before its first image.
+        # An empty journal was left by a run that failed before its first image.
         if self.path.exists() and self.path.stat().st_size == 0:
             self.remove()
         # Buffered lines that a full disk refused must not raise again here.
@@ -55,11 +65,11 @@ class Journal:
         """Read what an earlier run left.
 
         Returns:
-            Its settings, None where there are none; the records of its images, of dtype `RECORD`;
-            and the reasons by position. A last line that was cut is left out.
+            Its settings, None if there are none; the records of its images, of dtype `RECORD`; and
+            the reasons by position. A last line that was cut is left out.
 
         Raises:
-            ConversionError: the file is no journal.
+            ConversionError: the file is not a journal.
         """
         self._file.seek(0)
         settings = None
@@ -79,7 +89,8 @@ class Journal:
                 count += len(values)
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ConversionError(
-                f"{self.path} is no journal of a conversion. Remove it and start without --resume."
+                f"{self.path} is not a journal of a conversion. Remove it and start without "
+                "--resume."
             ) from None
         return settings, np.concatenate(records), reasons
 
@@ -89,7 +100,7 @@ class Journal:
         self._append(settings)
 
     def add(self, records: NDArray[np.void], reasons: dict[int, str]) -> None:
-        """Note that the data of the next images is in the file.
+        """Record that the next images are in the file.
 
         Args:
             records: (n,) of dtype `RECORD`.
@@ -110,45 +121,92 @@ class Journal:
 
     def _append(self, line: object) -> None:
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        # In the operating system's hands, the line survives this process.
+        # Once the operating system has the line, it survives this process.
         self._file.flush()
 
-    def _open(self) -> BinaryIO:
+    def _open_locked(self) -> BinaryIO:
         try:
-            return self.path.open("a+b")
+            file = self.path.open("a+b")
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise ConversionError(
                 f"cannot write {self.path}: {reason}. Name a folder that exists and that you may "
                 "write to."
             ) from error
+        if not try_lock(file):
+            file.close()
+            raise ConversionError(
+                f"another conversion is writing {self.path.with_suffix('')}. Wait for it, or name "
+                "another beton."
+            )
+        return file
 
-    def _lock_is_on_the_path(self) -> bool:
-        """Wait for the lock, and say whether the locked file still has its name."""
-        deadline = time.monotonic() + _SECONDS_TO_LOCK
-        while not try_lock(self._file):
-            if time.monotonic() > deadline:
-                self._file.close()
-                raise ConversionError(
-                    f"another conversion is writing {self.path.with_suffix('')}. Wait for it, "
-                    "or name another beton."
-                )
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+    def _is_on_the_path(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         return False
 
 
+class AtWork:
+    """Which image each thread is working on, in a small file that survives a crash.
+
+    A library that crashes takes the process with it; the next run reads here which image did it.
+    """
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        """Make the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.path = path
+        # Written, not only sized: in a mapping, a full disk would be a SIGBUS.
+        path.write_bytes(bytes(8 * num_threads))
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        self._slots = np.frombuffer(self._map, "<i8")
+        self._thread = threading.local()
+        self._num_taken = 0
+        self._lock = threading.Lock()
+
+    def note(self, position: int) -> None:
+        """Note the image that this thread begins with."""
+        try:
+            slot = self._thread.slot
+        except AttributeError:
+            with self._lock:
+                slot = self._thread.slot = self._num_taken
+                self._num_taken += 1
+        # A store to shared memory, because a system call for each image would cost more.
+        self._slots[slot] = position + 1
+
+    def close(self) -> None:
+        """Remove the file: this run did not crash."""
+        del self._slots
+        self._map.close()
+        self.path.unlink(missing_ok=True)
+
+
+def crashed_at(path: Path) -> list[int]:
+    """Read the positions that an earlier run was working on when it was killed or crashed."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return []
+    slots = np.frombuffer(content[: len(content) // 8 * 8], "<i8")
+    return [position - 1 for position in slots.tolist() if position > 0]
+
+
 def intact_rows(partial: Path, records: NDArray[np.void], offsets: list[int]) -> int:
     """Count how many of the journal's images are whole in the partial file, from the first on.
 
-    A killed process leaves what it wrote, a crashed machine perhaps not: so nothing is believed
-    that the stored bytes' CRC-32C does not confirm.
+    A killed process leaves what it wrote; a crashed machine may not. So only images whose stored
+    bytes have the CRC-32C of the journal count.
 
     Args:
         partial: the unfinished beton.
         records: (n,) of dtype `RECORD`, from the journal.
-        offsets: n file offsets; of skipped images they do not count.
+        offsets: n file offsets; ignored for skipped images.
     """
     with partial.open("rb") as file:
         stored_images = zip(records, offsets, strict=True)
@@ -157,7 +215,6 @@ def intact_rows(partial: Path, records: NDArray[np.void], offsets: list[int]) ->
             if record["action"] == SKIPPED:
                 continue
             file.seek(offset)
-            stored = file.read(int(record["size"]))
-            if google_crc32c.value(stored) != record["stored_crc32c"]:
+            if not is_intact(file.read(int(record["size"])), record["stored_crc32c"]):
                 return item
     return len(records)

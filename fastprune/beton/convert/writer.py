@@ -1,4 +1,4 @@
-"""Images -> beton: JPEGs, copied or rewritten by supervised workers, in aligned places."""
+"""Images -> beton: checks what was asked for, lists the images, and has the beton built."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ from fastprune.base.cpus import usable_cpus
 from fastprune.base.errors import ArtifactError, InvalidValueError
 from fastprune.beton.convert.build import Job, build_beton
 from fastprune.beton.convert.cluster import RayAddress
-from fastprune.beton.convert.sharded import convert_shards
+from fastprune.beton.convert.listing import renumbered
+from fastprune.beton.convert.parquet import ParquetSource
+from fastprune.beton.convert.shards import convert_shards
 from fastprune.beton.convert.sources import source_for
-from fastprune.beton.convert.sources.listing import Listing, renumbered
-from fastprune.beton.convert.sources.parquet import ParquetSource
 from fastprune.beton.manifest import Manifest, read_manifest
 from fastprune.beton.opening import is_url, open_beton
 from fastprune.settings import ConvertSettings, takes_settings
 
-# More processes than this only wait for the disk, unless they are asked for.
+# More threads than this only wait for the disk, unless they are asked for.
 _MOST_WORKERS = 16
 
 
@@ -50,8 +50,8 @@ def convert(
     Raises:
         InvalidValueError: a setting is outside its domain.
         ConversionError: an image or the folder cannot be read, a class is not in
-            `classes_from`, the beton cannot be written, memory or file descriptors ran out, or a
-            worker died. Nothing is left behind, unless a partial file was asked for.
+            `classes_from`, the beton cannot be written, or memory or file descriptors ran out.
+            Nothing is left behind, unless a partial file was asked for.
         ArtifactError: `classes_from` cannot be read or has no class names of its own.
         StorageError: the URL cannot be written.
         MissingDependencyError: Ray is not installed.
@@ -73,30 +73,20 @@ def convert(
             "group. Convert in order; the loader shuffles."
         )
 
-    def list_images() -> Listing:
-        listing = source.list_images()
-        return listing if names is None else renumbered(listing, names)
-
-    job = Job(
-        source,
-        settings,
-        settings.on_error,
-        settings.shuffle_seed,
-        settings.workers or default,
-        settings.resume,
-        settings.keep_partial,
-        settings.unlabeled,
-    )
-    if settings.shards is not None:
-        return convert_shards(
-            job, beton_path, list_images, settings.shards, shard=settings.shard, ray=ray
-        )
-    if is_url(beton_path):
+    if settings.shards is None and is_url(beton_path):
         raise InvalidValueError(
             f"shards must be at least 1 where the beton goes to {beton_path}: each shard is "
             "made on the local disk and uploaded."
         )
-    return build_beton(job, Path(beton_path), list_images)
+    listing = source.list_images()
+    if names is not None:
+        listing = renumbered(listing, names)
+    job = Job(source, settings, settings.workers or default)
+    if settings.shards is not None:
+        return convert_shards(
+            job, beton_path, listing, settings.shards, shard=settings.shard, ray=ray
+        )
+    return build_beton(job, Path(beton_path), listing)
 
 
 def _absolute(location: Any) -> Any:

@@ -235,13 +235,14 @@ def test_source_that_was_sent_to_another_process_reads_the_same(server, tmp_path
     assert SECRET.encode() not in sent
     assert len(sent) < 4000, "the listing stays behind"
     copy, part = pickle.loads(sent)
-    where = [part.locate(0), part.locate(1)]
+    where = [part.location(0), part.location(1)]
 
     def images(source):
         import threading
 
         stop = threading.Event()
-        return [image for piece in source.pieces(where) for image in source.fetch(piece, stop)]
+        reader = source.reader
+        return [image for piece in reader.pieces(where) for image in reader.fetch(piece, stop)]
 
     assert images(copy) == images(source)
     assert images(copy)[0].startswith(b"\xff\xd8")

@@ -9,16 +9,21 @@ from typing import Any
 import numpy as np
 
 from fastprune.base.errors import ConversionError
-from fastprune.beton.convert.sources.listing import Listing
+from fastprune.beton.convert.listing import Listing
 from fastprune.beton.convert.transcode import Content
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """The samples of an object with `__len__` and `__getitem__`, read in the workers."""
+    """The samples of an object with `__len__` and `__getitem__`, read on the worker threads."""
 
     dataset: Any
     unlabeled: bool = False
+
+    @property
+    def reader(self) -> "DatasetSource":
+        """The source itself."""
+        return self
 
     def list_images(self) -> Listing:
         """Number the samples; their labels are not known before they are read.
@@ -35,19 +40,18 @@ class DatasetSource:
             root=name,
             names=_Numbers(count),
             labels=None,
-            source_bytes=np.zeros(count, np.int64),
-            locate=int,
+            sizes=np.zeros(count, np.int64),
             class_names=class_names,
             # Nothing cheap changes with the content of an object that may be anything.
             identity=f"{name} of {count:,} samples",
         )
 
-    def read(self, location: int) -> tuple[Content, int]:
+    def read(self, location: tuple[str, int]) -> tuple[Content, int]:
         """Take one sample: a pair, a longer tuple, or a dict with "image" and "label".
 
         Without labels it may also be the image alone.
         """
-        sample = self.dataset[location]
+        sample = self.dataset[int(location[0])]
         label: Any = 0
         if isinstance(sample, Mapping):
             content = sample["image"]

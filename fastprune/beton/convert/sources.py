@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.base.errors import InvalidValueError
-from fastprune.beton.convert.sources.bucket import bucket_source
-from fastprune.beton.convert.sources.dataset import DatasetSource, without_decoding
-from fastprune.beton.convert.sources.folder import FlatSource, FolderSource, TreeSource
-from fastprune.beton.convert.sources.listing import Source, require_one_set
-from fastprune.beton.convert.sources.parquet import ParquetSource
-from fastprune.beton.convert.sources.tars import TarSource
+from fastprune.beton.convert.bucket import bucket_source
+from fastprune.beton.convert.dataset import DatasetSource, without_decoding
+from fastprune.beton.convert.folders import FlatSource, FolderSource, LocalFiles, TreeSource
+from fastprune.beton.convert.listing import Source, require_one_set
+from fastprune.beton.convert.parquet import ParquetSource
+from fastprune.beton.convert.tars import TarSource
 from fastprune.beton.opening import is_url
 
 
@@ -43,12 +43,13 @@ def source_for(images: Any, labels: str | Path | None, *, unlabeled: bool = Fals
         return bucket_source(images, labels, unlabeled=unlabeled)
     path = Path(images)
     if labels is not None:
-        return FlatSource(path, Path(labels))
+        return FlatSource(LocalFiles(path), Path(labels))
     if shards := shard_files(path, ".parquet"):
         return ParquetSource(shards, unlabeled)
     if shards := shard_files(path, ".tar"):
         return TarSource(shards, unlabeled)
-    return TreeSource(path) if unlabeled else FolderSource(path)
+    files = LocalFiles(path)
+    return TreeSource(files) if unlabeled else FolderSource(files)
 
 
 def shard_files(path: Path, suffix: str) -> list[Path]:

@@ -6,9 +6,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastprune.base.errors import ConversionError, InvalidValueError
 from fastprune.base.progress import track
@@ -22,7 +24,7 @@ from fastprune.beton.convert.cluster import (
     shared,
     taken,
 )
-from fastprune.beton.convert.sources.listing import Listing
+from fastprune.beton.convert.listing import Listing
 from fastprune.beton.manifest import Manifest, manifest_path, read_manifest
 from fastprune.beton.opening import is_url
 from fastprune.beton.remote.store import Store
@@ -30,48 +32,24 @@ from fastprune.beton.shards import SET_NAME, missing_shards, shard_name, write_s
 
 _log = logging.getLogger(__name__)
 
-ListImages = Callable[[], Listing]
-
-
-class Target(Protocol):
-    """Where shards go."""
-
-    def require_free(self) -> None:
-        """Refuse a place that holds a sharded beton already."""
-        ...
-
-    def prepare(self) -> None:
-        """Make the place ready for shards."""
-        ...
-
-    def missing(self, settings: dict[str, Any], *, refuse_others: bool) -> list[int]:
-        """Find the shards that are not there yet; see `missing_shards`."""
-        ...
-
-    def make(self, index: int, build: Callable[[Path], Manifest]) -> Manifest:
-        """Make a shard, whole or not at all, by what builds it at a local path."""
-        ...
-
-    def finish(self, settings: dict[str, Any]) -> Manifest:
-        """Write manifest.json for shards that are all there."""
-        ...
+Build = Callable[[Path], Manifest]
 
 
 def convert_shards(
     job: Job,
     where: str | Path,
-    list_images: ListImages,
+    listing: Listing,
     num_shards: int,
     *,
     shard: int | None,
     ray: RayAddress,
 ) -> Manifest:
-    """Make the shards that are missing, or one of them; write manifest.json when all are there.
+    """Make the shards that are missing, or one of them; write manifest.json once all are there.
 
     Args:
         job: the settings.
         where: a folder, or a URL of object storage.
-        list_images: lists the images of all shards.
+        listing: the images of all shards.
         num_shards: of the whole.
         shard: the one to make; None for all.
         ray: the cluster whose tasks make them; None makes them here, one after another.
@@ -80,44 +58,38 @@ def convert_shards(
         The manifest of the whole, or of the last shard made while others are missing.
 
     Raises:
-        ConversionError: as `convert`; or there is a sharded beton already that is not to be
+        ConversionError: as `convert`; or a sharded beton is there already that is not to be
             resumed.
         BetonError: a shard of another conversion is there.
         StorageError: the store cannot be read or written.
         ClusterError: the cluster cannot be reached, or gave a task up.
     """
     with _opened(where) as target:
-        if not job.resume:
-            target.require_free()
-        target.prepare()
-        listing = list_images()
+        target.prepare(resume=job.settings.resume)
         if num_shards > len(listing):
             raise InvalidValueError(
                 f"shards must be at most the number of images, {len(listing):,}, but is "
                 f"{num_shards:,}."
             )
-        # What all shards of a conversion have in their settings.
+        # All shards of a conversion have these in their settings.
         settings = {**job.choices, "shards": num_shards, "images": listing.identity}
-        # Without resume, what is there of this shard (or of all) is made anew.
+        # Without resume, shards that exist are made again.
         todo = list(range(num_shards)) if shard is None else [shard]
-        if job.resume:
+        if job.settings.resume:
             missing = target.missing(settings, refuse_others=True)
             todo = [index for index in todo if index in missing]
-        order = row_order(len(listing), job.shuffle_seed)
+        order = row_order(len(listing), job.settings.shuffle_seed)
         # Ranges of positions that differ in size by one at most, in the order of the rows.
         bounds = [at * len(listing) // num_shards for at in range(num_shards + 1)]
-        parts = {
-            index: partial(listing.take, order[bounds[index] : bounds[index + 1]]) for index in todo
-        }
+        parts = {index: order[bounds[index] : bounds[index + 1]] for index in todo}
         manifest = None
         try:
             if ray is None:
-                for index, list_part in parts.items():
-                    build = partial(_build, job, settings, index, list_part)
+                for index, part in parts.items():
+                    build = _builder(job, settings, index, listing.take(part))
                     manifest = target.make(index, build)
             else:
-                num_rows = sum(bounds[index + 1] - bounds[index] for index in todo)
-                _make_on_cluster(job, where, settings, parts, num_rows, ray)
+                _make_on_cluster(job, where, settings, listing, parts, ray)
         except KeyboardInterrupt:
             num_whole = num_shards - len(target.missing(settings, refuse_others=False))
             _log.warning(
@@ -138,35 +110,36 @@ def convert_shards(
         return manifest or read_manifest(manifest_path(Path(where) / shard_name(shard or 0)))
 
 
-def _build(
-    job: Job, settings: dict[str, Any], index: int, list_part: ListImages, path: Path
-) -> Manifest:
-    return build_beton(job, path, list_part, shard={**settings, "shard": index})
+def _builder(job: Job, settings: dict[str, Any], index: int, listing: Listing) -> Build:
+    return lambda path: build_beton(job, path, listing, shard={**settings, "shard": index})
 
 
 def _make_on_cluster(
     job: Job,
     where: str | Path,
     settings: dict[str, Any],
-    parts: Mapping[int, ListImages],
-    num_rows: int,
+    listing: Listing,
+    parts: Mapping[int, NDArray[np.int64]],
     ray: str | bool,
 ) -> None:
-    """Make shards by tasks; each gets the part of the listing that it needs."""
+    """Make shards by tasks; each gets its part of the listing."""
     tasks, is_ours = [], False
+    num_rows = sum(map(len, parts.values()))
     try:
         with cluster(ray) as is_ours:
             tasks = [
-                ClusterTask(shard_name(index), (job, where, settings, index, shared(list_part())))
-                for index, list_part in parts.items()
+                ClusterTask(
+                    shard_name(index), (job, where, settings, index, shared(listing.take(part)))
+                )
+                for index, part in parts.items()
             ]
-            with closing(run_tasks(_make_one, tasks, num_cpus=job.num_workers)) as finished:
+            with closing(run_tasks(_make_one, tasks, num_cpus=job.num_threads)) as finished:
                 rows = (row for _, count in finished for row in range(count))
                 for _ in track(rows, description="convert", total=num_rows, unit="images"):
                     pass
     except BaseException:
-        # Tasks end with the connection, wherever they are; with the caller's they may go on.
-        if is_ours and not (is_url(where) or job.resume or job.keep_partial):
+        # Tasks end with our own connection; with the caller's they may continue.
+        if is_ours and not (is_url(where) or job.settings.resume or job.settings.keep_partial):
             for task in tasks:
                 discard_partial(Path(where) / task.name)
         raise
@@ -177,13 +150,12 @@ def _make_one(
 ) -> int:
     """Make one shard, in a task; returns the number of its images."""
     with _opened(where) as target:
-        # The part is fetched when the workers are forked, so that they do not share its memory.
-        build = partial(_build, job, settings, index, partial(taken, part))
-        return sum(target.make(index, build).counts.values())
+        manifest = target.make(index, _builder(job, settings, index, taken(part)))
+        return sum(manifest.counts.values())
 
 
 @contextmanager
-def _opened(where: str | Path) -> Iterator[Target]:
+def _opened(where: str | Path) -> "Iterator[_Folder | _Bucket]":
     if not is_url(where):
         yield _Folder(Path(where))
         return
@@ -197,14 +169,13 @@ class _Folder:
 
     path: Path
 
-    def require_free(self) -> None:
-        if (self.path / SET_NAME).exists():
+    def prepare(self, *, resume: bool) -> None:
+        """Make the folder; refuse one that holds a sharded beton which is not to be resumed."""
+        if not resume and (self.path / SET_NAME).exists():
             raise ConversionError(
                 f"{self.path} holds a sharded beton already. Add --resume to keep the shards that "
                 "are whole, remove the folder, or name another one."
             )
-
-    def prepare(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConversionError(f"{self.path} is a file. Name a folder for the shards.")
         try:
@@ -218,7 +189,7 @@ class _Folder:
     def missing(self, settings: dict[str, Any], *, refuse_others: bool) -> list[int]:
         return missing_shards(self.path, settings["shards"], settings, refuse_others=refuse_others)
 
-    def make(self, index: int, build: Callable[[Path], Manifest]) -> Manifest:
+    def make(self, index: int, build: Build) -> Manifest:
         return build(self.path / shard_name(index))
 
     def finish(self, settings: dict[str, Any]) -> Manifest:
@@ -229,21 +200,19 @@ class _Folder:
 class _Bucket:
     """Each shard is built in a local folder, uploaded, and removed there.
 
-    Its manifest is uploaded behind it, so a shard that has one is whole.
+    Its manifest is uploaded after it, so a shard that has one is whole.
     """
 
     store: Store
     folder: Path
 
-    def require_free(self) -> None:
-        if self.store.exists(SET_NAME):
+    def prepare(self, *, resume: bool) -> None:
+        """Refuse a prefix that holds a sharded beton which is not to be resumed."""
+        if not resume and self.store.exists(SET_NAME):
             raise ConversionError(
                 f"{self.store.url} holds a sharded beton already. Add --resume to keep the shards "
                 "that are whole, or name another prefix."
             )
-
-    def prepare(self) -> None:
-        """Nothing is needed: prefixes come with their objects."""
 
     def missing(self, settings: dict[str, Any], *, refuse_others: bool) -> list[int]:
         missing = []
@@ -265,7 +234,7 @@ class _Bucket:
             missing.append(index)
         return missing
 
-    def make(self, index: int, build: Callable[[Path], Manifest]) -> Manifest:
+    def make(self, index: int, build: Build) -> Manifest:
         local = self.folder / shard_name(index)
         manifest = build(local)
         self.store.write(local.name, local)

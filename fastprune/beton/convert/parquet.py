@@ -1,10 +1,12 @@
 """Parquet files as Hugging Face writes image sets: a struct with the bytes, and a label."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import ConversionError
 from fastprune.base.untrusted import open_regular, parse_json
-from fastprune.beton.convert.sources.listing import Listing, SourceFile, shards_identity
+from fastprune.beton.convert.listing import Listing, SourceFile, on_threads, shards_identity
 
 # As the image sets on Hugging Face call them; the first that fits is taken.
 _IMAGE_NAMES = ("image", "img", "jpg", "png")
@@ -39,52 +41,99 @@ class ParquetSource:
 
     files: Sequence[SourceFile]
     unlabeled: bool = False
+    _groups: "_RowGroups" = field(default_factory=lambda: _RowGroups(), compare=False)
+
+    @property
+    def reader(self) -> "ParquetSource":
+        """The source itself."""
+        return self
 
     def list_images(self) -> Listing:
         """Read every row's label; the images stay on disk.
 
         Raises:
-            ConversionError: a file is no Parquet, or has no image or label column.
+            ConversionError: a file is not Parquet, or has no image or label column.
         """
         schema = _opened(self.files[0]).schema_arrow
         column = None if self.unlabeled else _label_column(schema, self.files[0])
         names: list[str] = []
         labels: list[Any] = []
-        places: list[NDArray[np.int32]] = []
+        places: list[NDArray[np.int64]] = []
         sizes: list[NDArray[np.int64]] = []
-        for number, (path, rows) in enumerate(zip(self.files, self._rows(column), strict=True)):
+        listed = on_threads(partial(rows_of_file, column=column), self.files)
+        for number, (path, rows) in enumerate(zip(self.files, listed, strict=True)):
             labels.append(rows.labels)
             for group, (num_rows, mean_bytes) in enumerate(rows.groups):
-                place = np.full((num_rows, 3), (number, group, 0), np.int32)
+                place = np.full((num_rows, 3), (number, group, 0), np.int64)
                 place[:, 2] = np.arange(num_rows)
                 places.append(place)
                 sizes.append(np.full(num_rows, mean_bytes, np.int64))
             names += [f"{path.name}#{row}" for row in range(len(rows.labels))]
         if not names:
             raise ConversionError(f"{self.files[0]} and its like hold no rows.")
-        table = np.concatenate(places)
         return Listing(
             root=str(self.files[0].parent),
             names=names,
             labels=np.concatenate(labels),
-            source_bytes=np.concatenate(sizes),
-            locate=lambda index: tuple(table[index].tolist()),
+            sizes=np.concatenate(sizes),
+            places=np.concatenate(places),
             class_names=None if column is None else _class_names(schema, column),
             identity=shards_identity(self.files),
         )
 
-    def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
-        """Take one image out of its row group, which stays in memory for the next ones."""
-        number, group, row = location
-        content = bytes_in(_images(self.files[number], group), row)
-        if content is None:
-            raise without_bytes()
-        return content, None
+    def pieces(self, locations: list[Any]) -> list[list[Any]]:
+        """Keep a chunk together; each image with the row group that it is in."""
+        return [
+            [(self._groups.get(self.files[number], group), row) for number, group, row in locations]
+        ]
 
-    def _rows(self, column: str | None) -> Iterator[Rows]:
-        """Yield what is known of each file's rows."""
-        for path in self.files:
-            yield rows_of_file(path, column)
+    def fetch(self, piece: list[Any], stop: threading.Event) -> list[bytes | ConversionError]:
+        """Take the images out of their row groups."""
+        del stop
+        images = (group.images[row].as_py() for group, row in piece)
+        contents = (value.get("bytes") if isinstance(value, dict) else value for value in images)
+        missing = ConversionError(
+            "it has no bytes in the Parquet file. If the images stand beside it as files, convert "
+            "their folder"
+        )
+        return [missing if content is None else content for content in contents]
+
+
+class _RowGroup:
+    """The images of a row group, read by the first thread that wants them."""
+
+    def __init__(self, file: SourceFile, number: int):
+        self._file, self._number = file, number
+        self._lock = threading.Lock()
+        self._images: pa.Array | None = None
+
+    @property
+    def images(self) -> pa.Array:
+        with self._lock:
+            if self._images is None:
+                file = _opened(self._file)
+                column = _image_column(file.schema_arrow, self._file)
+                table = file.read_row_group(self._number, columns=[column], use_threads=False)
+                self._images = table[column].combine_chunks()
+            return self._images
+
+
+class _RowGroups:
+    """Row groups that are in use, and the last one, which the next chunk may begin with."""
+
+    def __init__(self) -> None:
+        self._in_use: WeakValueDictionary[tuple[SourceFile, int], _RowGroup] = WeakValueDictionary()
+        self._last: _RowGroup | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _RowGroups, ()
+
+    def get(self, file: SourceFile, number: int) -> _RowGroup:
+        group = self._in_use.get((file, number))
+        if group is None:
+            group = self._in_use[file, number] = _RowGroup(file, number)
+        self._last = group
+        return group
 
 
 def rows_of_file(path: SourceFile, column: str | None) -> Rows:
@@ -100,35 +149,6 @@ def rows_of_file(path: SourceFile, column: str | None) -> Rows:
     # A row group is not read for its rows' sizes: their mean cuts the work well enough.
     groups = [(one.num_rows, one.total_byte_size // max(1, one.num_rows)) for one in facts]
     return Rows(labels, groups)
-
-
-def without_bytes() -> ConversionError:
-    """Return the error of a row that has no image in it."""
-    return ConversionError(
-        "it has no bytes in the Parquet file. If the images stand beside it as files, convert "
-        "their folder"
-    )
-
-
-def bytes_in(images: pa.Array, row: int) -> bytes | None:
-    """Take an image out of its column; None where it has no bytes."""
-    value = images[row].as_py()
-    content: bytes | None = value.get("bytes") if isinstance(value, dict) else value
-    return content
-
-
-# Neighboring rows go to one worker, so one row group is enough; more would cost its memory again.
-@lru_cache(maxsize=1)
-def _images(path: SourceFile, group: int) -> pa.Array:
-    return images_of_group(path, group)
-
-
-def images_of_group(path: SourceFile, group: int) -> pa.Array:
-    """Read the image column of one row group."""
-    file = _opened(path)
-    column = _image_column(file.schema_arrow, path)
-    table = file.read_row_group(group, columns=[column], use_threads=False)
-    return table[column].combine_chunks()
 
 
 def _opened(path: SourceFile) -> pq.ParquetFile:

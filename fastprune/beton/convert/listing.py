@@ -1,13 +1,14 @@
-"""A source of images: a listing made once, and a way for every worker to read one image."""
+"""A listing: the table of the images of a source; and how a source gives them."""
 
 import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,10 @@ _NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")
 SourceFile = Path | RemoteFile
 FileStatus = os.stat_result | ListedObject
 
+Result = TypeVar("Result")
+
+_LISTING_THREADS = 24
+
 
 class Names(Protocol):
     """A name per image: a list, or something that makes the names up when asked."""
@@ -36,17 +41,18 @@ class Names(Protocol):
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source, in row order.
+    """The images of a source, in row order: a table whose parts shards and tasks take.
 
     Attributes:
         root: the folder or dataset, for messages.
         names: (N,) where each image is below the root, for the manifest and for messages.
-        labels: (N,) int64; None where a label is known only when its image is read.
-        source_bytes: (N,) int64, size of each image in bytes, to cut the work by; a mean where only
-            that is known, 0 where nothing is.
-        locate: index -> what `Source.read` needs, small and picklable.
-        class_names: name of every class in the order of the labels; None where there are none.
+        labels: (N,) int64; None if a label is known only when its image is read.
+        sizes: (N,) int64, size of each image in bytes, to cut the work by; a mean if only that is
+            known, 0 if nothing is.
+        class_names: name of every class in the order of the labels; None if there are none.
         identity: changes when an image is added, removed or replaced; for `--resume`.
+        places: (N, 3) int64, where each image is inside the source's files; None if an image is a
+            file of its own.
         source_indices: (N,) where the images are in the listing that they were taken from; None
             for a listing of a whole source.
     """
@@ -54,70 +60,81 @@ class Listing:
     root: str
     names: Names
     labels: NDArray[np.int64] | None
-    source_bytes: NDArray[np.int64]
-    locate: Callable[[int], Any]
+    sizes: NDArray[np.int64]
     class_names: tuple[str, ...] | None
     identity: str
+    places: NDArray[np.int64] | None = None
     source_indices: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, indices: NDArray[np.int64]) -> "Listing":
-        """Return some of the images, in this order; it holds no more than theirs and is picklable.
+        """Return some of the images, in this order, as a table of their own.
 
         Args:
             indices: (n,) of images in the listing of a whole source.
         """
         assert self.source_indices is None, "taken from a part"
-        taken = indices.tolist()
         return replace(
             self,
-            names=[self.names[index] for index in taken],
+            names=[self.names[index] for index in indices.tolist()],
             labels=None if self.labels is None else self.labels[indices],
-            source_bytes=self.source_bytes[indices],
-            locate=[self.locate(index) for index in taken].__getitem__,
+            sizes=self.sizes[indices],
+            places=None if self.places is None else self.places[indices],
             source_indices=indices,
         )
 
+    def location(self, index: int) -> tuple[Any, ...]:
+        """Return what the source needs to read an image: its name and size, or its place."""
+        if self.places is None:
+            return self.names[index], int(self.sizes[index])
+        return tuple(self.places[index].tolist())
+
     def where(self, index: int) -> str:
-        """Return where an image is, fit for a line of text whatever its name holds."""
+        """Return where an image is, escaped if its name does not fit into a line of text."""
         place = f"{self.root}/{self.names[index]}"
         return place if place.isprintable() else repr(place)
 
 
-class Source(Protocol):
-    """A place with images. It is handed to the workers before it is listed, so keep it light."""
-
-    def list_images(self) -> Listing:
-        """List every image without reading it."""
-        ...
+class Reader(Protocol):
+    """Reads images one by one, on the threads that prepare them."""
 
     def read(self, location: Any) -> tuple[Content, int | None]:
-        """Read one image; also its label where the listing has none."""
+        """Read one image; also its label if the listing has none. Several threads call it."""
         ...
 
 
 @runtime_checkable
-class FetchedSource(Source, Protocol):
-    """A source that is read by the process that converts, on threads.
-
-    Its workers get bytes: the client of a store must not be used behind a fork.
-    """
+class Fetcher(Protocol):
+    """Fetches images ahead, several in a request, on threads of its own."""
 
     def pieces(self, locations: list[Any]) -> list[list[Any]]:
         """Divide locations, in their order, into what one request brings."""
         ...
 
-    def fetch(self, piece: list[Any], stop: threading.Event) -> list[bytes | None]:
-        """Fetch the images of a piece, None for one without bytes; `stop` is set to give up."""
+    def fetch(self, piece: list[Any], stop: threading.Event) -> Sequence[bytes | ConversionError]:
+        """Fetch the images of a piece, or say why one cannot be; `stop` is set to give up."""
+        ...
+
+
+class Source(Protocol):
+    """A place with images."""
+
+    @property
+    def reader(self) -> Reader | Fetcher:
+        """Gives the images by their location in the listing."""
+        ...
+
+    def list_images(self) -> Listing:
+        """List every image without reading it."""
         ...
 
 
 class FilesIdentity:
     """A digest that changes when a file is added, removed, renamed or replaced.
 
-    It is fed file by file, because the status of a million files takes half a gigabyte.
+    Files are added one by one, because the status of a million takes half a gigabyte.
     """
 
     def __init__(self, start: bytes = b"") -> None:
@@ -142,8 +159,19 @@ def shards_identity(files: Sequence[SourceFile]) -> str:
     return identity.hexdigest()
 
 
+def on_threads(
+    function: Callable[[SourceFile], Result], files: Sequence[SourceFile]
+) -> Iterator[Result]:
+    """Yield a function's result for each file, in order; files of a store at the same time."""
+    if all(isinstance(file, Path) for file in files):
+        yield from map(function, files)
+        return
+    with ThreadPoolExecutor(_LISTING_THREADS, "fastprune-listing") as pool:
+        yield from pool.map(function, files)
+
+
 def require_one_set(folder: str, names: list[str], suffix: str, has_folders: bool) -> None:
-    """Refuse a folder that can be read in two ways: either would leave images out without a word.
+    """Refuse a folder that can be read in two ways: either would silently leave images out.
 
     Args:
         folder: with shards.

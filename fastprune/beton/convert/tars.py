@@ -2,20 +2,25 @@
 
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastprune.base.errors import ConversionError
-from fastprune.beton.convert.sources.listing import Listing, SourceFile, shards_identity
+from fastprune.beton.convert.listing import Listing, SourceFile, on_threads, shards_identity
+from fastprune.beton.remote.file import RemoteFile
 
 # In the order in which one is chosen where a sample has several.
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif")
 _LABEL = "cls"
 _MOST_LABEL_BYTES = 18  # digits that always fit an int64
 _BLOCK_BYTES = 512
+# Read along between two images: the next one's header, and the class of this one.
+_GAP_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class TarSource:
     shards: Sequence[SourceFile]
     unlabeled: bool = False
 
+    @property
+    def reader(self) -> "TarSource":
+        """The source itself."""
+        return self
+
     def list_images(self) -> Listing:
         """List every sample: its image's place in the tar, and the number in its .cls file.
 
@@ -48,7 +58,8 @@ class TarSource:
         names: list[str] = []
         places: list[tuple[int, int, int]] = []
         labels: list[int] = []
-        for number, (shard, samples) in enumerate(zip(self.shards, self._samples(), strict=True)):
+        listed = on_threads(lambda shard: list(samples_of(shard, self.unlabeled)), self.shards)
+        for number, (shard, samples) in enumerate(zip(self.shards, listed, strict=True)):
             for key, image, label in samples:
                 names.append(f"{shard.name}/{key}.{image.extension}")
                 places.append((number, image.offset, image.size))
@@ -60,25 +71,45 @@ class TarSource:
             root=str(self.shards[0].parent),
             names=names,
             labels=np.array(labels, np.int64),
-            source_bytes=table[:, 2],
-            locate=lambda index: tuple(table[index].tolist()),
+            sizes=table[:, 2],
             class_names=None,
             identity=shards_identity(self.shards),
+            places=table,
         )
 
-    def read(self, location: tuple[int, int, int]) -> tuple[bytes, None]:
-        """Read one image out of its shard."""
-        shard, offset, size = location
-        with self.shards[shard].open("rb") as file:
-            content = os.pread(file.fileno(), size, offset)
-        if len(content) < size:
-            raise ConversionError(f"{self.shards[shard]} was cut while it was being read")
-        return content, None
+    def pieces(self, locations: list[Any]) -> list[list[Any]]:
+        """Join neighbors, so that a chunk of samples is a request or two."""
+        pieces: list[list[Any]] = []
+        end = None
+        for shard, offset, size in locations:
+            if end is not None and end[0] == shard and 0 <= offset - end[1] <= _GAP_BYTES:
+                pieces[-1].append((shard, offset, size))
+            else:
+                pieces.append([(shard, offset, size)])
+            end = shard, offset + size
+        return pieces
 
-    def _samples(self) -> Iterator[Iterable[Sample]]:
-        """Yield the samples of each shard."""
-        for shard in self.shards:
-            yield samples_of(shard, self.unlabeled)
+    def fetch(self, piece: list[Any], stop: threading.Event) -> list[bytes]:
+        """Read the images of one range."""
+        number, start, _ = piece[0]
+        size = piece[-1][1] + piece[-1][2] - start
+        shard = self.shards[number]
+        if isinstance(shard, RemoteFile):
+            content = shard.store.read(shard.entry.name, start, size, stop=stop)
+        else:
+            content = _read_range(shard, start, size)
+        return [content[offset - start : offset - start + size] for _, offset, size in piece]
+
+
+def _read_range(shard: Path, start: int, size: int) -> bytes:
+    try:
+        with shard.open("rb") as file:
+            content = os.pread(file.fileno(), size, start)
+    except OSError as error:
+        raise ConversionError(f"{shard} cannot be read: {error.strerror or error}") from error
+    if len(content) < size:
+        raise ConversionError(f"{shard} was cut while it was being read")
+    return content
 
 
 def samples_of(shard: SourceFile, unlabeled: bool) -> Iterator[Sample]:
