@@ -386,7 +386,7 @@ class Misbehaving:
 
 @pytest.mark.parametrize(
     "act",
-    [lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: os._exit(3)],
+    [lambda: signal.raise_signal(signal.SIGSEGV), lambda: os._exit(3)],
     ids=["crash", "exit"],
 )
 def test_a_crash_names_its_image_when_the_conversion_is_resumed(tmp_path, caplog, act):
