@@ -202,9 +202,9 @@ class Forward:
             _mean(probabilities).argmax(dim=1) if self.uses_labels else torch.full_like(rows, -1)
         )
         # One transfer for all; classes are exact in float64.
-        columns = torch.stack([*columns, predictions.double()]).cpu().numpy()
+        table = torch.stack([*columns, predictions.double()]).cpu().numpy()
         records = np.empty(len(rows), RECORD)
-        for name, column in zip(RECORD.names or (), columns, strict=True):
+        for name, column in zip(RECORD.names or (), table, strict=True):
             records[name] = column
         return rows.cpu().numpy(), _mean(features).cpu().numpy(), records
 

@@ -210,7 +210,8 @@ class MirroredBeton(Beton):
             fetching some of the rows.
         """
         assert self.marks is not None
-        assert self.store is not None
+        store = self.store
+        assert store is not None
         file, places, crcs = self.mirrored[request.file], self.places, self.crcs
         with self.marks.claim(request.rows) as rows:
             if rows is None:
@@ -219,7 +220,7 @@ class MirroredBeton(Beton):
                 return 0
             start = int(places.offsets[rows[0]])
             size = int((places.offsets[rows] + places.sizes[rows]).max()) - start
-            require_version(self.store, file)
+            require_version(store, file)
 
             def require_rows(content: bytes) -> None:
                 view = memoryview(content)
@@ -227,10 +228,10 @@ class MirroredBeton(Beton):
                     at = int(places.offsets[row]) - start
                     if not is_intact(view[at : at + int(places.sizes[row])], crcs[row]):
                         # Another version of the object would never have the right bytes.
-                        require_version(self.store, file)
+                        require_version(store, file)
                         raise BadBodyError(f"the bytes of row {row:,} are others (CRC-32C)")
 
-            content = self.store.read(file.name, start, size, require=require_rows, stop=stop)
+            content = store.read(file.name, start, size, require=require_rows, stop=stop)
             path = self.folder / file.name
             with named_os_errors(path):
                 descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
