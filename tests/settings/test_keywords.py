@@ -88,9 +88,8 @@ def test_missing_setting_is_named():
             "Did you mean 'pages'?",
         ),
         (
-            {"fields": ("image",)},
-            "fields must be a list of names among 'images', 'labels', 'rows', 'teacher_logits', "
-            "'contrast_rows', 'second_images', not ('image',).",
+            {"tail": "pads"},
+            "tail must be one of 'drop', 'pad', 'exact', not 'pads'. Did you mean 'pad'?",
         ),
     ],
 )
@@ -111,6 +110,11 @@ def test_dtypes_and_devices_of_torch_are_taken_by_name():
     assert (made.dtype, made.device) == ("float16", "cuda:1")
     with pytest.raises(InvalidValueError, match=r"dtype must be one of .*, not torch\.int8"):
         validated(LoaderSettings, {"dtype": torch.int8})
+
+
+def test_names_in_a_list_are_refused_by_their_choices():
+    with pytest.raises(InvalidValueError, match=r"a list of names among 'images', .* \('image',\)"):
+        validated(LoaderSettings, {"fields": ("image",)})
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
