@@ -170,7 +170,7 @@ class DaliDecoder:
                 continue
             size = (int(self._beton.widths[row]), int(self._beton.heights[row]))
             if (header.width, header.height) != size:
-                self._broken[row] = "its JPEG is not of the size that the beton says"
+                self._broken[row] = "its JPEG is not of the size in the beton"
             self._header_was_read[row] = True
 
     def _sample(self, rows: NDArray[np.int64], views: NDArray[np.int32]) -> Sample:

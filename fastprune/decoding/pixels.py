@@ -44,7 +44,7 @@ class StoredImages:
         offsets: (n,) int64, where each image begins in `content`.
         sizes: (n,) int64, in bytes.
         modes: (n,) uint8, 0 for JPEG bytes, 1 for raw RGB pixels.
-        sides: (n, 2), height and width in pixels that the beton says.
+        sides: (n, 2), height and width in pixels as the beton lists them.
     """
 
     content: NDArray[np.uint8]
@@ -246,7 +246,7 @@ def decode_rows(
 ) -> None:
     """Fill `pixels` from each of `starts` (n,) on with a row's view, and `codes` (n,) with a code.
 
-    A view has `side` rows and columns. `sides` (n, 2) are the height and width that the beton says.
+    A view has `side` rows and columns. `sides` (n, 2) are the heights and widths in the beton.
     Raw rows are unsupported.
     """
     for i in range(len(codes)):

@@ -1,1 +1,1 @@
-"""What we know of JPEG."""
+"""Boxes of JPEGs to pixels: headers, entropy decoding, IDCT, resize, color."""

@@ -1,7 +1,7 @@
 """Where the blocks of a scan lie, and the way back to a scan with a restart marker after each row.
 
-A block is its DC value and a run of bits, those of its AC symbols, which are copied as they are. So
-no coefficient is decoded, and none can change.
+A block is its DC value and the bits of its AC symbols, which are copied as they are. Coefficients
+are not decoded, so they cannot change.
 """
 
 import numpy as np
@@ -39,7 +39,7 @@ def find_blocks(data, work, values, begins, ends, counts):
 
     Block i, in scan order, has the DC value values[i]; its AC symbols are the bits from begins[i]
     to ends[i] of the workspace's stream. counts (2, 65) are how often each category of DC
-    differences occurs, of luma and of chroma, once rows begin anew.
+    differences occurs, in luma and in chroma, when each row starts without a prediction.
     """
     frame = work.frame
     mcus_per_row, mcu_rows, blocks_per_mcu = mcu_grid(frame)
@@ -97,7 +97,7 @@ def _leading_zeros(typing_context, number):
     """How many bits of 64 are not set before the first that is; 64 for 0."""
 
     def generate(context, builder, signature, arguments):
-        # The flag says that 0 is no exception.
+        # The flag makes the result for 0 defined.
         return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
 
     return types.int64(types.uint64), generate
@@ -107,7 +107,7 @@ def _leading_zeros(typing_context, number):
 def write_rows(work, values, begins, ends, codes, lengths, row_bytes, out):
     """Write the scan's data, a restart interval for each row of MCUs; return how many bytes.
 
-    `codes` and `lengths` (2, 16) are those of DC categories, of luma and of chroma. `row_bytes` has
+    `codes` and `lengths` (2, 16) belong to the DC categories of luma and chroma. `row_bytes` has
     room for any row before stuffing.
     """
     mcus_per_row, mcu_rows, blocks_per_mcu = mcu_grid(work.frame)

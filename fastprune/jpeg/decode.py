@@ -48,7 +48,7 @@ def decode_view(
 
     Raises:
         InvalidValueError: the box is empty or not inside the image, or a number is out of range.
-        JpegError: the bytes are no JPEG, or what the crop needs of them is damaged or missing.
+        JpegError: the bytes are not a JPEG, or the part that the crop needs is damaged or missing.
 
     Thread safety: any number of threads may call this at once; each keeps a workspace.
     """
@@ -71,8 +71,8 @@ def require_whole(jpeg_bytes: bytes, *, height: int, width: int) -> None:
         width: in pixels, in [1, 65500].
 
     Raises:
-        JpegError: its data is damaged or missing, or its size is another; the caller says what to
-            do.
+        JpegError: its data is damaged or missing, or its size differs; the caller adds the
+            cure.
     """
     data = _as_array(jpeg_bytes)
     work = make_workspace(file_bytes=len(data), width=1, height=1, output_height=1, output_width=1)
@@ -183,7 +183,7 @@ def _outside(box: tuple[int, int, int, int], height: int, width: int) -> Invalid
 
 
 def _workspace(file_bytes: int, box: tuple[int, int, int, int], size: tuple[int, int]) -> Workspace:
-    """This thread's workspace, made anew where it is too small; a large one is not kept."""
+    """Return this thread's workspace, replaced if it is too small; a large one is not kept."""
     needed = (file_bytes, box[3], box[2])
     room = (0, 0, 0)
     if getattr(_kept, "size", None) == size:

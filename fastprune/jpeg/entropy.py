@@ -63,9 +63,9 @@ def refilled(stream, at, bits, held):
 
 @inlined
 def _long_symbol(bits, work, table):
-    """The entry of a symbol that the lookup does not hold; 0 where there is no such code."""
+    """Find the entry of a symbol that the lookup does not hold; 0 for an invalid code."""
     # Canonical codes grow with their length: left-aligned to 16 bits, a code has `length` bits if
-    # it is the first to lie below the end of the codes of that length (T.81, figure F.16).
+    # it is the first to lie below the end of that length's codes (T.81, figure F.16).
     code = np.int64(bits >> np.uint64(48))
     limit = table * LIMIT_ITEMS
     length = np.int64(1)
@@ -83,7 +83,7 @@ def _long_symbol(bits, work, table):
 
 @inlined
 def symbol_entry(bits, work, table):
-    """The entry of the next symbol of any length; 0 where there is no such code."""
+    """Return the entry of the next symbol of any length; 0 for an invalid code."""
     entry = np.uint64(work.lookups[np.uint64(table * LOOKUP_STRIDE) + (bits >> _LOOKUP_SHIFT)])
     return entry if entry != _ZERO else _long_symbol(bits, work, table)
 

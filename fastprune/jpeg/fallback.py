@@ -44,7 +44,7 @@ def decode_whole(
     Raises:
         BoxOutsideImageError: the box reaches beyond the image.
         JpegError: Pillow cannot decode it, or would take too long or too much memory; the caller
-            says what to do.
+            adds the cure.
     """
     top, left, height, width = box
     with _opened(jpeg_bytes) as image:
@@ -76,8 +76,8 @@ def _opened(jpeg_bytes: bytes) -> Iterator[Image.Image]:
     """Open an image that can be decoded in bounded time and memory; name what happens then."""
     require_few_scans(jpeg_bytes)
     try:
-        # Image.open would warn of a large image, which is no attack: the user's own data set holds
-        # it. Warnings cannot be silenced in one thread alone.
+        # Image.open would warn of a large image as a possible attack, but it is the user's own
+        # data. Warnings cannot be silenced in one thread alone.
         with JpegImageFile(io.BytesIO(jpeg_bytes)) as image:
             # From here on Image.open refuses, and `convert` does. At ten bytes a pixel, which a
             # progressive image takes, the default is below 2 GB.

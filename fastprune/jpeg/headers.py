@@ -1,4 +1,4 @@
-"""What a JPEG says of itself: a walk over its markers from start to end, without decoding."""
+"""The markers of a JPEG, walked from start to end without decoding."""
 
 import re
 import struct
@@ -26,7 +26,7 @@ _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader:
-    """What the markers of a JPEG tell.
+    """Facts from the markers of a JPEG.
 
     Attributes:
         width: in pixels, [1, 65500].
@@ -37,7 +37,7 @@ class JpegHeader:
         color: "gray", "ycbcr", "rgb", "cmyk" or "ycck", told as libjpeg tells it.
         subsampled: whether a component has a lower resolution than another.
         orientation: the EXIF orientation, [1, 8]; 1 where none is given.
-        end: offset behind the end-of-image marker, in bytes; data after it is no part of the image.
+        end: offset behind the end-of-image marker, in bytes; the image ends there.
     """
 
     width: int
@@ -52,7 +52,7 @@ class JpegHeader:
 
 @dataclass(slots=True)
 class _Seen:
-    """What the walk has met so far."""
+    """Segments that the walk has met so far."""
 
     frame: bytes = b""
     process: str = ""
@@ -86,7 +86,7 @@ def read_header(content: bytes) -> JpegHeader:
         The header.
 
     Raises:
-        JpegError: the bytes are no whole JPEG; the text says why, and the caller what to do.
+        JpegError: the bytes are not a whole JPEG; the text tells why, and the caller adds the cure.
 
     Source: ITU-T T.81, annex B.
     """
@@ -151,7 +151,7 @@ def require_few_scans(content: bytes) -> None:
     """Refuse a JPEG that would keep a decoder busy for minutes or hours; other faults are ignored.
 
     Raises:
-        TooManyScansError: it has such a number of scans; the caller says what to do.
+        TooManyScansError: it has too many scans; the caller adds the cure.
     """
     seen = _Seen()
     try:

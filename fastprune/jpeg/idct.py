@@ -57,7 +57,7 @@ def _eight_points(
     odd_2 = x3 * 25172 + z2 + z3
     odd_3 = x1 * 12299 + z1 + z4
     # Outputs come in pairs mirrored at the middle: the cosines of even frequencies are symmetric
-    # there, those of odd ones antisymmetric.
+    # there, of odd ones antisymmetric.
     return (
         (sum_0 + odd_3) >> shift,
         (sum_1 + odd_2) >> shift,

@@ -1,4 +1,4 @@
-"""What all stages of the decoder share: status codes, how they are compiled, a little vector IR.
+"""Shared by all stages of the decoder: status codes, compilation, a little vector IR.
 
 An inner function is compiled without Numba's reference counting, which would otherwise stay in the
 hot loops; so it may allocate nothing and return no array. Stages that LLVM does not vectorize by
@@ -38,7 +38,7 @@ MEANINGS = {
     TRUNCATED: "its entropy-coded data ends too early",
     LACKS_ROOM: "it is larger than the decoder's workspace",
     BAD_BOX: "the box does not lie inside it",
-    OTHER_SIZE: "its JPEG is not of the size that the beton says",
+    OTHER_SIZE: "its JPEG is not of the size in the beton",
 }
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))

@@ -1,8 +1,8 @@
 """The lossless rewrite to restart rows: the same coefficients, a restart marker after each row.
 
-A decoder that wants some rows of the picture finds them without decoding those above; any other
-decoder reads the file as before. AC symbols are copied bit for bit. DC values are coded anew, since
-a row begins without a value to differ from, with tables made for the image.
+A decoder that wants some rows of the picture finds them without decoding the rows above; any other
+decoder reads the file as before. AC symbols are copied bit for bit. DC values are coded again, with
+tables made for the image, since a row begins without a prediction.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def to_restart_rows(jpeg_bytes: bytes) -> bytes | None:
         kept as they are.
 
     Raises:
-        JpegError: its entropy-coded data is damaged or truncated; the caller says what to do.
+        JpegError: its entropy-coded data is damaged or truncated; the caller adds the cure.
     """
     data = np.frombuffer(jpeg_bytes, np.uint8)
     work = make_workspace(file_bytes=len(data), width=8, height=8, output_height=8, output_width=8)

@@ -51,7 +51,7 @@ def decode_mcus(data, work, first_row, rows, first_column, columns):
     """Decode a rectangle of the image's MCUs into planes; return a code.
 
     The planes lie one after the other in `work.planes`, transposed: a column of samples is
-    contiguous. The frame's PLANE and STRIDE say where they are.
+    contiguous. The frame's PLANE and STRIDE locate them.
     """
     frame = work.frame
     mcus_per_row, mcu_rows, _ = mcu_grid(frame)

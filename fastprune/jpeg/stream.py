@@ -115,7 +115,7 @@ def unstuff(data, start, stream, starts, first, last):
     if len(stream) < len(data) - start + GUARD_BYTES or len(starts) < 2:
         return LACKS_ROOM
     position, interval = start, 0
-    # No table says where intervals begin: the markers before the first have to be counted. The
+    # Intervals are not listed anywhere: the markers before the first have to be counted. The
     # bytes are copied all the same, to where they are overwritten later, since copying and
     # searching 64 bytes is one step.
     while interval < first:
@@ -132,7 +132,7 @@ def unstuff(data, start, stream, starts, first, last):
     length = 0
     while interval <= last:
         position, length = _copy_run(data, position, stream, length)
-        # A last 0xFF without anything behind it is no escape.
+        # A last 0xFF without anything behind it is not an escape.
         if position >= len(data) - 1:
             break
         position, marker = _read_escape(data, position)

@@ -1,14 +1,14 @@
 """Huffman tables made for speed.
 
 An AC symbol is a run of zeros and the category of the value behind them (T.81, F.1.2.2): its high
-and low four bits. The category says how many additional bits follow the code; they are the value.
+and low four bits. The category is the number of bits behind the code that hold the value.
 `advance` is how far the value lies ahead in zigzag order: the run plus one.
 
 A lookup has one entry for each value of the next 10 bits:
 
     advance << 24 | (63 - category) << 16 | code bits << 8 | all bits
 
-`all bits` are those of code and value together. The advance of the symbol that ends a block is
+`all bits` counts code and value together. The advance of the symbol that ends a block is
 END_OF_BLOCK. An entry is 0 for codes of more than 10 bits and for symbols of more than MOST_BITS in
 all.
 
@@ -16,9 +16,9 @@ A table of pairs is an AC lookup with the symbol behind it, where the 10 bits ho
 
     second value << 48 | second advance << 40 | bits of the first << 32 | lookup's entry
 
-with `all bits` those of both symbols. Second value and advance are 0 where there is none.
+with `all bits` of both symbols. Second value and advance are 0 if there is only one symbol.
 
-A skip table has one entry for each value of the next 12 bits, for blocks that nobody looks at:
+A skip table has one entry for each value of the next 12 bits, for blocks that are skipped:
 advance << 6 | bits of all symbols whose codes they hold, 0 for a code of more than 12 bits. The
 symbol that ends a block counts SKIPPED_BLOCK there.
 """
@@ -38,7 +38,7 @@ from fastprune.jpeg.workspace import (
 # Added to an index, it leads beyond 62 + 16, the farthest that a run in damaged data can lead.
 END_OF_BLOCK = 129
 # The same in a skip table. The symbols joined there, of a bit or more each, advance by 12 * 16 at
-# most, so bit 9 of the sum says whether the block has ended.
+# most, so bit 9 of the sum tells whether the block has ended.
 SKIPPED_BLOCK = 513
 MOST_BITS = 18  # a third of what a refilled reader holds
 ADVANCE_SHIFT = np.uint64(24)
@@ -100,8 +100,8 @@ def _build(work, table):
     spec, base, limit = table * SPEC_BYTES, table * LOOKUP_STRIDE, table * LIMIT_ITEMS
     for i in range(1 << LOOKUP_BITS):
         lookups[base + i] = 0
-    # Codes are canonical (T.81, C.2): those of one length are consecutive numbers, and the first of
-    # the next length is twice the one behind the last.
+    # Codes are canonical (T.81, C.2): one length's codes are consecutive numbers, and the next
+    # length's first is twice the number behind the last.
     code, first = 0, 0
     for length in range(1, 17):
         count = specs[spec + length - 1]
@@ -215,8 +215,8 @@ def _fill_steps(steps, start, symbol, length, known):
     category = symbol & 15
     advance = np.int64(SKIPPED_BLOCK) if is_end(symbol) else advance_of(symbol)
     own = np.uint16(advance << 6 | (length + category))
-    # Behind the symbol that ends a block there is no AC symbol. A value may reach beyond the known
-    # bits: the step passes it all the same, but nothing behind it.
+    # Nothing follows the symbol that ends a block. A value may reach beyond the known bits:
+    # the step passes it all the same, but nothing behind it.
     rest = np.int64(0) if is_end(symbol) else max(known - length - category, 0)
     source = np.uint64(1 << rest)
     mask = source - np.uint64(1)

@@ -64,7 +64,7 @@ def read_view(data, work, top, left, height, width, output_height, output_width,
     output_bytes = output_height * output_width
     taps = (np.int64(0), np.int64(0))
     for component in range(frame[COMPONENTS]):
-        # Cb has the weights of Y unless it is smaller, Cr those of Cb.
+        # Cb has the weights of Y unless it is smaller; Cr has the weights of Cb.
         if component == 0 or (component == 1 and frame[H_FACTOR] * frame[V_FACTOR] > 1):
             taps = _weigh_component(work, component, vertical, horizontal, flip)
         target = outputs + component * output_bytes

@@ -33,7 +33,7 @@ class Workspace(NamedTuple):
     """Arrays that compiled code fills; what they hold is of no use outside.
 
     Attributes:
-        frame: (40,) int64, what the header says; its items are named in frame.py.
+        frame: (40,) int64, the parsed header; its items are named in frame.py.
         quantizers: (4 * 64,) int16, quantization tables in the order of a block.
         specs: (8 * 272,) uint8, the image's Huffman tables: 16 counts, 256 symbols each.
         built: (8 * 272,) uint8, the tables that `lookups` were built from.

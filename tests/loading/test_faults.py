@@ -96,7 +96,7 @@ def test_a_jpeg_of_another_size_than_the_beton_says_is_refused(beton, damage_row
     height_at = jpeg.index(b"\xff\xc0") + 5
     height = int(opened.heights[5]) - 8
     damage_row(beton, 5, height.to_bytes(2, "big"), height_at)
-    with pytest.raises(LoadingError, match=r"row 5 of .* not of the size that the beton says"):
+    with pytest.raises(LoadingError, match=r"row 5 of .* not of the size in the beton"):
         list(_loader(beton))
 
 
@@ -107,7 +107,7 @@ def test_a_jpeg_whose_size_pillow_takes_from_elsewhere_is_refused(tmp_path):
     picture(1).save(progressive, "JPEG", progressive=True)
     images[5].write_bytes(with_hidden_frame(progressive.getvalue()))
     convert(root, tmp_path / "a.beton", workers=1)
-    with pytest.raises(LoadingError, match=r"row 5 of .* not of the size that the beton says"):
+    with pytest.raises(LoadingError, match=r"row 5 of .* not of the size in the beton"):
         list(_loader(tmp_path / "a.beton"))
 
 
