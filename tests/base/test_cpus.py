@@ -4,7 +4,8 @@ import pytest
 
 from fastprune.base import cpus
 from fastprune.base.cpus import cpu_quota, cpus_per_rank, usable_cpus
-from fastprune.beton.convert.writer import _checked_workers
+from fastprune.beton.convert.writer import convert
+from tests.images import write_image_folder
 
 
 @pytest.fixture
@@ -101,6 +102,9 @@ def test_ranks_that_others_started_share_the_cpus_too(
     assert cpus_per_rank(**process_group) == expected
 
 
-def test_conversion_takes_as_many_processes_as_the_quota_allows(monkeypatch):
+def test_conversion_takes_as_many_threads_as_the_quota_allows(monkeypatch, tmp_path):
     monkeypatch.setattr(cpus, "cpu_quota", lambda: 1.0)
-    assert _checked_workers(None) == 1
+    monkeypatch.setattr(
+        "fastprune.beton.convert.writer.build_beton", lambda job, *_: job.num_threads
+    )
+    assert convert(write_image_folder(tmp_path / "images"), tmp_path / "a.beton") == 1
