@@ -14,22 +14,15 @@ MAX_CLASSES = 1_000_000
 
 
 def require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuse a value that is not among the allowed ones.
-
-    Raises:
-        InvalidValueError: it is not.
-    """
+    """Raise InvalidValueError unless the value is one of the allowed ones."""
     if value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
         raise InvalidValueError(f"{name} must be one of {choices}, not {value!r}.")
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
-    """Refuse what is not an integer in [least, 2**63).
-
-    Raises:
-        InvalidValueError: the value is not an integer (True is not one), or lies outside.
-    """
+    """Raise InvalidValueError unless the value is an integer in [least, 2**63)."""
+    # True and False are ints in Python, but never a count or a seed.
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_integer or value < least:
         raise InvalidValueError(f"{name} must be an integer >= {least}, not {value!r}.")
@@ -64,10 +57,7 @@ def require_channels(
 def did_you_mean(name: str, known: Iterable[str], *, list_known: bool = True) -> str:
     """Return the end of an error message for an unknown name: the nearest one, then all.
 
-    Args:
-        name: what the user wrote.
-        known: the names there are; the hint is empty where there are none.
-        list_known: False to leave out the list, where it is long.
+    Empty if no names are known; `list_known=False` leaves a long list out.
 
     >>> did_you_mean("mediun", ["easy", "medium"])
     " Did you mean 'medium'? There are: easy, medium."

@@ -10,12 +10,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def crc32c(data: Any, crc: int = 0) -> int:
-    """CRC-32C of bytes; of a contiguous array, of its bytes in memory order.
-
-    Args:
-        data: bytes, or any object with a contiguous buffer.
-        crc: of the bytes before these, to continue from.
-    """
+    """CRC-32C of any contiguous buffer; `crc` continues from the bytes before it."""
     if not isinstance(data, bytes | np.ndarray):
         # The library refuses writable buffers other than arrays.
         data = np.frombuffer(data, np.uint8)
@@ -23,7 +18,8 @@ def crc32c(data: Any, crc: int = 0) -> int:
 
 
 def crc32c_of_range(descriptor: int, offset: int, num_bytes: int) -> int:
-    """CRC-32C of a range of an open file; of fewer bytes where the file ends early."""
+    """CRC-32C of a range of an open file; of fewer bytes if the file ends early."""
+    # In chunks: a range may be a whole shard of many gigabytes.
     crc, end = 0, offset + num_bytes
     while offset < end and (chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)):
         crc, offset = crc32c(chunk, crc), offset + len(chunk)

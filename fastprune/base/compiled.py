@@ -26,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 _SUFFIX = ".compiled"
 _DIGEST_BYTES = 16
+# Long enough for a job that runs monthly to find its code again.
 _UNUSED_SECONDS = 30 * 24 * 3600.0
 _LONGEST_WAIT_SECONDS, _SECONDS_BETWEEN_TRIES = 120.0, 0.05
 
@@ -38,9 +39,6 @@ def cached(*sources: Path, **options: Any) -> Callable[[Callable[..., Any]], Any
     Args:
         sources: every file of which functions or constants are compiled in, the function's own too.
         options: of `numba.njit`.
-
-    Returns:
-        A decorator.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -53,8 +51,8 @@ def cached(*sources: Path, **options: Any) -> Callable[[Callable[..., Any]], Any
         compile_function = dispatcher.compile
 
         def compile_alone(signature: Any) -> Any:
-            # Between loading and saving, numba calls nothing of ours, and nothing at all where it
-            # fails: so the lock that `load_overload` takes is given up here.
+            # Numba calls nothing of ours between loading and saving, and nothing at all if it
+            # fails, so the lock that `load_overload` takes is released here.
             with global_compiler_lock, _turn:
                 return compile_function(signature)
 
@@ -134,6 +132,7 @@ class CompiledFiles:
 
     def save_overload(self, signature: Any, result: Any) -> None:
         """Write the code for a signature, if there is a folder for it."""
+        # Imported late, as everywhere here: numba takes a second, and `--help` needs none of it.
         from numba.core.serialize import dumps
 
         assert not result.library.has_dynamic_globals, "addresses would be kept"
@@ -179,7 +178,7 @@ def _source_digest(sources: tuple[Path, ...]) -> str:
 
 
 def _find(name: str) -> Any:
-    """Unpickle a file of any folder that is trusted; None where there is none, or none intact."""
+    """Unpickle the first intact file of this name in a trusted folder, if there is one."""
     payloads = (_read(folder / name) for folder in _readable_folders())
     return next((payload for payload in payloads if payload is not None), None)
 
@@ -204,8 +203,9 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, payload: bytes) -> None:
-    """Write a file whole or not at all: other processes may look for it at the same time."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Whole or not at all: other processes may look for the file at the same time. Not fsynced,
+    # because the digest finds what a power failure cut short.
     with temporary_path(path) as temporary:
         temporary.touch(0o600)
         digest = hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
@@ -253,7 +253,7 @@ def _users_cache() -> str:
 
 
 def _make_private(folder: Path) -> bool:
-    """Make a folder where it is missing; whether we, and no other user, can write to it."""
+    """Create a folder if it is missing; return whether only we can write to it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -275,6 +275,7 @@ def _is_trusted(folder: Path) -> bool:
             return False
         if status.st_uid not in (0, os.geteuid()):
             return False
+        # A link's own mode means nothing; the folder it leads to is in the other path.
         if stat.S_ISLNK(status.st_mode) or not status.st_mode & 0o022:
             continue
         is_sticky = status.st_uid == 0 and status.st_mode & stat.S_ISVTX

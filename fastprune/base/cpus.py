@@ -25,10 +25,7 @@ def cpus_per_rank(*, world: int = 1, gpus: int = 0) -> int:
 
     torchrun, Slurm, Open MPI and MPICH put their number into the environment. `mp.spawn` and
     Lightning do not: they start one rank per GPU, and without GPUs all ranks on this machine.
-
-    Args:
-        world: ranks of the process group.
-        gpus: CUDA devices of this machine.
+    `world` counts the ranks of the process group, `gpus` the CUDA devices of this machine.
     """
     local = next(filter(None, map(_number_in, _LOCAL_RANKS)), 0)
     # Slurm counts its own tasks, of which each may spawn ranks of its own.
@@ -38,7 +35,6 @@ def cpus_per_rank(*, world: int = 1, gpus: int = 0) -> int:
 
 
 def _number_in(variable: str) -> int:
-    """Return the number in a variable of the environment; 0 where there is none."""
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else 0
 
@@ -46,13 +42,9 @@ def _number_in(variable: str) -> int:
 def cpu_quota(*, process: Path = _PROCESS, mount: Path = _MOUNT) -> float | None:
     """CPUs that the cgroups of this process allow it (`docker run --cpus`, a Kubernetes limit).
 
-    Args:
-        process: the file that names the cgroups of the process.
-        mount: where the cgroup file systems are mounted.
-
-    Returns:
-        CPUs, the least of the cgroup and of all above it; None without a limit.
+    None without a limit.
     """
+    # A cgroup is bound by every cgroup above it, so the least quota counts.
     quotas = [
         quota for folder in cgroup_folders("cpu", process, mount) for quota in _quotas(folder)
     ]
@@ -81,8 +73,9 @@ def cgroup_folders(controller: str, process: Path = _PROCESS, mount: Path = _MOU
 
 
 def _quotas(folder: Path) -> list[float]:
-    """The quota that a cgroup's own files state."""
+    """The quota in a cgroup's own files, as a list of one or none."""
     try:
+        # Version 2 has both numbers in one file, version 1 has one file each.
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         else:

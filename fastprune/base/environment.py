@@ -8,6 +8,7 @@ from typing import Any
 
 from fastprune.base.cpus import usable_cpus
 
+# Those that decide a measurement; DALI's wheels are named by the CUDA version.
 _PACKAGES = (
     "fastprune",
     "torch",

@@ -91,15 +91,10 @@ class DamagedCheckpointWarning(UserWarning):
 
 @contextmanager
 def importing(package: str, *, extra: str, purpose: str) -> Iterator[None]:
-    """Name a missing package, and the line that installs it, where an import in the block fails.
+    """Turn a failed import in the block into a MissingDependencyError with the line to install it.
 
-    Args:
-        package: as `pip` knows it.
-        extra: of fastprune, which brings the package.
-        purpose: the words in front of "needs the package".
-
-    Raises:
-        MissingDependencyError: the package cannot be imported.
+    `package` is its name for `pip`, `extra` the extra of fastprune that brings it, and `purpose`
+    the words in front of "needs the package".
     """
     try:
         yield

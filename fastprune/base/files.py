@@ -33,13 +33,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to `path` when the block succeeds.
 
     The data is fsynced before the rename and the folder after it. When the block fails, the
-    temporary file is removed and an earlier file at `path` is untouched.
-
-    Args:
-        path: the final name; its folder must exist.
-
-    Yields:
-        The temporary path, which the block must create.
+    temporary file is removed and an earlier file at `path` is untouched. The block must create the
+    temporary file.
 
     Raises:
         ArtifactError: the folder does not exist, the disk is full, writing is not allowed, or
@@ -127,7 +122,7 @@ def lock(path: str | Path, *, shared: bool = False, wait: bool = True) -> Iterat
 
 
 def _open_lock(path: Path) -> int:
-    """Open a lock file, and make it where it is missing."""
+    """Open a lock file, and create it if it is missing."""
     # First without O_CREAT, which is refused for other people's files in folders like /tmp. And
     # first for writing: NFS gives exclusive locks on no other descriptor.
     for flags in (os.O_RDWR, os.O_RDONLY):
@@ -150,7 +145,7 @@ def try_lock(file: int | IO[bytes] | IO[str]) -> bool:
 
 
 def _flock(file: int | IO[bytes] | IO[str], operation: int) -> bool:
-    """Return False if another process holds the lock; True also where locks are unsupported."""
+    """Return False if another process holds the lock; True also if locks are unsupported."""
     try:
         fcntl.flock(file, operation)
     except OSError as error:
@@ -162,12 +157,7 @@ def _flock(file: int | IO[bytes] | IO[str], operation: int) -> bool:
 
 
 def write_all(descriptor: int, data: Any, offset: int) -> None:
-    """Write all bytes at an offset: the kernel writes a part of them when the disk fills up.
-
-    Args:
-        descriptor: of an open file.
-        data: a buffer, or a list of at most IOV_MAX (1,024) adjacent ones.
-        offset: of the first byte.
+    """Write all bytes of a buffer, or of a list of at most IOV_MAX (1,024) buffers, at an offset.
 
     Raises:
         OSError: not all of it can be written.
@@ -176,6 +166,7 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
     written = os.pwritev(descriptor, buffers, offset)
     if written == sum(memoryview(buffer).nbytes for buffer in buffers):
         return
+    # The kernel writes only a part when the disk fills up; the next call then raises ENOSPC.
     rest = memoryview(b"".join(bytes(buffer) for buffer in buffers))[written:]
     offset += written
     while rest:
@@ -184,11 +175,7 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole UTF-8 text file, or nothing.
-
-    Raises:
-        ArtifactError: as `atomic_path`.
-    """
+    """Write a whole UTF-8 text file, or nothing; raises as `atomic_path` does."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -199,6 +186,7 @@ def named_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        # With the folder in place, the block itself misses a file, which the disk cannot help.
         if path.parent.is_dir():
             raise
         raise ArtifactError(
@@ -214,11 +202,7 @@ def named_os_errors(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the renames in a folder, to the disk.
-
-    Raises:
-        OSError: a file cannot be flushed; a folder that cannot is passed over.
-    """
+    """Flush a file, or the renames in a folder, to the disk; raises OSError for files alone."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         # Not every file system can flush a folder.

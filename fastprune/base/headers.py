@@ -41,7 +41,7 @@ NumberPerClass = Annotated[
 ]
 
 _DIGEST_BYTES = 16
-_SHOWN_CHARACTERS = 40
+_SHOWN_CHARACTERS = 40  # of a value in an error, which stays one line
 # In JSON's words; pydantic's own texts serve for the other kinds.
 _EXPECTED = {
     "int_type": "be an integer",
@@ -80,18 +80,11 @@ def read_header(
     max_bytes: int = MAX_BYTES,
     error: type[ArtifactError] = ArtifactError,
 ) -> Model:
-    """Read a JSON file as a model.
-
-    Args:
-        path: the file.
-        model: usually a subclass of `Header`.
-        cure: a sentence for the error: how to get a good file.
-        max_bytes: a longer file is refused.
-        error: class of the error to raise.
+    """Read a JSON file as a model; `cure` ends the error and tells how to get a good file.
 
     Raises:
         ArtifactError: the file is missing, cannot be read or does not fit the model. A missing file
-            is the error's `__cause__`, a FileNotFoundError.
+            is the error's `__cause__`, a FileNotFoundError. `error` names a subclass to raise.
     """
     try:
         text = read_bytes(path, max_bytes=max_bytes)
@@ -111,11 +104,7 @@ def parse_header(
     cure: str,
     error: type[ArtifactError] = ArtifactError,
 ) -> Model:
-    """Parse the JSON of a header as a model; `name` is the file's, for the error.
-
-    Raises:
-        ArtifactError: the text does not fit the model; it names file, key, value and cure.
-    """
+    """Parse the JSON of a header as a model; raises as `read_header`, naming the file `name`."""
     try:
         return parse_model(text, model)
     except ValueError as fault:
@@ -143,7 +132,7 @@ def parse_model(text: str | bytes, model: type[Model]) -> Model:
     """Parse JSON as a model, for callers who word the error themselves.
 
     Raises:
-        ValueError: the text does not fit; its text fits behind "FILE cannot be read:".
+        ValueError: the text does not fit; the message continues "FILE cannot be read:".
     """
     # Parsed twice: pydantic bounds the depth at about 200, and accepts JSON's lists as tuples only
     # when it parses the text itself.
@@ -187,11 +176,7 @@ def with_digest(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_unchanged(record: dict[str, Any]) -> None:
-    """Refuse a record whose values are not the ones `with_digest` saw.
-
-    Raises:
-        ValueError: a value was changed, by damage or by hand.
-    """
+    """Raise ValueError if a value changed since `with_digest`, by damage or by hand."""
     if record.get("digest") is not None and record["digest"] != _record_digest(record):
         raise ValueError(
             "it was changed since it was written; without its 'digest' it is taken as it is"
@@ -205,11 +190,7 @@ def _record_digest(record: dict[str, Any]) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of bounded depth.
-
-    Raises:
-        ValueError: the text is not JSON, or nested too deeply.
-    """
+    """Parse JSON; raise ValueError if it is damaged or nested too deeply."""
     try:
         return _of_bounded_depth(json.loads(text))
     except RecursionError:
@@ -217,11 +198,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML of bounded depth.
-
-    Raises:
-        ValueError: the text is not TOML, or nested too deeply.
-    """
+    """Parse TOML; raise ValueError if it is damaged or nested too deeply."""
     try:
         settings: dict[str, Any] = _of_bounded_depth(tomllib.loads(text))
     except RecursionError:
@@ -230,7 +207,8 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _of_bounded_depth(value: Any) -> Any:
-    """Return a parsed value unless it is nested too deeply; level by level, not by recursion."""
+    """Return a parsed value unless it is nested too deeply."""
+    # Level by level, because recursion would hit Python's own limit on the values to be refused.
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -255,6 +233,7 @@ def parquet_metadata(path: str | Path, key: bytes) -> bytes:
     import pyarrow as pa  # here, because recipes need none of it
     import pyarrow.parquet as pq
 
+    # Arrow would wait for the writer of a FIFO.
     open_regular(path).close()
     try:
         metadata = pq.read_schema(path).metadata or {}

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Time to leave the callback from C that dropped the signal.
 _SECONDS_BEFORE_AGAIN = 0.05
 # A scheduler signals every process of a job, and torchrun passes the signal on: the second one must
 # not break the cleaning up after the first.
@@ -52,11 +53,7 @@ def take() -> int:
 
 
 def check() -> None:
-    """Raise a signal that came but was swallowed on its way to the caller.
-
-    Raises:
-        Interrupted: one came.
-    """
+    """Raise `Interrupted` for a signal that was swallowed on its way to the caller."""
     if _noted:
         raise Interrupted(_noted)
 

@@ -9,8 +9,8 @@ from fastprune.base import interrupts
 
 Item = TypeVar("Item")
 
-_SECONDS_BEFORE_BAR = 1.0
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BEFORE_BAR = 1.0  # quick work shows none
+_SECONDS_BETWEEN_LINES = 10.0  # in a job's log, which is kept
 _SECONDS_BETWEEN_BARS = 0.1
 _BAR_CHARACTERS = 10  # which leaves most of 80 columns to the words
 
@@ -31,18 +31,15 @@ def track(
     Rate and time left are measured behind the first item, which may wait for compilation.
 
     Args:
-        items: parts of the work.
+        items: yielded unchanged and in order.
         description: title of the bar.
-        total: the number of units in all of the items together.
+        total: units in all items together.
         unit: name of the units, such as "images".
         step: units per item; the last item may hold fewer.
         done: units that were done before, by an earlier process.
         note: returns further words, called whenever they are shown.
         seconds_left: estimates the time left where these items are a part of a longer work; None
             for this work's own.
-
-    Yields:
-        The items, unchanged and in order.
     """
     clock = _Clock(total, done, unit, note, seconds_left)
     items = _interruptible(items)
@@ -55,7 +52,7 @@ def track(
 
 
 def _interruptible(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, until a signal came that a library has swallowed."""
+    """Yield the items; raise a signal that a library has swallowed."""
     for item in items:
         yield item
         interrupts.check()
@@ -77,9 +74,10 @@ class _Clock:
         self._first: tuple[float, int] | None = None
 
     def advance(self, units: int) -> int:
-        """Count an item; returns the units that it really held."""
+        """Count an item; return the units that it really held, fewer at the end."""
         before, self.done = self.done, min(self.done + units, self.total)
         if self._first is None:
+            # The first item may wait for compilation, so the rate starts after it.
             self._first = time.monotonic(), self.done
         return self.done - before
 

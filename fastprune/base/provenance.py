@@ -44,11 +44,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:
-        """Make a fingerprint of what `to_dict` returned.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """Make a fingerprint from `to_dict`'s record; raise ValueError for anything else."""
         try:
             return TypeAdapter(cls).validate_json(json.dumps(fields))
         except ValidationError as error:
@@ -58,15 +54,11 @@ class Fingerprint:
 def structure_digest(
     labels: NDArray[np.int64], widths: NDArray[np.uint16], heights: NDArray[np.uint16]
 ) -> str:
-    """Digest labels and sizes, which any beton has without a pixel being read.
-
-    Args:
-        labels: (N,) integers, hashed as little-endian int64.
-        widths: (N,) pixels, hashed as little-endian uint32.
-        heights: (N,) pixels, hashed as little-endian uint32.
+    """Digest labels and sizes (N,), which any beton has without a pixel being read.
 
     Returns:
-        32 hex digits of BLAKE2b-128 over N (little-endian uint64), labels, widths, heights.
+        32 hex digits of BLAKE2b-128 over N (little-endian uint64), labels (int64), widths and
+        heights (uint32).
     """
     digest = hashlib.blake2b(np.array(len(labels), "<u8").tobytes(), digest_size=_DIGEST_BYTES)
     # Fixed types and byte order: the digest is an interface between versions and machines.
@@ -79,11 +71,8 @@ def structure_digest(
 def content_digest(source_crc32c: NDArray[np.uint32]) -> str:
     """Digest the images themselves; unchanged when JPEGs are rewritten losslessly.
 
-    Args:
-        source_crc32c: (N,) CRC-32C of every row's source bytes, hashed as little-endian uint32.
-
     Returns:
-        32 hex digits of BLAKE2b-128.
+        32 hex digits of BLAKE2b-128 over the (N,) CRC-32C of the rows' source bytes, little-endian.
     """
     data = source_crc32c.astype("<u4").tobytes()
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
@@ -104,15 +93,10 @@ def require_same_images(
     Labels are compared by `structure`, which holds the stored sizes as well: where labels cannot be
     compared one by one, an artifact of the same images in other sizes is refused, too.
 
-    Args:
-        artifact: the fingerprint that the artifact carries.
-        artifact_name: its file name, for the message.
-        beton: the fingerprint of the beton at hand.
-        beton_name: its file name, for the message.
-        cure: what to run, for the message.
-        labels: False for artifacts that hold no labels, such as a teacher cache: images alone are
-            compared. (N,) arrays of both sides' labels where they are known: the message counts
-            the rows that differ, and other sizes of the same images are accepted.
+    Names and `cure` (what to run) are for the message. `labels` is False for artifacts without
+    labels, such as a teacher cache: images alone are compared. It is (N,) arrays of both sides'
+    labels where they are known: the message counts the rows that differ, and other sizes of the
+    same images are accepted.
 
     Raises:
         ArtifactMismatch: images or labels differ.
@@ -172,9 +156,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Diff
     A caller raises one error with the first difference, or all of them, and the cure. Fingerprints
     with and without content compare as different here; see `require_same_images`.
 
-    Args:
-        ours: values of JSON, possibly nested; tuples count as lists, missing entries as None.
-        theirs: likewise, such as the header of a file.
+    Values are JSON's, possibly nested; tuples count as lists, missing entries as None.
 
     >>> [str(d) for d in differences({"view": {"seed": 1}}, {"view": {"seed": 0}})]
     ['view.seed (0 there, 1 here)']

@@ -21,11 +21,7 @@ def mix64(z: Any) -> Any:
 
     A bijection of the 64-bit numbers. Numba can compile it (`njit(mix64)`) and gives the same bits.
 
-    Args:
-        z: uint64 array of any shape; in compiled code a uint64.
-
-    Returns:
-        uint64, of the shape of `z`.
+    `z` is a uint64 array of any shape, in compiled code a uint64; so is the result.
 
     Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators"; with
     the constants of Stafford's Mix13, as in the published SplitMix64.
@@ -41,12 +37,7 @@ def row_keys(seed: int, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     Sorting rows by their keys shuffles them, the same way on every machine and in every version;
     a row's key does not depend on which other rows there are.
 
-    Args:
-        seed: any integer; taken modulo 2**64.
-        rows: (N,) int64, rows of the beton.
-
-    Returns:
-        (N,) uint64.
+    `seed` may be any integer; it is taken modulo 2**64.
     """
     # The generator's output number `row` after one that starts from the mixed seed: seeds that
     # differ by one must not give the same keys one row apart.
@@ -58,10 +49,7 @@ def row_keys(seed: int, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
 def epoch_stream(seed: int, epoch: int, count: int) -> NDArray[np.uint64]:
     """Draw numbers from the stream of one epoch, which no other (seed, epoch) shares.
 
-    Args:
-        seed: in [0, 2**63).
-        epoch: in [0, 2**63).
-        count: numbers to draw; a longer draw begins with the same numbers.
+    `seed` and `epoch` lie in [0, 2**63). A longer draw begins with the same numbers.
 
     Returns:
         (count,) uint64, uniform.

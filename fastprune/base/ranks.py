@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 # checkpoints meanwhile, minutes on a slow disk; a rank that hangs is noticed after this time.
 TIMEOUT_MINUTES = 10
 
-_FAILED = "failed"
+_FAILED = "failed"  # key of torchrun's store: the rank that failed first
 # Keys of a group that was taken down stay in torchrun's store, so every join has its own prefix.
 # Ranks run the same program, so they count alike.
 _joins = itertools.count()
@@ -60,14 +60,9 @@ class Ranks:
         return result
 
     def gather(self, tensor: "Tensor", rows: int) -> "list[Tensor]":
-        """Collect one tensor (rows_of_rank, ...) of every rank on the first one.
+        """Collect a CPU tensor (n, ...) of every rank, n <= rows, on the first one.
 
-        Args:
-            tensor: (n, ...) on the CPU, n <= rows; the further shape and dtype are all ranks' own.
-            rows: the most that any rank sends.
-
-        Returns:
-            The ranks' tensors in order; empty on the other ranks.
+        All ranks pass the same `rows`, dtype and further shape. The other ranks get an empty list.
         """
         if self.world == 1:
             return [tensor]
@@ -120,8 +115,7 @@ def join_ranks(device: "torch.device | None" = None) -> Iterator[Ranks]:
 
     Raises:
         PeerError: another process failed first.
-        TrainingError: another process died silently, or did not answer for
-            `TIMEOUT_MINUTES`.
+        TrainingError: another process died silently, or did not answer for `TIMEOUT_MINUTES`.
     """
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -179,11 +173,7 @@ class Agreement:
         self._pending: tuple[Any, Tensor] | None = None
 
     def ask(self, request: int) -> int:
-        """Send a request to all processes, and return the one of the step before.
-
-        Args:
-            request: 0 for none; the largest one of all processes wins.
-        """
+        """Send a request (0 for none, the largest wins); return the previous step's answer."""
         if self._ranks.world == 1:
             return request
         import torch

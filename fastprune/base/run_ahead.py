@@ -46,9 +46,6 @@ def ordered_ahead(
     When the generator is closed or fails, calls that have not begun are canceled. The pool stays
     open; its owner closes it.
 
-    Yields:
-        `function(item)` of each item, in order.
-
     Raises:
         Exception: raised by the function, where its result would have come.
         ThreadDiedError: a thread of the pool was killed.

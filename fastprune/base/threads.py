@@ -11,6 +11,7 @@ from fastprune.base.errors import FastpruneError, LoadingError
 
 Result = TypeVar("Result")
 
+# How late a death is noticed; waiting itself costs nothing.
 _SECONDS_BETWEEN_CHECKS = 1.0
 
 
@@ -26,10 +27,10 @@ class WorkerThreads:
     """
 
     def __init__(self, num_threads: int, *, name: str, error: type[FastpruneError] = LoadingError):
-        """Start the threads; `name` is the prefix of theirs.
+        """Start the threads, named `name-0` and so on.
 
         Raises:
-            LoadingError: the system does not allow so many; none is left running. Or `error`.
+            LoadingError, or `error`: the system does not allow so many; none is left running.
         """
         self._tasks: SimpleQueue[Any] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -51,7 +52,7 @@ class WorkerThreads:
             self._threads.append(thread)
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
-        """Queue a call."""
+        """Queue a call; pass the future to `wait`, which notices a dead thread."""
         future: Future[Result] = Future()
         self._tasks.put((future, function, arguments))
         return future
@@ -66,6 +67,7 @@ class WorkerThreads:
             try:
                 return future.result(timeout=_SECONDS_BETWEEN_CHECKS)
             except TimeoutError:
+                # The function itself may raise TimeoutError.
                 if future.done():
                     raise
                 if not all(thread.is_alive() for thread in self._threads):
@@ -77,7 +79,6 @@ class WorkerThreads:
 
 
 def _close(tasks: "SimpleQueue[Any]", threads: list[threading.Thread]) -> None:
-    """Empty the queue, tell every thread to end, and join them."""
     try:
         while True:
             tasks.get_nowait()

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fastprune.base.errors import ConversionError
-from fastprune.base.untrusted import open_regular, parse_json
+from fastprune.base.files import open_regular
+from fastprune.base.headers import parse_json
 from fastprune.beton.convert.listing import Listing, SourceFile, on_threads, shards_identity
 
 # As the image sets on Hugging Face call them; the first that fits is taken.
