@@ -1,6 +1,5 @@
 """Every network that fastprune builds by name."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from fastprune.base.errors import ArtifactError, InvalidValueError, importing
 from fastprune.networks import resnet_large, resnet_small, vgg_small
 from fastprune.networks.features import without_classifier
 from fastprune.networks.mobilenet import MobileNetV1, SmallMobileNetV2
+from fastprune.networks.names import SMALL_NAMES, WIDE_EXAMPLES, WIDE_RESNET
 from fastprune.networks.resnet_large import LargeResNet
 from fastprune.networks.resnet_small import SmallResNet
 from fastprune.networks.resnet_wide import WideResNet
@@ -26,8 +26,6 @@ from fastprune.networks.weights import weights_metadata
 # Outputs of a classifier that is cut off again. Not 1: some networks have 1x1 gates, which
 # would be mistaken for it.
 _CUT_CLASSES = 10
-
-_WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
 
 # Spelled as in RepDistiller, so that its scripts' names, and its checkpoints, work here.
 # Its "MobileNetV2" has half the width.
@@ -99,10 +97,7 @@ def build_network(name: str, *, num_classes: int, weights: str | None = None) ->
 class PublishedView:
     """The images that published weights were evaluated on.
 
-    Attributes:
-        image_size: side of the center crop, in pixels.
-        mean: per channel, of pixel values in [0, 1].
-        std: per channel, of pixel values in [0, 1].
+    `image_size` is the side of the center crop in pixels; `mean` and `std` are of values in [0, 1].
     """
 
     image_size: int
@@ -136,12 +131,8 @@ def published_weights(name: str) -> str | None:
 def published_view(name: str, weights: str) -> PublishedView:
     """Return the size and normalization of the images that published weights were evaluated on.
 
-    Args:
-        name: a torchvision or timm network.
-        weights: as `build_network` takes them.
-
     Raises:
-        InvalidValueError: no such network, or no such weights.
+        InvalidValueError: no such torchvision or timm network, or no such weights.
         MissingDependencyError: torchvision or timm is not installed.
     """
     source, _, rest = name.rpartition(":")
@@ -157,13 +148,7 @@ def published_view(name: str, weights: str) -> PublishedView:
 def published_classes(name: str, weights: str) -> int:
     """Return the number of classes of published weights; 0 without a classifier.
 
-    Args:
-        name: a torchvision or timm network.
-        weights: as `build_network` takes them.
-
-    Raises:
-        InvalidValueError: no such network, or no such weights.
-        MissingDependencyError: torchvision or timm is not installed.
+    Raises as `published_view` does.
     """
     source, _, rest = name.rpartition(":")
     if source == "timm":
@@ -174,10 +159,7 @@ def published_classes(name: str, weights: str) -> int:
 def own_classes(name: str, *, checkpoint: str | Path | None, weights: str | None) -> int:
     """Return a network's own number of classes, which may differ from the images'.
 
-    Args:
-        name: as `build_network` takes it.
-        checkpoint: a file with its weights, whose header may hold the number; or None.
-        weights: its published weights, or None.
+    The checkpoint's header may hold it; published weights always do.
 
     Returns:
         C, or 0 if unknown: the network is then built without its classifier.
@@ -192,8 +174,8 @@ def own_classes(name: str, *, checkpoint: str | Path | None, weights: str | None
 
 
 def _small_network(name: str) -> Callable[[int], nn.Module] | None:
-    """Return the builder of a small network, or None if no small network has this name."""
-    wide = _WIDE_RESNET.fullmatch(name)
+    """The builder of a small network, or None if no small network has this name."""
+    wide = WIDE_RESNET.fullmatch(name)
     if wide is None:
         return SMALL_NETWORKS.get(name)
     # Four layers lie outside the stages; each of the three stages has n blocks of two.
@@ -207,10 +189,10 @@ def _small_network(name: str) -> Callable[[int], nn.Module] | None:
 
 
 def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
-    """A classifier of torchvision."""
     models = _import_models(name)
     _require_torchvision(name)
     if num_classes == 0:
+        # Published weights load only with all of their classes; the classifier is cut off after.
         count = _CUT_CLASSES if weights is None else published_classes(name, weights)
         return without_classifier(_torchvision_network(name, count, weights), num_classes=count)
     options: dict[str, Any] = {"num_classes": num_classes}
@@ -222,23 +204,22 @@ def _torchvision_network(name: str, num_classes: int, weights: str | None) -> nn
         return network
     published = _published_member(name, weights)
     _require_classes(name, weights, len(published.meta["categories"]), num_classes)
+    # Without num_classes: torchvision takes the number from the weights.
     with _named_download(name):
         return models.get_model(name, weights=published)  # type: ignore[no-any-return]
 
 
 def _require_torchvision(name: str) -> None:
-    """Raise unless torchvision has a classifier of this name."""
     models = _import_models(name)
     known = models.list_models(module=models)
     # Unprefixed names are looked for among the small ones first, so both are offered.
     if name not in known:
-        known += [*SMALL_NETWORKS, "wrn_40_2", "wrn_16_2", "wrn_40_1"]
+        known += [*SMALL_NAMES, *WIDE_EXAMPLES]
         hint = did_you_mean(name, known, list_known=False)
         raise InvalidValueError(f"network {name!r} is not known.{hint}")
 
 
 def _published_member(name: str, weights: str) -> Any:
-    """Return published weights of a torchvision network by their name in its enum."""
     models = _import_models(name)
     _require_torchvision(name)
     members = models.get_model_weights(name)
@@ -250,12 +231,11 @@ def _published_member(name: str, weights: str) -> Any:
 
 
 def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module:
-    """A classifier of timm."""
     timm = _import_timm(name)
     if weights is None:
         _require_timm(name)
     else:
-        # timm itself would put a random classifier in the place of one of other classes.
+        # If the classes differ, timm itself would silently start a random classifier.
         config = _timm_config(name, weights)
         if num_classes:  # timm itself leaves the classifier out for 0
             _require_classes(f"timm:{name}", weights, config.num_classes, num_classes)
@@ -267,14 +247,12 @@ def _timm_network(name: str, num_classes: int, weights: str | None) -> nn.Module
 
 
 def _import_timm(name: str) -> Any:
-    """Import timm, or name the network that needs it."""
     with importing("timm", extra="timm", purpose=f"network timm:{name}"):
         import timm
     return timm
 
 
 def _import_models(name: str) -> Any:
-    """Import torchvision's models, or name the network that needs them."""
     # Not at the top: small networks and `--help` need no torchvision.
     with importing("torchvision", extra="train", purpose=f"network {name}"):
         from torchvision import models
@@ -334,7 +312,6 @@ def _factory_network(name: str, num_classes: int, weights: str | None) -> nn.Mod
 
 
 def _require_classes(name: str, weights: str, published: int, wanted: int) -> None:
-    """Raise if published weights were trained on another number of classes."""
     if published != wanted:
         raise InvalidValueError(
             f"{name} with weights {weights} has {published:,} classes, but {wanted:,} "
@@ -344,7 +321,7 @@ def _require_classes(name: str, weights: str, published: int, wanted: int) -> No
 
 @contextmanager
 def _named_download(name: str) -> Iterator[None]:
-    """Name the network whose weights cannot be fetched; the original errors name a host at best."""
+    # The original errors name a host at best.
     try:
         yield
     except (OSError, RuntimeError) as error:  # timm raises the latter where there are none
@@ -356,7 +333,7 @@ def _named_download(name: str) -> Iterator[None]:
 
 
 def _refuse_weights(name: str, weights: str | None) -> None:
-    """Only torchvision and timm publish weights by name."""
+    # Only torchvision and timm publish weights by name.
     if weights is not None:
         raise InvalidValueError(
             f"weights {weights!r}: {name} has no published weights. Give a checkpoint file."

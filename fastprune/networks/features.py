@@ -15,10 +15,6 @@ def classifier_name(network: nn.Module, *, num_classes: int) -> str:
     That is the classifier of every network that `build_network` makes; a 1x1 convolution counts
     as linear (SqueezeNet). Its input is what is called the penultimate features.
 
-    Args:
-        network: any classifier.
-        num_classes: C.
-
     Returns:
         The dotted name of the layer, as in `network.named_modules()`.
 
@@ -45,17 +41,12 @@ def classifier_name(network: nn.Module, *, num_classes: int) -> str:
 
 
 def without_classifier(network: nn.Module, *, num_classes: int) -> nn.Module:
-    """Replace the layer that makes the logits by the identity, so that features come out.
+    """Replace the layer that makes the logits by the identity, in place.
 
-    Args:
-        network: any classifier; it is changed.
-        num_classes: C.
-
-    Returns:
-        The network, which maps (B, 3, H, W) images to its penultimate features (B, D).
+    The network then maps (B, 3, H, W) images to its penultimate features (B, D).
 
     Raises:
-        InvalidValueError: the network has no such layer.
+        InvalidValueError: the network has no layer with `num_classes` outputs.
     """
     network.set_submodule(classifier_name(network, num_classes=num_classes), nn.Identity())
     return network
@@ -66,11 +57,11 @@ class FeatureNetwork(nn.Module):
 
     Calling it with (B, 3, H, W) images returns (features (B, D), logits (B, C)). Feature maps
     (B, D, H, W) are averaged over their positions. A network without a classifier (C is 0) gives
-    its features, and logits (B, 0). Use it as a context manager, or call `close`:
-    the hook stays on the wrapped network until then.
+    its features, and logits (B, 0). Use it as a context manager, or call `close`: the hook stays on
+    the wrapped network until then.
 
     Attributes:
-        network: the classifier itself, which maps images to logits.
+        network: the wrapped classifier, which is not copied.
         layer: the dotted name of the layer that was hooked; None without features, or where the
             network itself gives them.
     """
@@ -86,7 +77,7 @@ class FeatureNetwork(nn.Module):
         """Hook the network.
 
         Args:
-            network: any classifier; it is used as it is, not copied.
+            network: any classifier; it is not copied.
             num_classes: C; 0 where the network gives features and no logits.
             feature_layer: the layer whose output is taken as the features; by default the input of
                 the classifier, found by `classifier_name`.
@@ -126,6 +117,7 @@ class FeatureNetwork(nn.Module):
         """
         if not self._has_classifier:
             device = next(self.network.parameters()).device
+            # In eval mode: one image must not move batch normalization's statistics.
             was_training = self.network.training
             with torch.no_grad():
                 images = torch.zeros(1, 3, image_size, image_size, device=device)
@@ -158,7 +150,7 @@ class FeatureNetwork(nn.Module):
         return _as_rows(features, self.layer), logits
 
     def close(self) -> None:
-        """Take the hook off the network."""
+        """Remove the hook from the network."""
         if self._hook is not None:
             self._hook.remove()
 
@@ -169,13 +161,11 @@ class FeatureNetwork(nn.Module):
         self.close()
 
     def _take_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the classifier."""
         del module
         # A reference, no copy; autograd's graph goes through it.
         self._features = inputs[0]
 
     def _take_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of a named layer."""
         del module, inputs
         self._features = output
 

@@ -112,7 +112,7 @@ def _convolution(
 
 
 def _initialize(network: nn.Module) -> None:
-    """The initialisation that RepDistiller trains MobileNetV2 from."""
+    """As RepDistiller initializes MobileNetV2; torch's defaults differ."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastprune.base.checks import did_you_mean
 from fastprune.base.errors import InvalidValueError
 
+# The keys of `catalog.SMALL_NETWORKS`, in their order; a test compares them.
 SMALL_NAMES = (
     *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
     *(f"resnet{depth}x4" for depth in (8, 32)),
@@ -16,7 +17,7 @@ SMALL_NAMES = (
     *("MobileNetV1", "MobileNetV2", "mobile_half", "mobile_full", "ShuffleV1", "ShuffleV2"),
 )
 WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
-_WIDE_EXAMPLES = ("wrn_40_2", "wrn_16_2", "wrn_40_1")
+WIDE_EXAMPLES = ("wrn_40_2", "wrn_16_2", "wrn_40_1")
 # torchvision registers its builders by this decorator; importing it to ask takes seconds.
 _REGISTERED = re.compile(
     r"^@register_model\((?:name=\"(\w+)\")?\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE
@@ -24,14 +25,9 @@ _REGISTERED = re.compile(
 
 
 def require_known_network(name: str) -> None:
-    """Raise if no network can have this name.
+    """Raise InvalidValueError, with the nearest known name, if no network can have this name.
 
-    Networks of timm and factories (`package.module:function`) are not looked up: that takes an
-    import of them.
-
-    Raises:
-        InvalidValueError: neither a small network nor a torchvision classifier has this name; the
-            message has the nearest one.
+    timm's networks and factories (`package.module:function`) pass: a look would import them.
     """
     source, _, rest = name.partition(":")
     if rest and source != "torchvision":
@@ -41,7 +37,7 @@ def require_known_network(name: str) -> None:
     known = torchvision_names()
     # Without its sources, as in a zipped installation, torchvision itself decides later.
     if known and (rest or name) not in known:
-        hint = did_you_mean(rest or name, [*known, *SMALL_NAMES, *_WIDE_EXAMPLES], list_known=False)
+        hint = did_you_mean(rest or name, [*known, *SMALL_NAMES, *WIDE_EXAMPLES], list_known=False)
         raise InvalidValueError(f"network {name!r} is not known.{hint}")
 
 

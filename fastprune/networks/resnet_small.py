@@ -55,7 +55,7 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # As RepDistiller initializes it; torch's own default is another.
+                # As RepDistiller initializes it; torch's default differs.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:

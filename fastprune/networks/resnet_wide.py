@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 class PreActivationBlock(nn.Module):
-    """Normalise and activate first, then two 3x3 convolutions around a shortcut."""
+    """Normalize and activate first, then two 3x3 convolutions around a shortcut."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -58,6 +58,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, widen_factor: int, num_classes: int) -> None:
         super().__init__()
         assert (depth - 4) % 6 == 0
+        # Three stages of blocks with two layers each; four layers lie outside the stages.
         blocks = (depth - 4) // 6
         narrow, middle, wide = (width * widen_factor for width in (16, 32, 64))
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
@@ -66,6 +67,7 @@ class WideResNet(nn.Module):
         self.block3 = WideStage(middle, wide, blocks, 2)
         self.bn1 = nn.BatchNorm2d(wide)
         self.fc = nn.Linear(wide, num_classes)
+        # As RepDistiller initializes it: normal over the fan-out, the classifier's bias at zero.
         nn.init.zeros_(self.fc.bias)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

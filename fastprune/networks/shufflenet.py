@@ -136,6 +136,7 @@ class SmallShuffleNetV2(nn.Module):
 
 def _grouped_stage(in_channels: int, channels: int, *, blocks: int) -> nn.Sequential:
     """V1's units of one width; the first one halves the size."""
+    # The unit joins its pooled input, so it makes only the channels that are missing.
     first = GroupedBottleneck(in_channels, channels - in_channels, 2)
     return nn.Sequential(
         first, *(GroupedBottleneck(channels, channels, 1) for _ in range(blocks - 1))

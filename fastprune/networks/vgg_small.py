@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Of each of the five stages, by depth; RepDistiller has one linear layer where VGG has three.
 CONVOLUTIONS = {
     8: (1, 1, 1, 1, 1),
     11: (1, 1, 2, 2, 2),
@@ -38,6 +39,7 @@ class SmallVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, num_classes) logits."""
+        # As in RepDistiller: at 32 pixels a fourth pooling would leave the last stage 2x2.
         has_fourth_pool = x.shape[2] >= _SIDE_WITH_FOURTH_POOL
         for stage in (self.block0, self.block1, self.block2):
             x = functional.max_pool2d(functional.relu(stage(x)), 2)
@@ -50,7 +52,7 @@ class SmallVGG(nn.Module):
 
 
 def _stage(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:
-    """Convolutions of one width; the activation after the last one is the network's."""
+    """Convolutions of one width; the network activates the last one itself."""
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         convolution = nn.Conv2d(in_channels, channels, 3, padding=1)

@@ -20,6 +20,7 @@ _CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
 _WRAPPERS = ("module.", "_orig_mod.")
 _COUNTER = ".num_batches_tracked"
 _NAMES_SHOWN = 3
+# Of the numbers in a header; more is damage.
 _LARGEST = {"image_size": 8192, "num_classes": MAX_CLASSES}
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,7 @@ def save_weights(
     """Write the weights as safetensors.
 
     The file is written in place; give a temporary path (`atomic_path`) where readers may look.
-
-    Args:
-        network: any module.
-        path: the file, by convention *.safetensors.
-        metadata: texts kept in the file's header, such as the network's name.
+    `metadata` is kept in the file's header.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(network).items()}
     # save_file() would make a file that only its owner may read, and hide why a disk refuses it.
@@ -60,13 +57,11 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load weights into a network, every one of them or none.
 
-    Args:
-        network: the network that the weights belong to.
-        path: a .safetensors file, or a PyTorch checkpoint: a state dict, or a dict that holds one
-            under `state_dict`, `model`, `model_state_dict`, `net` or `network` (RepDistiller,
-            timm, torchvision's references). The prefixes of DistributedDataParallel and
-            torch.compile are taken off, and batch normalization's counters may be missing, as in
-            old files. Pickled code is never run (`weights_only=True`).
+    The file is a .safetensors file, or a PyTorch checkpoint: a state dict, or a dict that holds one
+    under `state_dict`, `model`, `model_state_dict`, `net` or `network` (RepDistiller, timm,
+    torchvision's references). The prefixes of DistributedDataParallel and torch.compile are
+    removed, and batch normalization's counters may be missing, as in old files. Pickled code is
+    never run (`weights_only=True`).
 
     Raises:
         ArtifactError: the file is missing or unreadable, or its names or shapes are not the
@@ -162,12 +157,10 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the prefixes of wrappers."""
     return _unwrapped(network.state_dict())
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -187,7 +180,6 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """The dict of tensors in what a checkpoint holds."""
     # The state dict itself first: one of its tensors may be called "model".
     candidates = [content]
     if isinstance(content, dict):
