@@ -7,18 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastprune.beton.opening import open_beton
+from fastprune.decoding.views import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.loading import crops
-from fastprune.loading.crops import (
-    FLIP,
-    HEIGHT,
-    LEFT,
-    SHIFT_DOWN,
-    SHIFT_RIGHT,
-    TOP,
-    WIDTH,
-    CropPolicy,
-    warn_of_enlarging,
-)
+from fastprune.loading.crops import CropPolicy, warn_of_enlarging
 
 _MASK = 2**64 - 1
 

@@ -16,17 +16,9 @@ from fastprune.beton.convert.writer import convert
 from fastprune.beton.opening import open_beton
 from fastprune.decoding.cpu import CpuDecoder
 from fastprune.decoding.faults import RowFaults
+from fastprune.decoding.views import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.jpeg.decode import decode_view
-from fastprune.loading.crops import (
-    FLIP,
-    HEIGHT,
-    LEFT,
-    SHIFT_DOWN,
-    SHIFT_RIGHT,
-    TOP,
-    WIDTH,
-    CropPolicy,
-)
+from fastprune.loading.crops import CropPolicy
 from tests.conftest import require_library
 from tests.images import picture, write_image_folder
 
