@@ -1,11 +1,11 @@
-"""For training loops around Accelerate: a loader that says where its epoch ends.
+"""For training loops around Accelerate: a loader that tells it where an epoch ends.
 
     from fastprune.adapters.accelerate import AccelerateLoader
 
     loader = AccelerateLoader(Loader("train.beton", "subset.npy"))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-Accelerate leaves a loader that is no DataLoader as it is, and without being told the end of the
+Accelerate does not wrap a loader other than a DataLoader, and without being told the end of the
 epoch `accelerator.accumulate` carries the last gradients of an epoch into the next one.
 """
 

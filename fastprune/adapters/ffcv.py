@@ -8,7 +8,7 @@
                          pipelines={"image": [decoder, ToTensor(), ...], "label": [...]})
 
 FFCV's thread dies silently of an error, and its consumer waits for ever. So a row that cannot be
-decoded comes as black pixels, and `decoder.failures` says which rows and why.
+decoded comes as black pixels, and `decoder.failures` has which rows and why.
 """
 
 import copy
@@ -142,8 +142,8 @@ class ViewDecoder(SimpleRGBImageDecoder):
     ) -> None:
         """Fill `pixels` with the views of a batch; never raises, see `failures`."""
         rows, pixels = batch.astype(np.int64), pixels[: len(batch)]
-        # FFCV's batches are slices of the order it was given. There is no other trace of their
-        # epoch here, where batches of two live iterators may arrive in turn.
+        # FFCV's batches are slices of the order it was given. Nothing else here shows their epoch,
+        # and batches of two live iterators may arrive in turn.
         epochs = [epoch for epoch in self._epochs if _is_part(batch, epoch.order())]
         try:
             views = epochs[0].draw_views(rows) if epochs else self._next_views(rows, metadata)
@@ -243,7 +243,7 @@ def _call_back(number, batch, pixels, metadata, storage):  # type: ignore[no-unt
     """Return to Python from what FFCV compiles.
 
     What decodes is compiled already and comes from Numba's cache; there, and not in what FFCV
-    compiles anew in every process, the epoch and the threads are known.
+    compiles in every process, the epoch and the threads are known.
     """
     with numba.objmode():
         _decode_batch(number, batch, pixels, metadata, storage)

@@ -18,7 +18,7 @@ _FIELDS = ("images", "labels", "rows")
 
 
 class TorchdistillLoader:
-    """A `Loader` whose batches are those of torchdistill; everything else is the loader's own.
+    """A `Loader` with torchdistill's batches; everything else is the loader's own.
 
     Attributes:
         loader: the loader.

@@ -32,6 +32,7 @@ from fastprune.decoding.decoder import Decoded, DrawViews
 from fastprune.decoding.faults import ALTERED, ChangeDetector, RowFaults
 from fastprune.decoding.views import FLIP, HEIGHT, LEFT, SHIFT_DOWN, SHIFT_RIGHT, TOP, WIDTH
 from fastprune.jpeg.headers import read_header
+from fastprune.jpeg.native import MEANINGS, OTHER_SIZE
 
 _LOG = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class DaliDecoder:
                 continue
             size = (int(self._beton.widths[row]), int(self._beton.heights[row]))
             if (header.width, header.height) != size:
-                self._broken[row] = "its JPEG is not of the size in the beton"
+                self._broken[row] = MEANINGS[OTHER_SIZE]
             self._header_was_read[row] = True
 
     def _sample(self, rows: NDArray[np.int64], views: NDArray[np.int32]) -> Sample:
@@ -244,7 +245,7 @@ class DaliDecoder:
         return True
 
     def _failure(self, reason: str) -> LoadingError:
-        """The error for what is no row's fault."""
+        """Return the error for a failure that no row caused."""
         return LoadingError(
             f"DALI failed on {self._beton.path}: {reason}. Start the epoch again, or resume it "
             "from a state_dict."
@@ -254,8 +255,8 @@ class DaliDecoder:
 def _large_size(beton: Beton) -> tuple[int, int]:
     """Width and height of an image that at most one in a hundred exceeds in area.
 
-    nvJPEG's buffers are made for it beforehand. The greatest width and the greatest height are
-    those of two outliers, of which the product may be a hundred times any image.
+    nvJPEG allocates its buffers for this size. The greatest width and the greatest height belong to
+    two outliers, and their product may be a hundred times the size of any image.
     """
     areas = beton.widths.astype(np.int64) * beton.heights
     row = int(np.argpartition(areas, position := (99 * (len(areas) - 1)) // 100)[position])

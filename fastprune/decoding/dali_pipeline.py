@@ -66,7 +66,7 @@ os.register_at_fork(after_in_child=lambda: _KEPT_IN_CHILD.extend(_LIVE))
 
 
 class Pipeline:
-    """A DALI pipeline that is fed anew in every epoch; starting one costs as much as a few batches.
+    """A DALI pipeline for one epoch after another; starting one costs as much as a few batches.
 
     Attributes:
         batch_size: the most rows that a batch may have.
@@ -145,7 +145,7 @@ class Pipeline:
 
 
 class _Source:
-    """Hands DALI whatever samples are set; it keeps the callback of a pipeline for good."""
+    """Gives DALI the samples that are set; a pipeline keeps its callback forever."""
 
     def __init__(self) -> None:
         self.samples: Iterator[Sample] = iter(())

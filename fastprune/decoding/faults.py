@@ -16,12 +16,12 @@ from fastprune.beton.beton import Beton
 ALTERED = "its bytes are not those that were written (CRC-32C)"
 
 
-# What of a file's status moves its change time, but not what it holds.
+# A change of these moves the change time of a file, but not its content.
 _MODES = ("st_mode", "st_nlink", "st_uid", "st_gid")
 
 
 class ChangeDetector:
-    """Notices that a file of an open beton was cut short, replaced, rewritten or removed.
+    """Detects files of an open beton that were truncated, replaced, rewritten or removed.
 
     A file that is cut between this check and the reading of a page still ends the process with
     SIGBUS; no check from outside the kernel can close that gap.
@@ -33,17 +33,17 @@ class ChangeDetector:
         self._filled = {file.path for file in beton.files if file.is_filled}
 
     def check(self) -> None:
-        """Look at the files as they are now.
+        """Compare the files with their state when they were opened.
 
         Raises:
-            LoadingError: one is not the file that was opened any more.
+            LoadingError: one of them changed.
         """
         for path, before in self._opened.items():
             self._opened[path] = _require_unchanged(path, before, path in self._filled)
 
 
 def _require_unchanged(path: Path, before: os.stat_result, is_filled: bool) -> os.stat_result:
-    """Compare a file with what it was; return what it is now."""
+    """Compare a file with its earlier status; return its status now."""
     try:
         now = path.stat()
     except OSError as error:
@@ -74,7 +74,7 @@ def _require_unchanged(path: Path, before: os.stat_result, is_filled: bool) -> o
 
 
 class RowFaults:
-    """Decides on rows that cannot be used: an error that names them, or a count.
+    """Handles rows that cannot be used: raises an error that names them, or counts them.
 
     Attributes:
         num_skipped: rows left out so far.
@@ -92,7 +92,7 @@ class RowFaults:
                 (True), never (False), or the first time, where there is a manifest (None).
 
         Raises:
-            InvalidValueError: there is no manifest to compare with.
+            InvalidValueError: checksums are asked for, but the beton has no manifest.
         """
         self.num_skipped = 0
         self.num_decoded_whole = 0
@@ -110,7 +110,7 @@ class RowFaults:
         self.verifies_always = verify_crc is True
 
     def altered(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the rows (n,) hold other bytes than were written, as far as that is verified."""
+        """Return which rows (n,) hold other bytes than were written, where that is verified."""
         for row in rows[self._to_verify[rows]].tolist():
             found = google_crc32c.value(self._beton.image_bytes(row).tobytes())
             self._altered[row] |= found != self._stored_crcs[row]
@@ -170,7 +170,7 @@ class RowFaults:
         self.num_skipped += 1
 
     def _source(self, row: int) -> str:
-        """The file that a row was made from, where the manifest knows it."""
+        """Return the file that a row was made from, if there is a manifest."""
         sources = self._sources
         return "" if sources is None else f" (from {sources[row]})"
 

@@ -37,7 +37,7 @@ _MOST_KEPT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class StoredImages:
-    """Where the images of n rows lie.
+    """The location of the images of n rows.
 
     Attributes:
         content: uint8, all bytes of the file, or of a cache of its pages; not writable.
@@ -65,7 +65,7 @@ class StoredImages:
 
 @dataclass
 class Outcome:
-    """What became of the rows of a batch.
+    """The result of decoding a batch.
 
     Attributes:
         faults: why a row cannot be used, by its position in the batch; its pixels mean nothing.
@@ -212,9 +212,9 @@ _compiled = entry(Path(columns.__file__), Path(layout.__file__), Path(__file__))
 
 @_compiled
 def shift(image: Any, view: Any) -> None:
-    """Move (S, S, 3) pixels, flipped already, as their view says; what comes in is black."""
+    """Shift (S, S, 3) flipped pixels by their view; black comes in at the border."""
     down, right = view[SHIFT_DOWN], view[SHIFT_RIGHT]
-    # The shift is that of the image before it was flipped.
+    # Views shift first and flip then, but these pixels are flipped already.
     if view[FLIP]:
         right = -right
     if down == 0 and right == 0:

@@ -137,7 +137,7 @@ def _draw(
                 draw = bits >> half
             else:
                 draw = bits & low
-            # A position among the rows of other classes; those of the own class, which lie
+            # A position among the rows of other classes; the rows of its own class, which lie
             # together, are stepped over.
             position = draw * others >> half
             drawn[i, j] = by_class[position + own * (position >= first)]

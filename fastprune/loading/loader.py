@@ -43,7 +43,7 @@ class Loader:
         batch_size: rows per batch and rank.
         device: where batches are delivered.
         num_workers: decoding threads.
-        num_views: K, after which views come again; None where every epoch has new ones.
+        num_views: K, after which views recur; None for new views in every epoch.
         collate_fn: None; batches come whole.
         mixup_enabled: False; timm sets it where it mixes images itself.
     """
@@ -151,7 +151,7 @@ class Loader:
 
     @property
     def num_classes(self) -> int:
-        """Classes in the beton, also those of which no row is kept."""
+        """Classes in the beton, also those without kept rows."""
         return self.beton.num_classes
 
     @property
@@ -176,7 +176,7 @@ class Loader:
 
     @property
     def tail(self) -> str:
-        """What becomes of rows that fill no batch: "drop", "pad" or "exact"."""
+        """How rows that fill no batch are treated: "drop", "pad" or "exact"."""
         return self._unranked.tail
 
     @property
@@ -203,7 +203,7 @@ class Loader:
     def num_decoded_whole(self) -> int:
         """Views so far of JPEGs that the view decoder does not know, and Pillow decodes whole.
 
-        Progressive JPEGs above all; the log says once of each loader how many there are.
+        Progressive JPEGs above all; a line in the log counts them once for each loader.
         """
         return self._faults.num_decoded_whole
 
@@ -282,7 +282,7 @@ class Loader:
         return batch.values
 
     def slot_of(self, epoch: int) -> int:
-        """Return which of a row's views an epoch shows: its own number, or that modulo K."""
+        """Return the slot of an epoch: its own number, or that number modulo K."""
         return epoch if self.num_views is None else epoch % self.num_views
 
     def views(self, rows: NDArray[np.int64], *, slot: int, k: int = 0) -> NDArray[np.int32]:
@@ -308,7 +308,7 @@ class Loader:
     def view_identity(self) -> dict[str, Any]:
         """Return what decides the pixels of a view, besides its row and slot, as JSON values.
 
-        Order, rows, batch size and ranks are no part of it.
+        Order, rows, batch size and ranks do not matter.
         """
         view = self._collate.view_identity() | {
             "augment": asdict(self._policy),
@@ -350,7 +350,7 @@ class Loader:
 
         Returns:
             Plain numbers and strings, and the kept rows (K,) int64 if `set_rows` changed them. The
-            position is that of the iterator that gave a batch last.
+            position is of the iterator that gave a batch last.
         """
         rows = self.rows if self._rows_changed else None
         return make_state(self._position, rows, self._terms(self.rows))
@@ -365,8 +365,8 @@ class Loader:
             state: what `state_dict` returned.
 
         Raises:
-            InvalidValueError: this loader would give other batches than the one of the state, or
-                it is no state, or one of an earlier version.
+            InvalidValueError: this loader would give other batches than the saved one, or the
+                state is not a loader's, or of an earlier version.
         """
         position, changed = read_state(state, self._terms(self.rows))
         rows = self.rows if changed is None else rows_of(self.beton, changed)
@@ -377,7 +377,7 @@ class Loader:
         self._next = self._position = position
 
     def warm_up(self) -> None:
-        """Compile and decode one batch that nobody sees, so that no clock counts it later."""
+        """Compile, and decode a batch that is not given, so that no clock counts this later."""
         # Repeated to a full batch, whose memory is then the size that training needs.
         sampler = replace(
             self._sampler(),
@@ -427,7 +427,7 @@ class Loader:
         Raises:
             InvalidValueError: the field "teacher_logits" has no cache, or the cache no field.
             ArtifactMismatch: it was made from other images or views; the difference is named.
-            ArtifactError: there is no cache, or it is damaged.
+            ArtifactError: the cache is missing or damaged.
         """
         if cache is None:
             raise InvalidValueError(

@@ -19,7 +19,7 @@ from fastprune.beton.beton import Beton
 class EpochSampler:
     """Orders the rows of an epoch, divides them among ranks, and cuts them into batches.
 
-    The order of a subset is that of the whole beton with the other rows left out, so that nested
+    A subset has the order of the whole beton with the other rows left out, so that nested
     subsets, and trainers of different subsets, meet the same rows at about the same time.
 
     Attributes:
@@ -101,7 +101,7 @@ class EpochSampler:
         if self.tail != "exact":
             # Cuts for "drop"; for "pad" begins the epoch again, as often as it takes.
             entries = np.resize(entries, self.num_batches() * self.world * self.batch_size)
-        # The padded last batches are cut in one piece a rank, so that those of all ranks, laid end
+        # The padded last batches are cut in one piece a rank, so that all ranks' batches, laid end
         # to end, end with the repeated rows, as gathering code expects.
         num_last = self.world * self.batch_size if self.tail == "pad" else 0
         last = entries[len(entries) - num_last :]
@@ -141,7 +141,7 @@ class EpochSampler:
 
 @dataclass(frozen=True, eq=False)
 class KeptImages:
-    """What other code asks of `loader.dataset`.
+    """The `loader.dataset` that other code expects.
 
     Attributes:
         targets: (K,) int64, the label of every kept row.
@@ -163,7 +163,7 @@ class KeptImages:
 
 @dataclass(frozen=True, eq=False)
 class NextEpoch:
-    """What other code asks of `loader.sampler` and `loader.batch_sampler`.
+    """The `loader.sampler` and `loader.batch_sampler` that other code expects.
 
     Iterating gives the rows, or lists of rows, of the loader's next epoch.
 
@@ -249,7 +249,7 @@ def _page_times(
     num_pages = int(page_of_row.max()) + 1
     turn = np.empty(num_pages, np.int64)
     turn[np.argsort(epoch_stream(seed, epoch, num_pages), kind="stable")] = np.arange(num_pages)
-    # Draws behind those of the page order, so that the two are independent.
+    # Draws from behind the page order's, so that the two are independent.
     delay = epoch_stream(seed, epoch, num_pages + len(pages))[num_pages:] * 2.0**-64
     times: NDArray[np.float64] = turn[page_of_row] + open_pages * delay
     return times

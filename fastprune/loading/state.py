@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fastprune.base.errors import InvalidValueError
 
-# 2: a subset's order is that of the whole beton, with the other rows left out.
+# 2: a subset has the order of the whole beton, with the other rows left out.
 VERSION = 2
 
 _POSITION = ("epoch", "batches")
@@ -38,7 +38,7 @@ def read_state(
     """Return position and changed rows of a state that other code kept.
 
     Raises:
-        InvalidValueError: it is no loader's state, or one of an earlier version.
+        InvalidValueError: it is not a loader's state, or of an earlier version.
     """
     missing = [name for name in (*_POSITION, "rows", *terms) if name not in (state or {})]
     if isinstance(state, dict) and "epoch" in state and state.get("version") != VERSION:
@@ -50,7 +50,7 @@ def read_state(
     if not isinstance(state, dict) or missing:
         found = f"lacks {', '.join(missing)}" if isinstance(state, dict) else f"is {state!r:.80}"
         raise InvalidValueError(
-            f"this is no state of a loader: it {found}. Pass what state_dict() returned, whole."
+            f"this is not a loader's state: it {found}. Pass what state_dict() returned, whole."
         )
     for name in _POSITION:
         value = state[name]

@@ -139,7 +139,7 @@ def test_the_state_of_an_earlier_version_is_refused_with_the_cure(bare_beton):
 
 @pytest.mark.parametrize("state", [None, {}, [], "epoch", {"epoch": 1, "version": 2}])
 def test_what_is_no_state_of_a_loader_is_refused(bare_beton, state):
-    with pytest.raises(InvalidValueError, match=r"no state of a loader: it (lacks|is) "):
+    with pytest.raises(InvalidValueError, match=r"not a loader's state: it (lacks|is) "):
         _loader(bare_beton).load_state_dict(state)
 
 
