@@ -6,6 +6,7 @@ import torch
 
 from fastprune.base.errors import InvalidValueError
 from fastprune.difficulty import metrics
+from fastprune.settings.score import LOGIT_METRICS
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_metrics_are_those_of_the_formulas(batch):
         "logit_std": logits.double().numpy().std(axis=1, ddof=1),
     }
     found = metrics.logit_metrics(logits, labels, features)
-    assert tuple(found) == metrics.LOGIT_METRICS == tuple(expected)
+    assert tuple(found) == LOGIT_METRICS == tuple(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(found[name].numpy(), values, rtol=1e-9, err_msg=name)
 
