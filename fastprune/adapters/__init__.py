@@ -1,1 +1,1 @@
-"""One file for each library of others: FFCV, timm, Accelerate."""
+"""One file for each outside library: Accelerate, FFCV, Hugging Face, timm, torchdistill."""

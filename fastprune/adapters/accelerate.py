@@ -1,12 +1,12 @@
-"""For training loops around Accelerate: a loader that tells it where an epoch ends.
+"""For training loops around Accelerate: a loader that marks the end of its epoch.
 
     from fastprune.adapters.accelerate import AccelerateLoader
 
     loader = AccelerateLoader(Loader("train.beton", "subset.npy"))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-Accelerate does not wrap a loader other than a DataLoader, and without being told the end of the
-epoch `accelerator.accumulate` carries the last gradients of an epoch into the next one.
+Accelerate does not wrap a loader other than a DataLoader. Unless the loader marks the end of its
+epoch, `accelerator.accumulate` carries the last gradients of an epoch into the next one.
 """
 
 from collections.abc import Iterator
@@ -24,25 +24,19 @@ except ImportError as error:
 
 
 class AccelerateLoader:
-    """A `Loader` with what `accumulate` and `gather_for_metrics` ask of a DataLoader.
+    """A `Loader` with the attributes that `accumulate` and `gather_for_metrics` read.
 
-    Everything else is the loader's own. To continue in the midst of an epoch use `load_state_dict`
-    in place of Accelerate's `skip_first_batches`, which makes a DataLoader.
+    Everything else is the loader's own. To continue within an epoch use `load_state_dict` in place
+    of Accelerate's `skip_first_batches`, which makes a DataLoader.
 
     Attributes:
-        loader: the loader.
-        end_of_dataloader: whether the batch that was given last ends its epoch.
-        remainder: rows of the last batches of all ranks together that are not repetitions; 0 where
-            those batches are full.
+        loader: the wrapped loader.
+        end_of_dataloader: whether the last batch yielded ends its epoch.
+        remainder: rows of all ranks' last batches together, without repeated ones; 0 if full.
     """
 
     def __init__(self, loader: Loader):
-        """Wrap a loader.
-
-        Raises:
-            InvalidValueError: its last batches are uneven over several ranks, which
-                `gather_for_metrics` would wait for without end.
-        """
+        """Raise InvalidValueError if the ranks' last batches differ in size."""
         self.loader = loader
         self.end_of_dataloader = False
         self.remainder = 0
@@ -54,7 +48,7 @@ class AccelerateLoader:
             )
 
     def __getattr__(self, name: str) -> Any:
-        # Not asked for before there is a loader, as copying does.
+        # Copying looks attributes up before `loader` is set, which would recurse here.
         if name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)
@@ -64,13 +58,14 @@ class AccelerateLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Run the loader's next epoch, known to Accelerate; see `Loader`."""
+        """Run the loader's next epoch, registered with Accelerate; see `Loader`."""
         loader, state = self.loader, GradientState()
         num_batches = len(loader)
         self.end_of_dataloader = False
         self.remainder = (
             0 if loader.drop_last else len(loader.rows) % (loader.batch_size * loader.world)
         )
+        # As Accelerate's own DataLoaders do: it reads both attributes from the active loader.
         state._add_dataloader(self)
         try:
             for batch in loader:

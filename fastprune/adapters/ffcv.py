@@ -7,8 +7,8 @@
                          order=ViewOrder(decoder),  # or any order of FFCV's
                          pipelines={"image": [decoder, ToTensor(), ...], "label": [...]})
 
-FFCV's thread dies silently of an error, and its consumer waits for ever. So a row that cannot be
-decoded comes as black pixels, and `decoder.failures` has which rows and why.
+FFCV's thread dies silently of an error, and its consumer waits forever. So a row that cannot be
+decoded becomes black pixels, and `decoder.failures` holds the row and the reason.
 """
 
 import copy
@@ -37,7 +37,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError(
         f"this needs the package ffcv ({error}), which is built from source: `fastprune doctor` "
-        'says how. backend="cpu" decodes the same views without it.'
+        'shows how. backend="cpu" decodes the same views without it.'
     ) from error
 
 # By number, because what FFCV compiles may capture a number, but would pickle a decoder.
@@ -50,7 +50,7 @@ DrawViews = Callable[[NDArray[np.int64]], NDArray[np.int32]]
 
 @dataclass(frozen=True)
 class _Epoch:
-    """An epoch that the decoder knows of: its order, its views, and what failed in it."""
+    """An epoch under a `ViewOrder`: its order, its views, and its failures by row."""
 
     order: "weakref.ref[NDArray[np.int64]]"
     draw_views: DrawViews
@@ -60,28 +60,25 @@ class _Epoch:
 class ViewDecoder(SimpleRGBImageDecoder):
     """Decodes a view of each row: (S, S, 3) uint8, the pixels of `Loader(backend="cpu")`.
 
-    A view is a pure function of (seed, epoch, row). Under a `ViewOrder` the epoch is FFCV's; under
-    any other order it is how often this decoder has decoded the row before, which is the same as
-    long as every epoch is whole, and never repeats a view either way.
+    A view is a pure function of (seed, epoch, row). Under a `ViewOrder` the epoch is FFCV's. Under
+    any other order the decoder counts how often it decoded the row before: the same number as long
+    as every epoch is whole, and no view is repeated either way.
 
-    Takes the place of FFCV's `RandomResizedCropRGBImageDecoder` and `RandomHorizontalFlip`.
+    Replaces FFCV's `RandomResizedCropRGBImageDecoder` and `RandomHorizontalFlip`.
 
     Attributes:
         failures: why a row could not be decoded, by row; its pixels were black.
-        num_decoded_whole: views so far of JPEGs, progressive ones above all, that the view decoder
-            does not know, and Pillow decodes.
+        num_decoded_whole: views so far of JPEGs that Pillow had to decode, most of them
+            progressive.
     """
 
     def __init__(self, size: int | tuple[int, int], *, seed: int = 0, augment: str = "rrc"):
-        """Describe the views.
+        """Check the arguments.
 
         Args:
-            size: S, side of the square output in pixels; FFCV's (S, S) is taken too.
+            size: S, side of the square output in pixels; FFCV's (S, S) is accepted too.
             seed: of the views, in [0, 2**63).
             augment: "rrc", "pad_crop", "center" or "none", as in `Loader`.
-
-        Raises:
-            InvalidValueError: an argument is outside its domain.
         """
         super().__init__()
         side, *others = size if isinstance(size, tuple | list) else (size,)
@@ -118,16 +115,12 @@ class ViewDecoder(SimpleRGBImageDecoder):
         return decode
 
     def remember(self, order: NDArray[np.int64], draw_views: DrawViews) -> dict[int, str]:
-        """Decode the batches that FFCV cuts from this very array with these views.
-
-        Args:
-            order: (n,) int64, the rows of an epoch.
-            draw_views: from rows (n,) to views (n, 7), see `crops.CropPolicy.views`.
+        """Decode the batches that FFCV cuts from this array of an epoch's rows with these views.
 
         Returns:
-            Where the failures of this epoch will be, by row.
+            The dict that this epoch's failures will be added to, by row.
         """
-        # FFCV's iterator, and nothing else, keeps the order alive.
+        # Weak, so that an epoch ends with FFCV's iterator, which alone keeps the order alive.
         epoch = _Epoch(weakref.ref(order), draw_views)
         self._epochs = [*(e for e in self._epochs if e.order() is not None), epoch]
         return epoch.failures
@@ -142,13 +135,14 @@ class ViewDecoder(SimpleRGBImageDecoder):
     ) -> None:
         """Fill `pixels` with the views of a batch; never raises, see `failures`."""
         rows, pixels = batch.astype(np.int64), pixels[: len(batch)]
-        # FFCV's batches are slices of the order it was given. Nothing else here shows their epoch,
+        # FFCV's batches are slices of the order it was given. Nothing else tells their epoch here,
         # and batches of two live iterators may arrive in turn.
         epochs = [epoch for epoch in self._epochs if _is_part(batch, epoch.order())]
         try:
             views = epochs[0].draw_views(rows) if epochs else self._next_views(rows, metadata)
             failures = self._decode(rows, views, pixels, _stored_images(metadata[rows], storage))
         except (Exception, ThreadDiedError) as error:
+            # A pool with a dead thread would fail every batch; the next one starts its own.
             self._threads = None
             pixels[:] = 0
             failures = dict.fromkeys(rows.tolist(), f"{type(error).__name__}: {error}")
@@ -184,7 +178,7 @@ class ViewDecoder(SimpleRGBImageDecoder):
         return failures
 
     def _next_views(self, rows: NDArray[np.int64], metadata: Any) -> NDArray[np.int32]:
-        """Draw the views of rows of which no epoch is known: as many as each had before."""
+        """Draw the views of rows outside a `ViewOrder`: each row's epoch is its count of visits."""
         if len(self._visits) != len(metadata):
             self._visits = np.zeros(len(metadata), np.int64)
         slots = self._visits[rows]
@@ -205,17 +199,12 @@ class ViewOrder(TraversalOrder):
     """
 
     def __init__(self, decoder: ViewDecoder, *, seed: int = 0):
-        """Pair an order with a decoder.
-
-        Args:
-            decoder: the one in the loader's pipeline.
-            seed: of the order, in [0, 2**63).
-        """
+        """Pair an order, with its seed in [0, 2**63), with the decoder in the loader's pipeline."""
         self._decoder = decoder
         self._order_seed = seed
 
     def __call__(self, loader: Any) -> "ViewOrder":
-        """Bind it to a loader: FFCV makes an order from what it was given by calling it."""
+        """Bind the order to a loader: FFCV calls its `order` argument as if it were a class."""
         bound = copy.copy(self)
         TraversalOrder.__init__(bound, loader)
         return bound
@@ -240,11 +229,9 @@ class ViewOrder(TraversalOrder):
 
 @numba.njit
 def _call_back(number, batch, pixels, metadata, storage):  # type: ignore[no-untyped-def]
-    """Return to Python from what FFCV compiles.
-
-    What decodes is compiled already and comes from Numba's cache; there, and not in what FFCV
-    compiles in every process, the epoch and the threads are known.
-    """
+    """Return to Python from the code that FFCV compiles."""
+    # FFCV compiles its code again in every process. Our decoder comes compiled from the cache, and
+    # only Python knows the epoch and the threads.
     with numba.objmode():
         _decode_batch(number, batch, pixels, metadata, storage)
 
@@ -255,7 +242,6 @@ def _decode_batch(number: int, batch: Any, pixels: Any, metadata: Any, storage: 
 
 
 def _is_part(batch: NDArray[Any], order: NDArray[np.int64] | None) -> bool:
-    """Return whether a batch was cut from an order."""
     return order is not None and np.may_share_memory(order, batch)
 
 

@@ -66,15 +66,8 @@ def write_parquet_shards(
     every metric, and `cluster` if there are clusters. The bytes are the stored ones, so
     `fastprune convert` makes the same beton from them.
 
-    Args:
-        rows: (K,) int64, sorted; the rows to write.
-        beton: the images, with their manifest.
-        folder: to create.
-        scores: of the beton.
-        shard_bytes: approximate size of the images in a file.
-
-    Returns:
-        The files.
+    `rows` is (K,) and sorted, `beton` has its manifest, and `shard_bytes` is the approximate size
+    of the images in a file. Returns the files.
 
     Raises:
         InvalidValueError: the beton holds raw pixels instead of image files.
@@ -91,6 +84,7 @@ def write_parquet_shards(
     ends = np.cumsum(beton.sizes[rows])
     shard_of = (ends - beton.sizes[rows]) // shard_bytes
     parts = [rows[shard_of == shard] for shard in np.unique(shard_of)]
+    # Beside the folder, so that the rename stays on one disk; a failed export leaves nothing.
     partial = folder.with_name(f"{folder.name}.partial")
     names = [f"train-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     columns = _columns(beton, scores)
@@ -111,7 +105,7 @@ def write_parquet_shards(
 
 
 def _columns(beton: Beton, scores: ScoreTable | None) -> dict[str, NDArray[Any]]:
-    """Return every column but the image, (N,) each."""
+    """Every column but the image, (N,) each."""
     columns: dict[str, NDArray[Any]] = {"label": beton.labels} if beton.has_labels else {}
     columns["row"] = np.arange(beton.num_rows)
     if scores is not None:
@@ -124,7 +118,6 @@ def _columns(beton: Beton, scores: ScoreTable | None) -> dict[str, NDArray[Any]]
 def _write_shard(
     path: Path, rows: NDArray[np.int64], beton: Beton, columns: dict[str, NDArray[Any]]
 ) -> None:
-    """Write a file, a row group at a time: the images are not held in memory together."""
     assert beton.manifest is not None
     sources = beton.manifest.table(["source"])["source"]
     types = {name: pa.from_numpy_dtype(values.dtype) for name, values in columns.items()}
@@ -132,6 +125,7 @@ def _write_shard(
         {"huggingface": json.dumps(_described(beton, types))}
     )
     with pq.ParquetWriter(path, schema) as writer:
+        # A row group at a time, so that memory holds the images of one group.
         for start in range(0, len(rows), _GROUP_ROWS):
             part = rows[start : start + _GROUP_ROWS]
             files = sources.take(pa.array(part)).to_pylist()

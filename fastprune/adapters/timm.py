@@ -20,8 +20,8 @@ class ReshapedDistillationTask(LogitDistillationTask):
     """timm's `LogitDistillationTask`, with teacher logits reshaped to the whole dataset's scale.
 
     Everything else is timm's: weights of the losses, temperature, EMA, compiling, several
-    processes. With `teacher_model=None` no teacher is in memory, and each call takes its
-    logits, such as the field "teacher_logits" of a `Loader`.
+    processes. With `teacher_model=None` no teacher is in memory, and each call takes its logits,
+    such as the field "teacher_logits" of a `Loader`.
 
     For a soft target, as mixup and label smoothing make it, the class std is the mean over the
     classes, weighted by their shares.
@@ -38,14 +38,14 @@ class ReshapedDistillationTask(LogitDistillationTask):
         class_std: ArrayLike | Tensor | Subset | str | Path | None,
         **options: Any,
     ) -> None:
-        """Make the task.
+        """Load the class std and check it.
 
         Args:
             student_model: a timm model, which carries its mean and std.
             teacher_model: as timm takes it; None if each call passes the logits.
             class_std: (C,) mean standard deviation of the teacher's logits of each class, or the
                 subset that holds it (a `Subset` or its file); None to leave the logits as they are.
-            options: timm's own: task_loss_weight, distill_loss_weight, temperature, criterion, …
+            options: timm's own, such as task_loss_weight, distill_loss_weight, temperature.
 
         Raises:
             InvalidValueError: the subset has no class std, or one for another number of classes.

@@ -18,22 +18,10 @@ _FIELDS = ("images", "labels", "rows")
 
 
 class TorchdistillLoader:
-    """A `Loader` with torchdistill's batches; everything else is the loader's own.
-
-    Attributes:
-        loader: the loader.
-    """
+    """A `Loader` with torchdistill's batches; everything else is the loader's own."""
 
     def __init__(self, loader: Loader):
-        """Wrap a loader.
-
-        Args:
-            loader: with the fields "images", "labels", "rows", and "teacher_logits" if cached
-                logits stand in for the teacher.
-
-        Raises:
-            InvalidValueError: it has other fields.
-        """
+        """Wrap a loader of images, labels, rows, and teacher_logits to stand in for the teacher."""
         if loader.fields not in (_FIELDS, (*_FIELDS, "teacher_logits")):
             raise InvalidValueError(
                 f'torchdistill needs fields=("images", "labels", "rows"), with "teacher_logits" '
@@ -42,7 +30,7 @@ class TorchdistillLoader:
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        # Copying asks before there is a loader.
+        # Copying looks attributes up before `loader` is set, which would recurse here.
         if name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)
@@ -52,11 +40,7 @@ class TorchdistillLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-        """Run the loader's next epoch.
-
-        Yields:
-            images, labels and a supplement: "rows", and with a teacher cache "cached_data".
-        """
+        """Run the next epoch; the supplement holds "rows", and with a cache "cached_data"."""
         return map(_with_supplement, self.loader)
 
 
