@@ -36,10 +36,12 @@ demo: setup ## The whole way on small images (IMAGES=folder: on yours; ARGS='--e
 	$(BIN)/fastprune demo $(if $(IMAGES),--images '$(IMAGES)') $(ARGS)
 
 test: setup ## Run the tests
-	FASTPRUNE_REQUIRE=ffcv,dali,timm,ray,accelerate,lightning,torchdistill $(BIN)/pytest $(ARGS)
+	FASTPRUNE_REQUIRE=ffcv,dali,timm,ray,accelerate,lightning,torchdistill OMP_NUM_THREADS=1 \
+	    $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 test-full: setup ## Run the tests with the long fault injection and fuzzing
-	FASTPRUNE_REQUIRE=ffcv,dali,timm,ray,accelerate,lightning,torchdistill $(BIN)/pytest -m '' $(ARGS)
+	FASTPRUNE_REQUIRE=ffcv,dali,timm,ray,accelerate,lightning,torchdistill OMP_NUM_THREADS=1 \
+	    $(BIN)/pytest -n 2 --dist worksteal -m '' $(ARGS)
 
 check: setup ## Format, lint, types, import floors, docs, Dockerfile, known vulnerabilities
 	$(BIN)/ruff format --check .

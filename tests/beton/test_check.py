@@ -341,8 +341,8 @@ def test_a_damaged_manifest_is_named_and_not_used(ours):
     manifest_path(ours).write_bytes(b"PAR1")
     [fault] = check_beton(ours)
     assert fault.kind == "manifest"
-    assert "cannot be read: it is no Parquet file" in fault.message
-    with pytest.warns(ForeignManifestWarning, match="cannot be read: it is no Parquet"):
+    assert "cannot be read: it is not a Parquet file" in fault.message
+    with pytest.warns(ForeignManifestWarning, match="cannot be read: it is not a Parquet"):
         assert open_beton(ours).class_names is None
 
 
