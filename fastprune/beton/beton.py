@@ -31,7 +31,6 @@ class BetonFile:
     """One file of a beton.
 
     Attributes:
-        path: the file.
         first_row: the beton's row that is the file's row 0.
         start: where the file starts in the beton's content, in bytes.
         mapped: its status when it was mapped, taken from the mapped descriptor.
@@ -46,7 +45,7 @@ class BetonFile:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file."""
+        """Size when mapped; the file may have been cut since."""
         return self.mapped.st_size
 
 
@@ -67,8 +66,6 @@ class Beton:
         modes: (N,) uint8, 0 for JPEG bytes, 1 for raw RGB pixels.
         offsets: (N,) int64, offset of every row's image data in `content`, in bytes.
         sizes: (N,) int64, size of every row's image data, in bytes.
-        fields: the columns of the file, in order.
-        page_bytes: the page size.
         content: (file size,) uint8, the whole file, not writable. Of a sharded beton, its files
             one after the other; the bytes between them must not be touched.
         files: the file, or the shards in the order of their rows.
@@ -140,9 +137,6 @@ class Beton:
     def image_bytes(self, row: int) -> NDArray[np.uint8]:
         """Return the stored bytes of one image, without a copy.
 
-        Args:
-            row: in [0, N).
-
         Returns:
             (n,) uint8, a JPEG file or height x width x 3 RGB pixels (see `modes`); not writable.
 
@@ -153,6 +147,7 @@ class Beton:
             raise InvalidValueError(
                 f"row {row:,} is outside {self.path}, whose rows are [0, {self.num_rows:,})."
             )
+        # Opening the beton checked that the data of every row lies inside the file.
         offset = self.offsets[row]
         return self.content[offset : offset + self.sizes[row]]
 
@@ -165,14 +160,9 @@ class Beton:
 
 
 def rows_of(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
-    """Return the rows that a subset names in this beton.
+    """Return the rows that a subset names in this beton: (K,) int64, sorted, unique, in [0, N).
 
-    Args:
-        beton: the open beton.
-        subset: a subset file, a `Subset`, an array of rows, or None for all of them.
-
-    Returns:
-        (K,) int64, sorted and unique, in [0, N).
+    The subset is a file, a `Subset`, an array of rows, or None for all rows.
 
     Raises:
         InvalidValueError: the rows do not index the beton.
@@ -192,6 +182,7 @@ def _named_rows(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
         subset = Subset.load(subset)
     if not isinstance(subset, Subset):
         return checked_rows(subset, name=name, num_rows=beton.num_rows)
+    # Compared before the rows: rows beyond the beton are a symptom, other images are the cause.
     if subset.fingerprint is not None:
         require_same_images(
             subset.fingerprint,
@@ -209,7 +200,7 @@ def _require_present(beton: Beton, rows: NDArray[np.int64]) -> None:
     present = beton.present
     if present is None or (is_there := present[rows]).all():
         return
-    first = rows[np.argmin(is_there)]
+    first = rows[np.argmin(is_there)]  # argmin of bools: the first False
     raise ArtifactError(
         f"{beton.path} is a mirror that holds {int(present.sum()):,} of {len(present):,} rows, and "
         f"row {first:,} is not among them ({int((~is_there).sum()):,} of {len(rows):,} rows are "
@@ -227,6 +218,7 @@ def kept_rows(beton: Beton, subset: RowsLike) -> NDArray[np.int64]:
         ContentNotComparedWarning: nothing, or the structure alone, ties the subset to the beton.
     """
     rows = rows_of(beton, subset)
+    # `fastprune select` writes the fingerprint into the .json; a bare .npy names no images.
     if isinstance(subset, str | Path):
         is_unbound = not Path(subset).with_suffix(".json").exists()
     else:

@@ -133,6 +133,7 @@ def _shard_faults(folder: Path, deep: bool, subset: str | Path | None) -> list[F
             row = None if fault.row is None else shard.first_row + fault.row
             message = f"{shard.path.name}: {fault.message}"
             faults.append(replace(fault, row=row, message=message))
+    # Opening compares the shards with the whole; it would only repeat a shard's own faults.
     if not faults:
         try:
             open_beton(folder)
@@ -190,18 +191,7 @@ def _image_faults(
     crcs: dict[int, int] | None,
     present: NDArray[np.bool_],
 ) -> list[Fault]:
-    """Decode every image that lies inside the file, on every core.
-
-    Args:
-        tables: the parts of the beton; other rows may be damaged.
-        image: the index of the image field.
-        placement: where the images lie.
-        crcs: row -> CRC-32C of its stored bytes; None if there is no manifest.
-        present: (N,) whether a row is there: a mirror lacks some.
-
-    Returns:
-        At most one fault per row, in row order.
-    """
+    """Decode every present image that lies inside the file; at most one fault per row, in order."""
     # Rows whose data lies inside the file, even if other rows' does not. Offsets come from the file
     # and may be anything, so no sum may overflow.
     offsets, sizes, end = placement.offsets, placement.sizes, tables.table_offset
@@ -236,6 +226,7 @@ def _image_faults(
 
 def _fault(row: int, stored: bytes, record: np.void, crcs: dict[int, int] | None) -> Fault | None:
     """Return the first thing that is wrong with one image."""
+    # The CRC first: it is cheaper than decoding, and finds bits that still decode.
     if crcs is not None and crc32c(stored) != crcs.get(row):
         return Fault("crc", "its bytes are not the ones that were written (CRC-32C)", row)
     if record["mode"] == layout.RAW:
@@ -260,12 +251,7 @@ def write_missing_manifest(path: str | Path) -> Manifest:
     """Write a manifest for a beton of another writer, so that its contents have a fingerprint.
 
     The CRC-32C of the stored bytes stands for the source's: the source checksums are unknown.
-
-    Args:
-        path: a whole beton without a manifest, or with one that is not its own.
-
-    Returns:
-        The manifest, written beside the beton.
+    A manifest of another beton is replaced.
 
     Raises:
         BetonError: the beton is damaged.
@@ -293,7 +279,7 @@ def write_missing_manifest(path: str | Path) -> Manifest:
 
 
 def stored_crc32c(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """Compute the CRC-32C of the stored bytes of rows (K,); (K,) uint32."""
+    """Compute the CRC-32C of each row's stored bytes; (K,) uint32."""
     tracked = track(rows.tolist(), description="crc", total=len(rows), unit="rows")
     return np.array([crc32c(beton.image_bytes(row)) for row in tracked], np.uint32)
 
@@ -301,13 +287,7 @@ def stored_crc32c(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
 def found_lines(
     beton: Beton, rows: NDArray[np.int64], crcs: NDArray[np.uint32]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the manifest's lines of rows of unknown origin.
-
-    Args:
-        beton: has the images.
-        rows: (K,) int64.
-        crcs: (K,) CRC-32C of the stored bytes.
-    """
+    """Yield the manifest's lines of rows of unknown origin; `crcs` (K,) is of the stored bytes."""
     for start in range(0, len(rows), _MANIFEST_LINES):
         piece = rows[start : start + _MANIFEST_LINES]
         columns = {

@@ -45,7 +45,7 @@ def compact(
 
     Args:
         beton_path: the beton to copy from.
-        out_path: the beton to write; an older one is replaced at the very end.
+        out_path: an older beton there is replaced at the very end.
         subset: the rows to keep, as a file, a `Subset` or an array; None for all of them.
         row_field: also store every sample's original row as an int field "row".
 
@@ -84,6 +84,7 @@ def compact(
             "compacted_from": beton.fingerprint.to_dict(),
         },
     )
+    # Both files are whole under temporary names before either gets its own.
     with temporary_path(out) as temporary, temporary_path(manifest.path) as unnamed:
         with named_os_errors(out):
             _write(beton, rows, fields, lines, temporary)
@@ -164,16 +165,8 @@ def _copy(
 ) -> None:
     """Write the data of all rows in file order, a few MiB at a time.
 
-    Args:
-        beton: the parent.
-        rows: (K,) rows of the parent.
-        spans: where the data comes from, its sizes, and where it goes; (K, fields with data) each.
-        lines: the manifest's, with the CRC-32C of every image.
-        image: the column of the images in `spans`.
-        path: the file to write.
-
-    Raises:
-        BetonError: an image does not have the bytes that were written once.
+    `spans` holds sources, sizes and targets, (K, fields with data) each; `image` is the column of
+    the images in them.
     """
     sources, sizes, targets = spans
     crcs = lines["stored_crc32c"].to_numpy()

@@ -53,12 +53,7 @@ class ManifestHeader(Header):
 
 @dataclass(frozen=True)
 class Part:
-    """The manifest of one shard.
-
-    Attributes:
-        path: the Parquet file.
-        first_row: the row of the whole that is the shard's row 0.
-    """
+    """The manifest of one shard, whose row 0 is row `first_row` of the whole."""
 
     path: Path
     first_row: int
@@ -70,12 +65,11 @@ class Manifest:
 
     Attributes:
         path: the Parquet file; of a sharded beton, manifest.json.
-        fingerprint: the identity of the images.
         class_names: name of every class in the order of the labels; None where the source had none.
         counts: lines per action: "copied", "rewritten" (the fast layout), "transcoded", "skipped",
             and "found" in a manifest that `fastprune check` made for a beton of another writer.
         settings: how the beton was made: the options that determine its bytes.
-        version: the version of fastprune that wrote it.
+        version: of the fastprune that wrote it.
         parts: where the lines of a sharded beton are; empty for a single file.
     """
 
@@ -90,11 +84,7 @@ class Manifest:
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """Read the lines: one per row in row order, then one per skipped image, whose row is null.
 
-        Args:
-            columns: the columns to read; all of them by default.
-
-        Returns:
-            A table with the columns of `SCHEMA`.
+        The table has the columns of `SCHEMA`, or the asked ones.
 
         Raises:
             ArtifactError: the file cannot be read.
@@ -253,9 +243,7 @@ def _differences(
 def write_manifest(manifest: Manifest, batches: Iterable[pa.RecordBatch]) -> None:
     """Write a manifest, whole or not at all.
 
-    Args:
-        manifest: what to put into the file's metadata, and where.
-        batches: the lines, in pieces; all of `SCHEMA` or all with the same further columns.
+    All batches have the columns of `SCHEMA`, or all have the same further ones.
 
     Raises:
         ArtifactError: the file cannot be written.

@@ -63,9 +63,6 @@ def map_contiguously(
     An address range without backing memory is reserved, and each file is mapped at its place in it,
     so consumers of a beton's content handle several files like one, at the same speed.
 
-    Args:
-        paths: the files.
-
     Returns:
         content: (range,) uint8, not writable. Bytes between the files must not be touched.
         starts: where each file starts in it: multiples of all page sizes, so that pages of two

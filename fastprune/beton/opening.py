@@ -57,9 +57,6 @@ def open_beton(
             them; "" for none, None for FASTPRUNE_SERVICE of the environment.
         token: for services; None for FASTPRUNE_SERVICE_TOKEN of the environment.
 
-    Returns:
-        The open beton.
-
     Raises:
         BetonError: the beton is missing, unfinished, cut or damaged, or some rows differ from its
             manifest; the text names the first fault.
@@ -126,6 +123,7 @@ def open_files(path: Path) -> Beton:
         _require_listed_shards(manifest, records.shards, known, structure)
     else:
         manifest, faults = manifest_of(path, known, structure)
+        # Images without a usable manifest can still be read; damaged rows cannot.
         for fault in [fault for fault in faults if fault.kind == "manifest"]:
             faults.remove(fault)
             warn_user(fault.message, ForeignManifestWarning)
@@ -163,6 +161,7 @@ def rows_present(path: Path) -> NDArray[np.bool_] | None:
     if not (folder / MIRROR_NAME).exists():
         return None
     present: NDArray[np.bool_] | None
+    # By name: other betons must not load pyarrow.fs.
     present = import_module("fastprune.beton.remote.mirror").marks_of(path)
     return present
 
@@ -172,13 +171,10 @@ class Records:
     """The records of all rows of a beton, of one file or several.
 
     Attributes:
-        fields: the columns, in order.
-        page_bytes: the largest page size.
+        page_bytes: the largest page size of the files.
         metadata: (N,) records; pointers in them are offsets in the row's file.
         placements: where the data of each field lies in `content`, by the field's index.
-        content: the bytes of all files.
-        files: the files.
-        manifest: of a sharded beton.
+        manifest: of a sharded beton; a single file's is looked up by `manifest_of`.
         shards: of a sharded beton, as its manifest lists them.
     """
 
@@ -220,12 +216,14 @@ def read_records(path: Path) -> Records:
         read_tables(file.path, (content[file.start :][: file.num_bytes], file.mapped))
         for file in files
     ]
+    # Before anything is concatenated: records of other fields have another dtype.
     for shard, tables in zip(shards, parts, strict=True):
         if tables.fields != parts[0].fields:
             raise _foreign(shard, "it has other fields than the first shard")
         if len(tables.metadata) != shard.fingerprint.num_rows:
             raise _foreign(shard, f"it has {len(tables.metadata):,} rows")
     found = [_sound_placements(file.path, part) for file, part in zip(files, parts, strict=True)]
+    # Offsets in the files become offsets in the one content.
     placements = {
         index: Placement(
             np.concatenate(

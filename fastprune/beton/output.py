@@ -54,15 +54,10 @@ class PageCursor:
 
 
 def write_images(descriptor: int, data: Sequence[Data], offsets: Sequence[int]) -> None:
-    """Write images to their places; neighbors go out in one call.
-
-    Args:
-        descriptor: a file open for writing.
-        data: the images; empty ones are passed over.
-        offsets: the file offset of each, ascending.
+    """Write images to their file offsets, which ascend; neighbors go out in one call.
 
     Raises:
-        OSError: the disk is full, or the system refuses otherwise.
+        OSError: the disk is full, or the write fails otherwise.
     """
     buffers: list[Data] = []
     start = end = 0
@@ -77,7 +72,7 @@ def write_images(descriptor: int, data: Sequence[Data], offsets: Sequence[int]) 
         if not buffers:
             start = offset
         elif gap:
-            # Zeros, so that the same images give the same bytes over whatever stood there.
+            # Zeros, so that the same images give the same file even over older bytes.
             buffers.append(bytes(gap))
         buffers.append(image)
         end = offset + len(image)
@@ -96,8 +91,8 @@ def write_frame(
     """Complete a file whose pages are written, and flush it to the disk; the header goes last.
 
     Args:
-        path: the file.
-        fields: the columns.
+        path: of a file that exists.
+        fields: in the order of the columns.
         metadata: (N,) records of `layout.metadata_dtype(fields)`.
         table: (A,) of dtype `layout.ALLOCATION`.
         cursor: the end of the data and the page size.
@@ -119,11 +114,11 @@ def write_frame(
             file.write(blocks.tobytes())
         file.seek(table_offset)
         file.write(table.tobytes())
-        # Whatever stands behind the table would be read as more of it.
+        # Readers take everything up to the end of the file for the table.
         file.truncate()
         file.flush()
         os.fsync(file.fileno())
-        # A reader takes a file without a header for unfinished: it must not reach the disk first.
+        # Write the header last: without it, readers treat the file as incomplete.
         file.seek(0)
         file.write(header)
         file.flush()

@@ -65,6 +65,7 @@ class _Allocations:
 
     def orphans(self) -> Iterator[Fault]:
         """Yield entries that no row refers to, because two rows or fields share another one."""
+        # Right only after `place` saw every field: it marks the entries that rows use.
         orphan = ~self._used & (self.size > 0)
         yield from self._name(orphan, "orphan", "belongs to no row's data")
 
@@ -117,9 +118,6 @@ class _Allocations:
 
 def check_rows(tables: Tables) -> tuple[dict[int, Placement], list[Fault]]:
     """Check every row's metadata against the allocation table.
-
-    Args:
-        tables: the parts of the beton.
 
     Returns:
         The placement of each field that has data, by the field's index, and the faults. Where

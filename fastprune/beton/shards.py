@@ -22,6 +22,7 @@ from fastprune.beton.manifest import (
     read_manifest,
 )
 
+# Its presence means that all shards are whole, so it is written when nothing else is missing.
 SET_NAME = "manifest.json"
 
 _SHARD_NAME = re.compile(r"shard-\d+\.beton", re.ASCII)
@@ -59,13 +60,7 @@ class SetHeader(ManifestHeader):
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as manifest.json lists it.
-
-    Attributes:
-        path: the beton.
-        first_row: the row of the set that is the shard's row 0.
-        fingerprint: of its images.
-    """
+    """One shard as manifest.json lists it; its row 0 is row `first_row` of the set."""
 
     path: Path
     first_row: int
@@ -89,6 +84,7 @@ def read_set(folder: Path) -> tuple[Manifest, list[Shard]]:
             shard that is there.
     """
     manifest, shards = read_listing(folder)
+    # Only names are compared here; whoever opens the shards compares their content.
     _require_these_files(folder, shards)
     return manifest, shards
 
@@ -156,9 +152,9 @@ def missing_shards(
     Args:
         folder: of the sharded beton.
         num_shards: of the whole.
-        job: what all shards of one conversion have in their settings.
-        refuse_others: whether a shard of another conversion is an error, or counts as missing: the
-            tasks of an array replace shards one by one.
+        job: the settings that all shards of one conversion share.
+        refuse_others: raise for a shard of another conversion; else it counts as missing, because
+            the tasks of an array replace shards one by one.
 
     Raises:
         BetonError: a shard of another conversion is there.
@@ -172,7 +168,7 @@ def missing_shards(
         try:
             settings = read_manifest(manifest_path(path)).settings
         except ArtifactError:
-            settings = {}
+            settings = {}  # equal to no job: the shard is treated as another conversion's
         if settings == {**job, "shard": index}:
             continue
         if refuse_others:
@@ -189,11 +185,6 @@ def write_set(folder: Path, num_shards: int, job: dict[str, Any]) -> Manifest:
 
     Every process writes the same bytes, so several may at once.
 
-    Args:
-        folder: of the sharded beton.
-        num_shards: of the whole.
-        job: the settings of the whole.
-
     Raises:
         ArtifactError: a shard's manifest cannot be read, or the file cannot be written.
     """
@@ -202,6 +193,7 @@ def write_set(folder: Path, num_shards: int, job: dict[str, Any]) -> Manifest:
     counts: Counter[str] = Counter()
     for manifest in manifests:
         table = manifest.table(["row", *columns])
+        # Skipped images have a line, but no row; digests are over rows.
         table = table.filter(table["row"].is_valid())
         for name, values in columns.items():
             values.append(table[name].to_numpy())

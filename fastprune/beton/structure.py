@@ -20,7 +20,7 @@ class Fault:
     Attributes:
         kind: a short name that does not change between versions, such as "unfinished".
         message: what is wrong, with the values that show it.
-        row: the row it concerns; None for the file as a whole.
+        row: None for the file as a whole.
         source: the source path of that row, where the manifest has it.
     """
 
@@ -51,13 +51,11 @@ class Tables:
     """The parts of a beton, as views into the mapped file.
 
     Attributes:
-        fields: the columns, in order.
-        page_bytes: the page size.
         metadata: (N,) records, f0, f1, ... for the fields.
         allocations: (A,) the allocation table.
         table_offset: where the allocation table starts, in bytes.
         content: (file size,) uint8, the whole file.
-        mapped: the file's status when it was mapped, from the very descriptor.
+        mapped: the file's status, from the descriptor that was mapped.
     """
 
     fields: tuple[layout.Field, ...]
@@ -77,11 +75,7 @@ class Tables:
 def read_tables(
     path: Path, mapping: tuple[NDArray[np.uint8], os.stat_result] | None = None
 ) -> Tables:
-    """Locate the parts of a beton.
-
-    Args:
-        path: the file.
-        mapping: its bytes and its status, where it is mapped already.
+    """Locate the parts of a beton; `mapping` is its bytes and status if it is mapped already.
 
     Raises:
         BetonError: the file cannot be opened.
@@ -207,6 +201,7 @@ class _Locator:
 
 def _first_row_without_data(table: NDArray[np.void], num_rows: int) -> int:
     """Return the first row that an allocation table does not mention."""
+    # Sample ids come from the file: only their order is used, never as an index.
     rows = np.unique(table["sample_id"])
     gaps = np.flatnonzero(rows != np.arange(len(rows)))
     return int(gaps[0]) if len(gaps) else min(len(rows), num_rows - 1)
@@ -215,6 +210,7 @@ def _first_row_without_data(table: NDArray[np.void], num_rows: int) -> int:
 def _field(record: Any, index: int) -> layout.Field:
     """Read one descriptor."""
     kind = layout.KINDS.get(int(record["type_id"]))
+    # Names are padded with zeros to 16 bytes.
     name = record["name"].tobytes().split(b"\0")[0]
     if kind is None:
         raise _BrokenError(

@@ -28,6 +28,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
         InvalidValueError: a subset's rows are not valid rows.
     """
     path = Path(path)
+    # By the name: betons of other writers have any suffix.
     if path.suffix == ".npy":
         return _subset(path)
     if path.suffix == ".parquet":
@@ -122,7 +123,6 @@ def jpeg_layouts(manifest: Manifest) -> str:
 
 
 def _spread(values: Any) -> dict[str, float]:
-    """Return the smallest, the median, the largest value and their sum."""
     return {
         "smallest": int(values.min()),
         "median": float(np.median(values)),

@@ -1,4 +1,4 @@
-"""An object of a store as a file: for what reads tars and Parquet."""
+"""An object of a store as a read-only file, for readers of tar and Parquet."""
 
 import io
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """Its last part."""
+        """The last part of its name."""
         return self.entry.name.rpartition("/")[2]
 
     @property
@@ -42,7 +42,7 @@ class RemoteFile:
 
 
 class _Ranges(io.RawIOBase):
-    """An object as a file: a read is a request, repeated where it fails."""
+    """An object as a file: each read is one request, which `Store` retries."""
 
     def __init__(self, store: Store, entry: ListedObject):
         self._store, self._entry, self._at = store, entry, 0
@@ -62,6 +62,7 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        # 0 at the end of the object: BufferedReader takes it for the end of the file.
         size = max(0, min(len(buffer), self._entry.st_size - self._at))
         if size:
             buffer[:size] = self._store.read(self._entry.name, self._at, size)

@@ -57,7 +57,6 @@ class MirroredFile(Header):
 
     Attributes:
         name: of the file and of its object.
-        num_rows: of the whole file.
         size: of the whole file, in bytes.
         version: the object's when the mirror was made; an object of another version is refused.
     """
@@ -72,9 +71,7 @@ class MirrorHeader(Header):
     """The content of mirror.json.
 
     Attributes:
-        format: of the mirror.
         url: of the beton, or of the folder of its shards, without a slash at its end.
-        fingerprint: of the whole beton.
         files: in the order of their rows.
     """
 
@@ -117,12 +114,6 @@ class MirroredBeton(Beton):
     """A beton in object storage, whose rows are fetched into a mirror when they are asked for.
 
     Rows that are not there are zeros in `content` until `arriving` or `fetched` fetched them.
-
-    Attributes:
-        folder: of the mirror.
-        mirrored: its files.
-        store: where the objects are.
-        marks: of the rows.
     """
 
     folder: Path = Path()
@@ -134,9 +125,11 @@ class MirroredBeton(Beton):
         """Yield each batch once its rows are fetched, in order; later ones are fetched ahead."""
         batches = list(batches)
         rows = np.concatenate(batches) if batches else np.empty(0, np.int64)
+        # Each row once, where it is needed first.
         _, first = np.unique(rows, return_index=True)
         with closing(self.fetched(self.absent(rows[np.sort(first)]))) as fetched:
             for batch in batches:
+                # The marks decide: another process may have fetched these rows.
                 while len(self.absent(batch)):
                     next(fetched)
                 yield batch
@@ -199,15 +192,12 @@ class MirroredBeton(Beton):
             yield from requests_for(self.places, self.absent(window), slack=0)
 
     def _fetch(self, request: Request, stop: threading.Event) -> int | None:
-        """Fetch a range that no other process is fetching.
+        """Fetch a range, unless another process is fetching some of its rows (None).
 
         Bytes are checked before they are written, and rows are marked after. A killed process
         leaves nothing else: the kernel writes out what it has accepted. After a power failure,
         the CRC-32C that a loader compares at the first read catches a mark whose data was lost.
-
-        Returns:
-            The bytes that were fetched, 0 where all rows were there; None if another process is
-            fetching some of the rows.
+        Returns the number of bytes fetched, 0 if all rows were there.
         """
         assert self.marks is not None
         store = self.store

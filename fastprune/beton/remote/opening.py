@@ -72,7 +72,7 @@ def open_mirrored(
             f"{folder} is a mirror of {header.fingerprint}, but its files are {beton.fingerprint}. "
             f"Remove it, and fetch the rows again: fastprune stage {url} SUBSET {folder}"
         )
-    # It promises all rows.
+    # `present` is None because every row comes when it is asked for.
     known = {field.name: getattr(beton, field.name) for field in fields(beton)}
     mirror = MirroredBeton(**known, folder=folder, mirrored=header.files, store=store)
     return replace(mirror, present=None, marks=header.marks(folder))
@@ -167,7 +167,7 @@ def _write_tables(store: Store, path: Path, file: MirroredFile) -> None:
     if metadata_end > head_bytes:
         parts[head_bytes] = store.read(file.name, head_bytes, metadata_end - head_bytes)
     with path.open("wb") as sparse:
-        sparse.truncate(size)
+        sparse.truncate(size)  # no blocks for the pages until rows are written
         for start, content in parts.items():
             sparse.seek(start)
             sparse.write(content)
@@ -176,8 +176,7 @@ def _write_tables(store: Store, path: Path, file: MirroredFile) -> None:
 def _extent(head: bytes, size: int) -> tuple[int, int]:
     """Return where the metadata ends and the allocation table begins, by the first bytes of a file.
 
-    Raises:
-        BadBodyError: a beton of this size does not start like this.
+    A `BadBodyError` for bytes that no beton of this size starts with.
     """
     if len(head) < layout.metadata_start(1):
         raise BadBodyError(f"{size:,} bytes are too few for a beton")
@@ -197,11 +196,7 @@ def _extent(head: bytes, size: int) -> tuple[int, int]:
 
 
 def _require_sound(fetched: Path, path: Path) -> None:
-    """Compare the tables of a fetched file with each other and with the manifest of `path`.
-
-    Raises:
-        BetonError: they contradict each other.
-    """
+    """Compare the tables of a fetched file with each other and with the manifest of `path`."""
     records = read_records(fetched)
     image, label = image_and_label(records.fields, path)
     columns = records.metadata[f"f{image}"]

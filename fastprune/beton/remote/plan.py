@@ -21,10 +21,10 @@ class Request:
     """One range of one file.
 
     Attributes:
-        file: the file's index.
+        file: index of the file.
         start: in the file, in bytes.
         size: in bytes.
-        rows: (n,) int64, the rows in it that are wanted, by offset.
+        rows: (n,) int64, the wanted rows in it, by offset.
     """
 
     file: int
@@ -51,16 +51,13 @@ class Places:
 def requests_for(
     places: Places, rows: NDArray[np.int64], *, slack: float = SLACK, most_bytes: int = MOST_BYTES
 ) -> list[Request]:
-    """Cover rows with ranges.
+    """Cover rows with ranges, by file and offset; each row is in one of them.
 
     Args:
-        places: where all rows of the beton lie.
+        places: of all rows of the beton.
         rows: (K,) rows, each at most once.
         slack: bytes of other rows that may come along, as a share of the wanted bytes.
         most_bytes: of a range; larger ones are cut between rows.
-
-    Returns:
-        The ranges by file and offset; each row is in one of them.
     """
     if not len(rows):
         return []

@@ -71,9 +71,6 @@ def stage(
         ray: fetch them on each node of a Ray cluster, by a task a node: True for the cluster that
             RAY_ADDRESS names, or one on this machine; or an address.
 
-    Returns:
-        What was done.
-
     Raises:
         InvalidValueError: the URL or the rows are outside their domain.
         ArtifactMismatch: the subset was made from other images.

@@ -115,9 +115,9 @@ class Store:
         """Read a range of an object.
 
         Args:
-            name: of the object, below the URL.
-            start: of the range, in bytes.
-            size: of the range, in bytes.
+            name: below the URL.
+            start: in bytes.
+            size: in bytes.
             require: raises a `BadBodyError` for bytes that cannot be right.
             stop: set by another thread to end the repetition.
 
@@ -140,12 +140,7 @@ class Store:
         return self.read(name, 0, self.status(name).size, require=require)
 
     def read_once(self, name: str, size: int, *, stop: threading.Event | None = None) -> bytes:
-        """Read all of an object of which nothing is kept.
-
-        Args:
-            name: of the object, below the URL.
-            size: in bytes, by a listing.
-            stop: see `read`.
+        """Read all of an object and keep no handle; `size` is its size in a listing.
 
         Raises:
             StorageError: as `status`, or it has another size.
@@ -184,11 +179,7 @@ class Store:
         return sorted(listed, key=lambda entry: entry.name)
 
     def exists(self, name: str) -> bool:
-        """Ask whether there is an object.
-
-        Raises:
-            StorageError: access is denied, or the server does not answer.
-        """
+        """Ask the server whether an object is there, or raise a `StorageError`."""
         system, path = self._system(), self._path(name)
         info = self._repeated(name, lambda: system.get_file_info(path))
         return bool(info.type == pyarrow.fs.FileType.File)
@@ -221,6 +212,7 @@ class Store:
         if opened is None:
             opened = self._repeated(name, lambda: self._opened_now(name))
             with self._lock:
+                # Two threads may have opened it; all must use the same version.
                 opened = self._opened.setdefault(name, opened)
         return opened
 
@@ -262,6 +254,7 @@ class Store:
                     # The object may have been replaced since it was opened: look at it again.
                     with self._lock:
                         self._opened.pop(name, None)
+                # Only faults that are known to be permanent end the attempts.
                 if isinstance(error, FileNotFoundError) or _MISSING.search(reason):
                     raise StorageError(
                         f"{where} does not exist. Compare the URL with a listing of the bucket."
