@@ -19,8 +19,6 @@ from fastprune.service.address import Address, parse_address
 from fastprune.service.credentials import ClientCredentials
 from fastprune.service.wire import FrameKind, Hello, ServiceError, ServiceRefusedError
 
-#: A server that sends nothing for so long is lost; it sends a heartbeat every two seconds.
-SILENT_SECONDS = 10.0
 _HELLO_SECONDS = 1.0
 _STATUS_SECONDS = 10.0
 _NEEDED_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
@@ -107,7 +105,7 @@ class UnixConnection:
             self.close()
             raise
         self._generations = self._slab.view(np.uint64)
-        self._socket.settimeout(SILENT_SECONDS)
+        self._socket.settimeout(wire.SERVER_SILENT_SECONDS)
 
     def announce(self, stream: bytes, rows: NDArray[np.int64], views_per_row: int) -> None:
         """Begin an epoch."""
@@ -149,7 +147,7 @@ class UnixConnection:
         try:
             self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
-            self._socket.settimeout(SILENT_SECONDS)
+            self._socket.settimeout(wire.SERVER_SILENT_SECONDS)
             return True
         except OSError:
             pass

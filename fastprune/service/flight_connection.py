@@ -25,7 +25,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import pyarrow as pa
 from pyarrow import flight
 
-from fastprune.service import connection, wire
+from fastprune.service import wire
 from fastprune.service.address import Address
 from fastprune.service.credentials import ClientCredentials
 from fastprune.service.wire import FrameKind, Hello, ServiceError, ServiceRefusedError
@@ -93,7 +93,7 @@ class FlightConnection:
 
     def wait(self) -> _Result:
         """Wait for the views of a request."""
-        while (found := self._next(connection.SILENT_SECONDS)) is None:
+        while (found := self._next(wire.SERVER_SILENT_SECONDS)) is None:
             pass
         return found
 

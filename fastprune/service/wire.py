@@ -66,6 +66,8 @@ SLOT_HEADER_BYTES = 64
 MAX_REQUEST_VIEWS = 64
 MAX_REASON_CHARACTERS = 200
 MAX_IMAGE_SIZE = 1 << 14
+#: A server that sends nothing for so long is lost; it sends a heartbeat every two seconds.
+SERVER_SILENT_SECONDS = 10.0
 _MAX_MESSAGE_BYTES = 16 << 20
 _MAX_JSON_BYTES = 64 << 10
 

@@ -12,8 +12,7 @@ import torch
 from fastprune.base.errors import InvalidValueError, LoadingError
 from fastprune.beton.opening import open_beton
 from fastprune.loading.loader import Loader
-from fastprune.service import connection as service_connection
-from fastprune.service import failover
+from fastprune.service import failover, wire
 from tests.service.conftest import NUM_ROWS, cached_views, wait_for
 
 SUBSET = np.arange(0, NUM_ROWS, 2)
@@ -232,7 +231,7 @@ def test_a_killed_server_changes_no_bit(beton, serve_process, tmp_path, caplog, 
 
 
 def test_a_stopped_server_is_given_up_on(beton, serve_process, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(service_connection, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(wire, "SERVER_SILENT_SECONDS", 0.5)
     process = serve_process(beton)
     loader = make_loader(beton, f"unix:{tmp_path}/service.sock")
     batches = iter(loader)

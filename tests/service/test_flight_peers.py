@@ -17,7 +17,6 @@ import pytest
 from pyarrow import flight
 
 from fastprune.beton.opening import open_beton
-from fastprune.service import connection as service_connection
 from fastprune.service import flight_listener as service_side
 from fastprune.service import wire
 from fastprune.service.address import parse_address
@@ -217,7 +216,7 @@ def test_a_killed_server_changes_no_bit(beton, serve_process, caplog, num_before
 
 
 def test_a_stopped_server_is_given_up_on(beton, serve_process, monkeypatch, caplog):
-    monkeypatch.setattr(service_connection, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(wire, "SERVER_SILENT_SECONDS", 0.5)
     process = serve_process(beton, port=(port := free_port()))
     batches = iter(make_loader(beton, f"grpc://127.0.0.1:{port}"))
     got = [next(batches)]
