@@ -515,7 +515,7 @@ def test_a_read_only_cache_is_read(cache):
             "try: cache.put([0], 1, np.zeros((1, 7))); cache.commit()\n"
             "except Exception as error: print(error)\n"
         )
-        for parent in cache.path.parents[:3]:
+        for parent in cache.path.parents[:4]:
             parent.chmod(0o755)
         done = subprocess.run(
             [sys.executable, "-c", code, cache.path], capture_output=True, text=True, check=False
