@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprune.base.errors import ConversionError
+from fastprune.base.files import write_all
 from fastprune.beton import layout
 
 # pwritev takes at most 1,024 buffers (IOV_MAX), and a gap takes one beside its image.
@@ -67,7 +68,7 @@ def write_images(descriptor: int, data: Sequence[Data], offsets: Sequence[int]) 
         gap = offset - end
         # A gap below the alignment is padding; a longer one leads to another page.
         if buffers and not (0 <= gap < layout.ALIGNMENT and len(buffers) < _MOST_BUFFERS):
-            _write_all(descriptor, buffers, start)
+            _write_through(descriptor, buffers, start)
             buffers = []
         if not buffers:
             start = offset
@@ -77,7 +78,7 @@ def write_images(descriptor: int, data: Sequence[Data], offsets: Sequence[int]) 
         buffers.append(image)
         end = offset + len(image)
     if buffers:
-        _write_all(descriptor, buffers, start)
+        _write_through(descriptor, buffers, start)
 
 
 def write_frame(
@@ -130,15 +131,10 @@ def label_blocks_offset(end_of_data: int) -> int:
     return layout.align_up(end_of_data, layout.ALIGNMENT)
 
 
-def _write_all(descriptor: int, buffers: list[Data], offset: int) -> None:
-    """Repeat `pwritev` until everything is written: a disk that fills up writes a part first."""
+def _write_through(descriptor: int, buffers: list[Data], offset: int) -> None:
+    """Write all buffers, and have the disk begin with them."""
+    write_all(descriptor, buffers, offset)
     total = sum(map(len, buffers))
-    written = os.pwritev(descriptor, buffers, offset)  # type: ignore[arg-type]
-    if written < total:
-        rest = memoryview(b"".join(map(bytes, buffers)))[written:]
-        while rest:
-            written = os.pwrite(descriptor, rest, offset + total - len(rest))
-            rest = rest[written:]
     if total >= _FLUSH_BYTES:
         # Linux answers by starting to write dirty pages out (and keeps them in its cache): the
         # disk works while the next images are prepared, and the last flush finds little to do.
